@@ -1,0 +1,1 @@
+"""What all stages share: the network, its preprocessing, the file formats and the runtimes."""

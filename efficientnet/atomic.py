@@ -1,0 +1,75 @@
+"""Files and directories that appear whole or not at all, and their SHA-256."""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by a file holding `text`; a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line with a single write, so that commands running at once do not mix theirs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode() + b"\n")
+
+
+@contextmanager
+def replaced_directory(path: Path) -> Generator[Path]:
+    """Give a directory to fill that takes the place of `path` when the block ends without an error.
+
+    The new directory stands beside `path` under a hidden name until then; after an error it is
+    removed and what stood at `path` is untouched. A directory cannot be exchanged for another in
+    one step, so an older one is moved aside first and put back if the second move fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    fresh = path.with_name(f".{path.name}.new-{token}")
+    aside = path.with_name(f".{path.name}.old-{token}")
+    fresh.mkdir()
+    try:
+        yield fresh
+        _sync(fresh)
+        if path.exists():
+            path.rename(aside)
+        try:
+            fresh.rename(path)
+        except OSError:
+            if aside.exists():
+                aside.rename(path)
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    for path in [*(entry for entry in directory.iterdir() if entry.is_file()), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

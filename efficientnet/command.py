@@ -1,0 +1,63 @@
+"""What all commands do alike: flags in, log on stderr, answer on stdout, exit code 0, 1 or 2."""
+
+import errno
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import tyro
+from pydantic import BaseModel
+
+from efficientnet.errors import PipelineError
+
+Config = TypeVar("Config")
+
+DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def parse_flags(
+    config_class: type[Config], doc: str | None, args: list[str] | None = None
+) -> Config:
+    """Fill a config dataclass from the command line; the module's docstring is the help text.
+
+    Wrong flags end the process with exit code 2, and so does a ValueError of the dataclass's own
+    checks.
+    """
+    return tyro.cli(config_class, args=args, description=doc, config=(tyro.conf.FlagConversionOff,))
+
+
+def run_command(
+    parse: Callable[[], Config], main: Callable[[Config], Path | BaseModel | None]
+) -> NoReturn:
+    """Parse, run, print what was made on the last line of stdout, and exit.
+
+    Exit codes: 0 done, 1 failed or refused, 2 wrong usage. A failure that its message explains is
+    printed in one line; anything else is a bug and keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        config = parse()
+    except ValueError as error:
+        _fail(error, WRONG_USAGE)
+    try:
+        made = main(config)
+    except (PipelineError, ValueError, FileNotFoundError) as error:
+        _fail(error, FAILED)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(f"the disk is full: {error}; free some space and run the command again", FAILED)
+        _fail(error, FAILED)
+    except KeyboardInterrupt:
+        _fail("interrupted", INTERRUPTED)
+    if isinstance(made, BaseModel):
+        print(made.model_dump_json())
+    elif made is not None:
+        print(made)
+    sys.exit(DONE)
+
+
+def _fail(reason: object, code: int) -> NoReturn:
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,116 @@
+"""What was measured, one JSON line each: LatencyRecord and AccuracyRecord."""
+
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from efficientnet.atomic import append_line
+from efficientnet.environment import EnvironmentRecord
+
+FORMAT_VERSION = 1
+
+Scenario = Literal["single_stream", "offline"]
+
+
+class _Measured(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    program_sha256: str
+    """Of the artifact's program, or of a checkpoint's weights when the eager model was measured."""
+    variant: str
+    runtime: str
+    precision: str
+    image_size: int
+    """Pixels."""
+    environment: EnvironmentRecord
+    started_at: AwareDatetime
+    """UTC."""
+
+
+class LatencyRecord(_Measured):
+    """Time of a call at one batch size, measured in a process of its own."""
+
+    batch_size: int = Field(ge=1)
+    scenario: Scenario
+    """single_stream: batch 1, one call after the other. offline: the batch size of most
+    images/s."""
+    timed_region: Literal["compute", "end_to_end"]
+    """compute: inputs and outputs stay on the device. end_to_end: host memory to host memory."""
+    clock: Literal["cuda_event", "perf_counter"]
+    num_threads: int
+    """Threads that a call computes with on the CPU."""
+    num_warmup: int
+    """Calls before the first that counts."""
+    is_warmup_stable: bool
+    """Whether the last two windows of the warm-up agreed; if not, the row is labelled unstable."""
+    num_iterations: int
+    """Calls that count."""
+    num_turns: int
+    """How often this process was given the machine in between the others."""
+    seed: int
+    p50_ms: float | None
+    p90_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    """Percentiles of one call; None with fewer than ten calls above the percentile."""
+    mean_ms: float
+    stdev_ms: float
+    min_ms: float
+    max_ms: float
+    turn_p50_ms: tuple[float, ...]
+    """Median of each turn: how much the machine moved meanwhile."""
+    samples_ms: tuple[float, ...] | str
+    """Every measured call in order, or the name of a .npy file beside the records."""
+    throughput_images_per_s: float
+    """Images divided by the wall time of the turns."""
+    peak_device_memory_bytes: int | None
+    """None on a CPU."""
+    peak_process_memory_bytes: int
+    mfu: float | None
+    mbu: float | None
+    """Achieved share of the device's peak of operations and bandwidth, 0..1; None if it is
+    unknown."""
+    harness_overhead_ms: float
+    """p50 of a runtime that computes nothing, measured in the same way."""
+
+
+class AccuracyRecord(_Measured):
+    """Share of held-out images that the same program classified rightly."""
+
+    top1: float = Field(ge=0, le=1)
+    top5: float = Field(ge=0, le=1)
+    num_images: int
+    data: str
+    """`digits` or the name of a folder."""
+    dataset_sha256: str
+    """Of the images and labels, in order."""
+
+
+Record = TypeVar("Record", LatencyRecord, AccuracyRecord)
+
+
+def append_record(path: Path, record: LatencyRecord | AccuracyRecord) -> None:
+    """Append a record to a .jsonl file."""
+    append_line(path, record.model_dump_json())
+
+
+def read_records(path: Path, kind: type[Record]) -> list[Record]:
+    """Read the records of a .jsonl file, oldest first; a file that is not there holds none.
+
+    Raises:
+        ValueError: a line is damaged or of another format.
+    """
+    if not path.exists():
+        return []
+    records: list[Record] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            raise ValueError(
+                f"{path}, line {number} is not a {kind.__name__} of format "
+                f"{FORMAT_VERSION}: {error}; move the file away and measure again"
+            ) from None
+    return records

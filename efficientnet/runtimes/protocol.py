@@ -1,0 +1,112 @@
+"""The contract of all runtimes, and open_runtime: a directory -> a Runtime."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from efficientnet.artifact import MANIFEST_FILE, ArtifactError, read_artifact
+from efficientnet.environment import num_usable_cores
+from efficientnet.preprocess import PreprocessSpec
+
+# Runtime's name -> the module that opens it with `open_directory(directory, num_threads)`. A module
+# is imported only when it is asked for, so that none of these libraries is needed by the others.
+RUNTIME_MODULES = {
+    "torch": "efficientnet.runtimes.torch_runtime",
+    "onnxruntime": "efficientnet.runtimes.onnx_runtime",
+}
+
+
+@dataclass(frozen=True)
+class ProgramInfo:
+    """What a runtime executes."""
+
+    program_sha256: str
+    variant: str
+    runtime: str
+    precision: str
+    preprocess: PreprocessSpec
+    class_names: tuple[str, ...]
+    data: str
+    """What the network was trained on: `digits` or a folder."""
+    max_batch_size: int | None
+    """Most images in a call; None = as many as memory holds."""
+    flops_per_image: int
+    weight_bytes: int
+
+
+class Runtime(Protocol):
+    """Executes one program; not for several threads at once unless a runtime says so."""
+
+    info: ProgramInfo
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map preprocessed float32 images [N, 3, H, W] to float32 logits [N, num_classes].
+
+        Synchronous: the logits are in host memory on return and belong to the caller.
+
+        Raises:
+            ValueError: wrong shape or dtype, or more images than max_batch_size.
+        """
+        ...
+
+
+def check_images(images: NDArray[np.float32], info: ProgramInfo) -> None:
+    """Raise the ValueError that Runtime.infer speaks of."""
+    size = info.preprocess.image_size
+    if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"images are {images.dtype} {list(images.shape)}, "
+            f"expected float32 [N, 3, {size}, {size}] as efficientnet.preprocess makes them"
+        )
+    if info.max_batch_size is not None and not 1 <= len(images) <= info.max_batch_size:
+        raise ValueError(
+            f"a batch of {len(images)} images, the program takes 1 to {info.max_batch_size}; "
+            "split the batch or export with a larger --max-batch-size"
+        )
+
+
+def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
+    """Open an artifact (manifest.json) or a checkpoint (checkpoint.json: the eager float32 model).
+
+    Args:
+        path: the directory.
+        num_threads: CPU threads of a call; None = one per usable core.
+
+    Raises:
+        ArtifactError: neither, damaged, or its runtime is not installed.
+        CheckpointError: a damaged checkpoint.
+    """
+    directory = Path(path)
+    num_threads = num_threads or num_usable_cores()
+    if (directory / MANIFEST_FILE).is_file():
+        # The manifest names the runtime; it is read whole, with its hashes, by the runtime itself.
+        name = _runtime_name(directory)
+    elif (directory / "checkpoint.json").is_file():
+        name = "torch"
+    else:
+        raise ArtifactError(
+            f"{directory} holds neither a {MANIFEST_FILE} (artifact) "
+            "nor a checkpoint.json (checkpoint)"
+        )
+    try:
+        module = importlib.import_module(RUNTIME_MODULES[name])
+    except ImportError as error:
+        raise ArtifactError(
+            f"{directory} needs the runtime '{name}', which cannot be imported here ({error}); "
+            "run 'make setup', or install the extra of pyproject.toml that holds it"
+        ) from error
+    return module.open_directory(directory, num_threads)
+
+
+def _runtime_name(directory: Path) -> str:
+    name = read_artifact(directory).runtime
+    if name not in RUNTIME_MODULES:
+        raise ArtifactError(
+            f"{directory} is for the runtime '{name}', "
+            f"this program knows: {', '.join(RUNTIME_MODULES)}"
+        )
+    return name

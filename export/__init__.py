@@ -1,0 +1,1 @@
+"""Checkpoint -> artifact, one command per runtime."""

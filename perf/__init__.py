@@ -1,0 +1,1 @@
+"""Artifact or checkpoint -> records -> report."""
