@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
@@ -83,7 +83,8 @@ def save_checkpoint(
             name: (t.float() if t.is_floating_point() else t).detach().cpu().contiguous()
             for name, t in weights.items()
         }
-        save_file(tensors, fresh / WEIGHTS_FILE)
+        # Not safetensors' save_file, which makes files that only their owner can read.
+        (fresh / WEIGHTS_FILE).write_bytes(save(tensors))
         if train_state is not None:
             torch.save(train_state, fresh / TRAIN_STATE_FILE)
         record = record.model_copy(update={"weights_sha256": sha256_of_file(fresh / WEIGHTS_FILE)})

@@ -14,6 +14,8 @@ from efficientnet.errors import PipelineError
 
 Config = TypeVar("Config")
 
+PROJECT_LOGGERS = ("__main__", "efficientnet", "training", "export", "serving", "perf")
+
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -36,7 +38,9 @@ def run_command(
     Exit codes: 0 done, 1 failed or refused, 2 wrong usage. A failure that its message explains is
     printed in one line; anything else is a bug and keeps its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for name in PROJECT_LOGGERS:  # the libraries' own chatter stays out of the log
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         config = parse()
     except ValueError as error:

@@ -6,8 +6,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, read_artifact
-from efficientnet.runtimes.protocol import ProgramInfo, check_images
+from efficientnet.artifact import ArtifactError, read_artifact
+from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 
 PROVIDER = "CPUExecutionProvider"
 
@@ -15,7 +15,7 @@ PROVIDER = "CPUExecutionProvider"
 class OnnxRuntime:
     """Runs model.onnx. A session may be used by several threads at once."""
 
-    def __init__(self, program: Path, manifest: ArtifactManifest, num_threads: int) -> None:
+    def __init__(self, program: Path, info: ProgramInfo, num_threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -24,25 +24,13 @@ class OnnxRuntime:
         # ONNX Runtime's own exception classes share no public base but Exception.
         except Exception as error:
             raise ArtifactError(f"ONNX Runtime cannot open {program}: {error}") from error
-        self._input_name = manifest.input.name
-        self._output_names = [manifest.output.name]
-        self.info = ProgramInfo(
-            program_sha256=manifest.program_sha256,
-            variant=manifest.variant,
-            runtime=manifest.runtime,
-            precision=manifest.precision,
-            preprocess=manifest.preprocess,
-            class_names=manifest.class_names,
-            data=manifest.data,
-            max_batch_size=manifest.input.batch.max,
-            flops_per_image=manifest.flops_per_image,
-            weight_bytes=manifest.weight_bytes,
-        )
+        self._input_name = self._session.get_inputs()[0].name
+        self.info = info
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
         check_images(images, self.info)
-        (logits,) = self._session.run(self._output_names, {self._input_name: images})
+        (logits,) = self._session.run(None, {self._input_name: images})
         return np.asarray(logits, dtype=np.float32)
 
 
@@ -53,4 +41,4 @@ def open_directory(directory: Path, num_threads: int) -> OnnxRuntime:
         ArtifactError: damaged, or ONNX Runtime refuses it.
     """
     manifest = read_artifact(directory)
-    return OnnxRuntime(directory / manifest.program_file, manifest, num_threads)
+    return OnnxRuntime(directory / manifest.program_file, info_of_artifact(manifest), num_threads)

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.artifact import MANIFEST_FILE, ArtifactError, read_artifact
+from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest, read_artifact
 from efficientnet.environment import num_usable_cores
 from efficientnet.preprocess import PreprocessSpec
 
@@ -36,6 +36,22 @@ class ProgramInfo:
     """Most images in a call; None = as many as memory holds."""
     flops_per_image: int
     weight_bytes: int
+
+
+def info_of_artifact(manifest: ArtifactManifest) -> ProgramInfo:
+    """Take from a manifest what a runtime tells of its program."""
+    return ProgramInfo(
+        program_sha256=manifest.program_sha256,
+        variant=manifest.variant,
+        runtime=manifest.runtime,
+        precision=manifest.precision,
+        preprocess=manifest.preprocess,
+        class_names=manifest.class_names,
+        data=manifest.data,
+        max_batch_size=manifest.input.batch.max,
+        flops_per_image=manifest.flops_per_image,
+        weight_bytes=manifest.weight_bytes,
+    )
 
 
 class Runtime(Protocol):

@@ -1,0 +1,64 @@
+"""A `tiny` checkpoint and its artifact, made once per test session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.environment import current_environment
+from efficientnet.model import build_model
+from efficientnet.preprocess import PreprocessSpec
+from efficientnet.variants import VARIANTS
+from export import ort
+from export.config import ExportConfig
+
+TINY_PREPROCESS = PreprocessSpec(
+    image_size=32,
+    interpolation="bicubic",
+    crop_fraction=None,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+
+def write_tiny_checkpoint(directory: Path) -> Path:
+    """Write an untrained `tiny` network for the digits, with batch norm statistics of its own."""
+    torch.manual_seed(0)
+    model = build_model(VARIANTS["tiny"], num_classes=10).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            # Far from the initial 0 and 1, so that folding them wrongly would show.
+            torch.nn.init.normal_(module.running_mean, std=0.2)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.2)
+    record = CheckpointRecord(
+        variant="tiny",
+        num_classes=10,
+        class_names=tuple("0123456789"),
+        preprocess=TINY_PREPROCESS,
+        data="digits",
+        weights_sha256="",
+        epoch=0,
+        step=0,
+        top1=0.0,
+        top5=0.0,
+        num_images_evaluated=0,
+        recipe="tiny",
+        train_config={},
+        environment=current_environment(),
+    )
+    save_checkpoint(directory, model.state_dict(), record, train_state=None)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("artifacts") / "tiny" / "onnxruntime-fp32"
+    return ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=output))
