@@ -52,8 +52,9 @@ class CheckpointRecord(BaseModel):
     """Epochs that were trained."""
     step: int
     """Optimizer steps that were trained."""
-    top1: float = Field(ge=0, le=1)
-    top5: float = Field(ge=0, le=1)
+    top1: float | None = Field(ge=0, le=1)
+    top5: float | None = Field(ge=0, le=1)
+    """Of the weights on held-out images; None when training was interrupted within an epoch."""
     num_images_evaluated: int
     recipe: str
     train_config: dict[str, Any]

@@ -47,19 +47,33 @@ def run_command(
         _fail(error, WRONG_USAGE)
     try:
         made = main(config)
-    except (PipelineError, ValueError, FileNotFoundError) as error:
+    except PipelineError as error:
+        _fail(error, FAILED)
+    except ValueError as error:
+        if not _was_raised_here(error):
+            raise
         _fail(error, FAILED)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             _fail(f"the disk is full: {error}; free some space and run the command again", FAILED)
         _fail(error, FAILED)
-    except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        _fail(str(interrupt) or "interrupted", INTERRUPTED)
     if isinstance(made, BaseModel):
         print(made.model_dump_json())
     elif made is not None:
         print(made)
     sys.exit(DONE)
+
+
+def _was_raised_here(error: BaseException) -> bool:
+    # A ValueError of ours speaks of a user's value; one out of a library is a bug to be seen whole.
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    project = Path(__file__).resolve().parent.parent
+    source = Path(trace.tb_frame.f_code.co_filename).resolve() if trace else project
+    return source.is_relative_to(project) and "site-packages" not in source.parts
 
 
 def _fail(reason: object, code: int) -> NoReturn:

@@ -13,20 +13,28 @@ FORMAT_VERSION = 1
 Scenario = Literal["single_stream", "offline"]
 
 
+class _Version(BaseModel):
+    format_version: int = FORMAT_VERSION
+
+
 class _Measured(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
     program_sha256: str
     """Of the artifact's program, or of a checkpoint's weights when the eager model was measured."""
+    checkpoint_sha256: str
+    """Of the weights that the program was made of."""
     variant: str
     runtime: str
     precision: str
     image_size: int
     """Pixels."""
+    data: str
+    """Where the images came from: `digits` or the name of a folder, without its path."""
     environment: EnvironmentRecord
     started_at: AwareDatetime
-    """UTC."""
+    """UTC. The processes of one run of perf/latency.py take turns: their records have the same."""
 
 
 class LatencyRecord(_Measured):
@@ -49,7 +57,10 @@ class LatencyRecord(_Measured):
     """Calls that count."""
     num_turns: int
     """How often this process was given the machine in between the others."""
+    num_input_images: int
+    """Different images that the calls rotate through."""
     seed: int
+    """Draws those images."""
     p50_ms: float | None
     p90_ms: float | None
     p95_ms: float | None
@@ -68,6 +79,7 @@ class LatencyRecord(_Measured):
     peak_device_memory_bytes: int | None
     """None on a CPU."""
     peak_process_memory_bytes: int
+    """Resident, without the images that all processes share."""
     mfu: float | None
     mbu: float | None
     """Achieved share of the device's peak of operations and bandwidth, 0..1; None if it is
@@ -82,8 +94,6 @@ class AccuracyRecord(_Measured):
     top1: float = Field(ge=0, le=1)
     top5: float = Field(ge=0, le=1)
     num_images: int
-    data: str
-    """`digits` or the name of a folder."""
     dataset_sha256: str
     """Of the images and labels, in order."""
 
@@ -107,10 +117,19 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
+            version = _Version.model_validate_json(line).format_version
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"{path}, line {number} has format version {version}, this program reads "
+                    f"{FORMAT_VERSION}; move the file away and measure again"
+                )
             records.append(kind.model_validate_json(line))
         except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            problem = f"{field}: {first['msg']}" if field else first["msg"]
             raise ValueError(
-                f"{path}, line {number} is not a {kind.__name__} of format "
-                f"{FORMAT_VERSION}: {error}; move the file away and measure again"
+                f"{path}, line {number} is damaged or not a {kind.__name__} ({problem}); "
+                "move the file away and measure again"
             ) from None
     return records

@@ -1,0 +1,97 @@
+"""Steps of a run -> a progress bar, and Ctrl-C -> a stop after the present step."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from time import perf_counter
+from types import FrameType, TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+from training.loop import StepReport
+from training.progressive import Stage, stage_index
+
+
+class InterruptFlag:
+    """While entered, the first Ctrl-C only sets `is_set`; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __enter__(self) -> Self:
+        """Take over SIGINT."""
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give SIGINT back."""
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+        print("\nstopping after this step; Ctrl-C again gives up at once", file=sys.stderr)
+
+
+class ProgressBar:
+    """Shows stage, image size, loss, top-1, images/s and the time left, on a terminal only.
+
+    The time left counts pixels, not steps: a step of the last stage takes several of the first.
+    """
+
+    def __init__(self, stages: Sequence[Stage], num_steps: int, first_step: int) -> None:
+        self._stages = stages
+        self._num_steps = num_steps
+        self._pixels_left = sum(self._pixels(step) for step in range(first_step, num_steps))
+        self._pixels_done, self._started = 0, perf_counter()
+        self._step = first_step
+        self.top1: float | None = None
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            disable=None,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f} % |{bar}| {desc}",
+        )
+
+    def update(self, report: StepReport) -> None:
+        """Show one step more."""
+        pixels = self._pixels(self._step)
+        self._step += 1
+        self._pixels_done += pixels
+        self._pixels_left -= pixels
+        left_s = (perf_counter() - self._started) / self._pixels_done * self._pixels_left
+        top1 = "-" if self.top1 is None else f"{100 * self.top1:.1f} %"
+        self._bar.set_description_str(
+            f"stage {report.stage.index + 1}/{len(self._stages)}  {report.stage.image_size} px  "
+            f"loss {report.loss:.3f}  top-1 {top1}  {report.images_per_s:.0f} images/s  "
+            f"{format_seconds(left_s)} left",
+            refresh=False,
+        )
+        self._bar.update()
+
+    def write(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the terminal clean."""
+        self._bar.close()
+
+    def _pixels(self, step: int) -> int:
+        stage = self._stages[stage_index(step, self._num_steps, len(self._stages))]
+        return stage.image_size**2
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
