@@ -86,6 +86,9 @@ class LatencyRecord(_Measured):
     unknown."""
     harness_overhead_ms: float
     """p50 of a runtime that computes nothing, measured in the same way."""
+    cores_busy_elsewhere: float | None
+    """Cores that other programs, or other guests of the host, kept busy during the turns on
+    average; None where the system does not tell."""
 
 
 class AccuracyRecord(_Measured):

@@ -1,5 +1,6 @@
 """A `tiny` checkpoint and its artifact, made once per test session."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from efficientnet.preprocess import PreprocessSpec
 from efficientnet.variants import VARIANTS
 from export import ort
 from export.config import ExportConfig
+
+# Tests run side by side, one process a core: more threads would only wait for each other. Commands
+# that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 TINY_PREPROCESS = PreprocessSpec(
     image_size=32,

@@ -6,6 +6,7 @@ image, not on the number of workers or on where a run was resumed.
 """
 
 import random
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -39,7 +40,7 @@ class Augmentation:
         """Augment an RGB image; the result has the stage's size."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        image = self._crop(image)
+        image = cast(Image.Image, self._crop(image))
         if self._flips and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self._randaugment(image)

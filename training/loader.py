@@ -19,7 +19,7 @@ from training.progressive import Stage, stage_index
 class SampleKey(NamedTuple):
     """One use of a training image: which, at which stage, with which random numbers."""
 
-    index: int
+    image: int
     stage: int
     seed: int
 
@@ -81,7 +81,7 @@ class TrainImages(Dataset[Any]):
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
         """Return float32 [3, size, size] of the key's stage, and the label."""
-        sample = self._samples[key.index]
+        sample = self._samples[key.image]
         image = self._augmentations[key.stage](decode_image(sample.read()), key.seed)
         return torch.from_numpy(normalize(image, self._spec)), sample.label
 

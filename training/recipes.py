@@ -31,7 +31,7 @@ PAPER_OPTIMIZER = OptimizerConfig(
 DIGITS_PROGRESSIVE = {
     "tiny": ProgressiveConfig((16, 32), (3, 6), (0, 0.1), (0.0, 0.1)),
 }
-DIGITS_PROGRESSIVE_DEFAULT = ProgressiveConfig((32, 64), (3, 8), (0, 0.1), (0.1, 0.2))
+DIGITS_PROGRESSIVE_DEFAULT = ProgressiveConfig((40, 64), (3, 8), (0, 0.1), (0.1, 0.2))
 
 
 def paper_recipe(variant: str) -> TrainConfig:

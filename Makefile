@@ -1,0 +1,65 @@
+# EfficientNet from training to production. `make` lists the targets.
+
+PYTHON ?= python3
+PORT ?= 3000
+# The hardware extra follows from whether a GPU answers; ONNX Runtime's two packages exclude each other.
+HARDWARE := $(if $(shell nvidia-smi --list-gpus 2>/dev/null),gpu,cpu)
+OTHER_ORT := $(if $(filter gpu,$(HARDWARE)),onnxruntime,onnxruntime-gpu)
+EXTRAS := train,export,serve,dev,$(HARDWARE)
+INSTALLED := .venv/.installed-$(HARDWARE)
+RUN := .venv/bin/python
+
+export BENTOML_DO_NOT_TRACK := True
+
+.PHONY: help setup demo test check train export perf serve clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED)  ## make .venv with everything installed; nothing when it is up to date
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$($(PYTHON) --version) is too old, 3.11 or newer is needed:" \
+	       "make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip uninstall --quiet --yes $(OTHER_ORT)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@rm -f .venv/.installed-*
+	@touch $@
+
+demo: setup  ## the whole road on handwritten digits: train, export, measure, report, serve
+	$(RUN) training/run.py v2-s
+	$(RUN) export/ort.py
+	$(RUN) perf/accuracy.py
+	$(RUN) perf/latency.py
+	$(RUN) perf/report.py
+	$(RUN) serving/demo.py --report reports/report.html
+
+test: check  ## format, lint, types, import contracts, tests
+	$(RUN) -m pytest -n auto
+
+check: setup  ## format, lint, types, import contracts
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/codespell
+	.venv/bin/pyright
+	.venv/bin/lint-imports --no-cache
+
+train: setup  ## train EfficientNetV2-S on the embedded digits
+	$(RUN) training/run.py v2-s
+
+export: setup  ## export the newest complete run
+	$(RUN) export/ort.py
+
+perf: setup  ## measure the newest run and its artifacts, write the report
+	$(RUN) perf/accuracy.py
+	$(RUN) perf/latency.py
+	$(RUN) perf/report.py
+
+serve: setup  ## serve the exported model on http://localhost:$(PORT)
+	$(RUN) serving/run.py --port $(PORT)
+
+clean:  ## remove what was produced, but not .venv and the published reports
+	rm -rf runs artifacts reports/*.jsonl reports/*.npy reports/report.* reports/latency.png reports/demo

@@ -1,0 +1,77 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from efficientnet.artifact import ArtifactError, new_artifact_directory, read_artifact
+from efficientnet.runtimes import open_runtime
+
+
+@pytest.fixture
+def copy_of_artifact(tiny_artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+
+
+def edit_manifest(directory: Path, **changes: object) -> None:
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_manifest_tells_what_the_artifact_is(tiny_artifact: Path):
+    manifest = read_artifact(tiny_artifact)
+    assert (manifest.variant, manifest.runtime, manifest.precision) == (
+        "tiny",
+        "onnxruntime",
+        "fp32",
+    )
+    assert manifest.class_names == tuple("0123456789")
+    assert manifest.input.shape == (3, 32, 32) and manifest.output.shape == (10,)
+    assert manifest.parity.num_images >= 64
+    assert manifest.size_bytes == (tiny_artifact / "model.onnx").stat().st_size
+    assert {path.name for path in tiny_artifact.iterdir()} == {"manifest.json", "model.onnx"}
+
+
+def test_a_damaged_program_is_found_by_its_hash(copy_of_artifact: Path):
+    program = copy_of_artifact / "model.onnx"
+    program.write_bytes(program.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match=r"model\.onnx is damaged: its SHA-256"):
+        open_runtime(copy_of_artifact)
+
+
+def test_a_missing_program_is_named(copy_of_artifact: Path):
+    (copy_of_artifact / "model.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"no program model\.onnx"):
+        open_runtime(copy_of_artifact)
+
+
+def test_a_program_outside_the_artifact_is_refused(copy_of_artifact: Path):
+    edit_manifest(copy_of_artifact, program_file="../artifact/model.onnx")
+    with pytest.raises(ArtifactError, match="has no program"):
+        open_runtime(copy_of_artifact)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{}", "damaged or not ours"),
+        ("", "damaged or not ours"),
+        ('{"format_version": 99}', "format version 99, this program reads 1"),
+    ],
+)
+def test_a_foreign_manifest_is_refused(copy_of_artifact: Path, text: str, reason: str):
+    (copy_of_artifact / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match=reason):
+        open_runtime(copy_of_artifact)
+
+
+def test_a_runtime_that_is_not_known_is_named(copy_of_artifact: Path):
+    edit_manifest(copy_of_artifact, runtime="abacus")
+    with pytest.raises(ArtifactError, match="for the runtime 'abacus'"):
+        open_runtime(copy_of_artifact)
+
+
+def test_an_artifact_without_a_manifest_is_not_written(tmp_path: Path):
+    with pytest.raises(ArtifactError), new_artifact_directory(tmp_path / "a") as directory:
+        (directory / "model.onnx").write_bytes(b"half")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+
+from efficientnet.atomic import append_line, replaced_directory, write_text
+
+
+def test_a_directory_appears_only_when_its_block_has_ended(tmp_path: Path):
+    target = tmp_path / "made"
+    with replaced_directory(target) as fresh:
+        (fresh / "a.txt").write_text("new")
+        assert not target.exists()
+    assert (target / "a.txt").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_an_error_leaves_the_older_directory_and_nothing_else(tmp_path: Path):
+    target = tmp_path / "made"
+    target.mkdir()
+    (target / "a.txt").write_text("old")
+    with pytest.raises(RuntimeError), replaced_directory(target) as fresh:
+        (fresh / "a.txt").write_text("half")
+        raise RuntimeError
+    assert (target / "a.txt").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_an_older_directory_is_replaced_whole(tmp_path: Path):
+    target = tmp_path / "made"
+    target.mkdir()
+    (target / "stale.txt").write_text("old")
+    with replaced_directory(target) as fresh:
+        (fresh / "a.txt").write_text("new")
+    assert [p.name for p in target.iterdir()] == ["a.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_text_that_cannot_be_written_leaves_the_older_file(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half \ud800")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_lines_are_appended(tmp_path: Path):
+    path = tmp_path / "folder" / "a.jsonl"
+    append_line(path, "1")
+    append_line(path, "2")
+    assert path.read_text() == "1\n2\n"

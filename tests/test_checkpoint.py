@@ -1,0 +1,92 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_PREPROCESS
+
+from efficientnet.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+
+
+@pytest.fixture
+def copy_of_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def edit_record(directory: Path, **changes: object) -> None:
+    path = directory / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tiny_checkpoint: Path, tmp_path: Path):
+    model, record = load_checkpoint(tiny_checkpoint)
+    again = save_checkpoint(tmp_path / "again", model.state_dict(), record, {"step": 3})
+    assert again == record
+    loaded, _ = load_checkpoint(tmp_path / "again")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert record.preprocess == TINY_PREPROCESS
+    assert not loaded.training
+    assert torch.load(tmp_path / "again" / "train_state.pt", weights_only=True) == {"step": 3}
+
+
+def test_the_record_names_weights_that_everybody_may_read(tiny_checkpoint: Path):
+    assert (tiny_checkpoint / "weights.safetensors").stat().st_mode & 0o044
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: there is no checkpoint\.json"):
+        read_checkpoint(tmp_path)
+
+
+def test_damaged_weights_are_found_by_their_hash(copy_of_checkpoint: Path):
+    weights = copy_of_checkpoint / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged: its SHA-256"):
+        load_checkpoint(copy_of_checkpoint)
+
+
+def test_missing_weights_mean_a_checkpoint_that_is_not_whole(copy_of_checkpoint: Path):
+    (copy_of_checkpoint / "weights.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="not whole"):
+        load_checkpoint(copy_of_checkpoint)
+
+
+def test_another_format_version_says_which(copy_of_checkpoint: Path):
+    edit_record(copy_of_checkpoint, format_version=7)
+    with pytest.raises(CheckpointError, match="format version 7, this program reads 1"):
+        load_checkpoint(copy_of_checkpoint)
+
+
+def test_a_foreign_record_is_refused(copy_of_checkpoint: Path):
+    (copy_of_checkpoint / "checkpoint.json").write_text('{"model": "resnet50"}')
+    with pytest.raises(CheckpointError, match="damaged or not ours"):
+        load_checkpoint(copy_of_checkpoint)
+
+
+def test_a_truncated_record_is_refused(copy_of_checkpoint: Path):
+    path = copy_of_checkpoint / "checkpoint.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(CheckpointError, match="damaged or not ours"):
+        load_checkpoint(copy_of_checkpoint)
+
+
+@pytest.mark.parametrize("changes", [{"variant": "v2-s"}, {"num_classes": 11}, {"variant": "v3-x"}])
+def test_weights_of_another_network_are_refused(copy_of_checkpoint: Path, changes: dict):
+    edit_record(copy_of_checkpoint, **changes)
+    with pytest.raises(CheckpointError, match="does not hold a"):
+        load_checkpoint(copy_of_checkpoint)
+
+
+def test_without_a_complete_run_the_error_says_how_to_make_one(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"python training/run\.py v2-s"):
+        newest_checkpoint(tmp_path)

@@ -1,0 +1,116 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = [
+    "training/run.py",
+    "export/ort.py",
+    "export/trt.py",
+    "perf/latency.py",
+    "perf/accuracy.py",
+    "perf/report.py",
+    "serving/run.py",
+    "serving/demo.py",
+]
+
+
+def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_the_command_makes_of_what(command: str):
+    done = run(command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "->" in done.stdout and f"python {command}" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_flag_is_wrong_usage(command: str):
+    word = ["tiny"] if command == "training/run.py" else []
+    done = run(command, *word, "--no-such-flag", "1")
+    assert done.returncode == 2
+    assert "no-such-flag" in done.stderr + done.stdout
+
+
+def test_a_misspelled_flag_names_the_nearest():
+    done = run("training/run.py", "tiny", "--epoch", "1")
+    assert done.returncode == 2
+    assert "--epochs" in done.stderr + done.stdout
+
+
+def test_an_unknown_variant_names_the_nearest():
+    done = run("training/run.py", "v2s")
+    assert done.returncode == 2
+    assert "unknown variant 'v2s': the nearest are v2-s" in done.stderr
+
+
+def test_a_value_outside_its_limits_is_wrong_usage():
+    done = run("training/run.py", "tiny", "--epochs", "0")
+    assert done.returncode == 2
+    assert "at least 1" in done.stderr + done.stdout
+
+
+def test_training_on_a_missing_folder_starts_nothing(tmp_path: Path):
+    done = run("training/run.py", "tiny", "--data", tmp_path / "nowhere", "--output", tmp_path)
+    assert done.returncode == 1
+    assert "error: no data at" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_what_is_no_run_is_an_error(tmp_path: Path):
+    done = run("training/run.py", "--resume", tmp_path)
+    assert done.returncode == 1
+    assert "is not a checkpoint" in done.stderr
+
+
+def test_exporting_without_a_run_says_how_to_make_one(tmp_path: Path):
+    done = run(ROOT / "export/ort.py", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "python training/run.py v2-s" in done.stderr
+
+
+def test_tensorrt_without_a_gpu_says_what_to_install():
+    done = run("export/trt.py")
+    if "GPU and TensorRT are here" in done.stderr:
+        pytest.skip("this machine has both")
+    assert done.returncode == 1
+    assert "pip install tensorrt-cu13" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_last_line_of_stdout_is_what_was_made(tiny_checkpoint: Path, tmp_path: Path):
+    done = run("export/ort.py", "--checkpoint", tiny_checkpoint, "--output", tmp_path / "artifact")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "artifact")]
+    assert f"checkpoint {tiny_checkpoint}" in done.stderr
+
+
+def test_a_full_disk_is_said_plainly_and_leaves_the_older_artifact(tiny_checkpoint: Path):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    program = (
+        "from pathlib import Path\n"
+        "from efficientnet.command import run_command\n"
+        "def main(_):\n"
+        "    with open('/dev/full', 'w') as file:\n"
+        "        file.write('x')\n"
+        "run_command(lambda: None, main)\n"
+    )
+    done = run("-c", program)
+    assert done.returncode == 1
+    assert "error: the disk is full" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_bug_keeps_its_traceback():
+    program = (
+        "import json\n"
+        "from efficientnet.command import run_command\n"
+        "run_command(lambda: None, lambda _: json.loads('{'))\n"
+    )
+    done = run("-c", program)
+    assert done.returncode == 1 and "Traceback" in done.stderr

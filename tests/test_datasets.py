@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientnet.datasets import (
+    DatasetError,
+    load_dataset,
+    sha256_of_samples,
+    without_broken_images,
+)
+
+
+def fill(folder: Path, num_images: int, value: int = 100) -> None:
+    folder.mkdir(parents=True)
+    for index in range(num_images):
+        pixels = np.full((8, 8), (value + index) % 256, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+
+
+def test_digits_are_split_stratified_into_1437_and_360():
+    dataset = load_dataset("digits")
+    assert (len(dataset.train), len(dataset.val)) == (1437, 360)
+    assert dataset.class_names == tuple("0123456789")
+    counts = np.bincount([sample.label for sample in dataset.val])
+    assert counts.min() >= 35 and counts.max() <= 37
+    assert not {s.name for s in dataset.train} & {s.name for s in dataset.val}
+
+
+def test_digits_are_the_same_in_every_process():
+    dataset = load_dataset("digits")
+    assert sha256_of_samples(dataset.val) == (
+        "8069c09c70d5712c69aa3bd8a1f4747a90ee0008cd02d8362a30758e02d5d845"
+    )
+
+
+def test_a_folder_of_classes_is_split_the_same_way_each_time(tmp_path: Path):
+    fill(tmp_path / "cat", 10)
+    fill(tmp_path / "dog", 20)
+    first, second = load_dataset(tmp_path), load_dataset(tmp_path)
+    assert first == second
+    assert first.class_names == ("cat", "dog")
+    assert [sum(s.label == k for s in first.val) for k in (0, 1)] == [2, 4]
+    assert (len(first.train), len(first.val)) == (24, 6)
+
+
+def test_a_folder_with_train_and_val_is_taken_as_it_is(tmp_path: Path):
+    for part, num in (("train", 3), ("val", 1)):
+        fill(tmp_path / part / "a", num)
+        fill(tmp_path / part / "b", num)
+    dataset = load_dataset(tmp_path)
+    assert (len(dataset.train), len(dataset.val)) == (6, 2)
+
+
+def test_an_empty_class_folder_is_named(tmp_path: Path):
+    fill(tmp_path / "cat", 3)
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(DatasetError, match=r"dog holds no images"):
+        load_dataset(tmp_path)
+
+
+def test_one_class_only_is_an_error(tmp_path: Path):
+    fill(tmp_path / "cat", 3)
+    with pytest.raises(DatasetError, match="at least two class folders with images, found only"):
+        load_dataset(tmp_path)
+
+
+def test_classes_that_differ_between_train_and_val_are_named(tmp_path: Path):
+    fill(tmp_path / "train" / "cat", 2)
+    fill(tmp_path / "train" / "dog", 2)
+    fill(tmp_path / "val" / "cat", 2)
+    fill(tmp_path / "val" / "fox", 2)
+    with pytest.raises(DatasetError, match="only in train: dog; only in val: fox"):
+        load_dataset(tmp_path)
+
+
+def test_train_without_val_is_an_error(tmp_path: Path):
+    fill(tmp_path / "train" / "cat", 2)
+    fill(tmp_path / "train" / "dog", 2)
+    with pytest.raises(DatasetError, match="no 'val' folder"):
+        load_dataset(tmp_path)
+
+
+def test_a_missing_folder_says_what_is_expected(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="one folder of images per class"):
+        load_dataset(tmp_path / "nowhere")
+
+
+def test_one_broken_image_in_more_than_a_hundred_is_named_and_left_out(tmp_path: Path):
+    fill(tmp_path / "cat", 60)
+    fill(tmp_path / "dog", 60)
+    (tmp_path / "cat" / "007.png").write_bytes(b"not a picture")
+    dataset = without_broken_images(load_dataset(tmp_path))
+    assert len(dataset.train) + len(dataset.val) == 119
+    assert len(dataset.broken) == 1 and dataset.broken[0].startswith("cat/007.png: ")
+
+
+def test_one_percent_of_broken_images_is_an_error(tmp_path: Path):
+    fill(tmp_path / "cat", 60)
+    fill(tmp_path / "dog", 60)
+    for name in ("007.png", "008.png"):
+        (tmp_path / "cat" / name).write_bytes((tmp_path / "cat" / name).read_bytes()[:40])
+    with pytest.raises(DatasetError, match=r"2 of 120 images .*cat/007.png"):
+        without_broken_images(load_dataset(tmp_path))
+
+
+def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path):
+    for part in ("train", "val"):
+        fill(tmp_path / part / "cat", 150)
+        fill(tmp_path / part / "dog", 1 if part == "val" else 5)
+    (tmp_path / "val" / "dog" / "000.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match="class 'dog' has no readable image in val"):
+        without_broken_images(load_dataset(tmp_path))

@@ -1,0 +1,92 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efficientnet.artifact import ArtifactError
+from efficientnet.datasets import load_dataset
+from efficientnet.preprocess import preprocess
+from efficientnet.runtimes import Runtime, open_runtime
+from efficientnet.runtimes.null_runtime import NullRuntime
+
+RUNTIMES = ["torch", "onnxruntime", "null"]
+
+
+@pytest.fixture(params=RUNTIMES)
+def runtime(request: pytest.FixtureRequest, tiny_checkpoint: Path, tiny_artifact: Path) -> Runtime:
+    if request.param == "null":
+        return NullRuntime(open_runtime(tiny_artifact).info)
+    return open_runtime(tiny_checkpoint if request.param == "torch" else tiny_artifact)
+
+
+def digits(num_images: int) -> np.ndarray:
+    spec = open_spec()
+    return np.stack([preprocess(s.read(), spec) for s in load_dataset("digits").val[:num_images]])
+
+
+def open_spec():
+    from conftest import TINY_PREPROCESS
+
+    return TINY_PREPROCESS
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+def test_images_become_float32_logits(runtime: Runtime, batch_size: int):
+    logits = runtime.infer(digits(batch_size))
+    assert logits.shape == (batch_size, 10) and logits.dtype == np.float32
+
+
+def test_logits_belong_to_the_caller(runtime: Runtime):
+    images = digits(4)
+    first = runtime.infer(images)
+    kept = first.copy()
+    runtime.infer(images[::-1].copy())
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_an_image_does_not_depend_on_its_batch(runtime: Runtime):
+    images = digits(8)
+    alone = np.concatenate([runtime.infer(images[i : i + 1]) for i in range(8)])
+    np.testing.assert_allclose(runtime.infer(images), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((1, 3, 33, 32), np.float32),
+        np.zeros((3, 32, 32), np.float32),
+        np.zeros((1, 3, 32, 32), np.float64),
+        np.zeros((1, 32, 32, 3), np.float32),
+    ],
+)
+def test_a_wrong_shape_or_type_says_what_is_expected(runtime: Runtime, images: np.ndarray):
+    with pytest.raises(ValueError, match=r"expected float32 \[N, 3, 32, 32\]"):
+        runtime.infer(images)
+
+
+def test_a_batch_above_the_maximum_is_refused(tiny_artifact: Path):
+    with pytest.raises(ValueError, match="a batch of 65 images, the program takes 1 to 64"):
+        open_runtime(tiny_artifact).infer(np.zeros((65, 3, 32, 32), np.float32))
+
+
+def test_the_artifact_answers_like_the_checkpoint(tiny_checkpoint: Path, tiny_artifact: Path):
+    images = digits(32)
+    expected = open_runtime(tiny_checkpoint).infer(images)
+    np.testing.assert_allclose(open_runtime(tiny_artifact).infer(images), expected, atol=1e-4)
+    assert np.ptp(expected) > 0.1
+
+
+def test_a_folder_that_is_neither_is_an_artifact_error(tmp_path: Path):
+    with pytest.raises(ArtifactError, match="holds neither"):
+        open_runtime(tmp_path)
+
+
+def test_an_artifact_is_opened_without_torch(tiny_artifact: Path):
+    program = (
+        "import sys; from efficientnet.runtimes import open_runtime; "
+        f"open_runtime({str(tiny_artifact)!r}); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,187 @@
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficientnet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
+from training import run as command
+from training.loop import TrainingError
+from training.metrics import read_metrics
+from training.optim import WeightAverage, build_optimizer, learning_rate_at
+from training.recipes import digits_recipe, paper_recipe
+from training.run import ResumeConfig, main
+from training.state import new_state
+
+
+def tiny_config(output: Path, **changes: object):
+    config = replace(digits_recipe("tiny"), epochs=2, batch_size=128, output=output)
+    return replace(config, **changes)
+
+
+def state_of(run: Path) -> dict:
+    return torch.load(run / "checkpoint" / "train_state.pt", weights_only=True)["state"]
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send the process what Ctrl-C sends, during a step."""
+    original = command.ProgressBar.update
+    seen = iter(range(1, 10_000))
+
+    def update(self: object, report: object) -> None:
+        original(self, report)
+        if next(seen) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(command.ProgressBar, "update", update)
+
+
+def test_a_run_writes_checkpoint_metrics_and_curves(tmp_path: Path):
+    checkpoint = main(tiny_config(tmp_path))
+    run = checkpoint.parent
+    assert (tmp_path / "latest").resolve() == run.resolve()
+    assert {p.name for p in run.iterdir()} == {"checkpoint", "metrics.jsonl", "curves.png"}
+    record = read_checkpoint(checkpoint)
+    assert (record.epoch, record.step, record.num_images_evaluated) == (2, 22, 360)
+    epochs = read_metrics(run, record.step)
+    assert [e.epoch for e in epochs] == [1, 2]
+    assert epochs[-1].top1 == record.top1
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_small_network_learns_the_digits(tmp_path: Path):
+    config = tiny_config(tmp_path, epochs=8, batch_size=32)
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=4e-2))
+    record = read_checkpoint(main(config))
+    assert record.top1 is not None and record.top1 > 0.8
+    assert record.top5 is not None and record.top5 >= record.top1
+
+
+@pytest.mark.parametrize("stop_step", [3, 11, 17])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    stop_step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = main(tiny_config(tmp_path / "whole")).parent
+    with monkeypatch.context() as patch:
+        stop_after(stop_step, patch)
+        with pytest.raises(KeyboardInterrupt, match="--resume") as interrupt:
+            main(tiny_config(tmp_path / "cut"))
+    (cut,) = [p for p in (tmp_path / "cut").iterdir() if p.is_dir()]
+    assert str(cut) in str(interrupt.value)
+    assert state_of(cut)["step"] == stop_step
+    assert not (tmp_path / "cut" / "latest").exists()
+    main(ResumeConfig(cut))
+    expected, found = state_of(whole), state_of(cut)
+    assert found["step"] == expected["step"]
+    assert torch.equal(found["rng"], expected["rng"])
+    for part in ("model", "average"):
+        tensors = expected[part]["tensors"] if part == "average" else expected[part]
+        others = found[part]["tensors"] if part == "average" else found[part]
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, others[name]), name
+    for epoch, other in zip(read_metrics(whole, 99), read_metrics(cut, 99), strict=True):
+        same = {"epoch", "step", "train_loss", "val_loss", "top1", "learning_rate", "image_size"}
+        assert epoch.model_dump(include=same) == other.model_dump(include=same)
+
+
+def test_a_complete_run_cannot_be_resumed(tmp_path: Path):
+    checkpoint = main(tiny_config(tmp_path, epochs=1))
+    with pytest.raises(CheckpointError, match="is complete"):
+        main(ResumeConfig(checkpoint.parent))
+
+
+def test_a_run_of_another_variant_cannot_be_resumed(tmp_path: Path):
+    checkpoint = main(tiny_config(tmp_path, epochs=1))
+    with pytest.raises(CheckpointError, match="trains tiny, not v2-s"):
+        main(ResumeConfig(checkpoint.parent, "v2-s"))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_step_and_stage(tmp_path: Path):
+    config = tiny_config(tmp_path)
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=math.inf))
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at step 2 of 22 \(stage 1 of 4, 16 px\)"
+    ):
+        main(config)
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path: Path):
+    def weights(micro_batch_size: int | None) -> dict[str, torch.Tensor]:
+        config = tiny_config(
+            tmp_path / str(micro_batch_size),
+            epochs=1,
+            micro_batch_size=micro_batch_size,
+            stochastic_depth_rate=0.0,
+        )
+        still = replace(config.progressive, mixup_alpha=(0, 0), dropout_rate=(0, 0))
+        model, _ = load_checkpoint(main(replace(config, progressive=still)))
+        return model.state_dict()
+
+    whole, parts = weights(None), weights(64)
+    # Batch norm sees 64 images instead of 128, so the runs are close and not equal.
+    bias = "classifier.1.bias"
+    assert not torch.equal(whole[bias], parts[bias])
+    torch.testing.assert_close(whole[bias], parts[bias], atol=5e-3, rtol=0)
+
+
+def test_bf16_autocast_trains(tmp_path: Path):
+    record = read_checkpoint(main(tiny_config(tmp_path, epochs=1, precision="bf16")))
+    assert record.step == 11
+
+
+def test_the_papers_learning_rate_warms_up_and_decays_in_steps():
+    config = paper_recipe("v2-s").optimizer
+    rates = [learning_rate_at(step, config, 4096, 100, 35_000) for step in range(35_000)]
+    assert rates[0] == pytest.approx(0.256 / 501)
+    assert max(rates) == rates[499] == pytest.approx(0.256 * 500 / 501)
+    assert rates[500] == pytest.approx(0.256 * 0.97**2)
+    assert rates[719] == rates[500] and rates[720] == pytest.approx(rates[719] * 0.97)
+
+
+def test_the_cosine_ends_near_zero_and_scales_with_the_batch():
+    config = digits_recipe("v2-s").optimizer
+    rates = [learning_rate_at(step, config, 64, 10, 100) for step in range(100)]
+    assert max(rates) == pytest.approx(config.learning_rate * 64 / 256)
+    assert rates[-1] < 0.001 * max(rates)
+
+
+def test_biases_and_norms_have_no_weight_decay():
+    state = new_state(digits_recipe("tiny"), 10, torch.device("cpu"))
+    decayed, free = state.optimizer.param_groups
+    assert decayed["weight_decay"] > 0 and free["weight_decay"] == 0
+    assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in free["params"])
+    total = sum(p.numel() for p in state.model.parameters())
+    assert sum(p.numel() for g in (decayed, free) for p in g["params"]) == total
+
+
+def test_the_papers_optimizer_is_tensorflows_rmsprop():
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    module = torch.nn.ParameterList([parameter])
+    optimizer = build_optimizer(module, paper_recipe("v2-s").optimizer)
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.1, 0.0
+    parameter.grad = torch.full((2, 2), 2.0)
+    optimizer.step()
+    # Square average starts at one: 0.9 * 1 + 0.1 * 4 = 1.3; epsilon stands inside the root.
+    assert parameter[0, 0].item() == pytest.approx(1 - 0.1 * 2 / math.sqrt(1.3 + 1e-3))
+
+
+def test_the_average_forgets_the_initial_weights_first_and_then_follows_its_decay():
+    layer = torch.nn.BatchNorm1d(1)
+    average = WeightAverage(layer, decay=0.9)
+    with torch.no_grad():
+        layer.weight.fill_(11.0)
+    layer(torch.randn(8, 1))
+    average.update(layer)
+    assert average.tensors["weight"].item() == pytest.approx(1 + (1 - 2 / 11) * 10)
+    assert average.tensors["num_batches_tracked"].item() == 1
+    for _ in range(200):
+        average.update(layer)
+    before = average.tensors["weight"].item()
+    with torch.no_grad():
+        layer.weight.fill_(before + 1)
+    average.update(layer)
+    assert average.tensors["weight"].item() == pytest.approx(before + 0.1, rel=1e-4)
