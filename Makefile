@@ -38,7 +38,7 @@ demo: setup  ## the whole road on handwritten digits: train, export, measure, re
 	$(RUN) serving/demo.py --report reports/report.html
 
 test: check  ## format, lint, types, import contracts, tests
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist loadfile
 
 check: setup  ## format, lint, types, import contracts
 	.venv/bin/ruff format --check .

@@ -2,7 +2,6 @@
 
 import io
 import math
-import warnings
 from typing import Literal
 
 import numpy as np
@@ -14,6 +13,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_PIXELS = 50_000_000
+
+# Pillow knows more kinds, of which some start other programs (EPS) or hold many pages (PDF).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -40,6 +42,10 @@ class PreprocessSpec(BaseModel):
     """Divides each channel afterwards."""
 
 
+class ImageTooLargeError(ImageError):
+    """An image of more pixels than are decoded."""
+
+
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture of any mode into an upright 8-bit RGB one.
 
@@ -47,29 +53,30 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     and transparent pixels are laid over white.
 
     Raises:
-        ImageError: no image, truncated, or more than `max_pixels`, found before anything is
-        decoded.
+        ImageTooLargeError: more than `max_pixels`, found before anything is decoded.
+        ImageError: no image, or truncated.
     """
     if not data:
         raise ImageError("the image is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            # Our own limit below is lower than the size at which Pillow warns.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"the image has {image.width} x {image.height} pixels, "
-                    f"more than the {max_pixels / 1e6:g} megapixels allowed"
-                )
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > max_pixels:
+            raise ImageTooLargeError(
+                f"the image has {image.width} x {image.height} pixels, "
+                f"more than the {max_pixels / 1e6:g} megapixels allowed"
+            )
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise ImageError(f"these {len(data)} bytes are not an image that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise ImageError(str(error)) from None
+        raise ImageError(
+            f"these {len(data)} bytes are not a picture of a known kind; "
+            f"known: {', '.join(IMAGE_FORMATS)}"
+        ) from None
+    # Pillow's own, far larger limit: an error, or a warning where warnings are errors.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(str(error)) from None
     # What Pillow's decoders raise on damaged data is not one class.
     except (
         OSError,

@@ -76,7 +76,7 @@ def test_a_refused_artifact_leaves_nothing_behind(
 
 def test_too_few_held_out_images_are_an_error(images: np.ndarray, tiny_checkpoint: Path):
     _, record = load_checkpoint(tiny_checkpoint)
-    with pytest.raises(ValueError, match="361 .*|there are 360 held-out images"):
+    with pytest.raises(ValueError, match="there are 360 held-out images"):
         choose_images(load_dataset("digits").val, 361, record.preprocess)
 
 

@@ -61,7 +61,7 @@ def test_pixels_equal_timms_evaluation_transform(interpolation, crop_fraction, s
 def test_golden_pixels_of_a_resized_gradient_do_not_change():
     gradient = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
     found = preprocess(encode(gradient), SPEC.model_copy(update={"image_size": 4}))
-    # Worked out by hand: a triangle of half-width 2 input pixels, cut off and renormalised at edges.
+    # Worked out by hand: a triangle of half-width 2 input pixels, renormalised at the edges.
     expected = [[26, 33, 41, 48], [83, 90, 98, 105], [147, 154, 162, 169], [204, 211, 219, 226]]
     np.testing.assert_allclose((found[0] * 0.5 + 0.5) * 255, expected, atol=1e-3)
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()

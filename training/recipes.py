@@ -68,7 +68,7 @@ def digits_recipe(variant: str) -> TrainConfig:
         progressive=progressive,
         optimizer=OptimizerConfig(
             name="adamw",
-            learning_rate=4e-3,
+            learning_rate=8e-3,
             schedule="cosine",
             warmup_epochs=1,
             weight_decay=0.05,

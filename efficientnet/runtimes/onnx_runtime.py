@@ -1,10 +1,14 @@
 """An ONNX artifact -> ONNX Runtime's CPU provider."""
 
+import os
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
+
+# ONNX Runtime 1.31 for Linux reports to its makers; the variable is read when it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort
 
 from efficientnet.artifact import ArtifactError, read_artifact
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact

@@ -1,0 +1,483 @@
+import asyncio
+import concurrent.futures
+import errno
+import functools
+import http.client
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from efficientnet.datasets import load_dataset
+from efficientnet.preprocess import ImageError, preprocess
+from efficientnet.probabilities import softmax
+from efficientnet.runtimes import open_runtime
+from serving.answers import ModelFacts, Prediction
+from serving.demo import free_port, running_service, stop, wait_until_ready
+from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+BOUNDARY = "picture-boundary"
+
+# The service computes as the shared package does, with a batch of one; only the last digits of
+# float32 may differ when a batch is larger.
+PROBABILITY_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def port(tiny_artifact: Path) -> Iterator[int]:
+    with running_service(tiny_artifact) as port:
+        yield port
+
+
+@pytest.fixture
+def service(port: int) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def service_module(tiny_artifact: Path) -> Iterator[Any]:
+    # Settings are read at import; no other test imports this module.
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # Deprecations inside BentoML's and OpenTelemetry's own imports.
+        warnings.simplefilter("ignore")
+        patch.setenv("CLASSIFIER_ARTIFACT", str(tiny_artifact))
+        yield importlib.import_module("serving.service")
+
+
+@functools.cache
+def digit(index: int = 0) -> bytes:
+    return load_dataset("digits").val[index].read()
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 40, height: int = 30) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def classify(service: httpx.Client, picture: bytes, **fields: str) -> httpx.Response:
+    return service.post("/classify", files={"image": ("picture", picture)}, data=fields)
+
+
+def form(picture: bytes) -> bytes:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="p"\r\n\r\n'
+    return head.encode() + picture + f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+def in_chunks(data: bytes) -> Generator[bytes]:
+    for start in range(0, len(data), 1 << 16):
+        yield data[start : start + (1 << 16)]
+
+
+def assert_lives(service: httpx.Client) -> None:
+    assert service.get("/livez").status_code == 200
+    assert classify(service, digit()).status_code == 200
+
+
+def assert_refuses(response: httpx.Response, status: int, reason: str) -> None:
+    assert (response.status_code, list(response.json())) == (status, ["error"])
+    assert reason in response.json()["error"]
+
+
+def test_served_probabilities_equal_those_of_the_artifact_in_a_batch(
+    service: httpx.Client, tiny_artifact: Path
+) -> None:
+    runtime = open_runtime(tiny_artifact)
+    pictures = [digit(index) for index in range(8)]
+    images = np.stack([preprocess(picture, runtime.info.preprocess) for picture in pictures])
+    expected = softmax(runtime.infer(images))
+    for picture, probabilities in zip(pictures, expected, strict=True):
+        answer = classify(service, picture, top_k="10").json()
+        served = {prediction["class_index"]: prediction["probability"] for prediction in answer}
+        for index, probability in enumerate(probabilities):
+            assert served[index] == pytest.approx(probability, abs=PROBABILITY_TOLERANCE)
+
+
+def test_answer_names_five_classes_and_the_most_probable_first(service: httpx.Client) -> None:
+    answer = classify(service, digit()).json()
+    assert [set(prediction) for prediction in answer] == [
+        {"label", "class_index", "probability"}
+    ] * 5
+    probabilities = [prediction["probability"] for prediction in answer]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert all(prediction["label"] == str(prediction["class_index"]) for prediction in answer)
+
+
+def test_top_k_is_taken_from_the_form_or_the_address(service: httpx.Client) -> None:
+    files = {"image": ("picture", digit())}
+    assert len(classify(service, digit(), top_k="2").json()) == 2
+    assert len(service.post("/classify?top_k=3", files=files).json()) == 3
+
+
+def test_top_k_above_the_number_of_classes_gives_all_of_them(service: httpx.Client) -> None:
+    answer = classify(service, digit(), top_k="1000").json()
+    assert len(answer) == 10
+    assert sum(prediction["probability"] for prediction in answer) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("top_k", ["0", "-1", "2.5", "many"])
+def test_top_k_that_is_no_count_is_refused(service: httpx.Client, top_k: str) -> None:
+    reason = f"top_k is '{top_k}', expected a whole number of at least 1"
+    assert_refuses(classify(service, digit(), top_k=top_k), 422, reason)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_pictures_of_every_mode_are_classified(service: httpx.Client, mode: str) -> None:
+    image = noise()
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    picture = encoded(image if mode == "I;16" else image.convert(mode))
+    assert Image.open(io.BytesIO(picture)).mode == mode
+    assert len(classify(service, picture).json()) == 5
+
+
+def test_cmyk_pictures_are_classified(service: httpx.Client) -> None:
+    assert len(classify(service, encoded(noise().convert("CMYK"), "JPEG")).json()) == 5
+
+
+def test_picture_turned_by_exif_is_classified_upright(service: httpx.Client) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a viewer turns it by 90 degrees clockwise
+    lying = encoded(noise().transpose(Image.Transpose.ROTATE_90), exif=exif)
+    assert classify(service, lying).json() == classify(service, encoded(noise())).json()
+
+
+REFUSED = {
+    "empty": (b"", 422, "the image is empty (0 bytes)"),
+    "text": (b"what is in this picture?", 422, "not an image"),
+    "truncated": (encoded(noise(300, 300), "JPEG")[:4000], 422, "damaged or truncated"),
+    "51 megapixels": (encoded(Image.new("L", (8000, 6400))), 413, "50 megapixels"),
+    "400 megapixels": (encoded(Image.new("1", (20000, 20000))), 413, "400000000 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_upload_that_is_no_usable_picture_is_refused(service: httpx.Client, name: str) -> None:
+    picture, status, reason = REFUSED[name]
+    assert_refuses(classify(service, picture), status, reason)
+    assert_lives(service)
+
+
+def test_picture_of_exactly_the_largest_size_is_taken(service: httpx.Client) -> None:
+    # Pillow does not mind bytes behind the end of a PNG.
+    picture = digit().ljust(20_000_000, b"\0")
+    assert classify(service, picture).json() == classify(service, digit()).json()
+
+
+@pytest.mark.parametrize("num_bytes", [20_000_001, 25_000_000])
+@pytest.mark.parametrize("connection", ["keep-alive", "close"])
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["declared", "chunked"])
+def test_client_that_sends_too_much_reads_the_reason(
+    port: int, service: httpx.Client, num_bytes: int, connection: str, is_chunked: bool
+) -> None:
+    body = form(digit().ljust(num_bytes, b"\0"))
+    headers = {
+        "Content-Type": f"multipart/form-data; boundary={BOUNDARY}",
+        "Connection": connection,
+    }
+    if is_chunked:
+        headers["Transfer-Encoding"] = "chunked"
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    client.request(
+        "POST",
+        "/classify",
+        in_chunks(body) if is_chunked else body,
+        headers,
+        encode_chunked=is_chunked,
+    )
+    response = client.getresponse()
+    assert response.status == 413
+    assert "larger than the 20 MB allowed" in json.loads(response.read())["error"]
+    client.close()
+    assert_lives(service)
+
+
+def test_form_without_a_picture_file_is_refused(service: httpx.Client) -> None:
+    missing = service.post("/classify", data={"top_k": "1"})
+    assert_refuses(missing, 422, "the field 'image' is missing; send it as a form field")
+    text = service.post("/classify", data={"image": "http://127.0.0.1/picture.png"})
+    assert_refuses(text, 422, "the field 'image' is text, expected a picture file")
+    raw = service.post("/classify", content=digit(), headers={"Content-Type": "image/png"})
+    assert_refuses(raw, 422, "the field 'image' is missing")
+    headers = {"Content-Type": "multipart/form-data; boundary=other"}
+    broken = service.post("/classify", content=form(digit()), headers=headers)
+    assert_refuses(broken, 400, "the form cannot be read")
+
+
+def test_wrong_address_and_wrong_method_are_json_errors(service: httpx.Client) -> None:
+    assert_refuses(service.get("/pictures"), 404, "there is nothing at /pictures; see /docs")
+    assert_refuses(service.get("/classify"), 405, "/classify does not take GET, use POST")
+
+
+def test_client_that_vanishes_while_sending_does_no_harm(port: int, service: httpx.Client) -> None:
+    head = (
+        "POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n"
+        f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n\r\n"
+    )
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(head.encode() + form(bytes(100_000)))
+    assert_lives(service)
+
+
+def test_many_requests_at_once_get_the_answers_of_their_own_pictures(
+    service: httpx.Client,
+) -> None:
+    pictures = [digit(index % 5) for index in range(30)]
+    expected = [classify(service, digit(index)).json() for index in range(5)]
+    with concurrent.futures.ThreadPoolExecutor(30) as pool:
+        answers = list(pool.map(lambda picture: classify(service, picture).json(), pictures))
+    assert answers == [expected[index % 5] for index in range(30)]
+
+
+def test_health_metrics_and_model_are_answered(service: httpx.Client) -> None:
+    assert service.get("/livez").status_code == 200
+    assert service.get("/readyz").status_code == 200
+    assert "bentoml_service_request_total" in service.get("/metrics").text
+    facts = ModelFacts.model_validate(service.get("/model").json())
+    assert (facts.variant, facts.image_size, facts.num_classes) == ("tiny", 32, 10)
+
+
+def test_docs_and_page_need_no_other_host(service: httpx.Client) -> None:
+    docs = service.get("/docs").text
+    addresses = re.findall(r'(?:src|href)="([^"]+)"', docs)
+    assert len(addresses) == 3
+    assert all(service.get(address).status_code == 200 for address in addresses)
+    page = service.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert not re.search(r"""(?:src|href)=["'](?:https?:)?//|@import|url\(http""", page.text)
+    assert service.head("/").status_code == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_no_torch_in_the_service_process(service: httpx.Client) -> None:
+    assert_lives(service)
+    workers = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "_bentoml_impl.worker.service" in process.cmdline()
+    ]
+    assert workers
+    for worker in workers:
+        maps = Path(f"/proc/{worker.pid}/maps").read_text()
+        assert "onnxruntime" in maps
+        assert "torch" not in maps
+
+
+def test_importing_the_service_does_not_import_torch() -> None:
+    code = "import sys, serving.service; print('torch' in sys.modules)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "False"
+
+
+def test_classifier_works_without_a_server_and_is_ready_after_its_constructor(
+    service_module: Any,
+) -> None:
+    classifier = service_module.Classifier()
+    assert classifier.__is_ready__()
+    (best,) = classifier.classify(digit(), top_k=1)
+    assert best.label == str(best.class_index)
+    with pytest.raises(ImageError, match="not an image"):
+        classifier.classify(b"text", top_k=1)
+    classifier.stop_pool()
+
+
+class FailingClassifier:
+    """Has a bug that shows with every picture."""
+
+    settings = Settings()
+
+    def __init__(self) -> None:
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def classify(self, data: bytes, top_k: int) -> list[Prediction]:
+        raise IndexError("list index out of range")
+
+
+@pytest.fixture
+def failing_app(service_module: Any) -> Iterator[Any]:
+    app = service_module.app
+    app.state.classifier = FailingClassifier()
+    yield app
+    app.state.classifier.pool.shutdown()
+
+
+def post_in_process(app: Any, picture: bytes) -> httpx.Response:
+    async def post() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/classify", files={"image": ("picture", picture)})
+
+    return asyncio.run(post())
+
+
+def test_bug_is_answered_in_json_without_its_details(failing_app: Any) -> None:
+    assert_refuses(post_in_process(failing_app, digit()), 500, "the service failed")
+
+
+def test_full_disk_is_said_plainly(failing_app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_is_full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", disk_is_full)
+    response = post_in_process(failing_app, bytes(2_000_000))
+    assert_refuses(response, 507, "the disk of the service is full")
+
+
+def test_settings_come_from_the_environment() -> None:
+    assert read_settings({}) == Settings()
+    assert read_settings({"CLASSIFIER_ARTIFACT": ""}).artifact == DEFAULT_ARTIFACT
+    settings = read_settings({"CLASSIFIER_ARTIFACT": "artifacts/x", "CLASSIFIER_TIMEOUT_S": "7"})
+    assert (settings.artifact, settings.timeout_s) == (ROOT / "artifacts" / "x", 7)
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "lots"])
+def test_setting_that_is_no_count_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=f"CLASSIFIER_NUM_THREADS is '{value}', expected a whole"):
+        read_settings({"CLASSIFIER_NUM_THREADS": value})
+
+
+def serve(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "serving/run.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_taken_port_is_said_plainly(tiny_artifact: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = serve("--artifact", str(tiny_artifact), "--port", str(port))
+    assert result.returncode == 1
+    assert f"error: port {port} is taken by another program" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_damaged_artifact_is_refused_before_the_service_starts(
+    tiny_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_artifact, damaged)
+    with (damaged / "model.onnx").open("ab") as program:
+        program.write(b"!")
+    for directory, reason in (
+        (damaged, "is damaged: its SHA-256 is"),
+        (tiny_checkpoint, "is not an artifact: there is no manifest.json in it"),
+    ):
+        result = serve("--artifact", str(directory))
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ")
+        assert reason in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_wrong_flags_and_variables_are_refused() -> None:
+    host = serve("--host", "localhost.example")
+    assert (host.returncode, "expected an IP" in host.stderr) == (2, True)
+    port = serve("--port", "70000")
+    assert (port.returncode, "expected 1 to 65535" in port.stderr) == (2, True)
+    variable = serve(CLASSIFIER_TIMEOUT_S="soon")
+    assert (variable.returncode, "CLASSIFIER_TIMEOUT_S is 'soon'" in variable.stderr) == (1, True)
+
+
+def test_demo_classifies_a_held_out_picture_and_leaves_nothing_running(
+    tiny_artifact: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("<html></html>")
+    command = [sys.executable, str(ROOT / "serving" / "demo.py")]
+    command += ["--artifact", str(tiny_artifact), "--report", str(report)]
+    before = set(psutil.pids())
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    answer = [Prediction.model_validate(p) for p in json.loads(result.stdout.splitlines()[-1])]
+    assert len(answer) == 5
+    assert (tmp_path / "reports" / "demo" / "digits-0002.png").read_bytes() == digit()
+    assert "the class '2'" in result.stderr
+    assert str(report) in result.stderr
+    assert f"serving/run.py --artifact {os.path.relpath(tiny_artifact, tmp_path)}" in result.stderr
+    assert not [pid for pid in set(psutil.pids()) - before if serves(pid, tiny_artifact)]
+
+
+def serves(pid: int, artifact: Path) -> bool:
+    try:
+        return psutil.Process(pid).environ().get("CLASSIFIER_ARTIFACT") == str(artifact)
+    except psutil.Error:
+        return False
+
+
+def has_uv() -> bool:
+    return shutil.which("uv") is not None or importlib.util.find_spec("uv") is not None
+
+
+@pytest.mark.skipif(not has_uv(), reason="bentoml build would install uv from the network")
+def test_built_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_path: Path) -> None:
+    project, home = tmp_path / "project", tmp_path / "home"
+    home.mkdir()
+    for folder in ("serving", "efficientnet"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, project / folder, ignore=ignore)
+    for file in ("bentofile.yaml", "pyproject.toml", ".gitignore"):
+        shutil.copy(ROOT / file, project)
+    shutil.copytree(tiny_artifact, project / "artifacts" / "v2-s" / "onnxruntime-fp32")
+    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
+    bentoml = [sys.executable, "-m", "bentoml"]
+    built = subprocess.run(
+        [*bentoml, "build", "--output", "tag"],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    tag = built.stdout.strip().removeprefix("__tag__:")
+    port = free_port()
+    log = tmp_path / "service.log"
+    with log.open("wb") as log_file:
+        process = subprocess.Popen(
+            [*bentoml, "serve", tag, "--host", "127.0.0.1", "--port", str(port)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_until_ready(process, port, log)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as service:
+            assert len(classify(service, digit()).json()) == 5
+            assert "What is in the picture?" in service.get("/").text
+    finally:
+        stop(process)
