@@ -20,6 +20,18 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "IC
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
+# What Pillow's decoders raise on damaged data is not one class.
+DECODER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    TypeError,
+    ArithmeticError,
+)
+
+
 class ImageError(ValueError):
     """Bytes that cannot be used as an image: damaged, of an unknown kind, or too large."""
 
@@ -71,23 +83,14 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise
     except Image.UnidentifiedImageError:
         raise ImageError(
-            f"these {len(data)} bytes are not a picture of a known kind; "
+            f"these {len(data)} bytes are not an image of a known kind; "
             f"known: {', '.join(IMAGE_FORMATS)}"
         ) from None
     # Pillow's own, far larger limit: an error, or a warning where warnings are errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(str(error)) from None
-    # What Pillow's decoders raise on damaged data is not one class.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        TypeError,
-        ArithmeticError,
-    ) as e:
-        raise ImageError(f"the image is damaged or truncated: {e}") from None
+    except DECODER_ERRORS as error:
+        raise ImageError(f"the image is damaged or truncated: {error}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
