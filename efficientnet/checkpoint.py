@@ -155,6 +155,6 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     if not latest.exists():
         raise CheckpointError(
             f"no complete run under {runs.resolve()}: train one with "
-            "'python training/run.py v2-s', or name a checkpoint with --checkpoint"
+            "'python training/run.py v2-s', or name a checkpoint directory"
         )
     return latest.resolve() / "checkpoint"

@@ -27,7 +27,9 @@ def parse_flags(
     Wrong flags end the process with exit code 2, and so does a ValueError of the dataclass's own
     checks.
     """
-    return tyro.cli(config_class, args=args, description=doc, config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(
+        config_class, args=args, description=doc, config=(tyro.conf.FlagCreatePairsOff,)
+    )
 
 
 def run_command(

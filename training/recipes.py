@@ -31,7 +31,7 @@ PAPER_OPTIMIZER = OptimizerConfig(
 DIGITS_PROGRESSIVE = {
     "tiny": ProgressiveConfig((16, 32), (3, 6), (0, 0.1), (0.0, 0.1)),
 }
-DIGITS_PROGRESSIVE_DEFAULT = ProgressiveConfig((40, 64), (3, 8), (0, 0.1), (0.1, 0.2))
+DIGITS_PROGRESSIVE_DEFAULT = ProgressiveConfig((40, 64), (3, 6), (0, 0.1), (0.1, 0.2))
 
 
 def paper_recipe(variant: str) -> TrainConfig:
@@ -68,18 +68,18 @@ def digits_recipe(variant: str) -> TrainConfig:
         progressive=progressive,
         optimizer=OptimizerConfig(
             name="adamw",
-            learning_rate=8e-3,
+            learning_rate=1.2e-2,
             schedule="cosine",
             warmup_epochs=1,
             weight_decay=0.05,
             ema_decay=0.98,
         ),
-        epochs=14,
+        epochs=13,
         batch_size=32,
         eval_image_size=progressive.image_size[1],
         crop_fraction=None,
         interpolation="bicubic",
-        min_crop_area=0.7,
+        min_crop_area=0.8,
         horizontal_flip=False,
         num_randaugment_layers=1,
         label_smoothing=0.1,

@@ -1,0 +1,170 @@
+"""Artifacts and checkpoints -> top-1 and top-5 of each on all held-out images: AccuracyRecords.
+
+Without a path: the checkpoint of the newest complete run and every artifact made of it.
+
+    python perf/accuracy.py
+    python perf/accuracy.py artifacts/v2-s/onnxruntime-fp32 --predictions predictions.jsonl
+"""
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from efficientnet.command import parse_flags, run_command
+from efficientnet.datasets import Dataset, sha256_of_samples
+from efficientnet.environment import current_environment
+from efficientnet.probabilities import top_classes
+from efficientnet.records import AccuracyRecord, append_record
+from efficientnet.runtimes import open_runtime
+from perf.predictions import Predictions, predict, write_predictions
+from perf.programs import (
+    Program,
+    data_name,
+    load_held_out,
+    read_programs,
+    require_different_paths,
+    require_writable,
+)
+from perf.tables import Table, format_percent
+
+DEFAULT_BATCH_SIZE = 32
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AccuracyConfig:
+    """Settings of an evaluation."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Artifact and checkpoint directories; none = the newest complete run's checkpoint and the
+    artifacts made of it."""
+
+    data: Path | None = None
+    """Folder whose held-out images are classified; None = what each program was trained on."""
+
+    batch_size: int | None = None
+    """Images per call, at least 1; None = 32, or the most that an artifact takes."""
+
+    predictions: Path | None = None
+    """File for one JSON line per image (name, label, probabilities), of one path only; None = not
+    written."""
+
+    output: Path = Path("reports/accuracy.jsonl")
+    """File that the records are appended to."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"--batch-size is {self.batch_size}, expected at least 1")
+        if self.predictions is not None and len(self.paths) > 1:
+            raise ValueError(
+                f"--predictions takes the answers of one program, {len(self.paths)} paths are "
+                "given; run the command once for each"
+            )
+        require_different_paths(self.paths)
+
+
+def main(config: AccuracyConfig) -> Path:
+    """Classify all held-out images with each program and append the records.
+
+    Raises:
+        FileNotFoundError: a path or the data is not there.
+        ArtifactError, CheckpointError: a path is not what it should be.
+        ValueError: the classes of the data are not the program's, or the batch is too large.
+        DatasetError: 1 % or more of the images cannot be decoded.
+    """
+    programs = read_programs(config.paths)
+    if config.predictions is not None and len(programs) > 1:
+        raise ValueError(
+            f"--predictions takes the answers of one program, there are {len(programs)}: name one, "
+            f"for instance {programs[0].path}"
+        )
+    batch_sizes = [_batch_size(program, config.batch_size) for program in programs]
+    datasets = [_load(program, config.data) for program in programs]
+    require_writable(config.output, "--output")
+    if config.predictions is not None:
+        require_writable(config.predictions, "--predictions")
+    rows: list[tuple[str, ...]] = []
+    for program, dataset, batch_size in zip(programs, datasets, batch_sizes, strict=True):
+        started_at = datetime.now(UTC)
+        log.info("%s: %d held-out images of %s", program.path, len(dataset.val), dataset.source)
+        predictions = predict(open_runtime(program.path), dataset.val, batch_size)
+        for problem in predictions.broken:
+            log.warning("left out, cannot be decoded: %s", problem)
+        record = _make_record(program, dataset, predictions, started_at)
+        if config.predictions is not None:
+            write_predictions(config.predictions, predictions)
+            log.info("predictions: %s", config.predictions)
+        append_record(config.output, record)
+        numbers = (format_percent(record.top1), format_percent(record.top5))
+        rows.append((str(program.path), *numbers, f"{record.num_images:,}"))
+    columns = ("program", "top-1", "top-5", "images")
+    log.info("%s", Table(columns, tuple(rows), frozenset(columns[:1])).aligned_text())
+    return config.output
+
+
+def top_k_accuracy(predictions: Predictions, k: int) -> float:
+    """Return the share of images whose label is among the k most probable classes.
+
+    With fewer than k classes it is among them always.
+    """
+    labels = np.asarray([sample.label for sample in predictions.samples])
+    best = top_classes(predictions.probabilities, k)
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def _batch_size(program: Program, asked: int | None) -> int:
+    most = program.max_batch_size
+    if asked is None:
+        return DEFAULT_BATCH_SIZE if most is None else min(DEFAULT_BATCH_SIZE, most)
+    if most is not None and asked > most:
+        raise ValueError(
+            f"--batch-size is {asked}, {program.path} takes at most {most} images in a call; "
+            "lower it, or export with a larger --max-batch-size"
+        )
+    return asked
+
+
+def _load(program: Program, data: Path | None) -> Dataset:
+    dataset = load_held_out(program, data)
+    if dataset.class_names != program.class_names:
+        raise ValueError(
+            f"the classes of {dataset.source} are not those of {program.path}: "
+            f"{_some(dataset.class_names)} against {_some(program.class_names)}; "
+            "give the data it was trained for with --data"
+        )
+    return dataset
+
+
+def _some(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{len(names)} ({shown}{', ...' if len(names) > 5 else ''})"
+
+
+def _make_record(
+    program: Program, dataset: Dataset, predictions: Predictions, started_at: datetime
+) -> AccuracyRecord:
+    return AccuracyRecord(
+        program_sha256=program.program_sha256,
+        checkpoint_sha256=program.checkpoint_sha256,
+        variant=program.variant,
+        runtime=program.runtime,
+        precision=program.precision,
+        image_size=program.preprocess.image_size,
+        data=data_name(dataset),
+        environment=current_environment(),
+        started_at=started_at,
+        top1=top_k_accuracy(predictions, 1),
+        top5=top_k_accuracy(predictions, 5),
+        num_images=len(predictions.samples),
+        dataset_sha256=sha256_of_samples(predictions.samples),
+    )
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(AccuracyConfig, __doc__), main)

@@ -1,0 +1,119 @@
+"""A report and its records -> reports/published/<date>-<device>/, and the README's table."""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from efficientnet.atomic import replaced_directory, write_text
+from efficientnet.environment import EnvironmentRecord
+from efficientnet.errors import PipelineError
+from perf.document import Document
+from perf.page import PICTURE_TEXT, to_markdown
+from perf.results import result_tables
+from perf.rows import Group, Joined, Row
+
+BEGIN = "<!-- results: written by perf/report.py -->"
+END = "<!-- /results -->"
+
+PICTURE_FILE = "latency.png"
+
+
+class PublishError(PipelineError):
+    """A report that cannot be published: no place in the README, or a file is missing."""
+
+
+def publish(
+    joined: Joined,
+    document: Document,
+    picture: bytes,
+    latency_path: Path,
+    published: Path,
+    readme: Path,
+) -> Path:
+    """Write the report's own directory and the README's table; return the directory.
+
+    Raises:
+        PublishError: the README has no place for the table, or samples are missing; nothing has
+        been written then.
+    """
+    text = _read_readme(readme)
+    rows = [row for group in joined.groups for row in group.rows]
+    newest = max(row.latency.started_at for row in rows)
+    directory = published / f"{newest:%Y-%m-%d}-{device_slug(joined.groups)}"
+    used = _used_records(rows)
+    samples = [latency_path.parent / s for s in _sample_files(rows)]
+    for path in samples:
+        if not path.is_file():
+            raise PublishError(f"the samples {path} are missing; measure again")
+    with replaced_directory(directory) as fresh:
+        for name, lines in used.items():
+            (fresh / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for path in samples:
+            shutil.copyfile(path, fresh / path.name)
+        (fresh / PICTURE_FILE).write_bytes(picture)
+        (fresh / "report.md").write_text(to_markdown(document, PICTURE_FILE), encoding="utf-8")
+    link = Path(os.path.relpath(directory, readme.parent)).as_posix()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    table = readme_results(joined, document, link)
+    write_text(readme, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+    return directory
+
+
+def readme_results(joined: Joined, document: Document, link: str) -> str:
+    """Write what stands in the README: verdict, tables, picture and where the rest is."""
+    parts = list(document.verdict)
+    for group in joined.groups:
+        for heading, table in result_tables(group):
+            parts += [f"**{heading}**", table.markdown()]
+    parts.append(f"![{PICTURE_TEXT}]({link}/{PICTURE_FILE})")
+    subtitle = document.subtitle[0].upper() + document.subtitle[1:]
+    parts.append(
+        f"{subtitle}. [How it was measured, the environment, and all samples]({link}/report.md)."
+    )
+    return "\n\n".join(parts)
+
+
+def device_slug(groups: Sequence[Group]) -> str:
+    """Name the devices for a directory: lower case words with hyphens."""
+    slugs = sorted({_slug(group.environment) for group in groups})
+    return "+".join(slugs)
+
+
+def _slug(environment: EnvironmentRecord) -> str:
+    device = environment.gpus[0].partition(",")[0] if environment.gpus else environment.cpu
+    plain = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+-core)\b", " ", device.lower())
+    name = "-".join(re.findall(r"[a-z0-9]+", plain)) or "unknown"
+    return name if environment.gpus else f"{name}-{environment.num_cores}-cores"
+
+
+def _read_readme(readme: Path) -> str:
+    if not readme.is_file():
+        raise PublishError(f"there is no {readme} to write the table into")
+    text = readme.read_text(encoding="utf-8")
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        raise PublishError(
+            f"{readme} has no place for the table; add these two lines where it belongs: "
+            f"'{BEGIN}' and '{END}'"
+        )
+    return text
+
+
+def _used_records(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Collect the lines of the published records: those shown, and their eager references."""
+    all_rows = [*rows, *(row.eager for row in rows if row.eager)]
+    return {
+        "latency.jsonl": list(dict.fromkeys(r.latency.model_dump_json() for r in all_rows)),
+        "accuracy.jsonl": list(dict.fromkeys(r.accuracy.model_dump_json() for r in all_rows)),
+    }
+
+
+def _sample_files(rows: Sequence[Row]) -> list[str]:
+    all_rows = [*rows, *(row.eager for row in rows if row.eager)]
+    names = dict.fromkeys(
+        r.latency.samples_ms for r in all_rows if isinstance(r.latency.samples_ms, str)
+    )
+    return [name for name in names if isinstance(name, str)]

@@ -1,0 +1,234 @@
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from efficientnet.artifact import ArtifactError, read_artifact
+from efficientnet.datasets import DatasetError, Sample, load_dataset, sha256_of_samples
+from efficientnet.preprocess import PreprocessSpec, preprocess
+from efficientnet.probabilities import softmax
+from efficientnet.records import AccuracyRecord, read_records
+from efficientnet.runtimes import ProgramInfo, open_runtime
+from perf import accuracy
+from perf.accuracy import AccuracyConfig, top_k_accuracy
+from perf.predictions import Predictions, predict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SPEC = PreprocessSpec(
+    image_size=4, interpolation="bilinear", crop_fraction=None, mean=(0, 0, 0), std=(1, 1, 1)
+)
+
+
+class BrightnessRuntime:
+    """Tells the class from the red channel, which make_sample sets."""
+
+    def __init__(self, num_classes: int, answers: float | None = None) -> None:
+        self.batch_sizes: list[int] = []
+        self._answers = answers
+        self.info = ProgramInfo(
+            program_sha256="0" * 64,
+            variant="tiny",
+            runtime="brightness",
+            precision="fp32",
+            preprocess=SPEC,
+            class_names=tuple(map(str, range(num_classes))),
+            data="nowhere",
+            max_batch_size=None,
+            flops_per_image=0,
+            weight_bytes=0,
+        )
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        self.batch_sizes.append(len(images))
+        red = np.round(images[:, 0, 0, 0] * 255).astype(int)
+        logits = np.zeros((len(images), len(self.info.class_names)), dtype=np.float32)
+        logits[np.arange(len(images)), red] = 5 if self._answers is None else self._answers
+        return logits
+
+
+def make_sample(name: str, label: int, looks_like: int | None = None) -> Sample:
+    buffer = io.BytesIO()
+    red = label if looks_like is None else looks_like
+    Image.new("RGB", (4, 4), (red, 0, 0)).save(buffer, format="PNG")
+    return Sample(name, label, buffer.getvalue())
+
+
+def make_predictions(probabilities: list[list[float]], labels: list[int]) -> Predictions:
+    samples = tuple(Sample(str(i), label, b"") for i, label in enumerate(labels))
+    return Predictions(samples, np.asarray(probabilities), ())
+
+
+def write_folder(folder: Path, num_images: int, num_broken: int) -> Path:
+    """Write `train` and `val` of the ten digits; the first images of val are broken."""
+    for part, count in (("train", 1), ("val", num_images // 10)):
+        for label in range(10):
+            (folder / part / str(label)).mkdir(parents=True)
+            for index in range(count):
+                path = folder / part / str(label) / f"{index:03d}.png"
+                path.write_bytes(make_sample("", label).read())
+    for index in range(num_broken):
+        (folder / "val" / "0" / f"{index:03d}.png").write_bytes(b"not an image")
+    return folder
+
+
+def test_top1_and_top5_of_known_probabilities():
+    rows = [
+        [0.4, 0.2, 0.15, 0.1, 0.08, 0.07],
+        [0.4, 0.2, 0.15, 0.1, 0.08, 0.07],
+        [0.4, 0.2, 0.15, 0.1, 0.08, 0.07],
+        [0.07, 0.08, 0.1, 0.15, 0.2, 0.4],
+    ]
+    predictions = make_predictions(rows, [0, 4, 5, 5])
+
+    assert top_k_accuracy(predictions, 1) == 0.5
+    assert top_k_accuracy(predictions, 5) == 0.75
+
+
+def test_with_fewer_than_five_classes_top5_is_1():
+    predictions = make_predictions([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0]], [2, 1])
+
+    assert top_k_accuracy(predictions, 5) == 1.0
+
+
+def test_predictions_keep_the_order_of_the_samples_over_batches():
+    samples = [make_sample(f"{i}.png", label=i % 3) for i in range(11)]
+    runtime = BrightnessRuntime(num_classes=3)
+
+    predictions = predict(runtime, samples, batch_size=4)
+
+    assert runtime.batch_sizes == [4, 4, 3]
+    assert predictions.samples == tuple(samples)
+    assert predictions.probabilities.argmax(axis=1).tolist() == [i % 3 for i in range(11)]
+    assert predictions.probabilities.sum(axis=1) == pytest.approx(1.0)
+
+
+def test_a_few_broken_images_are_named_and_left_out():
+    samples = [make_sample(f"{i}.png", label=i % 3) for i in range(201)]
+    samples[7] = Sample("damaged.png", 1, b"not an image")
+
+    predictions = predict(BrightnessRuntime(3), samples, batch_size=8)
+
+    assert len(predictions.samples) == len(predictions.probabilities) == 200
+    assert predictions.broken[0].startswith("damaged.png: ")
+    assert top_k_accuracy(predictions, 1) == 1.0
+
+
+def test_one_percent_of_broken_images_is_an_error():
+    samples = [make_sample(f"{i}.png", label=i % 3) for i in range(100)]
+    samples[99] = Sample("damaged.png", 1, b"not an image")
+
+    with pytest.raises(DatasetError, match=r"1 of 100 .* 1% or more is an error: damaged\.png"):
+        predict(BrightnessRuntime(3), samples, batch_size=8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_answer_that_is_no_number_is_an_error(value: float):
+    samples = [make_sample(f"{i}.png", label=0) for i in range(3)]
+
+    with pytest.raises(ArtifactError, match="answers NaN or infinity"):
+        predict(BrightnessRuntime(3, value), samples, batch_size=8)
+
+
+def test_the_command_measures_checkpoint_and_artifact_alike(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
+):
+    output = tmp_path / "accuracy.jsonl"
+
+    made = accuracy.main(AccuracyConfig((tiny_checkpoint, tiny_artifact), output=output))
+
+    eager, onnx = read_records(made, AccuracyRecord)
+    val = load_dataset("digits").val
+    manifest = read_artifact(tiny_artifact)
+    assert (eager.runtime, onnx.runtime) == ("torch", "onnxruntime")
+    assert (eager.top1, eager.top5) == (onnx.top1, onnx.top5)
+    assert eager.num_images == onnx.num_images == 360
+    assert eager.dataset_sha256 == onnx.dataset_sha256 == sha256_of_samples(val)
+    assert eager.data == "digits"
+    assert onnx.program_sha256 == manifest.program_sha256
+    assert onnx.checkpoint_sha256 == eager.program_sha256 == manifest.checkpoint_sha256
+
+
+def test_the_predictions_are_the_softmax_of_the_runtime(tiny_artifact: Path, tmp_path: Path):
+    command = [sys.executable, str(ROOT / "perf" / "accuracy.py"), str(tiny_artifact)]
+    flags = ["--predictions", "predictions.jsonl", "--batch-size", "7"]
+    done = subprocess.run(
+        [*command, *flags], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "reports/accuracy.jsonl"
+    text = (tmp_path / "predictions.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    val = load_dataset("digits").val
+    assert [(line["name"], line["label"]) for line in lines] == [(s.name, s.label) for s in val]
+    runtime = open_runtime(tiny_artifact)
+    images = np.stack([preprocess(sample.read(), runtime.info.preprocess) for sample in val[:5]])
+    # Another batch size, another order of additions: far below the 1e-5 that a service may differ.
+    expected = softmax(runtime.infer(images))
+    assert np.asarray([line["probabilities"] for line in lines[:5]]) == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+def test_a_folder_of_the_same_classes_takes_the_place_of_the_data(
+    tiny_artifact: Path, tmp_path: Path
+):
+    folder = write_folder(tmp_path / "pictures", num_images=210, num_broken=1)
+    output = tmp_path / "accuracy.jsonl"
+
+    accuracy.main(AccuracyConfig((tiny_artifact,), data=folder, output=output))
+
+    (record,) = read_records(output, AccuracyRecord)
+    assert (record.data, record.num_images) == ("pictures", 209)
+
+
+def test_too_many_broken_images_leave_nothing_behind(tiny_artifact: Path, tmp_path: Path):
+    folder = write_folder(tmp_path / "pictures", num_images=100, num_broken=2)
+    output, predictions = tmp_path / "accuracy.jsonl", tmp_path / "predictions.jsonl"
+
+    with pytest.raises(DatasetError, match="cannot be decoded"):
+        accuracy.main(
+            AccuracyConfig((tiny_artifact,), data=folder, output=output, predictions=predictions)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_other_classes_are_an_error_before_any_work(tiny_artifact: Path, tmp_path: Path):
+    folder = write_folder(tmp_path / "pictures", num_images=10, num_broken=0)
+    for part in ("train", "val"):
+        (folder / part / "9").rename(folder / part / "nine")
+
+    with pytest.raises(ValueError, match=r"the classes of .*pictures are not those of"):
+        accuracy.main(
+            AccuracyConfig((tiny_artifact,), data=folder, output=tmp_path / "accuracy.jsonl")
+        )
+
+
+def test_a_missing_folder_is_an_error_that_says_what_is_expected(
+    tiny_artifact: Path, tmp_path: Path
+):
+    with pytest.raises(FileNotFoundError, match="no data at"):
+        accuracy.main(AccuracyConfig((tiny_artifact,), data=tmp_path / "nothing"))
+
+
+def test_predictions_are_of_one_program(tiny_artifact: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_artifact, copy)
+
+    with pytest.raises(ValueError, match="--predictions takes the answers of one program"):
+        AccuracyConfig((tiny_artifact, copy), predictions=tmp_path / "predictions.jsonl")
+
+
+def test_a_batch_that_the_artifact_does_not_take_is_an_error(tiny_artifact: Path):
+    with pytest.raises(ValueError, match="takes at most 64 images in a call"):
+        accuracy.main(AccuracyConfig((tiny_artifact,), batch_size=65))
+    with pytest.raises(ValueError, match="--batch-size is 0"):
+        AccuracyConfig((tiny_artifact,), batch_size=0)

@@ -1,0 +1,418 @@
+import dataclasses
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientnet.artifact import ArtifactError
+from efficientnet.command import parse_flags
+from efficientnet.datasets import DatasetError, Sample, load_dataset
+from efficientnet.preprocess import PreprocessSpec, preprocess
+from efficientnet.records import LatencyRecord, read_records
+from perf import latency, recording
+from perf.inputs import map_inputs, prepare_inputs, rotate
+from perf.latency import LatencyConfig, choose_batch_sizes
+from perf.programs import read_program, read_programs
+from perf.recording import results_table
+from perf.workers import Worker, WorkerError
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, str(ROOT / "perf" / "latency.py")]
+
+SPEC = PreprocessSpec(
+    image_size=8, interpolation="bilinear", crop_fraction=None, mean=(0, 0, 0), std=(1, 1, 1)
+)
+TINY_PREPROCESS = SPEC.model_copy(update={"image_size": 32})
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory):
+    """One real run of the command on a checkpoint and an artifact."""
+    folder = tmp_path_factory.mktemp("latency")
+    flags = ["--seconds", "0.2", "--turns", "2", "--threads", "1", "--batches", "1", "4"]
+    paths = [str(tiny_checkpoint), str(tiny_artifact)]
+    done = subprocess.run(
+        [*COMMAND, *paths, *flags], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done, read_records(folder / "reports" / "latency.jsonl", LatencyRecord)
+
+
+@pytest.fixture(scope="module")
+def records(run) -> list[LatencyRecord]:
+    return run[1]
+
+
+def make_samples(num_images: int) -> list[Sample]:
+    samples: list[Sample] = []
+    for value in range(num_images):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (value % 256, value // 256, 0)).save(buffer, format="PNG")
+        samples.append(Sample(f"{value}.png", 0, buffer.getvalue()))
+    return samples
+
+
+def process_exists(pid: int) -> bool:
+    # A process that has ended but was not waited for by its new parent yet does nothing any more.
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def child_pids(pid: int) -> list[int]:
+    pids: list[int] = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(
+                line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line
+            )
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if fields["PPid"].strip() == str(pid):
+            pids.append(int(status.parent.name))
+    return pids
+
+
+def wait_until(condition, seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_the_command_appends_a_record_for_each_path_and_scenario(run):
+    done, records = run
+
+    assert done.stdout.splitlines()[-1] == "reports/latency.jsonl"
+    assert [(record.runtime, record.scenario) for record in records] == [
+        ("torch", "single_stream"),
+        ("onnxruntime", "single_stream"),
+        ("torch", "offline"),
+        ("onnxruntime", "offline"),
+    ]
+
+
+def test_the_command_tells_what_it_does_and_found_on_stderr(run):
+    done, _ = run
+
+    assert "single_stream: warm-up, tiny eager PyTorch fp32" in done.stderr
+    assert "images/s at batch" in done.stderr
+    assert "time / eager" in done.stderr
+
+
+def test_records_lead_back_to_the_weights(
+    records: list[LatencyRecord], tiny_checkpoint: Path, tiny_artifact: Path
+):
+    weights = read_program(tiny_checkpoint).program_sha256
+
+    assert {record.checkpoint_sha256 for record in records} == {weights}
+    assert records[0].program_sha256 == weights
+    assert records[1].program_sha256 == read_program(tiny_artifact).program_sha256
+
+
+def test_records_say_how_they_were_measured(records: list[LatencyRecord]):
+    for record in records:
+        assert (record.timed_region, record.clock) == ("end_to_end", "perf_counter")
+        assert (record.num_threads, record.num_turns, record.seed) == (1, 2, 0)
+        assert (record.data, record.num_input_images) == ("digits", 256)
+        assert record.num_warmup > 0
+        assert record.peak_process_memory_bytes > 0
+        assert record.peak_device_memory_bytes is None
+        assert 0 < record.harness_overhead_ms < record.min_ms
+        assert record.started_at == records[0].started_at
+
+
+def test_single_stream_is_batch_1_and_offline_one_of_the_batches(records: list[LatencyRecord]):
+    assert {r.batch_size for r in records if r.scenario == "single_stream"} == {1}
+    assert {r.batch_size for r in records if r.scenario == "offline"} <= {1, 4}
+
+
+def test_every_sample_is_kept(records: list[LatencyRecord]):
+    for record in records:
+        assert isinstance(record.samples_ms, tuple)
+        assert len(record.samples_ms) == record.num_iterations
+        assert min(record.samples_ms) == record.min_ms
+        assert len(record.turn_p50_ms) == 2
+
+
+def test_a_percentile_of_few_samples_is_left_out(records: list[LatencyRecord]):
+    for record in records:
+        assert (record.p99_ms is None) == (record.num_iterations < 1000)
+        assert (record.p50_ms is None) == (record.num_iterations < 20)
+
+
+def test_each_process_holds_the_libraries_of_its_own_runtime_only(records: list[LatencyRecord]):
+    eager, onnx = records[0], records[1]
+
+    assert onnx.peak_process_memory_bytes < eager.peak_process_memory_bytes / 2
+
+
+def test_the_table_compares_with_the_eager_row_of_the_run(records: list[LatencyRecord]):
+    table = results_table(["eager", "onnx", "eager", "onnx"], records)
+    rate = table.columns.index("images/s / eager")
+
+    assert [table.rows[row][rate] for row in (0, 2)] == ["1.00", "1.00"]
+    expected = records[1].throughput_images_per_s / records[0].throughput_images_per_s
+    assert float(table.rows[1][rate]) == pytest.approx(expected, abs=0.01)
+
+
+def test_many_samples_go_into_a_file_beside_the_records(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recording, "MAX_SAMPLES_IN_RECORD", 2)
+    output = tmp_path / "latency.jsonl"
+
+    config = LatencyConfig((tiny_artifact,), seconds=0.1, turns=3, batches=(2,), output=output)
+    assert latency.main(config) == output
+
+    for record in read_records(output, LatencyRecord):
+        assert isinstance(record.samples_ms, str)
+        samples = np.load(tmp_path / record.samples_ms)
+        assert len(samples) == record.num_iterations
+        assert samples.max() == pytest.approx(record.max_ms)
+
+
+def test_without_paths_the_newest_checkpoint_and_its_artifacts_are_measured(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
+):
+    runs, artifacts = tmp_path / "runs", tmp_path / "artifacts"
+    shutil.copytree(tiny_checkpoint, runs / "tiny-1" / "checkpoint")
+    (runs / "latest").symlink_to("tiny-1")
+    shutil.copytree(tiny_artifact, artifacts / "tiny" / "onnxruntime-fp32")
+    other = artifacts / "tiny" / "onnxruntime-other"
+    shutil.copytree(tiny_artifact, other)
+    manifest = other / "manifest.json"
+    weights = read_program(tiny_checkpoint).program_sha256
+    manifest.write_text(manifest.read_text().replace(weights, "0" * 64))
+    (artifacts / "tiny" / "damaged").mkdir()
+    (artifacts / "tiny" / "damaged" / "manifest.json").write_text("{")
+
+    programs = read_programs([], runs, artifacts)
+
+    assert [program.path.parent.name for program in programs] == ["tiny-1", "tiny"]
+    assert [program.runtime for program in programs] == ["torch", "onnxruntime"]
+
+
+def test_paths_come_first_and_flags_after_them():
+    config = parse_flags(LatencyConfig, None, ["a", "b", "--seconds", "1", "--batches", "1", "8"])
+
+    assert config == LatencyConfig((Path("a"), Path("b")), seconds=1.0, batches=(1, 8))
+
+
+def test_a_path_given_twice_is_an_error(tiny_artifact: Path):
+    same = tiny_artifact / ".." / tiny_artifact.name
+
+    with pytest.raises(ValueError, match="given twice"):
+        LatencyConfig((tiny_artifact, same))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"seconds": 0.0}, "--seconds is 0"),
+        ({"seconds": float("nan")}, "--seconds is nan"),
+        ({"turns": 0}, "--turns is 0"),
+        ({"threads": 0}, "--threads is 0"),
+        ({"batches": ()}, "--batches"),
+        ({"batches": (4, 0)}, "--batches"),
+    ],
+)
+def test_a_setting_outside_its_limits_is_an_error(setting: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        LatencyConfig(**setting)
+
+
+def test_a_damaged_artifact_is_found_before_any_work(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
+):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_artifact, damaged)
+    with (damaged / "model.onnx").open("ab") as program:
+        program.write(b"x")
+    output = tmp_path / "latency.jsonl"
+
+    with pytest.raises(ArtifactError, match="is damaged"):
+        latency.main(LatencyConfig((tiny_checkpoint, damaged), output=output))
+    assert not output.exists()
+
+
+def test_a_path_that_is_nothing_of_ours_is_an_error(tmp_path: Path):
+    with pytest.raises(ArtifactError, match="neither an artifact nor a checkpoint"):
+        read_programs([tmp_path])
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_programs([tmp_path / "nothing"])
+
+
+def test_data_that_has_moved_is_an_error_that_names_the_flag(tiny_artifact: Path, tmp_path: Path):
+    moved = tmp_path / "artifact"
+    shutil.copytree(tiny_artifact, moved)
+    manifest = moved / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"digits"', '"/was/here"'))
+
+    with pytest.raises(FileNotFoundError, match="--data"):
+        latency.main(LatencyConfig((moved,), output=tmp_path / "latency.jsonl"))
+
+
+def test_an_output_that_cannot_be_written_is_found_before_any_work(
+    tiny_artifact: Path, tmp_path: Path
+):
+    (tmp_path / "file").touch()
+
+    with pytest.raises(OSError, match="choose another place with --output"):
+        latency.main(LatencyConfig((tiny_artifact,), output=tmp_path / "file" / "latency.jsonl"))
+
+
+def test_batch_sizes_that_an_artifact_does_not_take_are_left_out(tiny_artifact: Path):
+    program = dataclasses.replace(read_program(tiny_artifact), max_batch_size=8)
+
+    assert choose_batch_sizes(program, (16, 8, 1, 8)) == (1, 8)
+    with pytest.raises(ValueError, match="takes at most 8 images in a call"):
+        choose_batch_sizes(program, (16, 32))
+
+
+def test_inputs_are_held_out_images_preprocessed_like_everywhere():
+    samples = load_dataset("digits").val
+
+    with prepare_inputs(samples, SPEC, largest_batch=4, seed=1).file as file:
+        images = map_inputs(file.fileno(), SPEC.image_size)
+
+    own = {preprocess(sample.read(), SPEC).tobytes() for sample in samples}
+    assert images.shape == (264, 3, 8, 8)
+    assert all(image.tobytes() in own for image in images[:256])
+
+
+def test_no_two_calls_in_a_row_see_the_same_buffer():
+    inputs = prepare_inputs(make_samples(5), SPEC, largest_batch=4, seed=0)
+    with inputs.file as file:
+        images = map_inputs(file.fileno(), SPEC.image_size)
+
+    assert inputs.num_images == 5
+    for batch_size in (1, 3, 4):
+        batches = rotate(images, batch_size)
+        before = next(batches)
+        for _ in range(20):
+            batch = next(batches)
+            assert batch.shape == (batch_size, 3, 8, 8)
+            assert not np.shares_memory(before, batch)
+            before = batch
+
+
+def test_the_seed_draws_the_images():
+    def draw(seed: int) -> bytes:
+        with prepare_inputs(make_samples(600), SPEC, 1, seed).file as file:
+            return map_inputs(file.fileno(), SPEC.image_size)[:256].tobytes()
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_images_that_cannot_be_decoded_are_not_measured():
+    samples = make_samples(300)
+    broken = [
+        dataclasses.replace(s, source=b"not an image") if i % 100 == 0 else s
+        for i, s in enumerate(samples)
+    ]
+    inputs = prepare_inputs(broken, SPEC, 1, seed=0)
+    with inputs.file as file:
+        images = map_inputs(file.fileno(), SPEC.image_size)
+
+    assert inputs.num_images == 256
+    assert len({image.tobytes() for image in images[:256]}) == 256
+    with pytest.raises(DatasetError, match="none of 1"):
+        prepare_inputs(broken[:1], SPEC, 1, seed=0)
+
+
+@pytest.fixture
+def inputs():
+    inputs = prepare_inputs(load_dataset("digits").val, TINY_PREPROCESS, 1, seed=0)
+    with inputs.file:
+        yield inputs
+
+
+def test_a_process_that_cannot_open_its_program_says_why_in_one_line(inputs, tmp_path: Path):
+    worker = Worker("row", tmp_path, 1, inputs)
+    try:
+        with pytest.raises(WorkerError, match=r"^row \(.*\): .* holds neither a manifest.json"):
+            worker.receive()
+    finally:
+        worker.stop()
+
+
+def test_a_call_that_fails_says_why_in_one_line(inputs, tiny_artifact: Path):
+    worker = Worker("row", tiny_artifact, 1, inputs)
+    try:
+        worker.receive()
+        with pytest.raises(WorkerError, match="a batch of 65 images, the program takes 1 to 64"):
+            worker.take_turn(65, seconds=0.1)
+    finally:
+        worker.stop()
+
+
+def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
+    worker = Worker("row", tiny_artifact, 1, inputs)
+    try:
+        worker.receive()
+        for pid in child_pids(os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="ended by SIGKILL; the machine may be out of memory"):
+            worker.take_turn(1, seconds=0.1)
+    finally:
+        worker.stop()
+
+
+def test_a_process_ends_with_the_one_that_started_it(tiny_artifact: Path):
+    script = f"""
+import time
+from pathlib import Path
+from efficientnet.command import parse_flags
+from efficientnet.datasets import load_dataset
+from efficientnet.preprocess import PreprocessSpec
+from perf.inputs import prepare_inputs
+from perf.workers import TurnRequest, Worker
+spec = PreprocessSpec.model_validate_json({TINY_PREPROCESS.model_dump_json()!r})
+inputs = prepare_inputs(load_dataset("digits").val, spec, 1, seed=0)
+worker = Worker("row", Path({str(tiny_artifact)!r}), 1, inputs)
+worker.receive()
+print("ready", flush=True)
+worker.take_turn(1, seconds=600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    (worker,) = child_pids(process.pid)
+
+    process.kill()
+    process.communicate(timeout=30)
+
+    assert wait_until(lambda: not process_exists(worker))
+
+
+def test_ctrl_c_ends_all_processes_and_leaves_no_records(tiny_artifact: Path, tmp_path: Path):
+    process = subprocess.Popen(
+        [*COMMAND, str(tiny_artifact)],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert any("warm-up" in line for line in iter(process.stderr.readline, ""))
+    workers = child_pids(process.pid)
+
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr.splitlines()[-1] == "error: interrupted"
+    assert len(workers) == 2
+    assert wait_until(lambda: not any(map(process_exists, workers)))
+    assert not (tmp_path / "reports" / "latency.jsonl").exists()

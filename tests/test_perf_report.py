@@ -1,0 +1,531 @@
+import re
+import statistics
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efficientnet.command import parse_flags
+from efficientnet.environment import EnvironmentRecord
+from efficientnet.records import (
+    AccuracyRecord,
+    LatencyRecord,
+    Scenario,
+    append_record,
+    read_records,
+)
+from perf import report
+from perf.document import build_document
+from perf.plots import draw
+from perf.publishing import BEGIN, END, PublishError
+from perf.report import ReportConfig, ReportError
+from perf.rows import join
+from perf.timing import summarize
+
+STARTED = datetime(2026, 11, 22, 8, 30, tzinfo=UTC)
+WEIGHTS = "c" * 64
+
+CPU = EnvironmentRecord(
+    cpu="Example(R) CPU 9000 8-Core Processor @ 3.00GHz",
+    num_cores=2,
+    memory_bytes=8_000_000_000,
+    gpus=(),
+    system="Linux 6",
+    python="3.12.0",
+    libraries={"torch": "2.14.0", "onnxruntime": "1.31.1"},
+    git_commit="abc123",
+)
+
+
+def program_of(runtime: str) -> str:
+    return WEIGHTS if runtime == "torch" else runtime.encode().hex().ljust(64, "0")
+
+
+def make_latency(
+    runtime: str = "onnxruntime",
+    p50_ms: float = 3.0,
+    *,
+    num_samples: int = 1000,
+    scenario: Scenario = "single_stream",
+    batch_size: int = 1,
+    **changes: object,
+) -> LatencyRecord:
+    samples = [p50_ms] * num_samples
+    fields: dict[str, object] = {
+        "program_sha256": program_of(runtime),
+        "checkpoint_sha256": WEIGHTS,
+        "variant": "tiny",
+        "runtime": runtime,
+        "precision": "fp32",
+        "image_size": 32,
+        "data": "digits",
+        "environment": CPU,
+        "started_at": STARTED,
+        "batch_size": batch_size,
+        "scenario": scenario,
+        "timed_region": "end_to_end",
+        "clock": "perf_counter",
+        "num_threads": 2,
+        "num_warmup": 10,
+        "is_warmup_stable": True,
+        "num_iterations": num_samples,
+        "num_turns": 2,
+        "num_input_images": 256,
+        "seed": 0,
+        "turn_p50_ms": (p50_ms, p50_ms),
+        "samples_ms": tuple(samples),
+        "throughput_images_per_s": batch_size * 1000 / statistics.fmean(samples),
+        "peak_device_memory_bytes": None,
+        "peak_process_memory_bytes": 100_000_000,
+        "mfu": None,
+        "mbu": None,
+        "harness_overhead_ms": 0.002,
+        "cores_busy_elsewhere": 0.0,
+        **vars(summarize(samples)),
+        **changes,
+    }
+    return LatencyRecord.model_validate(fields)
+
+
+def make_accuracy(
+    runtime: str = "onnxruntime", top1: float = 0.9, **changes: object
+) -> AccuracyRecord:
+    fields: dict[str, object] = {
+        "program_sha256": program_of(runtime),
+        "checkpoint_sha256": WEIGHTS,
+        "variant": "tiny",
+        "runtime": runtime,
+        "precision": "fp32",
+        "image_size": 32,
+        "data": "digits",
+        "environment": CPU,
+        "started_at": STARTED + timedelta(hours=1),
+        "top1": top1,
+        "top5": 1.0,
+        "num_images": 1000,
+        "dataset_sha256": "d" * 64,
+        **changes,
+    }
+    return AccuracyRecord.model_validate(fields)
+
+
+def pair() -> tuple[list[LatencyRecord], list[AccuracyRecord]]:
+    latencies = [
+        make_latency("torch", 6.0),
+        make_latency("onnxruntime", 3.0),
+        make_latency("torch", 20.0, scenario="offline", batch_size=4),
+        make_latency("onnxruntime", 20.0, scenario="offline", batch_size=8),
+    ]
+    return latencies, [make_accuracy("torch"), make_accuracy("onnxruntime")]
+
+
+def markdown_of(latencies: list[LatencyRecord], accuracies: list[AccuracyRecord]) -> str:
+    return report.to_markdown(build_document(join(latencies, accuracies)), "latency.png")
+
+
+def cells(markdown: str, runtime: str, scenario: str = "Single stream") -> dict[str, str]:
+    """Read the row of a runtime from the table under a heading."""
+    _, _, rest = markdown.partition(f"## {scenario}")
+    lines = [line for line in rest.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    (row,) = (line for line in split[2:] if line[1] == runtime)
+    return dict(zip(split[0], row, strict=True))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    latencies, accuracies = pair()
+    for record in latencies:
+        append_record(tmp_path / "latency.jsonl", record)
+    for record in accuracies:
+        append_record(tmp_path / "accuracy.jsonl", record)
+    return tmp_path
+
+
+def config_of(folder: Path, **changes: object) -> ReportConfig:
+    return ReportConfig(
+        latency=folder / "latency.jsonl",
+        accuracy=folder / "accuracy.jsonl",
+        output=folder / "out",
+        readme=folder / "README.md",
+        **changes,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def test_the_report_begins_with_the_verdict():
+    text = markdown_of(*pair())
+
+    assert text.index("takes 0.50") < text.index("## ")
+    assert (
+        "ONNX Runtime fp32 takes 0.50 of eager PyTorch's time at batch 1 (3.00 ms against 6.00 ms) "
+        "at the same top-1 of 90.0 %. At the best batch size it classifies 2.00 times as many "
+        "images a second (400 at batch 8 against 200 at batch 4)."
+    ) in text
+
+
+def test_a_verdict_tells_what_the_speed_cost_in_accuracy():
+    latencies, _ = pair()
+
+    text = markdown_of(latencies, [make_accuracy("torch"), make_accuracy("onnxruntime", 0.885)])
+
+    assert "at a top-1 of 88.5 % against 90.0 % (-1.5 points)" in text
+
+
+def test_each_row_has_its_speed_accuracy_and_ratio():
+    text = markdown_of(*pair())
+
+    row = cells(text, "ONNX Runtime")
+    assert row["variant"] == "tiny"
+    assert (row["p50 ms"], row["p99 ms"], row["images/s"]) == ("3.00", "3.00", "333")
+    assert (row["time / eager"], row["top-1 (images)"]) == ("0.50", "90.0 % (1,000)")
+    assert (row["size px"], row["batch"], row["threads"]) == ("32", "1", "2")
+    assert (row["peak memory"], row["stable"]) == ("100 MB", "yes")
+    assert cells(text, "ONNX Runtime", "Offline")["images/s / eager"] == "2.00"
+    assert cells(text, "eager PyTorch")["time / eager"] == "1.00"
+
+
+def test_the_report_says_how_where_and_when_it_was_measured():
+    text = markdown_of(*pair())
+
+    for fact in ("end_to_end", "perf_counter", "256 different held-out images of digits"):
+        assert fact in text
+    for fact in (CPU.cpu, "torch 2.14.0", "abc123", "2026-11-22 08:30", "2026-11-22 09:30"):
+        assert fact in text
+    assert "GPU rows are not measured" in text
+    assert text.count("not measured here: no V100") == 1
+
+
+def test_a_speed_without_accuracy_is_left_out_and_named():
+    latencies, accuracies = pair()
+
+    text = markdown_of(latencies, accuracies[:1])
+
+    tables, _, left_out = text.partition("## Left out: no accuracy measured")
+    assert "ONNX Runtime" not in tables
+    assert "tiny ONNX Runtime fp32 (program 6f6e6e7): run `python perf/accuracy.py" in left_out
+
+
+def test_the_command_for_a_missing_accuracy_names_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    artifact = tmp_path / "artifacts" / "tiny" / "onnxruntime-fp32"
+    artifact.mkdir(parents=True)
+    sha256 = program_of("onnxruntime")
+    (artifact / "manifest.json").write_text(
+        f'{{"runtime": "onnxruntime", "program_sha256": "{sha256}"}}'
+    )
+    latencies, accuracies = pair()
+
+    text = markdown_of(latencies, accuracies[:1])
+
+    assert "run `python perf/accuracy.py artifacts/tiny/onnxruntime-fp32`" in text
+
+
+def test_the_eager_model_is_no_reference_without_its_accuracy():
+    latencies, accuracies = pair()
+
+    text = markdown_of(latencies, accuracies[1:])
+
+    assert cells(text, "ONNX Runtime")["time / eager"] == "- (a)"
+    assert "6.00 ms" not in text
+
+
+def test_an_accuracy_of_the_same_file_in_another_runtime_does_not_count():
+    other = make_accuracy("openvino", program_sha256=program_of("onnxruntime"))
+
+    assert join([make_latency("onnxruntime")], [other]).groups == ()
+
+
+def test_the_newest_records_count():
+    later = STARTED + timedelta(days=1)
+    latencies = [make_latency(p50_ms=3.0), make_latency(p50_ms=2.0, started_at=later)]
+    accuracies = [make_accuracy(top1=0.5), make_accuracy(top1=0.6)]
+
+    row = cells(markdown_of(latencies, accuracies), "ONNX Runtime")
+
+    assert (row["p50 ms"], row["top-1 (images)"]) == ("2.00", "60.0 % (1,000)")
+
+
+def test_of_offline_the_newest_best_batch_size_counts():
+    latencies = [
+        make_latency(scenario="offline", batch_size=8),
+        make_latency(scenario="offline", batch_size=16, started_at=STARTED + timedelta(days=1)),
+    ]
+
+    text = markdown_of(latencies, [make_accuracy()])
+
+    assert cells(text, "ONNX Runtime", "Offline")["batch"] == "16"
+
+
+def test_a_ratio_is_of_rows_that_took_turns_in_the_same_run():
+    latencies, accuracies = pair()
+    later = make_latency("onnxruntime", 1.0, started_at=STARTED + timedelta(days=1))
+
+    text = markdown_of([*latencies, later], accuracies)
+
+    assert cells(text, "ONNX Runtime")["time / eager"] == "- (a)"
+    assert "(a) no ratio: the eager model of the same weights was not measured in the same run" in (
+        text
+    )
+
+
+def test_a_ratio_stays_when_the_eager_row_was_measured_again():
+    latencies, accuracies = pair()
+    later = make_latency("torch", 60.0, started_at=STARTED + timedelta(days=1))
+
+    text = markdown_of([*latencies, later], accuracies)
+
+    assert cells(text, "ONNX Runtime")["time / eager"] == "0.50"
+    assert cells(text, "eager PyTorch")["p50 ms"] == "60.0"
+
+
+def test_rows_of_different_machines_are_not_compared():
+    latencies, accuracies = pair()
+    other = CPU.model_copy(update={"cpu": "Another CPU"})
+    latencies[1] = make_latency("onnxruntime", 3.0, environment=other)
+
+    joined = join(latencies, accuracies)
+    text = markdown_of(latencies, accuracies)
+
+    assert [len(group.rows) for group in joined.groups] == [3, 1]
+    assert joined.groups[1].rows[0].eager is None
+    assert "## Single stream: one image at a time, machine 1" in text
+    assert "accuracy measured on another machine" in text
+
+
+def test_another_commit_on_the_same_machine_is_the_same_group():
+    latencies, accuracies = pair()
+    newer = CPU.model_copy(update={"git_commit": "def456"})
+    latencies.append(make_latency("openvino", environment=newer))
+
+    joined = join(latencies, [*accuracies, make_accuracy("openvino")])
+
+    assert len(joined.groups) == 1
+
+
+def test_two_networks_of_the_same_variant_are_told_apart():
+    latencies, accuracies = pair()
+    other = {"program_sha256": "e" * 64, "checkpoint_sha256": "e" * 64}
+    latencies.append(make_latency("torch", 7.0, **other))
+    accuracies.append(make_accuracy("torch", **other))
+
+    text = markdown_of(latencies, accuracies)
+
+    assert "| tiny (ccccccc) | ONNX Runtime |" in text
+    assert "| tiny (eeeeeee) | eager PyTorch |" in text
+
+
+def test_a_percentile_that_is_missing_is_explained():
+    latencies, accuracies = pair()
+    latencies[1] = make_latency("onnxruntime", num_samples=150)
+
+    text = markdown_of(latencies, accuracies)
+
+    row = cells(text, "ONNX Runtime")
+    assert (row["p50 ms"], row["p90 ms"], row["p99 ms"]) == ("3.00", "3.00", "- (a)")
+    assert "(a) too few calls: p50 needs 20, p90 100, p99 1,000" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"is_warmup_stable": False}, "the warm-up had not settled"),
+        ({"turn_p50_ms": (3.0, 3.5)}, "the medians of its turns differ by 15 %"),
+        ({"cores_busy_elsewhere": 0.7}, "other programs kept 0.7 of 2 cores busy"),
+    ],
+)
+def test_an_unstable_row_is_kept_and_labeled(changes: dict, reason: str):
+    latencies, accuracies = pair()
+    latencies[1] = make_latency("onnxruntime", **changes)
+
+    text = markdown_of(latencies, accuracies)
+
+    assert cells(text, "ONNX Runtime")["stable"] == "no (a)"
+    assert f"(a) {reason}" in text
+    assert "The measurement is not stable" in text
+
+
+@pytest.mark.parametrize(
+    ("records", "sentence"),
+    [
+        ([make_latency("torch", 6.0)], "Eager PyTorch fp32 takes 6.00 ms at batch 1 at a top-1"),
+        ([make_latency(p50_ms=3.0)], "the eager model was not measured in the same run"),
+        ([make_latency(num_samples=5)], "there are too few calls for a median at batch 1"),
+        ([make_latency(scenario="offline", batch_size=8)], "at batch 8 at a top-1 of 90.0 %"),
+    ],
+)
+def test_there_is_a_verdict_without_anything_to_compare(
+    records: list[LatencyRecord], sentence: str
+):
+    text = markdown_of(records, [make_accuracy("torch"), make_accuracy("onnxruntime")])
+
+    assert sentence in text
+
+
+@pytest.mark.parametrize("num_programs", [1, 12])
+def test_the_picture_takes_one_row_and_twelve(num_programs: int):
+    runtimes = ["torch", *(f"runtime{i}" for i in range(1, num_programs))]
+    latencies = [make_latency(runtime, 1.0 + i) for i, runtime in enumerate(runtimes)]
+
+    picture = draw(join(latencies, [make_accuracy(runtime) for runtime in runtimes]).groups)
+
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_the_command_writes_markdown_page_and_picture(folder: Path):
+    made = report.main(config_of(folder))
+
+    assert made == folder / "out" / "report.md"
+    assert "![" in made.read_text() and "](latency.png)" in made.read_text()
+    assert (folder / "out" / "latency.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "latency.png",
+        "report.html",
+        "report.md",
+    ]
+
+
+def test_the_page_needs_nothing_beside_it_and_fits_a_phone(folder: Path):
+    report.main(config_of(folder))
+    page = (folder / "out" / "report.html").read_text()
+
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "prefers-color-scheme: dark" in page
+    assert all(
+        source.startswith("data:") for source in re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
+    )
+    assert not re.search(r"<script|url\(|@import|https?://", page)
+    assert "ONNX Runtime fp32 takes 0.50 of eager PyTorch&#x27;s time" in page
+
+
+def test_names_cannot_put_markup_into_the_page(folder: Path):
+    variant = "<script>alert(1)</script>"
+    append_record(folder / "latency.jsonl", make_latency("<b>", variant=variant))
+    append_record(folder / "accuracy.jsonl", make_accuracy("<b>", variant=variant))
+
+    report.main(config_of(folder))
+
+    page = (folder / "out" / "report.html").read_text()
+    assert "<script" not in page and "<b>" not in page
+
+
+def test_without_any_accuracy_there_is_no_report_but_a_command(folder: Path):
+    (folder / "accuracy.jsonl").unlink()
+
+    with pytest.raises(ReportError, match=r"run: python perf/accuracy\.py"):
+        report.main(config_of(folder))
+    assert not (folder / "out").exists()
+
+
+def test_without_any_latency_the_error_says_what_to_run(tmp_path: Path):
+    with pytest.raises(ReportError, match=r"run 'python perf/latency\.py' first"):
+        report.main(config_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('"format_version":1', '"format_version":9'), "line 2 has format version 9"),
+        (('"batch_size":1', '"batch_size":0'), r"line 2 is damaged .*batch_size"),
+        (("{", ""), "line 2 is damaged"),
+    ],
+)
+def test_a_record_of_another_format_is_an_error_that_names_the_line(
+    folder: Path, change: tuple[str, str], message: str
+):
+    path = folder / "latency.jsonl"
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace(*change)
+    path.write_text("\n".join(lines) + "\n")
+
+    with pytest.raises(ValueError, match=message) as caught:
+        report.main(config_of(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_publishing_is_a_flag_without_a_value():
+    assert parse_flags(ReportConfig, None, ["--publish"]).publish
+    assert not parse_flags(ReportConfig, None, []).publish
+
+
+def test_publishing_copies_the_records_used_and_writes_the_table(folder: Path):
+    append_record(folder / "latency.jsonl", make_latency("without_accuracy"))
+    (folder / "README.md").write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
+
+    report.main(config_of(folder, publish=True))
+    report.main(config_of(folder, publish=True))
+
+    published = next((folder / "out" / "published").iterdir())
+    assert published.name == "2026-11-22-example-9000-2-cores"
+    assert sorted(path.name for path in published.iterdir()) == [
+        "accuracy.jsonl",
+        "latency.jsonl",
+        "latency.png",
+        "report.md",
+    ]
+    latencies, accuracies = pair()
+    key = LatencyRecord.model_dump_json
+    found = read_records(published / "latency.jsonl", LatencyRecord)
+    assert sorted(found, key=key) == sorted(latencies, key=key)
+    assert len(read_records(published / "accuracy.jsonl", AccuracyRecord)) == len(accuracies)
+    readme = (folder / "README.md").read_text()
+    assert readme.startswith(f"# Title\n\n{BEGIN}\n") and readme.endswith(f"{END}\n\nThe end.\n")
+    assert "old" not in readme
+    assert "ONNX Runtime fp32 takes 0.50" in readme
+    assert f"](out/published/{published.name}/report.md)" in readme
+    assert readme.count("| tiny | ONNX Runtime |") == 2
+
+
+def test_published_files_hold_no_path_of_this_machine(folder: Path):
+    (folder / "README.md").write_text(f"{BEGIN}\n{END}\n")
+
+    report.main(config_of(folder, publish=True))
+
+    texts = [path for path in (folder / "out").rglob("*") if path.suffix in {".md", ".jsonl"}]
+    assert len(texts) == 4
+    for path in [*texts, folder / "README.md"]:
+        assert str(folder) not in path.read_text()
+        assert str(Path.home()) + "/" not in path.read_text()
+
+
+def test_publishing_takes_the_samples_along(folder: Path):
+    (folder / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    np.save(folder / "samples.npy", np.ones(1000, dtype=np.float32))
+    (folder / "latency.jsonl").unlink()
+    append_record(folder / "latency.jsonl", make_latency(samples_ms="samples.npy"))
+
+    report.main(config_of(folder, publish=True))
+
+    published = next((folder / "out" / "published").iterdir())
+    assert np.load(published / "samples.npy").size == 1000
+
+
+def test_publishing_without_the_samples_is_an_error(folder: Path):
+    (folder / "README.md").write_text(f"{BEGIN}\n{END}\n")
+    append_record(folder / "latency.jsonl", make_latency(samples_ms="gone.npy"))
+
+    with pytest.raises(PublishError, match=r"gone\.npy are missing"):
+        report.main(config_of(folder, publish=True))
+    assert not (folder / "out" / "published").exists()
+
+
+@pytest.mark.parametrize("readme", [None, "# Title\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n"])
+def test_publishing_needs_a_place_in_the_readme(folder: Path, readme: str | None):
+    if readme is not None:
+        (folder / "README.md").write_text(readme)
+
+    with pytest.raises(PublishError, match=r"README\.md"):
+        report.main(config_of(folder, publish=True))
+    assert not (folder / "out" / "published").exists()
+
+
+def test_a_measured_v100_row_takes_the_place_of_the_papers_line():
+    v100 = CPU.model_copy(update={"gpus": ("Tesla V100-SXM2-16GB, 16384 MiB, 535.1",)})
+    changes = {"environment": v100, "precision": "fp16"}
+    records = [make_latency("tensorrt", scenario="offline", batch_size=16, **changes)]
+
+    text = markdown_of(records, [make_accuracy("tensorrt", **changes)])
+
+    assert "no V100" not in text
