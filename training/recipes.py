@@ -31,7 +31,11 @@ PAPER_OPTIMIZER = OptimizerConfig(
 DIGITS_PROGRESSIVE = {
     "tiny": ProgressiveConfig((16, 32), (3, 6), (0, 0.1), (0.0, 0.1)),
 }
-DIGITS_PROGRESSIVE_DEFAULT = ProgressiveConfig((40, 64), (3, 6), (0, 0.1), (0.1, 0.2))
+# From 50 px on the last stages see maps of 4 and 2 pixels as at 64 px, and what a stage has learned
+# holds at the next size: 82 % of the held-out digits after half of the epochs. From 40 px (maps of
+# 3 and 2) it was 29 %, from 32 px (a map of 1, so that eight of nine depthwise weights are never
+# trained) worse than guessing; and a step costs almost the same, since the weights set its time.
+DIGITS_PROGRESSIVE_DEFAULT = ProgressiveConfig((50, 64), (3, 6), (0, 0.1), (0.1, 0.2))
 
 
 def paper_recipe(variant: str) -> TrainConfig:
@@ -68,14 +72,14 @@ def digits_recipe(variant: str) -> TrainConfig:
         progressive=progressive,
         optimizer=OptimizerConfig(
             name="adamw",
-            learning_rate=1.2e-2,
+            learning_rate=8e-3,
             schedule="cosine",
             warmup_epochs=1,
             weight_decay=0.05,
-            ema_decay=0.98,
+            ema_decay=0.96,
         ),
-        epochs=13,
-        batch_size=32,
+        epochs=11,
+        batch_size=64,
         eval_image_size=progressive.image_size[1],
         crop_fraction=None,
         interpolation="bicubic",
