@@ -1,8 +1,9 @@
 """Records -> rows of a report: each speed with its accuracy, and with the eager row of its run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from efficientnet.environment import EnvironmentRecord
@@ -130,6 +131,9 @@ def eager_of(record: LatencyRecord, records: Sequence[LatencyRecord]) -> Latency
 def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord]) -> Joined:
     """Put the newest speed of each program beside the newest accuracy of the same program.
 
+    Of a network that was trained again only the weights of the newest measurement are shown; two
+    that were measured in one run are both shown.
+
     Args:
         latencies: oldest first; of an `offline` row the newest counts, whatever its batch size.
         accuracies: oldest first; one measured in the same environment is preferred.
@@ -137,6 +141,8 @@ def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord
     newest: dict[tuple[object, ...], LatencyRecord] = {}
     for record in latencies:
         newest[_identity(record)] = record
+    current = _weights_of_the_newest_runs(newest.values())
+    newest = {key: r for key, r in newest.items() if r.checkpoint_sha256 in current[_network(r)]}
     left_out = [r for r in newest.values() if find_accuracy(r, accuracies) is None]
     by_machine: dict[str, list[LatencyRecord]] = {}
     for record in newest.values():
@@ -220,6 +226,21 @@ def _identity(record: LatencyRecord) -> tuple[object, ...]:
         record.image_size,
         record.batch_size if record.scenario == "single_stream" else None,
     )
+
+
+def _network(record: LatencyRecord) -> tuple[object, ...]:
+    machine = _machine(record.environment).model_dump_json()
+    return machine, record.variant, record.image_size, record.data
+
+
+def _weights_of_the_newest_runs(
+    records: Iterable[LatencyRecord],
+) -> dict[tuple[object, ...], set[str]]:
+    runs: dict[tuple[object, ...], dict[datetime, set[str]]] = {}
+    for record in records:
+        run = runs.setdefault(_network(record), {}).setdefault(record.started_at, set())
+        run.add(record.checkpoint_sha256)
+    return {network: weights[max(weights)] for network, weights in runs.items()}
 
 
 def _labels(records: Sequence[LatencyRecord]) -> list[str]:

@@ -317,6 +317,16 @@ def test_two_networks_of_the_same_variant_are_told_apart():
     assert "| tiny (eeeeeee) | eager PyTorch |" in text
 
 
+def test_a_network_that_was_trained_again_takes_the_place_of_the_older_one():
+    older = make_latency(p50_ms=9.0, checkpoint_sha256="a" * 64, program_sha256="a" * 64)
+    newer = make_latency(started_at=STARTED + timedelta(hours=2))
+    old_accuracy = make_accuracy(checkpoint_sha256="a" * 64, program_sha256="a" * 64)
+    joined = join([older, newer], [old_accuracy, make_accuracy()])
+    (group,) = joined.groups
+    assert [row.latency for row in group.rows] == [newer]
+    assert joined.left_out == ()
+
+
 def test_a_percentile_that_is_missing_is_explained():
     latencies, accuracies = pair()
     latencies[1] = make_latency("onnxruntime", num_samples=150)
