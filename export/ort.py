@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import onnx
+import torch
 
 from efficientnet.artifact import (
     ArtifactManifest,
@@ -62,8 +63,11 @@ def main(config: ExportConfig) -> Path:
     started = time.perf_counter()
     log.info("export %s at %d px to ONNX, opset %d", record.variant, size, OPSET)
     graph = export_onnx(model, size)
-    ops = ", ".join(f"{op} {count}" for op, count in count_ops(graph).most_common())
-    log.info("graph: %s", ops)
+    build_log = [
+        f"exported by torch {torch.__version__}, onnx {onnx.__version__}, opset {OPSET}",
+        "graph: " + ", ".join(f"{op} {n}" for op, n in count_ops(graph).most_common()),
+    ]
+    log.info("%s", build_log[-1])
 
     with new_artifact_directory(output) as directory:
         program = directory / PROGRAM_FILE
@@ -82,14 +86,14 @@ def main(config: ExportConfig) -> Path:
         )
         runtime = OnnxRuntime(program, info, num_usable_cores())
         parity = measure_parity(model, runtime, images, FP32_TOLERANCES)
-        log.info(
-            "parity on %d held-out images: largest logit error %.1e (at most %.0e), "
-            "top-1 agreement %.1f %%",
-            parity.num_images,
-            parity.max_abs_logit_error,
-            parity.tolerances.max_abs_logit_error,
-            100 * parity.top1_agreement,
+        build_log.append(
+            f"parity on {parity.num_images} held-out images: "
+            f"largest logit error {parity.max_abs_logit_error:.1e} "
+            f"(at most {parity.tolerances.max_abs_logit_error:.0e}), "
+            f"top-1 agreement {parity.top1_agreement:.1%}"
         )
+        log.info("%s", build_log[-1])
+        (directory / "build.log").write_text("\n".join(build_log) + "\n")
         write_manifest(
             directory,
             ArtifactManifest(

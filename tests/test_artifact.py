@@ -29,7 +29,11 @@ def test_the_manifest_tells_what_the_artifact_is(tiny_artifact: Path):
     assert manifest.input.shape == (3, 32, 32) and manifest.output.shape == (10,)
     assert manifest.parity.num_images >= 64
     assert manifest.size_bytes == (tiny_artifact / "model.onnx").stat().st_size
-    assert {path.name for path in tiny_artifact.iterdir()} == {"manifest.json", "model.onnx"}
+    assert {path.name for path in tiny_artifact.iterdir()} == {
+        "build.log",
+        "manifest.json",
+        "model.onnx",
+    }
 
 
 def test_a_damaged_program_is_found_by_its_hash(copy_of_artifact: Path):
