@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
-from efficientnet.errors import PipelineError
+from efficientnet.errors import PipelineError, first_problem
 from efficientnet.preprocess import PreprocessSpec
 
 FORMAT_VERSION = 1
@@ -152,7 +152,7 @@ def read_artifact(directory: Path) -> ArtifactManifest:
     try:
         manifest = ArtifactManifest.model_validate_json(text)
     except ValidationError as error:
-        raise ArtifactError(f"{path} is damaged or not ours: {error}") from None
+        raise ArtifactError(f"{path} is damaged or not ours: {first_problem(error)}") from None
     program = directory / manifest.program_file
     if program.parent != directory or not program.is_file():
         raise ArtifactError(f"{directory} has no program {manifest.program_file}: it is not whole")

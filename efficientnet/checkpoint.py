@@ -6,6 +6,7 @@ runs/<recipe>-<UTC time>/checkpoint/
     train_state.pt        what training needs to go on; nothing else reads it
 """
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save
 
 from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
-from efficientnet.errors import PipelineError
+from efficientnet.errors import PipelineError, first_problem
 from efficientnet.model import EfficientNet, build_model
 from efficientnet.preprocess import PreprocessSpec
 from efficientnet.variants import get_variant
@@ -87,7 +88,10 @@ def save_checkpoint(
         # Not safetensors' save_file, which makes files that only their owner can read.
         (fresh / WEIGHTS_FILE).write_bytes(save(tensors))
         if train_state is not None:
-            torch.save(train_state, fresh / TRAIN_STATE_FILE)
+            # Through memory: on a full disk torch's own writer raises no OSError.
+            buffer = io.BytesIO()
+            torch.save(train_state, buffer)
+            (fresh / TRAIN_STATE_FILE).write_bytes(buffer.getbuffer())
         record = record.model_copy(update={"weights_sha256": sha256_of_file(fresh / WEIGHTS_FILE)})
         write_text(fresh / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
     return record
@@ -115,7 +119,7 @@ def read_checkpoint(directory: Path) -> CheckpointRecord:
     try:
         record = CheckpointRecord.model_validate_json(text)
     except ValidationError as error:
-        raise CheckpointError(f"{path} is damaged or not ours: {error}") from None
+        raise CheckpointError(f"{path} is damaged or not ours: {first_problem(error)}") from None
     weights_path = directory / WEIGHTS_FILE
     if not weights_path.is_file():
         raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}: the checkpoint is not whole")

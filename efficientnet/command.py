@@ -57,7 +57,11 @@ def run_command(
         _fail(error, FAILED)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            _fail(f"the disk is full: {error}; free some space and run the command again", FAILED)
+            _fail(
+                f"the disk is full ({error}); what was written before is whole: "
+                "free some space and go on",
+                FAILED,
+            )
         _fail(error, FAILED)
     except KeyboardInterrupt as interrupt:
         _fail(str(interrupt) or "interrupted", INTERRUPTED)

@@ -1,5 +1,15 @@
-"""The base of the project's own errors: failures that the message explains."""
+"""The base of the project's own errors, and how a file's problems are told in one line."""
+
+from pydantic import ValidationError
 
 
 class PipelineError(Exception):
     """A broken contract between stages: what was found, what was expected, what to do."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """Tell the first of pydantic's findings, and how many more there are."""
+    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+    place = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more problems)" if others else ""
+    return f"{place + ': ' if place else ''}{first['msg']}{more}"

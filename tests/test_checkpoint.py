@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -90,3 +91,23 @@ def test_weights_of_another_network_are_refused(copy_of_checkpoint: Path, change
 def test_without_a_complete_run_the_error_says_how_to_make_one(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"python training/run\.py v2-s"):
         newest_checkpoint(tmp_path)
+
+
+def test_a_disk_that_fills_up_leaves_the_older_checkpoint(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, record = load_checkpoint(tiny_checkpoint)
+    target = tmp_path / "checkpoint"
+    save_checkpoint(target, model.state_dict(), record, {"step": 1})
+    original = Path.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        if path.name == "train_state.pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(target, model.state_dict(), record, {"step": 2})
+    assert torch.load(target / "train_state.pt", weights_only=True) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
