@@ -7,12 +7,11 @@ No speed is shown without the accuracy of the same program, its environment and 
 """
 
 import logging
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from efficientnet.atomic import write_text
+from efficientnet.atomic import write_bytes, write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
 from efficientnet.records import AccuracyRecord, LatencyRecord, read_records
@@ -75,7 +74,7 @@ def main(config: ReportConfig) -> Path:
     page = to_html(document, picture, draw(joined.groups, DARK))
     for sentence in document.verdict:
         log.info("%s", sentence)
-    _write_bytes(config.output / PICTURE_FILE, picture)
+    write_bytes(config.output / PICTURE_FILE, picture)
     write_text(config.output / "report.html", page)
     report = config.output / "report.md"
     write_text(report, to_markdown(document, PICTURE_FILE))
@@ -88,16 +87,6 @@ def main(config: ReportConfig) -> Path:
 
 def _commands(joined: Joined) -> Sequence[str]:
     return list(dict.fromkeys(command_for_accuracy(record) for record in joined.left_out))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Epochs of a run -> metrics.jsonl and curves.png."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import matplotlib
 from pydantic import BaseModel, ConfigDict
 
-from efficientnet.atomic import write_text
+from efficientnet.atomic import write_bytes, write_text
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -84,9 +85,10 @@ def draw_curves(run: Path, epochs: Sequence[EpochMetrics], title: str) -> Path:
             _draw_bands(axes, epochs, has_labels=axes is loss)
         top1.set_xlim(0, minutes[-1] * 1.02)
         figure.suptitle(title)
-        temporary = run / f".{CURVES_FILE}"
-        figure.savefig(temporary, dpi=120, format="png")
-        return temporary.replace(run / CURVES_FILE)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=120, format="png")
+        write_bytes(run / CURVES_FILE, png.getvalue())
+        return run / CURVES_FILE
     finally:
         plt.close(figure)
 
