@@ -21,7 +21,7 @@ from efficientnet.environment import EnvironmentRecord
 from efficientnet.errors import PipelineError, first_problem
 from efficientnet.model import EfficientNet, build_model
 from efficientnet.preprocess import PreprocessSpec
-from efficientnet.variants import get_variant
+from efficientnet.variants import NetworkOptions, get_variant
 
 FORMAT_VERSION = 1
 RECORD_FILE = "checkpoint.json"
@@ -43,6 +43,8 @@ class CheckpointRecord(BaseModel):
     num_classes: int = Field(ge=2)
     class_names: tuple[str, ...]
     """In the order of the logits."""
+    network: NetworkOptions = NetworkOptions()
+    """Padding and batch norm that these weights are used with."""
     preprocess: PreprocessSpec
     """What evaluation did, and every user of the weights must do."""
     data: str
@@ -142,7 +144,8 @@ def load_checkpoint(directory: Path) -> tuple[EfficientNet, CheckpointRecord]:
     try:
         # Built without memory and then given the file's tensors: no time goes into initial weights.
         with torch.device("meta"):
-            model = build_model(get_variant(record.variant), record.num_classes)
+            spec = get_variant(record.variant)
+            model = build_model(spec, record.num_classes, options=record.network)
         model.load_state_dict(load_file(directory / WEIGHTS_FILE), assign=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} does not hold a {record.variant}: {error}") from None

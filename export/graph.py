@@ -1,4 +1,4 @@
-"""Model -> checked ONNX graph: batch norm folded, pooling as GlobalAveragePool, any batch."""
+"""Model -> checked ONNX graph: batch norm and padding folded, GlobalAveragePool, any batch."""
 
 import copy
 from collections import Counter
@@ -6,11 +6,11 @@ from collections import Counter
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from efficientnet.errors import PipelineError
-from efficientnet.model import ConvNormAct, EfficientNet
+from efficientnet.model import ConvNormAct, EfficientNet, SqueezeExcite
 
 # Opset 24's Swish would be expanded again by ONNX Runtime, and its Sigmoid-Mul fusion lost.
 OPSET = 20
@@ -44,6 +44,30 @@ def fold_batch_norm(model: EfficientNet) -> EfficientNet:
     return folded
 
 
+class ConvSqueezeExcite(nn.Module):
+    """SqueezeExcite as pooling and 1x1 convolutions, the form that the runtimes know how to fuse.
+
+    ONNX Runtime stays in its blocked layout through it; at a matrix product it would leave it.
+    """
+
+    def __init__(self, layer: SqueezeExcite) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.gate = nn.Sequential(layer.fc1, nn.SiLU(), layer.fc2, nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, H, W] to the same shape."""
+        return x * self.gate(self.pool(x))
+
+
+def use_convolutions_in_squeeze_excite(model: EfficientNet) -> None:
+    """Replace each SqueezeExcite of a model by a ConvSqueezeExcite, in place."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, SqueezeExcite):
+                setattr(module, name, ConvSqueezeExcite(child))
+
+
 def export_onnx(model: EfficientNet, image_size: int) -> onnx.ModelProto:
     """Export a model to one self-contained ONNX graph.
 
@@ -55,8 +79,10 @@ def export_onnx(model: EfficientNet, image_size: int) -> onnx.ModelProto:
     """
     # Two images: torch.export takes a batch of one for a constant.
     example = torch.zeros(2, 3, image_size, image_size)
+    folded = fold_batch_norm(model)
+    use_convolutions_in_squeeze_excite(folded)
     program = torch.onnx.export(
-        fold_batch_norm(model),
+        folded,
         (example,),
         dynamo=True,
         opset_version=OPSET,
@@ -70,6 +96,7 @@ def export_onnx(model: EfficientNet, image_size: int) -> onnx.ModelProto:
     graph_model = program.model_proto
     _strip_metadata(graph_model)
     use_global_average_pool(graph_model.graph)
+    fold_padding(graph_model.graph)
     graph_model.producer_version = torch.__version__
     check_graph(graph_model)
     return graph_model
@@ -98,6 +125,48 @@ def use_global_average_pool(graph: onnx.GraphProto) -> int:
     return num_rewritten
 
 
+def fold_padding(graph: onnx.GraphProto) -> int:
+    """Let convolutions pad by themselves where a Pad of zeros comes before; return how many did.
+
+    That is what SAME padding is exported as: torch's convolutions cannot pad one side only, ONNX's
+    can, and a Pad of its own would copy the map.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    pads = {n.output[0]: n for n in graph.node if n.op_type == "Pad" and _pads_zeros(n, constants)}
+    num_users = Counter(name for node in graph.node for name in node.input)
+    folded: list[onnx.NodeProto] = []
+    for node in graph.node:
+        pad = pads.get(node.input[0]) if node.op_type == "Conv" else None
+        if pad is None or num_users[pad.output[0]] > 1:
+            continue
+        # All axes' starts, then all ends; batch and channels are not padded.
+        margins = numpy_helper.to_array(constants[pad.input[1]]).tolist()
+        own = next((list(a.ints) for a in node.attribute if a.name == "pads"), [0, 0, 0, 0])
+        total = [a + b for a, b in zip(own, margins[2:4] + margins[6:8], strict=True)]
+        kept = [a for a in node.attribute if a.name not in ("pads", "auto_pad")]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("pads", total)])
+        node.input[0] = pad.input[0]
+        folded.append(pad)
+    for pad in folded:
+        graph.node.remove(pad)
+    _remove_unused_constants(graph)
+    return len(folded)
+
+
+def _pads_zeros(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
+    if any(a.name == "mode" and a.s != b"constant" for a in node.attribute):
+        return False
+    if len(node.input) > 3 and node.input[3]:
+        return False
+    if len(node.input) > 2 and node.input[2]:
+        value = constants.get(node.input[2])
+        if value is None or numpy_helper.to_array(value).item() != 0:
+            return False
+    margins = constants.get(node.input[1])
+    return margins is not None and len(numpy_helper.to_array(margins)) == 8
+
+
 def check_graph(model: onnx.ModelProto) -> None:
     """Prove that the graph is valid, free of batch norm, pooled as it should be, of any batch.
 
@@ -109,7 +178,7 @@ def check_graph(model: onnx.ModelProto) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise GraphError(f"the exported graph is not valid ONNX: {error}") from error
     ops = count_ops(model)
-    for op in ("BatchNormalization", "ReduceMean"):
+    for op in ("BatchNormalization", "ReduceMean", "Pad"):
         if ops[op]:
             raise GraphError(f"the exported graph still has {ops[op]} {op} nodes, expected none")
     for value in (*model.graph.input, *model.graph.output):

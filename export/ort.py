@@ -23,11 +23,12 @@ from efficientnet.artifact import (
 from efficientnet.atomic import sha256_of_file
 from efficientnet.checkpoint import load_checkpoint, newest_checkpoint
 from efficientnet.command import parse_flags, run_command
+from efficientnet.cost import network_cost
 from efficientnet.datasets import load_dataset
 from efficientnet.environment import current_environment, num_usable_cores
-from efficientnet.model import count_multiply_adds
 from efficientnet.runtimes.onnx_runtime import OnnxRuntime
 from efficientnet.runtimes.protocol import ProgramInfo
+from efficientnet.variants import get_variant
 from export.config import ExportConfig
 from export.graph import INPUT_NAME, OPSET, OUTPUT_NAME, count_ops, count_weight_bytes, export_onnx
 from export.parity import FP32_TOLERANCES, choose_images, measure_parity
@@ -60,6 +61,7 @@ def main(config: ExportConfig) -> Path:
     output = config.output or Path("artifacts") / record.variant / "onnxruntime-fp32"
     size = record.preprocess.image_size
 
+    cost = network_cost(get_variant(record.variant), size, num_classes=record.num_classes)
     started = time.perf_counter()
     log.info("export %s at %d px to ONNX, opset %d", record.variant, size, OPSET)
     graph = export_onnx(model, size)
@@ -81,7 +83,7 @@ def main(config: ExportConfig) -> Path:
             class_names=record.class_names,
             data=record.data,
             max_batch_size=config.max_batch_size,
-            flops_per_image=2 * count_multiply_adds(model, size),
+            flops_per_image=cost.flops,
             weight_bytes=count_weight_bytes(graph),
         )
         runtime = OnnxRuntime(program, info, num_usable_cores())

@@ -2,60 +2,8 @@ import pytest
 import torch
 import torchvision
 
-from efficientnet.model import ConvNormAct, StochasticDepth, build_model, count_multiply_adds
+from efficientnet.model import ConvNormAct, StochasticDepth, build_model
 from efficientnet.variants import VARIANTS, get_variant
-
-# Trainable parameters and multiply-adds at a size, 1000 classes: the official test files and
-# torchvision's metadata.
-PUBLISHED = {
-    "v2-s": (21_458_488, 384, 8_365_617_152),
-    "v2-m": (54_139_356, 384, 15_736_775_680),
-    "v2-l": (118_515_272, 384, 35_899_418_624),
-}
-
-# V2-S at 384 px, stem to head: the paper's Table 4 recounted.
-V2_S_MULTIPLY_ADDS = [
-    23_887_872,
-    382_205_952,
-    2_781_609_984,
-    1_351_876_608,
-    448_880_640,
-    1_587_437_568,
-    1_741_252_608,
-]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_and_multiply_add_counts_are_the_published_ones(name: str):
-    num_parameters, size, multiply_adds = PUBLISHED[name]
-    with torch.device("meta"):
-        model = build_model(VARIANTS[name], num_classes=1000)
-    assert sum(p.numel() for p in model.parameters()) == num_parameters
-    assert count_multiply_adds(model, size) == multiply_adds
-
-
-def test_multiply_adds_of_each_stage_of_v2_s_follow_table_4():
-    with torch.device("meta"):
-        model = build_model(VARIANTS["v2-s"], num_classes=1000)
-    counted: list[int] = []
-    size, channels = 384, 3
-    for stage in list(model.features)[:-1]:
-        probe = torch.nn.Sequential(stage)
-        total = 0
-
-        def count(module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
-            nonlocal total
-            assert isinstance(module, torch.nn.Conv2d)
-            total += output.numel() * module.weight[0].numel()
-
-        for module in probe.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.register_forward_hook(count)
-        with torch.no_grad():
-            output = probe.eval()(torch.empty(1, channels, size, size, device="meta"))
-        counted.append(total)
-        channels, size = output.shape[1], output.shape[2]
-    assert counted == V2_S_MULTIPLY_ADDS
 
 
 def test_logits_and_gradients_equal_torchvisions_for_the_same_weights():

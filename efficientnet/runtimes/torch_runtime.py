@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from efficientnet.checkpoint import load_checkpoint
-from efficientnet.model import count_multiply_adds
+from efficientnet.cost import network_cost
 from efficientnet.runtimes.protocol import ProgramInfo, check_images
+from efficientnet.variants import get_variant
 
 
 class TorchRuntime:
@@ -31,6 +32,9 @@ def open_directory(directory: Path, num_threads: int) -> TorchRuntime:
     """Open a checkpoint; sets the number of threads of the whole process."""
     torch.set_num_threads(num_threads)
     model, record = load_checkpoint(directory)
+    cost = network_cost(
+        get_variant(record.variant), record.preprocess.image_size, num_classes=record.num_classes
+    )
     info = ProgramInfo(
         program_sha256=record.weights_sha256,
         variant=record.variant,
@@ -40,7 +44,7 @@ def open_directory(directory: Path, num_threads: int) -> TorchRuntime:
         class_names=record.class_names,
         data=record.data,
         max_batch_size=None,
-        flops_per_image=2 * count_multiply_adds(model, record.preprocess.image_size),
+        flops_per_image=cost.flops,
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
     return TorchRuntime(model, info)
