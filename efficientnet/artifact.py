@@ -14,12 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.errors import PipelineError, first_problem
+from efficientnet.precision import Precision
 from efficientnet.preprocess import PreprocessSpec
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
 class ArtifactError(PipelineError):

@@ -33,7 +33,7 @@ def parse_flags(
 
 
 def run_command(
-    parse: Callable[[], Config], main: Callable[[Config], Path | BaseModel | None]
+    parse: Callable[[], Config], main: Callable[[Config], Path | BaseModel | str | None]
 ) -> NoReturn:
     """Parse, run, print what was made on the last line of stdout, and exit.
 

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from efficientnet.artifact import Precision
+from efficientnet.precision import BYTES_PER_VALUE, Precision
 from efficientnet.variants import StageSpec, VariantSpec
-
-BYTES_PER_VALUE: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 
 
 class Cost(NamedTuple):
@@ -32,6 +30,11 @@ class Cost(NamedTuple):
     def flops(self) -> int:
         """Floating-point operations: two for each multiply-add."""
         return 2 * self.multiply_adds
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes to and from memory."""
+        return self.weight_bytes + self.activation_bytes
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def latency_floor_ms(cost: Cost, peak: DevicePeak) -> float:
     time to compute is the floor that holds.
     """
     compute_s = cost.flops / peak.operations_per_s
-    return 1e3 * max(compute_s, (cost.weight_bytes + cost.activation_bytes) / peak.bytes_per_s)
+    return 1e3 * max(compute_s, cost.moved_bytes / peak.bytes_per_s)
 
 
 def _block(walk: "_Walk", name: str, stage: StageSpec, in_channels: int, stride: int) -> None:

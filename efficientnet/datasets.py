@@ -1,27 +1,28 @@
-"""A name or a folder -> labelled images as encoded bytes, split into train and val.
+"""A name or a folder -> images as encoded bytes with their labels, split into train and val.
 
-`digits` is the data that comes with a dependency: 1,797 handwritten digits of 8 x 8 pixels (UCI
-"Optical Recognition of Handwritten Digits", as packaged by scikit-learn).
+Two names stand for what comes with a dependency, see embedded.py: `digits`, and `sample-photos`,
+which have no labels: enough to check and to time a network that was trained elsewhere.
 """
 
 import hashlib
-import io
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from efficientnet.embedded import digit_images, photo_crops
 from efficientnet.environment import num_usable_cores
 from efficientnet.preprocess import ImageError, decode_image
 
 DIGITS = "digits"
+SAMPLE_PHOTOS = "sample-photos"
+
+# WordNet number and name of the 1,000 classes, in the order of the logits.
+IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
@@ -54,19 +55,23 @@ class Dataset:
     """Train and val images of the same classes."""
 
     source: str
-    """What load_dataset was given: `digits` or an absolute folder."""
+    """What load_dataset was given: `digits`, `sample-photos` or an absolute folder."""
     class_names: tuple[str, ...]
+    """None for images without labels."""
     train: tuple[Sample, ...]
     val: tuple[Sample, ...]
     broken: tuple[str, ...] = ()
     """Files that were left out because they cannot be decoded."""
 
 
-def load_dataset(source: str | Path) -> Dataset:
-    """Load `digits`, or a folder of images.
+def load_dataset(source: str | Path, is_split: bool = True) -> Dataset:
+    """Load `digits`, `sample-photos`, or a folder of images.
 
-    The folder holds one folder per class, which is split 80 / 20 within each class with a fixed
-    seed, or a `train/` and a `val/` of such folders.
+    Args:
+        source: a name, or a folder that holds one folder per class, or a `train/` and a `val/` of
+            such folders.
+        is_split: whether one folder per class is split 80 / 20 within each class, with a fixed
+            seed; if not, all images are val's.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -74,6 +79,8 @@ def load_dataset(source: str | Path) -> Dataset:
     """
     if str(source) == DIGITS:
         return _load_digits()
+    if str(source) == SAMPLE_PHOTOS:
+        return _load_sample_photos()
     folder = Path(source).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -98,8 +105,49 @@ def load_dataset(source: str | Path) -> Dataset:
             )
         return Dataset(str(folder), train_names, train, val)
     class_names, samples = _read_classes(folder)
-    train, val = _split(samples, class_names)
+    train, val = _split(samples, class_names) if is_split else ((), samples)
     return Dataset(str(folder), class_names, train, val)
+
+
+def load_held_out(
+    trained_on: str, data: str | Path | None, class_names: Sequence[str], needs_labels: bool = False
+) -> Dataset:
+    """Load what a trained network is checked and measured with; its images are in `val`.
+
+    Args:
+        trained_on: the data that its checkpoint or manifest names.
+        data: other data, which may have some of the classes only; None = what it was trained on.
+        class_names: of the network; the labels of the result count in them. The folders of
+            ImageNet's classes may have WordNet's numbers (n01440764) as names.
+        needs_labels: whether images without labels are of no use.
+
+    Raises:
+        FileNotFoundError, DatasetError: see load_dataset.
+        DatasetError: a class that the network does not know, or no labels where they are needed.
+    """
+    # Weights that were trained elsewhere have seen none of it.
+    dataset = load_dataset(data or trained_on, is_split=trained_on != SAMPLE_PHOTOS)
+    if not dataset.class_names:
+        if needs_labels:
+            raise DatasetError(
+                f"the images of {dataset.source} have no labels; give images with --data FOLDER, "
+                "one folder for each class, named by the class"
+            )
+        return replace(dataset, class_names=tuple(class_names))
+    if dataset.class_names == tuple(class_names):
+        return dataset
+    indices = _class_indices(dataset.class_names, class_names)
+    if indices is None:
+        raise DatasetError(
+            f"the classes of {dataset.source} are not those of the network: "
+            f"{_some(dataset.class_names)} against {_some(class_names)}; "
+            "give the data it was trained for with --data"
+        )
+    train, val = (
+        tuple(replace(sample, label=indices[sample.label]) for sample in part)
+        for part in (dataset.train, dataset.val)
+    )
+    return replace(dataset, class_names=tuple(class_names), train=train, val=val)
 
 
 def without_broken_images(dataset: Dataset) -> Dataset:
@@ -154,20 +202,27 @@ def sha256_of_samples(samples: Sequence[Sample]) -> str:
 
 
 def _load_digits() -> Dataset:
-    # scikit-learn is a training dependency; the service imports this module without it.
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    samples: list[Sample] = []
-    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        # Values are 0..16; 255 / 16 maps them on the full range.
-        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        samples.append(Sample(f"digits/{index:04d}.png", int(label), buffer.getvalue()))
-    class_names = tuple(str(name) for name in digits.target_names)
-    train, val = _split(tuple(samples), class_names)
+    class_names, images = digit_images()
+    samples = tuple(Sample(name, label, data) for name, label, data in images)
+    train, val = _split(samples, class_names)
     return Dataset(DIGITS, class_names, train, val)
+
+
+def _load_sample_photos() -> Dataset:
+    samples = tuple(Sample(name, 0, data) for name, data in photo_crops())
+    return Dataset(SAMPLE_PHOTOS, (), (), samples)
+
+
+def _class_indices(folders: Sequence[str], class_names: Sequence[str]) -> list[int] | None:
+    # By name, or by WordNet's number where the classes are ImageNet's; None if one has no class.
+    indices = {name: index for index, name in enumerate(class_names)}
+    lines = IMAGENET_CLASSES.read_text(encoding="utf-8").splitlines()
+    for synset, _, name in (line.partition(" ") for line in lines):
+        if name in indices:
+            indices[synset] = indices[name]
+    if not all(folder in indices for folder in folders):
+        return None
+    return [indices[folder] for folder in folders]
 
 
 def _read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
@@ -230,6 +285,11 @@ def _require_images_of_every_class(dataset: Dataset) -> None:
         for label, name in enumerate(dataset.class_names):
             if label not in present:
                 raise DatasetError(f"class '{name}' has no readable image in {part}")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{len(names)} ({shown}{', ...' if len(names) > 5 else ''})"
 
 
 def _shorten(items: list[str], limit: int = 5) -> str:

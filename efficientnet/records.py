@@ -84,6 +84,11 @@ class LatencyRecord(_Measured):
     mbu: float | None
     """Achieved share of the device's peak of operations and bandwidth, 0..1; None if it is
     unknown."""
+    floor_ms: float | None = None
+    """Below which a call cannot take on this device: see cost.latency_floor_ms; None if the
+    device's peak is unknown."""
+    device_peak: str | None = None
+    """The peak that mfu, mbu and floor_ms refer to, and where it is from."""
     harness_overhead_ms: float
     """p50 of a runtime that computes nothing, measured in the same way."""
     cores_busy_elsewhere: float | None

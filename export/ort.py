@@ -24,7 +24,7 @@ from efficientnet.atomic import sha256_of_file
 from efficientnet.checkpoint import load_checkpoint, newest_checkpoint
 from efficientnet.command import parse_flags, run_command
 from efficientnet.cost import network_cost
-from efficientnet.datasets import load_dataset
+from efficientnet.datasets import load_held_out
 from efficientnet.environment import current_environment, num_usable_cores
 from efficientnet.runtimes.onnx_runtime import OnnxRuntime
 from efficientnet.runtimes.protocol import ProgramInfo
@@ -51,12 +51,7 @@ def main(config: ExportConfig) -> Path:
         "checkpoint %s%s", checkpoint, "" if config.checkpoint else " (of the newest complete run)"
     )
     model, record = load_checkpoint(checkpoint)
-    dataset = load_dataset(config.data or record.data)
-    if dataset.class_names != record.class_names:
-        raise ValueError(
-            f"the classes of {dataset.source} are not those of the checkpoint: "
-            f"{dataset.class_names[:5]}... against {record.class_names[:5]}..."
-        )
+    dataset = load_held_out(record.data, config.data, record.class_names)
     images = choose_images(dataset.val, config.num_parity_images, record.preprocess)
     output = config.output or Path("artifacts") / record.variant / "onnxruntime-fp32"
     size = record.preprocess.image_size

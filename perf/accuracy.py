@@ -20,16 +20,16 @@ from efficientnet.environment import current_environment
 from efficientnet.probabilities import top_classes
 from efficientnet.records import AccuracyRecord, append_record
 from efficientnet.runtimes import open_runtime
+from efficientnet.tables import Table, format_percent
 from perf.predictions import Predictions, predict, write_predictions
 from perf.programs import (
     Program,
     data_name,
-    load_held_out,
+    images_for,
     read_programs,
     require_different_paths,
     require_writable,
 )
-from perf.tables import Table, format_percent
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -85,7 +85,7 @@ def main(config: AccuracyConfig) -> Path:
             f"for instance {programs[0].path}"
         )
     batch_sizes = [_batch_size(program, config.batch_size) for program in programs]
-    datasets = [_load(program, config.data) for program in programs]
+    datasets = [images_for(program, config.data, needs_labels=True) for program in programs]
     require_writable(config.output, "--output")
     if config.predictions is not None:
         require_writable(config.predictions, "--predictions")
@@ -128,22 +128,6 @@ def _batch_size(program: Program, asked: int | None) -> int:
             "lower it, or export with a larger --max-batch-size"
         )
     return asked
-
-
-def _load(program: Program, data: Path | None) -> Dataset:
-    dataset = load_held_out(program, data)
-    if dataset.class_names != program.class_names:
-        raise ValueError(
-            f"the classes of {dataset.source} are not those of {program.path}: "
-            f"{_some(dataset.class_names)} against {_some(program.class_names)}; "
-            "give the data it was trained for with --data"
-        )
-    return dataset
-
-
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{len(names)} ({shown}{', ...' if len(names) > 5 else ''})"
 
 
 def _make_record(

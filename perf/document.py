@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from efficientnet.environment import EnvironmentRecord
+from efficientnet.tables import Table, format_bytes, format_ms, format_percent
 from perf.results import result_tables
 from perf.rows import (
     MAX_BUSY_ELSEWHERE,
@@ -14,7 +15,6 @@ from perf.rows import (
     command_for_accuracy,
     title,
 )
-from perf.tables import Table, format_bytes, format_ms, format_percent
 from perf.timing import WARM_UP_TOLERANCE, min_samples, relative_spread
 from perf.verdict import verdict
 
@@ -117,6 +117,7 @@ def _method_section(rows: Sequence[Row]) -> Section:
         "compute": "`compute`, one call with images and logits on the device",
     }
     region = "; ".join(dict.fromkeys(regions[record.timed_region] for record in latencies))
+    peaks = "; ".join(dict.fromkeys(r.device_peak for r in latencies if r.device_peak)) or "unknown"
     clocks = ", ".join(dict.fromkeys(f"`{record.clock}`" for record in latencies))
     return Section(
         "How it was measured",
@@ -138,6 +139,8 @@ def _method_section(rows: Sequence[Row]) -> Section:
             "A row is not stable when its warm-up did not settle, the medians of its turns differ "
             f"by more than {format_percent(MAX_TURN_SPREAD, 0)}, or other programs kept more than "
             f"{format_percent(MAX_BUSY_ELSEWHERE, 0)} of the cores busy.",
+            f"Time / floor: p50 over what the device could not beat, the longer of computing all "
+            f"multiply-adds and moving all weights and maps once. Peak: {peaks}.",
             "Peak memory: resident memory of the process, without the input images.",
         ),
     )

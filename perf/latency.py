@@ -19,6 +19,7 @@ import tyro
 from efficientnet.command import parse_flags, run_command
 from efficientnet.environment import current_environment, num_usable_cores
 from efficientnet.records import Scenario, append_record
+from perf.devices import CPU_PRECISION, cpu_peak, describe_peak
 from perf.programs import Program, read_programs, require_different_paths, require_writable
 from perf.progress import Progress
 from perf.recording import make_record, results_table
@@ -95,6 +96,9 @@ def main(config: LatencyConfig) -> Path:
         current_environment().cpu,
         num_usable_cores(),
     )
+    # Before the programs are opened: nothing else computes now.
+    peak = cpu_peak(num_threads)
+    log.info("the CPU's peak in float32: %s", describe_peak(peak))
     results: dict[Scenario, list[tuple[Measured, float]]] = {}
     with (
         open_subjects(programs, batch_sizes, num_threads, config.data, config.seed) as subjects,
@@ -109,7 +113,15 @@ def main(config: LatencyConfig) -> Path:
     folder = config.output.parent
     records = [
         make_record(
-            subject, scenario, measured, overhead_ms, num_threads, started_at, config.seed, folder
+            subject,
+            scenario,
+            measured,
+            overhead_ms,
+            num_threads,
+            started_at,
+            config.seed,
+            folder,
+            peak if subject.program.precision == CPU_PRECISION else None,
         )
         for scenario, measurements in results.items()
         for subject, (measured, overhead_ms) in zip(subjects, measurements, strict=True)

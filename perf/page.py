@@ -4,8 +4,8 @@ import base64
 import html
 import re
 
+from efficientnet.tables import Table
 from perf.document import Document, Section
-from perf.tables import Table
 
 PICTURE_TEXT = "Time of a call at batch 1 and images a second at the best batch size, by row"
 

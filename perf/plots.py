@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from efficientnet.tables import format_ms, format_rate, format_ratio
 from perf.document import machine_name
 from perf.rows import Group, Row, title
-from perf.tables import format_ms, format_rate, format_ratio
 
 # Narrow, so that the text can still be read on a phone.
 WIDTH_INCHES = 5.4

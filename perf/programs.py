@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from efficientnet.artifact import MANIFEST_FILE, ArtifactError, read_artifact
 from efficientnet.checkpoint import RECORD_FILE, newest_checkpoint, read_checkpoint
-from efficientnet.datasets import Dataset, load_dataset
+from efficientnet.datasets import Dataset, load_held_out
+from efficientnet.precision import Precision
 from efficientnet.preprocess import PreprocessSpec
 from efficientnet.runtimes.protocol import RUNTIME_MODULES
 
@@ -26,7 +27,7 @@ class Program:
     """Of the weights that the program was made of."""
     variant: str
     runtime: str
-    precision: str
+    precision: Precision
     preprocess: PreprocessSpec
     class_names: tuple[str, ...]
     data: str
@@ -114,14 +115,15 @@ def read_program(path: Path) -> Program:
     )
 
 
-def load_held_out(program: Program, data: Path | None) -> Dataset:
-    """Load the data the program was trained on, or `data` where it has moved.
+def images_for(program: Program, data: Path | None, needs_labels: bool = False) -> Dataset:
+    """Load the data the program was trained on, or `data`, with labels that are its classes.
 
     Raises:
         FileNotFoundError: it is not there; the message names --data.
+        DatasetError: other classes, or no labels where they are needed.
     """
     try:
-        return load_dataset(data or program.data)
+        return load_held_out(program.data, data, program.class_names, needs_labels)
     except FileNotFoundError as error:
         advice = "" if data else f" ({program.path} was trained on it; if it has moved, add --data)"
         raise FileNotFoundError(f"{error}{advice}") from None

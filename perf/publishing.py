@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from efficientnet.atomic import replaced_directory, write_text
@@ -18,6 +19,8 @@ BEGIN = "<!-- results: written by perf/report.py -->"
 END = "<!-- /results -->"
 
 PICTURE_FILE = "latency.png"
+REPORT_FILE = "report.md"
+PUBLISHED = Path("reports/published")
 
 
 class PublishError(PipelineError):
@@ -48,12 +51,16 @@ def publish(
         if not path.is_file():
             raise PublishError(f"the samples {path} are missing; measure again")
     with replaced_directory(directory) as fresh:
+        # What other commands published of the same day and machine stays.
+        for path in directory.glob("*") if directory.is_dir() else ():
+            if path.name not in (*used, PICTURE_FILE, REPORT_FILE) and path.suffix != ".npy":
+                shutil.copyfile(path, fresh / path.name)
         for name, lines in used.items():
             (fresh / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         for path in samples:
             shutil.copyfile(path, fresh / path.name)
         (fresh / PICTURE_FILE).write_bytes(picture)
-        (fresh / "report.md").write_text(to_markdown(document, PICTURE_FILE), encoding="utf-8")
+        (fresh / REPORT_FILE).write_text(to_markdown(document, PICTURE_FILE), encoding="utf-8")
     link = Path(os.path.relpath(directory, readme.parent)).as_posix()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -74,6 +81,13 @@ def readme_results(joined: Joined, document: Document, link: str) -> str:
         f"{subtitle}. [How it was measured, the environment, and all samples]({link}/report.md)."
     )
     return "\n\n".join(parts)
+
+
+def published_directory(
+    started_at: datetime, environment: EnvironmentRecord, published: Path = PUBLISHED
+) -> Path:
+    """Return the place of what was measured on a day and a machine."""
+    return published / f"{started_at:%Y-%m-%d}-{_slug(environment)}"
 
 
 def device_slug(groups: Sequence[Group]) -> str:

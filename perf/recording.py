@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from efficientnet.cost import DevicePeak, latency_floor_ms, network_cost
 from efficientnet.environment import current_environment
 from efficientnet.records import LatencyRecord, Scenario
+from efficientnet.tables import Table, format_ms, format_rate, format_ratio
+from efficientnet.variants import get_variant
+from perf.devices import describe_peak
 from perf.rows import eager_of, instabilities, rate_ratio, time_ratio
 from perf.subjects import Subject
-from perf.tables import Table, format_ms, format_rate, format_ratio
 from perf.timing import summarize
 from perf.turns import Measured
 
@@ -27,10 +30,19 @@ def make_record(
     started_at: datetime,
     seed: int,
     folder: Path,
+    peak: DevicePeak | None,
 ) -> LatencyRecord:
     """Write down a measurement; many samples go to a file in `folder`, beside the records."""
     program, samples = subject.program, measured.samples_ms
     summary = summarize(samples)
+    cost = network_cost(
+        get_variant(program.variant),
+        program.preprocess.image_size,
+        measured.batch_size,
+        program.precision,
+        len(program.class_names),
+    )
+    call_s = summary.mean_ms / 1e3
     kept: tuple[float, ...] | str = samples
     if len(samples) > MAX_SAMPLES_IN_RECORD:
         kept = f"latency-{started_at:%Y%m%dT%H%M%SZ}-{program.program_sha256[:8]}"
@@ -70,8 +82,10 @@ def make_record(
         throughput_images_per_s=measured.images_per_s,
         peak_device_memory_bytes=None,
         peak_process_memory_bytes=measured.peak_memory_bytes,
-        mfu=None,
-        mbu=None,
+        mfu=cost.flops / call_s / peak.operations_per_s if peak else None,
+        mbu=cost.moved_bytes / call_s / peak.bytes_per_s if peak else None,
+        floor_ms=latency_floor_ms(cost, peak) if peak else None,
+        device_peak=describe_peak(peak) if peak else None,
         harness_overhead_ms=overhead_ms,
         cores_busy_elsewhere=measured.cores_busy_elsewhere,
     )

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from efficientnet.records import Scenario
-from perf.rows import Group, Row, is_same_machine, title
-from perf.tables import (
+from efficientnet.tables import (
     NOTHING,
     Table,
     format_bytes,
@@ -13,6 +12,7 @@ from perf.tables import (
     format_rate,
     format_ratio,
 )
+from perf.rows import Group, Row, is_same_machine, title
 from perf.timing import min_samples
 
 SCENARIO_TITLES: dict[Scenario, str] = {
@@ -50,6 +50,7 @@ def _result_table(group: Group, scenario: Scenario) -> Table:
     columns = ("variant", "runtime", "precision", "size px", "batch", "threads")
     columns += ("p50 ms", "p90 ms", "p99 ms", "images/s")
     columns += ("time / eager" if is_single else "images/s / eager",)
+    columns += ("time / floor",)
     columns += ("top-1 (images)", "peak memory", "stable")
     notes = _Notes()
     has_several_data = len({row.accuracy.dataset_sha256 for row in group.rows}) > 1
@@ -99,6 +100,9 @@ def _result_row(
         percentile_cell(latency.p99_ms),
         format_rate(latency.throughput_images_per_s),
         ratio_cell,
+        format_ratio(latency.p50_ms / latency.floor_ms)
+        if latency.p50_ms and latency.floor_ms
+        else NOTHING,
         noted(f"{format_percent(accuracy.top1)} ({accuracy.num_images:,})", *where),
         format_bytes(latency.peak_process_memory_bytes),
         noted("no", *row.instabilities) if row.instabilities else "yes",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.records import AccuracyRecord, LatencyRecord, Scenario
-from perf.tables import format_percent
+from efficientnet.tables import format_percent
 from perf.timing import relative_spread
 
 EAGER_RUNTIME = "torch"

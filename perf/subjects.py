@@ -10,11 +10,11 @@ from pathlib import Path
 from efficientnet.preprocess import PreprocessSpec
 from efficientnet.records import Scenario
 from efficientnet.runtimes import ProgramInfo
+from efficientnet.tables import NOTHING, Table, format_rate
 from perf.inputs import Inputs, prepare_inputs
-from perf.programs import Program, data_name, load_held_out
+from perf.programs import Program, data_name, images_for
 from perf.progress import Progress
 from perf.rows import title
-from perf.tables import NOTHING, Table, format_rate
 from perf.turns import NUM_SWEEPS, Job, Measured, Pace, measure_in_turns
 from perf.workers import Worker
 
@@ -48,7 +48,7 @@ def open_subjects(
         FileNotFoundError: the data is not there.
         WorkerError: a process cannot open its program.
     """
-    datasets = [load_held_out(program, data) for program in programs]
+    datasets = [images_for(program, data) for program in programs]
     names = _names(programs)
     largest = max(size for sizes in batch_sizes for size in sizes)
     inputs: dict[tuple[str, PreprocessSpec], Inputs] = {}

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from efficientnet.tables import format_ms, format_percent, format_rate, format_ratio
 from perf.rows import EAGER_RUNTIME, RUNTIME_TITLES, Group, Row, title
-from perf.tables import format_ms, format_percent, format_rate, format_ratio
 
 EAGER = RUNTIME_TITLES[EAGER_RUNTIME]
 

@@ -93,7 +93,8 @@ def choose_picture(data: str) -> tuple[Sample, str]:
     """Return a picture that training did not see, and the name of its class."""
     dataset = load_dataset(data)
     sample = dataset.val[0]
-    return sample, dataset.class_names[sample.label]
+    # Sample photographs have no labels.
+    return sample, dataset.class_names[sample.label] if dataset.class_names else "unknown"
 
 
 def command_to_serve(artifact: Path) -> str:

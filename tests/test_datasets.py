@@ -3,13 +3,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import ImageNetInfo
+from torchvision.models import EfficientNet_B0_Weights
 
 from efficientnet.datasets import (
+    IMAGENET_CLASSES,
     DatasetError,
     load_dataset,
+    load_held_out,
     sha256_of_samples,
     without_broken_images,
 )
+from efficientnet.preprocess import decode_image
 
 
 def fill(folder: Path, num_images: int, value: int = 100) -> None:
@@ -112,3 +117,56 @@ def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path):
     (tmp_path / "val" / "dog" / "000.png").write_bytes(b"")
     with pytest.raises(DatasetError, match="class 'dog' has no readable image in val"):
         without_broken_images(load_dataset(tmp_path))
+
+
+def write_classes(folder: Path, *names: str) -> Path:
+    for index, name in enumerate(names):
+        fill(folder / name, 5, 10 * index)
+    return folder
+
+
+def test_sample_photos_are_photographs_without_labels_and_always_the_same():
+    dataset = load_dataset("sample-photos")
+    assert (len(dataset.train), len(dataset.val), dataset.class_names) == (0, 128, ())
+    assert len({sample.read() for sample in dataset.val}) == 128
+    sizes = [decode_image(sample.read()).size for sample in dataset.val]
+    assert min(min(size) for size in sizes) >= 160 and max(max(size) for size in sizes) <= 640
+    assert sha256_of_samples(dataset.val) == sha256_of_samples(load_dataset("sample-photos").val)
+
+
+def test_images_without_labels_serve_any_network_but_no_accuracy():
+    dataset = load_held_out("sample-photos", None, ("cat", "dog"))
+    assert len(dataset.val) == 128 and dataset.class_names == ("cat", "dog")
+    with pytest.raises(DatasetError, match=r"have no labels; give images with --data FOLDER"):
+        load_held_out("sample-photos", None, ("cat", "dog"), needs_labels=True)
+
+
+def test_labels_of_some_classes_count_in_those_of_the_network(tmp_path: Path):
+    data = write_classes(tmp_path, "cat", "zebra")
+    dataset = load_held_out("digits", data, ("zebra", "ape", "cat"))
+    assert dataset.class_names == ("zebra", "ape", "cat")
+    assert {s.label for s in dataset.val if s.name.startswith("cat")} == {2}
+    assert {s.label for s in dataset.val if s.name.startswith("zebra")} == {0}
+    assert {s.label for s in dataset.train} == {0, 2}
+
+
+def test_folders_of_imagenet_may_have_wordnets_numbers(tmp_path: Path):
+    names = tuple(line.split(" ", 1)[1] for line in IMAGENET_CLASSES.read_text().splitlines())
+    data = write_classes(tmp_path, "n01440764", "n02012849")
+    dataset = load_held_out("sample-photos", data, names, needs_labels=True)
+    assert {names[s.label] for s in dataset.val} == {"tench", "crane bird"}
+    # A network that was trained elsewhere has seen none of the images.
+    assert len(dataset.val) == 10 and not dataset.train
+
+
+def test_a_folder_that_is_no_class_of_the_network_is_an_error(tmp_path: Path):
+    data = write_classes(tmp_path, "cat", "unicorn")
+    with pytest.raises(DatasetError, match=r"2 \(cat, unicorn\) against 2 \(cat, dog\)"):
+        load_held_out("digits", data, ("cat", "dog"))
+
+
+def test_the_imagenet_classes_are_those_of_torchvision_and_timm():
+    lines = [line.split(" ", 1) for line in IMAGENET_CLASSES.read_text().splitlines()]
+    assert [name for _, name in lines] == EfficientNet_B0_Weights.DEFAULT.meta["categories"]
+    timms = ImageNetInfo()
+    assert [synset for synset, _ in lines] == [timms.index_to_label_name(i) for i in range(1000)]

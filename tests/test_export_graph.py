@@ -2,16 +2,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
 
 from efficientnet.checkpoint import load_checkpoint
+from efficientnet.model import build_model
+from efficientnet.variants import VARIANTS, NetworkOptions
 from export.graph import (
     GraphError,
     check_graph,
     count_ops,
+    export_onnx,
     fold_batch_norm,
+    fold_padding,
     use_global_average_pool,
 )
 
@@ -86,3 +91,40 @@ def test_a_graph_with_batch_norm_or_a_fixed_batch_is_refused(op: str, reason: st
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     with pytest.raises(GraphError, match=reason):
         check_graph(model)
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_same_padding_becomes_the_convolutions_own_and_the_logits_stay(size: int):
+    torch.manual_seed(0)
+    options = NetworkOptions(padding="same")
+    model = build_model(VARIANTS["tiny"], 10, options=options).eval()
+    graph_model = export_onnx(model, size)
+    assert set(count_ops(graph_model)) == ALLOWED_OPS
+    pads = {tuple(a.ints) for n in graph_model.graph.node for a in n.attribute if a.name == "pads"}
+    # An even size is padded at the end only.
+    assert ((0, 0, 1, 1) in pads) == (size % 2 == 0)
+    images = np.random.default_rng(0).random((3, 3, size, size), dtype=np.float32)
+    session = onnxruntime.InferenceSession(graph_model.SerializeToString())
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("value", "mode"), [(1.0, "constant"), (0.0, "reflect")])
+def test_a_pad_of_something_else_than_zeros_stays(value: float, mode: str):
+    graph = helper.make_graph(
+        [
+            helper.make_node("Pad", ["x", "margins", "value"], ["padded"], mode=mode),
+            helper.make_node("Conv", ["padded", "weight"], ["y"], pads=[1, 1, 1, 1]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 1, 4, 4])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 1, 5, 5])],
+        [
+            numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 0, 1, 1]), "margins"),
+            numpy_helper.from_array(np.array(value, np.float32), "value"),
+            numpy_helper.from_array(np.ones((1, 1, 3, 3), np.float32), "weight"),
+        ],
+    )
+    assert fold_padding(graph) == 0
+    assert [node.op_type for node in graph.node] == ["Pad", "Conv"]

@@ -1,0 +1,305 @@
+"""The network against timm's same one, eager on the CPU -> a table of ratios.
+
+python perf/network.py
+python perf/network.py --variants b0 v2-s --paddings symmetric --seconds 60 --publish
+
+Forward at the eval size (batch 1) and forward + backward at the train size. Each contender is a
+process of its own and they take turns, timm twice: how far timm is from itself is the noise.
+"""
+
+import gc
+import logging
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from efficientnet.atomic import write_text
+from efficientnet.command import parse_flags, run_command
+from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
+from efficientnet.model import build_model
+from efficientnet.tables import Table, format_ms, format_ratio
+from efficientnet.variants import NetworkOptions, Padding, VariantSpec, get_variant
+from perf.publishing import published_directory
+from perf.timing import Call, measure_turn, warm_up_until_stable
+
+Pass = Literal["forward", "forward + backward"]
+
+CONTENDERS = ("ours", "timm", "timm again")
+
+WARM_UP_WINDOW_S = 1.0
+WARM_UP_MAX_S = 20.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What to compare, and for how long."""
+
+    variants: tuple[str, ...] = ("b0", "b4", "v2-s", "v2-m")
+
+    paddings: tuple[Padding, ...] = ("symmetric", "same")
+    """timm has each network with both: efficientnet_b0 and tf_efficientnet_b0."""
+
+    seconds: float = 15.0
+    """Measured per contender and row, without warm-up."""
+
+    turns: int = 6
+
+    train_batch_size: int = 2
+
+    output: Path = Path("reports/network.json")
+    """Records; the table goes beside it as .md."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/ in the place of `output`."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        for name in self.variants:
+            timm_name(get_variant(name), "same")
+        if self.seconds <= 0 or self.turns < 1 or self.train_batch_size < 1:
+            raise ValueError("--seconds, --turns and --train-batch-size must be positive")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the table, before it is measured."""
+
+    variant: str
+    padding: Padding
+    passes: Pass
+    image_size: int
+    batch_size: int
+
+
+class ComparisonRecord(BaseModel):
+    """What was measured for one row."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    variant: str
+    padding: Padding
+    passes: Pass
+    image_size: int
+    batch_size: int
+    turn_p50_ms: dict[str, tuple[float, ...]]
+    """Of each contender, the median of a call in each turn."""
+
+    def ratio(self, contender: str) -> float:
+        """Return the median over the turns of the contender's time over timm's in that turn."""
+        pairs = zip(self.turn_p50_ms[contender], self.turn_p50_ms["timm"], strict=True)
+        return statistics.median(own / timm for own, timm in pairs)
+
+    def p50_ms(self, contender: str) -> float:
+        """Return the median over the turns."""
+        return statistics.median(self.turn_p50_ms[contender])
+
+
+class NetworkRecord(BaseModel):
+    """All rows of one run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    started_at: datetime
+    num_threads: int
+    environment: EnvironmentRecord
+    comparisons: tuple[ComparisonRecord, ...]
+
+
+def main(config: NetworkConfig) -> Path:
+    """Measure all rows; return the table's file."""
+    rows: list[Comparison] = []
+    for name in config.variants:
+        spec = get_variant(name)
+        for padding in config.paddings:
+            eval_size, train_size = spec.eval_image_size, spec.train_image_size
+            batch_size = config.train_batch_size
+            rows.append(Comparison(name, padding, "forward", eval_size, 1))
+            rows.append(Comparison(name, padding, "forward + backward", train_size, batch_size))
+    started_at, num_threads = datetime.now(UTC), num_usable_cores()
+    measured: list[ComparisonRecord] = []
+    for row in tqdm(rows, "comparing", unit="row", disable=None):
+        measured.append(compare(row, config, num_threads))
+        log.info(
+            "%s, %s padding, %s: %.2f of timm's time (timm of its own: %.2f)",
+            row.variant,
+            row.padding,
+            row.passes,
+            measured[-1].ratio("ours"),
+            measured[-1].ratio("timm again"),
+        )
+    record = NetworkRecord(
+        started_at=started_at,
+        num_threads=num_threads,
+        environment=current_environment(),
+        comparisons=tuple(measured),
+    )
+    path = config.output
+    if config.publish:
+        path = published_directory(started_at, record.environment) / "network.json"
+    write_text(path, record.model_dump_json(indent=1) + "\n")
+    table_path = path.with_suffix(".md")
+    write_text(table_path, to_markdown(record))
+    return table_path
+
+
+def compare(row: Comparison, config: NetworkConfig, num_threads: int) -> ComparisonRecord:
+    """Let the contenders of a row take turns."""
+    turn_s = config.seconds / config.turns
+    medians: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(_Contender(name, row, num_threads)) for name in CONTENDERS
+        }
+        for contender in contenders.values():
+            contender.ask(None)
+        for turn in range(config.turns):
+            # There and back: a machine that gets slower or faster meanwhile favors nobody.
+            order = CONTENDERS if turn % 2 == 0 else CONTENDERS[::-1]
+            for name in order:
+                medians[name].append(contenders[name].ask(turn_s))
+    return ComparisonRecord(
+        **vars(row), turn_p50_ms={name: tuple(values) for name, values in medians.items()}
+    )
+
+
+def timm_name(spec: VariantSpec, padding: Padding) -> str:
+    """Return timm's name for a variant.
+
+    Raises:
+        ValueError: timm has no such network.
+    """
+    size = spec.name.removeprefix("v2-")
+    family = "efficientnetv2_" if spec.name.startswith("v2-") else "efficientnet_"
+    name = ("tf_" if padding == "same" else "") + family + size
+    if name not in timm.list_models():
+        raise ValueError(f"timm has no {name} to compare {spec.name} with")
+    return name
+
+
+def to_markdown(record: NetworkRecord) -> str:
+    """Write the table and how it was measured."""
+    columns = ("variant", "padding", "pass", "px", "batch", "ours ms", "timm ms", "ours / timm")
+    columns += ("turns", "timm / timm")
+    lines: list[tuple[str, ...]] = []
+    for row in record.comparisons:
+        lines.append(
+            (
+                row.variant,
+                row.padding,
+                row.passes,
+                str(row.image_size),
+                str(row.batch_size),
+                format_ms(row.p50_ms("ours")),
+                format_ms(row.p50_ms("timm")),
+                format_ratio(row.ratio("ours")),
+                _range(row, "ours"),
+                format_ratio(row.ratio("timm again")),
+            )
+        )
+    table = Table(columns, tuple(lines), frozenset(columns[:3]))
+    versions = record.environment.libraries
+    return (
+        f"# The network against timm's, eager\n\n{table.markdown()}\n\n"
+        f"Float32, channels_last, {record.num_threads} threads of {record.environment.cpu}, "
+        f"torch {versions.get('torch')}, timm {timm.__version__}, "
+        f"{record.started_at:%Y-%m-%d} UTC. "
+        "Each contender in a process of its own, taking turns; ms: median of the turns' medians; "
+        "ours / timm: median of the ratios within a turn, and their range; timm / timm: the same "
+        "of a second process with timm's network, which is the noise.\n"
+    )
+
+
+def _range(row: ComparisonRecord, contender: str) -> str:
+    pairs = zip(row.turn_p50_ms[contender], row.turn_p50_ms["timm"], strict=True)
+    ratios = [own / timm for own, timm in pairs]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+class _Contender:
+    # A process that computes only when it is asked to.
+    def __init__(self, name: str, row: Comparison, num_threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_contend, args=(theirs, name, row, num_threads), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "_Contender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def ask(self, seconds: float | None) -> float:
+        """Let it measure for some seconds, or warm up; return the median of a call in ms."""
+        self._connection.send(seconds)
+        return self._connection.recv()
+
+
+def _contend(connection: Connection, name: str, row: Comparison, num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    torch.manual_seed(0)
+    spec = get_variant(row.variant)
+    if name == "ours":
+        model = build_model(spec, 1000, options=NetworkOptions(padding=row.padding))
+    else:
+        model = timm.create_model(timm_name(spec, row.padding), num_classes=1000)
+    model = model.to(memory_format=torch.channels_last)
+    shape = (row.batch_size, 3, row.image_size, row.image_size)
+    images = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    call = _forward(model, images) if row.passes == "forward" else _both(model, images)
+    gc.disable()
+    clock = time.perf_counter_ns
+    while True:
+        seconds: float | None = connection.recv()
+        if seconds is None:
+            warm_up_until_stable(call, clock, WARM_UP_WINDOW_S, WARM_UP_MAX_S)
+            connection.send(0.0)
+        else:
+            connection.send(statistics.median(measure_turn(call, clock, seconds).samples_ms))
+
+
+def _forward(model: nn.Module, images: Tensor) -> Call:
+    model.eval()
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return model(images)
+
+    return call
+
+
+def _both(model: nn.Module, images: Tensor) -> Call:
+    model.train()
+    labels = torch.arange(len(images))
+    parameters: Sequence[nn.Parameter] = list(model.parameters())
+
+    def call() -> None:
+        cross_entropy(model(images), labels).backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+    return call
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(NetworkConfig, __doc__), main)

@@ -1,0 +1,81 @@
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from efficientnet.environment import current_environment
+from perf import network
+from perf.network import (
+    ComparisonRecord,
+    NetworkConfig,
+    NetworkRecord,
+    main,
+    timm_name,
+    to_markdown,
+)
+
+
+def comparison(**turns: tuple[float, ...]) -> ComparisonRecord:
+    return ComparisonRecord(
+        variant="b0",
+        padding="same",
+        passes="forward",
+        image_size=224,
+        batch_size=1,
+        turn_p50_ms={name.replace("_", " "): values for name, values in turns.items()},
+    )
+
+
+def test_a_ratio_is_the_median_of_the_ratios_within_a_turn():
+    # The machine slows down threefold in the second half; within a turn ours takes 0.9.
+    record = comparison(ours=(9, 9, 27, 27), timm=(10, 10, 30, 30), timm_again=(10, 10.1, 30, 30.3))
+    assert record.ratio("ours") == pytest.approx(0.9)
+    assert record.ratio("timm again") == pytest.approx(1.005)
+    assert record.p50_ms("ours") == 18
+
+
+def test_the_table_shows_times_ratio_range_and_noise():
+    record = NetworkRecord(
+        started_at=datetime(2026, 1, 2, tzinfo=UTC),
+        num_threads=2,
+        environment=current_environment(),
+        comparisons=(comparison(ours=(8, 9), timm=(10, 10), timm_again=(11, 11)),),
+    )
+    text = to_markdown(record)
+    assert "| b0 | same | forward | 224 | 1 | 8.50 | 10.0 | 0.85 | 0.80 to 0.90 | 1.10 |" in text
+    assert "2026-01-02" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "padding", "expected"),
+    [
+        ("b4", "same", "tf_efficientnet_b4"),
+        ("b4", "symmetric", "efficientnet_b4"),
+        ("v2-s", "same", "tf_efficientnetv2_s"),
+        ("v2-m", "symmetric", "efficientnetv2_m"),
+    ],
+)
+def test_timm_has_the_same_network_under_its_own_name(name, padding, expected):
+    assert timm_name(network.get_variant(name), padding) == expected
+
+
+def test_a_network_that_timm_has_not_is_refused_before_any_work():
+    with pytest.raises(ValueError, match="timm has no tf_efficientnet_tiny"):
+        NetworkConfig(variants=("tiny",))
+
+
+def test_three_processes_are_compared_for_real_and_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(network, "WARM_UP_WINDOW_S", 0.01)
+    output = tmp_path / "network.json"
+    table = main(
+        NetworkConfig(variants=("b0",), paddings=("same",), seconds=0.2, turns=2, output=output)
+    )
+    assert table == tmp_path / "network.md" and "| b0 | same | forward |" in table.read_text()
+    rows = json.loads(output.read_text())["comparisons"]
+    assert [row["passes"] for row in rows] == ["forward", "forward + backward"]
+    for row in rows:
+        assert set(row["turn_p50_ms"]) == {"ours", "timm", "timm again"}
+        assert all(len(turns) == 2 and min(turns) > 0 for turns in row["turn_p50_ms"].values())
