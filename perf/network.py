@@ -62,6 +62,9 @@ class NetworkConfig:
 
     train_batch_size: int = 2
 
+    threads: int | None = None
+    """CPU threads of each contender; None = one per usable core."""
+
     output: Path = Path("reports/network.json")
     """Records; the table goes beside it as .md."""
 
@@ -131,7 +134,7 @@ def main(config: NetworkConfig) -> Path:
             batch_size = config.train_batch_size
             rows.append(Comparison(name, padding, "forward", eval_size, 1))
             rows.append(Comparison(name, padding, "forward + backward", train_size, batch_size))
-    started_at, num_threads = datetime.now(UTC), num_usable_cores()
+    started_at, num_threads = datetime.now(UTC), config.threads or num_usable_cores()
     measured: list[ComparisonRecord] = []
     for row in tqdm(rows, "comparing", unit="row", disable=None):
         measured.append(compare(row, config, num_threads))

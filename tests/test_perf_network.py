@@ -71,7 +71,9 @@ def test_three_processes_are_compared_for_real_and_written_down(
     monkeypatch.setattr(network, "WARM_UP_WINDOW_S", 0.01)
     output = tmp_path / "network.json"
     table = main(
-        NetworkConfig(variants=("b0",), paddings=("same",), seconds=0.2, turns=2, output=output)
+        NetworkConfig(
+            variants=("b0",), paddings=("same",), seconds=0.2, turns=2, threads=1, output=output
+        )
     )
     assert table == tmp_path / "network.md" and "| b0 | same | forward |" in table.read_text()
     rows = json.loads(output.read_text())["comparisons"]

@@ -42,7 +42,11 @@ def test_batches_have_the_size_of_their_stage_whatever_the_number_of_workers():
 
     def batches(num_workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         sampler = StepSampler(len(samples), CONFIG)
-        return list(train_batches(samples, CONFIG, stages, sampler, num_workers))
+        return list(
+            train_batches(
+                samples, CONFIG, CONFIG.preprocess_spec(None), stages, sampler, num_workers
+            )
+        )
 
     alone, with_workers = batches(0), batches(2)
     assert [images.shape[-1] for images, _ in alone] == [16] * 4 + [21] * 4 + [26] * 4 + [32] * 4

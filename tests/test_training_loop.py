@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from efficientnet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
+from efficientnet.variants import NetworkOptions
 from training import run as command
 from training.loop import TrainingError
 from training.metrics import read_metrics
@@ -149,7 +150,7 @@ def test_the_cosine_ends_near_zero_and_scales_with_the_batch():
 
 
 def test_biases_and_norms_have_no_weight_decay():
-    state = new_state(digits_recipe("tiny"), 10, torch.device("cpu"))
+    state = new_state(digits_recipe("tiny"), NetworkOptions(), 10, torch.device("cpu"))
     decayed, free = state.optimizer.param_groups
     assert decayed["weight_decay"] > 0 and free["weight_decay"] == 0
     assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in free["params"])

@@ -10,7 +10,12 @@ from typing import cast
 
 import numpy as np
 from PIL import Image
-from timm.data.auto_augment import RandAugment, rand_augment_ops
+from timm.data.auto_augment import (
+    AutoAugment,
+    RandAugment,
+    auto_augment_policy,
+    rand_augment_ops,
+)
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import v2
@@ -22,7 +27,7 @@ GRAY = (128, 128, 128)
 
 
 class Augmentation:
-    """Random crop to the stage's size, mirror, RandAugment."""
+    """Random crop to the stage's size, mirror, RandAugment or AutoAugment."""
 
     def __init__(self, config: TrainConfig, stage: Stage) -> None:
         self._crop = RandomResizedCropAndInterpolation(
@@ -32,9 +37,13 @@ class Augmentation:
         # timm clips magnitudes at 10 unless told otherwise, and skips half of the operations; the
         # paper's magnitudes go to 25 and every operation is applied.
         hparams = {"img_mean": GRAY, "magnitude_max": 100.0}
+        if config.autoaugment:
+            # The policy of EfficientNet's own TPU code.
+            self._augment = AutoAugment(auto_augment_policy("v0", {"img_mean": GRAY}))
+            return
         ops = rand_augment_ops(stage.randaugment_magnitude, prob=1.0, hparams=hparams)
         num_layers = config.num_randaugment_layers if stage.randaugment_magnitude else 0
-        self._randaugment = RandAugment(ops, num_layers)
+        self._augment = RandAugment(ops, num_layers)
 
     def __call__(self, image: Image.Image, seed: int) -> Image.Image:
         """Augment an RGB image; the result has the stage's size."""
@@ -43,7 +52,7 @@ class Augmentation:
         image = cast(Image.Image, self._crop(image))
         if self._flips and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self._randaugment(image)
+        return self._augment(image)
 
 
 def mix(

@@ -8,7 +8,7 @@ import tyro
 from pydantic import TypeAdapter
 
 from efficientnet.preprocess import PreprocessSpec
-from efficientnet.variants import VARIANTS
+from efficientnet.variants import VARIANTS, NetworkOptions, Padding
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,22 @@ class TrainConfig:
     """Images per forward pass, a divisor of batch_size whose gradients are added up;
     None = batch_size."""
 
+    autoaugment: bool = False
+    """AutoAugment's policy for ImageNet (V1's and V2-B's recipe), not together with
+    RandAugment."""
+
+    padding: Padding | None = None
+    """same: TensorFlow's; symmetric: faster, as torchvision trains it. None = that of --weights,
+    without them symmetric."""
+
+    weights: str | None = None
+    """Start from these weights with a new classifier: timm:NAME, torchvision:NAME, a .safetensors
+    or .pth file of theirs, or a checkpoint directory; None = random ones."""
+
+    weights_like: str | None = None
+    """For a file that does not tell which published weights it holds: their timm:NAME or
+    torchvision:NAME."""
+
     data: Path | None = None
     """Folder with one folder of images per class, or with train/ and val/ of those;
     None = the handwritten digits that come with scikit-learn."""
@@ -159,19 +175,46 @@ class TrainConfig:
             raise ValueError(f"min_crop_area is {self.min_crop_area}, expected 0 < area <= 1")
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r}")
+        if self.weights_like and not self.weights:
+            raise ValueError("weights_like is given without weights: say which file it is about")
+        if self.autoaugment and any(self.progressive.randaugment_magnitude):
+            raise ValueError(
+                f"autoaugment together with randaugment_magnitude "
+                f"{self.progressive.randaugment_magnitude}, expected one of them; "
+                "set the magnitude to 0 0, or --no-autoaugment"
+            )
 
-    def preprocess_spec(self) -> PreprocessSpec:
+    def preprocess_spec(self, start: PreprocessSpec | None) -> PreprocessSpec:
         """Return how evaluation and deployment prepare an image.
 
-        Mean and deviation 0.5 map pixels to -1..1, as the released V2 weights have it.
+        Args:
+            start: of the weights that training starts from, whose mean and deviation are kept;
+                None: 0.5, which maps pixels to -1..1 as the released V2 weights have it.
         """
         return PreprocessSpec(
             image_size=self.eval_image_size,
             interpolation=self.interpolation,
             crop_fraction=self.crop_fraction,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
+            mean=start.mean if start else (0.5, 0.5, 0.5),
+            std=start.std if start else (0.5, 0.5, 0.5),
         )
+
+    def network_options(self, start: NetworkOptions | None) -> NetworkOptions:
+        """Return padding and batch norm of the network.
+
+        Args:
+            start: of the weights that training starts from, which fit no other padding or epsilon.
+
+        Raises:
+            ValueError: `padding` is given and is not theirs.
+        """
+        if start and self.padding and self.padding != start.padding:
+            raise ValueError(
+                f"padding is {self.padding}, but the weights of {self.weights} are used with "
+                f"{start.padding} padding; leave --padding out"
+            )
+        options = start or NetworkOptions(padding=self.padding or "symmetric")
+        return options.model_copy(update={"batch_norm_momentum": self.batch_norm_momentum})
 
 
 _ADAPTER = TypeAdapter(TrainConfig)

@@ -73,10 +73,14 @@ class TrainImages(Dataset[Any]):
     """Decoded, augmented and normalised images; indexed by SampleKey."""
 
     def __init__(
-        self, samples: Sequence[Sample], config: TrainConfig, stages: Sequence[Stage]
+        self,
+        samples: Sequence[Sample],
+        config: TrainConfig,
+        spec: PreprocessSpec,
+        stages: Sequence[Stage],
     ) -> None:
         self._samples = samples
-        self._spec = config.preprocess_spec()
+        self._spec = spec
         self._augmentations = [Augmentation(config, stage) for stage in stages]
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
@@ -106,6 +110,7 @@ class EvalImages(Dataset[Any]):
 def train_batches(
     samples: Sequence[Sample],
     config: TrainConfig,
+    spec: PreprocessSpec,
     stages: Sequence[Stage],
     sampler: StepSampler,
     num_workers: int,
@@ -115,7 +120,7 @@ def train_batches(
     Its own generator keeps it from drawing from the global one, on which dropout depends.
     """
     return DataLoader(
-        TrainImages(samples, config, stages),
+        TrainImages(samples, config, spec, stages),
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),

@@ -1,12 +1,13 @@
 """The values chosen for each variant, with their source: a recipe for folders, one for the digits.
 
-Paper: Tan and Le 2021 (arXiv 2104.00298 v3), section 4 and Table 6. Where the paper is silent the
-released code decides (google/automl, efficientnetv2).
+V2-S, M and L: Tan and Le 2021 (arXiv 2104.00298 v3), section 4 and Table 6. V1: Tan and Le 2019
+(arXiv 1905.11946), section 5.2. Where the papers are silent the released code decides
+(google/automl, efficientnetv2).
 """
 
 from pathlib import Path
 
-from efficientnet.variants import VARIANTS
+from efficientnet.variants import VARIANTS, VariantSpec
 from training.config import OptimizerConfig, ProgressiveConfig, TrainConfig
 
 # Table 6: RandAugment magnitude, Mixup alpha and dropout of the last stage.
@@ -14,6 +15,8 @@ PAPER_PROGRESSIVE = {
     "v2-s": ProgressiveConfig((128, 300), (5, 15), (0, 0), (0.1, 0.3)),
     "v2-m": ProgressiveConfig((128, 380), (5, 20), (0, 0.2), (0.1, 0.4)),
     "v2-l": ProgressiveConfig((128, 380), (5, 25), (0, 0.4), (0.1, 0.5)),
+    # Not in the table: the released code's last values, with L's first ones.
+    "v2-xl": ProgressiveConfig((128, 384), (5, 20), (0, 0.5), (0.1, 0.4)),
     "tiny": ProgressiveConfig((16, 32), (5, 10), (0, 0.1), (0.1, 0.2)),
 }
 
@@ -41,13 +44,15 @@ DIGITS_PROGRESSIVE_DEFAULT = ProgressiveConfig((50, 64), (3, 6), (0, 0.1), (0.1,
 def paper_recipe(variant: str) -> TrainConfig:
     """Return the paper's recipe for ImageNet-like folders.
 
-    Below 320 px evaluation cuts out the centre, from there on it squashes, as the released code
-    does.
+    V1 and V2-B train at one size with AutoAugment. Below 320 px evaluation cuts out the centre,
+    from there on it squashes, as the released code does.
     """
-    eval_size = VARIANTS[variant].eval_image_size
+    spec = VARIANTS[variant]
+    eval_size = spec.eval_image_size
+    is_progressive = variant in PAPER_PROGRESSIVE
     return TrainConfig(
         variant=variant,
-        progressive=PAPER_PROGRESSIVE[variant],
+        progressive=PAPER_PROGRESSIVE[variant] if is_progressive else one_size(spec),
         optimizer=PAPER_OPTIMIZER,
         epochs=350,
         batch_size=4096,
@@ -58,10 +63,17 @@ def paper_recipe(variant: str) -> TrainConfig:
         min_crop_area=0.05,
         horizontal_flip=True,
         num_randaugment_layers=2,
+        autoaugment=not is_progressive,
         label_smoothing=0.1,
-        stochastic_depth_rate=0.2,
+        stochastic_depth_rate=spec.stochastic_depth_rate,
         batch_norm_momentum=0.01,
     )
+
+
+def one_size(spec: VariantSpec) -> ProgressiveConfig:
+    """Return no progression: the variant's own train size and dropout throughout."""
+    size, dropout = spec.train_image_size, spec.dropout_rate
+    return ProgressiveConfig((size, size), (0, 0), (0, 0), (dropout, dropout), num_stages=1)
 
 
 def digits_recipe(variant: str) -> TrainConfig:
@@ -86,6 +98,7 @@ def digits_recipe(variant: str) -> TrainConfig:
         min_crop_area=0.8,
         horizontal_flip=False,
         num_randaugment_layers=1,
+        autoaugment=False,
         label_smoothing=0.1,
         stochastic_depth_rate=0.1,
         # A run of a few hundred steps: the paper's 0.01 would still hold the initial statistics.

@@ -2,10 +2,12 @@
 
     python training/run.py v2-s
     python training/run.py v2-s --data FOLDER --batch-size 256
+    python training/run.py v2-s --data FOLDER --weights timm:tf_efficientnetv2_s.in1k
     python training/run.py --resume runs/v2-s-20261122T101500Z
 
 Without --data it trains on the handwritten digits that come with scikit-learn; with it, by the
 paper's recipe, on a folder with one folder of images per class (or train/ and val/ of those).
+--weights starts from published weights or from a checkpoint, with a new classifier.
 --resume goes on with an interrupted run, by the recipe it was started with.
 --help after a variant lists what can be set.
 """
@@ -41,6 +43,7 @@ from training.progress import InterruptFlag, ProgressBar, format_seconds
 from training.progressive import Stage, plan_stages, stage_index
 from training.recipes import recipes_for
 from training.rundir import Run, point_latest_to, read_run, save_run
+from training.start import load_start, log_start
 from training.state import EpochTotals, TrainState, new_state
 
 EVAL_BATCH_SIZE = 64
@@ -81,15 +84,23 @@ def main(command: TrainConfig | ResumeConfig) -> Path:
     Raises:
         DatasetError: the data cannot be used.
         CheckpointError: there is nothing to resume.
+        WeightsError: what to start from cannot be used.
         TrainingError: the loss is not finite.
         KeyboardInterrupt: Ctrl-C, after what was reached has been saved.
     """
+    saved = start = None
     if isinstance(command, ResumeConfig):
-        directory, config, saved = read_run(command.resume, command.variant)
-        log.info("go on with %s at step %d", directory, saved["state"]["step"])
+        saved = read_run(command.resume, command.variant)
+        directory, config = saved.directory, saved.config
+        preprocess, network = saved.record.preprocess, saved.record.network
+        log.info("go on with %s at step %d", directory, saved.values["state"]["step"])
     else:
+        config = command
+        start = load_start(config)
+        preprocess = config.preprocess_spec(start.preprocess if start else None)
+        network = config.network_options(start.network if start else None)
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        directory, config, saved = command.output / f"{command.variant}-{stamp}", command, None
+        directory = config.output / f"{config.variant}-{stamp}"
     log_recipe(config)
 
     dataset = without_broken_images(load_dataset(config.data or DIGITS))
@@ -97,16 +108,19 @@ def main(command: TrainConfig | ResumeConfig) -> Path:
         log.warning("left out: %s", problem)
     if dataset.broken:
         log.warning("left out %d images that cannot be decoded", len(dataset.broken))
-    run = Run(directory, config, dataset)
-    if saved is not None and saved["data_fingerprint"] != run.data_fingerprint:
+    run = Run(directory, config, dataset, preprocess, network)
+    if saved and saved.values["data_fingerprint"] != run.data_fingerprint:
         raise CheckpointError(
             f"the images of {dataset.source} are not those that {directory} was started with; "
             "put the data back, or start a new run"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = new_state(config, len(dataset.class_names), device)
-    if saved is not None:
-        state.load_dict(saved["state"])
+    num_classes = len(dataset.class_names)
+    if start:
+        log_start(start, num_classes)
+    state = new_state(config, network, num_classes, device, start.tensors if start else None)
+    if saved:
+        state.load_dict(saved.values["state"])
     train(run, state)
     point_latest_to(directory)
     return run.checkpoint
@@ -128,8 +142,10 @@ def train(run: Run, state: TrainState) -> None:
         sampler.steps_per_epoch,
         "the CPU" if state.device.type == "cpu" else torch.cuda.get_device_name(state.device),
     )
-    batches = iter(train_batches(dataset.train, config, stages, sampler, num_workers))
-    held_out = eval_batches(dataset.val, config.preprocess_spec(), EVAL_BATCH_SIZE, num_workers)
+    batches = iter(
+        train_batches(dataset.train, config, run.preprocess, stages, sampler, num_workers)
+    )
+    held_out = eval_batches(dataset.val, run.preprocess, EVAL_BATCH_SIZE, num_workers)
     average_model = copy.deepcopy(state.model)
     run.directory.mkdir(parents=True, exist_ok=True)
     epochs = read_metrics(run.directory, state.step)

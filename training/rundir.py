@@ -25,6 +25,8 @@ from efficientnet.checkpoint import (
 )
 from efficientnet.datasets import Dataset
 from efficientnet.environment import current_environment
+from efficientnet.preprocess import PreprocessSpec
+from efficientnet.variants import NetworkOptions
 from training.config import TrainConfig, config_from_json, config_to_json
 from training.loop import Evaluation
 from training.state import TrainState
@@ -37,6 +39,9 @@ class Run:
     directory: Path
     config: TrainConfig
     dataset: Dataset
+    preprocess: PreprocessSpec
+    """Of evaluation and deployment."""
+    network: NetworkOptions
 
     @property
     def checkpoint(self) -> Path:
@@ -67,7 +72,8 @@ def save_run(run: Run, state: TrainState, epoch: int, evaluation: Evaluation | N
         variant=run.config.variant,
         num_classes=len(run.dataset.class_names),
         class_names=run.dataset.class_names,
-        preprocess=run.config.preprocess_spec(),
+        network=run.network,
+        preprocess=run.preprocess,
         data=run.dataset.source,
         weights_sha256="",
         epoch=epoch,
@@ -83,15 +89,23 @@ def save_run(run: Run, state: TrainState, epoch: int, evaluation: Evaluation | N
     save_checkpoint(run.checkpoint, state.average.tensors, record, saved)
 
 
-def read_run(directory: Path, variant: str | None) -> tuple[Path, TrainConfig, dict[str, Any]]:
+@dataclass(frozen=True)
+class SavedRun:
+    """What a run needs to go on."""
+
+    directory: Path
+    config: TrainConfig
+    record: CheckpointRecord
+    values: dict[str, Any]
+    """What save_run saved."""
+
+
+def read_run(directory: Path, variant: str | None) -> SavedRun:
     """Read what a run needs to go on.
 
     Args:
         directory: of the run, or of its checkpoint.
         variant: what the run must train; None = whatever it trains.
-
-    Returns:
-        The run's directory, its recipe, and what save_run saved.
 
     Raises:
         CheckpointError: no whole checkpoint, nothing left to train, or another variant.
@@ -112,7 +126,7 @@ def read_run(directory: Path, variant: str | None) -> tuple[Path, TrainConfig, d
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if record.epoch >= config.epochs:
         raise CheckpointError(f"{run} is complete ({record.epoch} epochs): nothing to train")
-    return run, config, saved
+    return SavedRun(run, config, record, saved)
 
 
 def point_latest_to(run: Path) -> None:

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from efficientnet.model import EfficientNet, build_model
-from efficientnet.variants import get_variant
+from efficientnet.variants import NetworkOptions, get_variant
 from training.config import TrainConfig
 from training.optim import WeightAverage, build_optimizer
 
@@ -66,13 +67,28 @@ class TrainState:
         return self.device.type == "cuda"
 
 
-def new_state(config: TrainConfig, num_classes: int, device: torch.device) -> TrainState:
-    """Build network, optimizer and average with weights that follow from the seed."""
+def new_state(
+    config: TrainConfig,
+    network: NetworkOptions,
+    num_classes: int,
+    device: torch.device,
+    start: dict[str, Tensor] | None = None,
+) -> TrainState:
+    """Build network, optimizer and average.
+
+    Args:
+        config: the recipe; the seed decides the initial weights.
+        network: padding and batch norm.
+        num_classes: length of the logits.
+        device: where to train.
+        start: weights of the same variant, of which all but the classifier's are taken.
+    """
     torch.manual_seed(config.seed)
-    model = build_model(get_variant(config.variant), num_classes, config.stochastic_depth_rate)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = config.batch_norm_momentum
+    spec = get_variant(config.variant)
+    model = build_model(spec, num_classes, config.stochastic_depth_rate, network)
+    if start is not None:
+        taken = {k: t for k, t in start.items() if not k.startswith("classifier.")}
+        model.load_state_dict(model.state_dict() | taken)
     model = model.to(device).to(memory_format=torch.channels_last)
     return TrainState(
         device,

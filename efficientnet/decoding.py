@@ -1,0 +1,167 @@
+"""Image bytes -> upright 8-bit RGB pixels: any kind by Pillow, reduced JPEG by OpenCV."""
+
+import io
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+
+MAX_PIXELS = 50_000_000
+
+# Pillow knows more kinds, of which some start other programs (EPS) or hold many pages (PDF).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
+
+# What Pillow's decoders raise on damaged data is not one class.
+DECODER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    TypeError,
+    ArithmeticError,
+)
+
+# libjpeg-turbo has SIMD code for these reductions; 5/8 or 7/8 take longer than the whole picture.
+REDUCTIONS = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+
+JPEG_END = b"\xff\xd9"
+
+# EXIF orientation -> the axes to flip, after height and width are exchanged for 5 to 8.
+FLIPPED_AXES = {2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
+
+# Images are decoded by several threads at once; OpenCV's own would only compete with them.
+cv2.setNumThreads(1)
+
+
+class ImageError(ValueError):
+    """Bytes that cannot be used as an image: damaged, of an unknown kind, or too large."""
+
+
+class ImageTooLargeError(ImageError):
+    """An image of more pixels than are decoded."""
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """What is known of a JPEG before its pixels are decoded."""
+
+    width: int
+    """Of the upright picture, as is the height."""
+    height: int
+    orientation: int
+    """EXIF's, 1 to 8; 1 is upright."""
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a picture of any mode into an upright 8-bit RGB one.
+
+    The EXIF orientation is applied, 16-bit values are scaled to 8 bits (Pillow would clip them),
+    and transparent pixels are laid over white.
+
+    Raises:
+        ImageTooLargeError: more than `max_pixels`, found before anything is decoded.
+        ImageError: no image, or truncated.
+    """
+    with _told_as_image_errors(data):
+        image = _open(data, max_pixels)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+def read_jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS) -> JpegHeader | None:
+    """Tell what decode_jpeg would decode; None: no JPEG that it can, but decode_image may.
+
+    That is every other format, CMYK, and a file that does not end as a JPEG does: OpenCV would make
+    gray areas of what is cut off, where Pillow refuses.
+
+    Raises:
+        ImageTooLargeError, ImageError: see decode_image.
+    """
+    with _told_as_image_errors(data):
+        image = _open(data, max_pixels)
+        # MPO is a JPEG that more pictures follow, as phones write it.
+        is_plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+        if not is_plain or not data.endswith(JPEG_END):
+            return None
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation not in FLIPPED_AXES:
+        orientation = 1
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    return JpegHeader(width, height, orientation)
+
+
+def decode_jpeg(data: bytes, header: JpegHeader, reduction: int) -> NDArray[np.uint8]:
+    """Decode a JPEG to upright uint8 RGB [ceil(H / reduction), ceil(W / reduction), 3].
+
+    A reduction of 1, 2, 4 or 8 is part of the inverse cosine transform, which it makes cheaper.
+
+    Raises:
+        ImageError: damaged.
+    """
+    flags = REDUCTIONS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise ImageError(f"the image is damaged or truncated: {error.err}") from None
+    # OpenCV tells damage so, whatever its type annotations say.
+    if pixels is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise ImageError("the image is damaged or truncated: no JPEG decoder takes it")
+    if header.orientation > 1:
+        if header.orientation >= 5:
+            pixels = pixels.transpose(1, 0, 2)
+        pixels = np.ascontiguousarray(np.flip(pixels, FLIPPED_AXES[header.orientation]))
+    return pixels.astype(np.uint8, copy=False)
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError("the image is empty (0 bytes)")
+    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    if image.width * image.height > max_pixels:
+        raise ImageTooLargeError(
+            f"the image has {image.width} x {image.height} pixels, "
+            f"more than the {max_pixels / 1e6:g} megapixels allowed"
+        )
+    return image
+
+
+@contextmanager
+def _told_as_image_errors(data: bytes) -> Generator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise ImageError(
+            f"these {len(data)} bytes are not an image of a known kind; "
+            f"known: {', '.join(IMAGE_FORMATS)}"
+        ) from None
+    # Pillow's own, far larger limit: an error, or a warning where warnings are errors.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(str(error)) from None
+    except DECODER_ERRORS as error:
+        raise ImageError(f"the image is damaged or truncated: {error}") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow opens 16-bit gray files in these modes, depending on the format.
+        wide = np.asarray(image).astype(np.int64)
+        return Image.fromarray((wide.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    # To convert RGB to RGB is to copy it.
+    return image if image.mode == "RGB" else image.convert("RGB")

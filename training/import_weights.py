@@ -1,0 +1,128 @@
+"""Published weights -> checkpoint, as it comes out of training.
+
+    python training/import_weights.py v2-s --from timm:tf_efficientnetv2_s.in1k
+    python training/import_weights.py b0 --from b0.pth --like timm:tf_efficientnet_b0.aa_in1k
+
+The source is timm:NAME or torchvision:NAME, which that library fetches, or a .safetensors or .pth
+file in the layout of one of the two.
+"""
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.command import parse_flags, run_command
+from efficientnet.datasets import SAMPLE_PHOTOS
+from efficientnet.environment import current_environment
+from efficientnet.model import build_model
+from efficientnet.variants import get_variant
+from efficientnet.weights import WeightsError
+from training.published import PublishedWeights, load_published
+from training.rundir import point_latest_to
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """What is imported."""
+
+    variant: tyro.conf.Positional[str]
+    """b0 to b7, v2-b0 to v2-b3, v2-s, v2-m, v2-l or v2-xl."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")]
+    """timm:NAME, torchvision:NAME, or a .safetensors or .pth file."""
+
+    like: str | None = None
+    """For a file, the timm:NAME or torchvision:NAME whose padding, epsilon and preprocessing it
+    is used with; None: as the file, or what stands beside it, tells."""
+
+    output: Path = Path("runs")
+    """Folder in which the run's own folder is made."""
+
+    def __post_init__(self) -> None:
+        """Check the variant."""
+        get_variant(self.variant)
+
+
+def main(config: ImportConfig) -> Path:
+    """Check the weights and write a checkpoint; return its directory.
+
+    Raises:
+        WeightsError: see load_published; or the logits are not finite.
+    """
+    spec = get_variant(config.variant)
+    published = load_published(config.source, spec, config.like)
+    log_weights(published)
+    class_names = published.class_names
+    assert class_names is not None, "load_published takes 1,000 classes only"
+
+    size = published.preprocess.image_size
+    with torch.device("meta"):
+        model = build_model(spec, len(class_names), options=published.network)
+    model.load_state_dict(published.tensors, assign=True)
+    with torch.inference_mode():
+        logits = model.eval()(torch.zeros(1, 3, size, size))
+    if not logits.isfinite().all():
+        raise WeightsError(
+            f"{published.origin} gives logits that are not finite for a gray image: "
+            "the weights are damaged; download or copy them again"
+        )
+
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    run = config.output / f"{config.variant}-{stamp}"
+    record = CheckpointRecord(
+        variant=config.variant,
+        num_classes=len(class_names),
+        class_names=class_names,
+        network=published.network,
+        preprocess=published.preprocess,
+        data=SAMPLE_PHOTOS,
+        weights_sha256="",
+        epoch=0,
+        step=0,
+        top1=None,
+        top5=None,
+        num_images_evaluated=0,
+        recipe=published.origin,
+        train_config={"source": config.source, "sha256": published.sha256},
+        environment=current_environment(),
+    )
+    save_checkpoint(run / "checkpoint", published.tensors, record, train_state=None)
+    point_latest_to(run)
+    log.info("%s points to %s: commands without --checkpoint take it", run.parent / "latest", run)
+    return run / "checkpoint"
+
+
+def log_weights(published: PublishedWeights) -> None:
+    """Print what decides the network's answers."""
+    network, preprocess = published.network, published.preprocess
+    names = ("weight", "bias")
+    count = sum(t.numel() for name, t in published.tensors.items() if name.endswith(names))
+    cut = preprocess.crop_fraction
+    log.info("weights        %s, SHA-256 %s", published.origin, published.sha256[:12])
+    log.info("parameters     %s", f"{count:,}")
+    log.info("padding        %s", network.padding)
+    log.info(
+        "batch norm     epsilon %g, momentum %g",
+        network.batch_norm_epsilon,
+        network.batch_norm_momentum,
+    )
+    log.info(
+        "preprocessing  %d px, %s, %s, mean %s, deviation %s",
+        preprocess.image_size,
+        "the whole image squashed" if cut is None else f"the central {cut:.3f} of the short side",
+        preprocess.interpolation,
+        preprocess.mean,
+        preprocess.std,
+    )
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(ImportConfig, __doc__), main)
