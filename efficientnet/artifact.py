@@ -7,15 +7,15 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.errors import PipelineError, first_problem
 from efficientnet.precision import Precision
-from efficientnet.preprocess import PreprocessSpec
+from efficientnet.preprocess import PreprocessSpec, require_sha256
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -98,6 +98,8 @@ class ArtifactManifest(_Frozen):
     input: InputSpec
     output: OutputSpec
     preprocess: PreprocessSpec
+    preprocess_sha256: str = ""
+    """Of `preprocess`, so that a change by hand is found; filled in when it is written."""
     class_names: tuple[str, ...]
     data: str
     """What the network was trained on; accuracy and benchmarks take its val images."""
@@ -107,6 +109,11 @@ class ArtifactManifest(_Frozen):
     flops_per_image: int
     """Floating-point operations of convolutions and classifier: two for each multiply-add."""
     weight_bytes: int
+
+    @model_validator(mode="after")
+    def _check_preprocess(self) -> Self:
+        require_sha256(self.preprocess, self.preprocess_sha256)
+        return self
 
 
 @contextmanager
@@ -126,6 +133,7 @@ def new_artifact_directory(directory: Path) -> Generator[Path]:
 
 def write_manifest(directory: Path, manifest: ArtifactManifest) -> None:
     """Write manifest.json, the last file of an artifact."""
+    manifest = manifest.model_copy(update={"preprocess_sha256": manifest.preprocess.sha256})
     write_text(directory / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 

@@ -9,10 +9,10 @@ runs/<recipe>-<UTC time>/checkpoint/
 import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -20,7 +20,7 @@ from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.errors import PipelineError, first_problem
 from efficientnet.model import EfficientNet, build_model
-from efficientnet.preprocess import PreprocessSpec
+from efficientnet.preprocess import PreprocessSpec, require_sha256
 from efficientnet.variants import NetworkOptions, get_variant
 
 FORMAT_VERSION = 1
@@ -47,6 +47,8 @@ class CheckpointRecord(BaseModel):
     """Padding and batch norm that these weights are used with."""
     preprocess: PreprocessSpec
     """What evaluation did, and every user of the weights must do."""
+    preprocess_sha256: str = ""
+    """Of `preprocess`, so that a change by hand is found; filled in when it is written."""
     data: str
     """What the network was trained on: `digits` or a folder; parity and accuracy take its val
     images."""
@@ -64,6 +66,11 @@ class CheckpointRecord(BaseModel):
     """For provenance only; nothing reads it but a resumed training."""
     environment: EnvironmentRecord
 
+    @model_validator(mode="after")
+    def _check_preprocess(self) -> Self:
+        require_sha256(self.preprocess, self.preprocess_sha256)
+        return self
+
 
 def save_checkpoint(
     directory: Path,
@@ -76,11 +83,11 @@ def save_checkpoint(
     Args:
         directory: the checkpoint's own directory.
         weights: names as in model.py; written in float32.
-        record: `weights_sha256` is filled in here.
+        record: its hashes are filled in here.
         train_state: tensors and plain values only, so that weights_only loading takes it.
 
     Returns:
-        The record with the hash.
+        The record with the hashes.
     """
     with replaced_directory(directory) as fresh:
         tensors = {
@@ -94,7 +101,11 @@ def save_checkpoint(
             buffer = io.BytesIO()
             torch.save(train_state, buffer)
             (fresh / TRAIN_STATE_FILE).write_bytes(buffer.getbuffer())
-        record = record.model_copy(update={"weights_sha256": sha256_of_file(fresh / WEIGHTS_FILE)})
+        hashes = {
+            "weights_sha256": sha256_of_file(fresh / WEIGHTS_FILE),
+            "preprocess_sha256": record.preprocess.sha256,
+        }
+        record = record.model_copy(update=hashes)
         write_text(fresh / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
     return record
 

@@ -95,9 +95,23 @@ class PreprocessSpec(BaseModel):
 
     @property
     def sha256(self) -> str:
-        """Name the spec by the SHA-256 of its JSON with sorted keys, in hexadecimal."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Name the spec by the SHA-256 of its JSON with sorted keys, in hexadecimal.
+
+        Fields that have their default are left out, so that a spec keeps its name when there is
+        something new to choose.
+        """
+        values = self.model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def require_sha256(spec: PreprocessSpec, sha256: str) -> None:
+    """Raise a ValueError if a record's hash of its spec is another one; empty is from older ones."""
+    if sha256 not in ("", spec.sha256):
+        raise ValueError(
+            f"preprocess_sha256 is {sha256[:12]}, but the preprocess beside it has "
+            f"{spec.sha256[:12]}: it was changed by hand"
+        )
 
 
 def resize_and_crop(image: Image.Image, spec: PreprocessSpec) -> Image.Image:

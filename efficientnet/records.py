@@ -30,6 +30,8 @@ class _Measured(BaseModel):
     precision: str
     image_size: int
     """Pixels."""
+    preprocess_sha256: str = ""
+    """Of the preprocessing, which may differ for the same program; empty in older records."""
     data: str
     """Where the images came from: `digits` or the name of a folder, without its path."""
     environment: EnvironmentRecord

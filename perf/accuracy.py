@@ -140,6 +140,7 @@ def _make_record(
         runtime=program.runtime,
         precision=program.precision,
         image_size=program.preprocess.image_size,
+        preprocess_sha256=program.preprocess.sha256,
         data=data_name(dataset),
         environment=current_environment(),
         started_at=started_at,

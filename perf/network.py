@@ -27,18 +27,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from efficientnet.architectures import peer_of
 from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
 from efficientnet.model import build_model
 from efficientnet.tables import Table, format_ms, format_ratio
-from efficientnet.variants import NetworkOptions, Padding, VariantSpec, get_variant
-from perf.publishing import published_directory
+from efficientnet.variants import NetworkOptions, Padding, get_variant
+from perf.publishing import find_section, published_directory, write_section
 from perf.timing import Call, measure_turn, warm_up_until_stable
 
 Pass = Literal["forward", "forward + backward"]
 
 CONTENDERS = ("ours", "timm", "timm again")
+
+SECTION = "network"
 
 WARM_UP_WINDOW_S = 1.0
 WARM_UP_MAX_S = 20.0
@@ -69,12 +72,17 @@ class NetworkConfig:
     """Records; the table goes beside it as .md."""
 
     publish: bool = False
-    """Write to reports/published/<date>-<device>/ in the place of `output`."""
+    """Write to reports/published/<date>-<device>/ in the place of `output`, and the table into the
+    README."""
+
+    readme: Path = Path("README.md")
 
     def __post_init__(self) -> None:
         """Check the limits."""
         for name in self.variants:
-            timm_name(get_variant(name), "same")
+            get_variant(name)
+            for padding in self.paddings:
+                peer_of(name, "timm", padding)
         if self.seconds <= 0 or self.turns < 1 or self.train_batch_size < 1:
             raise ValueError("--seconds, --turns and --train-batch-size must be positive")
 
@@ -125,7 +133,13 @@ class NetworkRecord(BaseModel):
 
 
 def main(config: NetworkConfig) -> Path:
-    """Measure all rows; return the table's file."""
+    """Measure all rows; return the table's file.
+
+    Raises:
+        PublishError: the README has no place for the table; nothing is measured then.
+    """
+    if config.publish:
+        find_section(config.readme, SECTION)
     rows: list[Comparison] = []
     for name in config.variants:
         spec = get_variant(name)
@@ -152,12 +166,13 @@ def main(config: NetworkConfig) -> Path:
         environment=current_environment(),
         comparisons=tuple(measured),
     )
-    path = config.output
+    path, table = config.output, to_markdown(record)
     if config.publish:
         path = published_directory(started_at, record.environment) / "network.json"
+        write_section(config.readme, SECTION, table)
     write_text(path, record.model_dump_json(indent=1) + "\n")
     table_path = path.with_suffix(".md")
-    write_text(table_path, to_markdown(record))
+    write_text(table_path, f"# The network beside timm's, eager\n\n{table}")
     return table_path
 
 
@@ -179,20 +194,6 @@ def compare(row: Comparison, config: NetworkConfig, num_threads: int) -> Compari
     return ComparisonRecord(
         **vars(row), turn_p50_ms={name: tuple(values) for name, values in medians.items()}
     )
-
-
-def timm_name(spec: VariantSpec, padding: Padding) -> str:
-    """Return timm's name for a variant.
-
-    Raises:
-        ValueError: timm has no such network.
-    """
-    size = spec.name.removeprefix("v2-")
-    family = "efficientnetv2_" if spec.name.startswith("v2-") else "efficientnet_"
-    name = ("tf_" if padding == "same" else "") + family + size
-    if name not in timm.list_models():
-        raise ValueError(f"timm has no {name} to compare {spec.name} with")
-    return name
 
 
 def to_markdown(record: NetworkRecord) -> str:
@@ -218,7 +219,7 @@ def to_markdown(record: NetworkRecord) -> str:
     table = Table(columns, tuple(lines), frozenset(columns[:3]))
     versions = record.environment.libraries
     return (
-        f"# The network against timm's, eager\n\n{table.markdown()}\n\n"
+        f"{table.markdown()}\n\n"
         f"Float32, channels_last, {record.num_threads} threads of {record.environment.cpu}, "
         f"torch {versions.get('torch')}, timm {timm.__version__}, "
         f"{record.started_at:%Y-%m-%d} UTC. "
@@ -265,7 +266,7 @@ def _contend(connection: Connection, name: str, row: Comparison, num_threads: in
     if name == "ours":
         model = build_model(spec, 1000, options=NetworkOptions(padding=row.padding))
     else:
-        model = timm.create_model(timm_name(spec, row.padding), num_classes=1000)
+        model = timm.create_model(peer_of(row.variant, "timm", row.padding), num_classes=1000)
     model = model.to(memory_format=torch.channels_last)
     shape = (row.batch_size, 3, row.image_size, row.image_size)
     images = torch.randn(shape).contiguous(memory_format=torch.channels_last)

@@ -15,9 +15,7 @@ from perf.page import PICTURE_TEXT, to_markdown
 from perf.results import result_tables
 from perf.rows import Group, Joined, Row
 
-BEGIN = "<!-- results: written by perf/report.py -->"
-END = "<!-- /results -->"
-
+RESULTS = "results"
 PICTURE_FILE = "latency.png"
 REPORT_FILE = "report.md"
 PUBLISHED = Path("reports/published")
@@ -41,7 +39,7 @@ def publish(
         PublishError: the README has no place for the table, or samples are missing; nothing has
         been written then.
     """
-    text = _read_readme(readme)
+    find_section(readme, RESULTS)
     rows = [row for group in joined.groups for row in group.rows]
     newest = max(row.latency.started_at for row in rows)
     directory = published / f"{newest:%Y-%m-%d}-{device_slug(joined.groups)}"
@@ -62,11 +60,36 @@ def publish(
         (fresh / PICTURE_FILE).write_bytes(picture)
         (fresh / REPORT_FILE).write_text(to_markdown(document, PICTURE_FILE), encoding="utf-8")
     link = Path(os.path.relpath(directory, readme.parent)).as_posix()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    table = readme_results(joined, document, link)
-    write_text(readme, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+    write_section(readme, RESULTS, readme_results(joined, document, link))
     return directory
+
+
+def find_section(readme: Path, name: str) -> tuple[str, str]:
+    """Return what stands before and after a section's text, with the lines that mark it.
+
+    Raises:
+        PublishError: the file or one of the marks is missing.
+    """
+    if not readme.is_file():
+        raise PublishError(f"there is no {readme} to write the table into")
+    text = readme.read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {name}: [^\n]* -->\n(?s:.*?)(<!-- /{name} -->)", text)
+    if found is None:
+        raise PublishError(
+            f"{readme} has no place for the table; add these two lines where it belongs: "
+            f"'<!-- {name}: written by a command -->' and '<!-- /{name} -->'"
+        )
+    return text[: text.index("\n", found.start()) + 1], text[found.start(1) :]
+
+
+def write_section(readme: Path, name: str, body: str) -> None:
+    """Put text between a section's marks, in the place of what was there.
+
+    Raises:
+        PublishError: see find_section.
+    """
+    before, after = find_section(readme, name)
+    write_text(readme, f"{before}\n{body.strip()}\n\n{after}")
 
 
 def readme_results(joined: Joined, document: Document, link: str) -> str:
@@ -101,19 +124,6 @@ def _slug(environment: EnvironmentRecord) -> str:
     plain = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+-core)\b", " ", device.lower())
     name = "-".join(re.findall(r"[a-z0-9]+", plain)) or "unknown"
     return name if environment.gpus else f"{name}-{environment.num_cores}-cores"
-
-
-def _read_readme(readme: Path) -> str:
-    if not readme.is_file():
-        raise PublishError(f"there is no {readme} to write the table into")
-    text = readme.read_text(encoding="utf-8")
-    begin, end = text.find(BEGIN), text.find(END)
-    if begin < 0 or end < begin:
-        raise PublishError(
-            f"{readme} has no place for the table; add these two lines where it belongs: "
-            f"'{BEGIN}' and '{END}'"
-        )
-    return text
 
 
 def _used_records(rows: Sequence[Row]) -> dict[str, list[str]]:

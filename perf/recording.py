@@ -55,6 +55,7 @@ def make_record(
         runtime=program.runtime,
         precision=program.precision,
         image_size=program.preprocess.image_size,
+        preprocess_sha256=program.preprocess.sha256,
         data=subject.data,
         environment=current_environment(),
         started_at=started_at,

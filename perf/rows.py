@@ -177,6 +177,7 @@ def find_accuracy(
         if accuracy.program_sha256 == record.program_sha256
         and accuracy.runtime == record.runtime
         and accuracy.precision == record.precision
+        and accuracy.preprocess_sha256 == record.preprocess_sha256
     ]
     here = [a for a in found if is_same_machine(a.environment, record.environment)]
     return (here or found or [None])[-1]

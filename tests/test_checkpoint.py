@@ -14,6 +14,7 @@ from efficientnet.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from efficientnet.variants import NetworkOptions
 
 
 @pytest.fixture
@@ -111,3 +112,24 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(
         save_checkpoint(target, model.state_dict(), record, {"step": 2})
     assert torch.load(target / "train_state.pt", weights_only=True) == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_preprocessing_that_was_changed_by_hand_is_found(tiny_checkpoint: Path, tmp_path: Path):
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    record = json.loads((copy / "checkpoint.json").read_text())
+    assert record["preprocess_sha256"] == read_checkpoint(copy).preprocess.sha256
+    record["preprocess"]["interpolation"] = "bilinear"
+    (copy / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="it was changed by hand"):
+        read_checkpoint(copy)
+
+
+def test_a_checkpoint_from_before_padding_and_hashes_still_means_the_same(
+    tiny_checkpoint: Path, tmp_path: Path
+):
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    record = json.loads((copy / "checkpoint.json").read_text())
+    del record["network"], record["preprocess_sha256"], record["preprocess"]["method"]
+    (copy / "checkpoint.json").write_text(json.dumps(record))
+    assert read_checkpoint(copy).network == NetworkOptions(padding="symmetric")
+    assert read_checkpoint(copy).preprocess == read_checkpoint(tiny_checkpoint).preprocess

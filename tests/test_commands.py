@@ -7,10 +7,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
     "training/run.py",
+    "training/import_weights.py",
     "export/ort.py",
     "export/trt.py",
     "perf/latency.py",
     "perf/accuracy.py",
+    "perf/network.py",
+    "perf/preprocessing.py",
     "perf/report.py",
     "serving/run.py",
     "serving/demo.py",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from efficientnet.architectures import peer_of
 from efficientnet.environment import current_environment
 from perf import network
 from perf.network import (
@@ -11,7 +12,6 @@ from perf.network import (
     NetworkConfig,
     NetworkRecord,
     main,
-    timm_name,
     to_markdown,
 )
 
@@ -57,11 +57,11 @@ def test_the_table_shows_times_ratio_range_and_noise():
     ],
 )
 def test_timm_has_the_same_network_under_its_own_name(name, padding, expected):
-    assert timm_name(network.get_variant(name), padding) == expected
+    assert peer_of(name, "timm", padding) == expected
 
 
 def test_a_network_that_timm_has_not_is_refused_before_any_work():
-    with pytest.raises(ValueError, match="timm has no tf_efficientnet_tiny"):
+    with pytest.raises(ValueError, match="timm has no tiny with symmetric padding"):
         NetworkConfig(variants=("tiny",))
 
 

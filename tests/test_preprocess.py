@@ -1,14 +1,24 @@
+import hashlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 from timm.data.transforms_factory import create_transform
 
+from efficientnet.decoding import decode_jpeg, read_jpeg_header
 from efficientnet.preprocess import (
+    GOOGLE_MEAN,
+    GOOGLE_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     ImageError,
+    ImageTooLargeError,
     PreprocessSpec,
     decode_image,
+    normalize,
     preprocess,
     resize_and_crop,
 )
@@ -20,6 +30,12 @@ SPEC = PreprocessSpec(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
+# Values 0..1, so that a count is 1 / 255; float32 makes a little more of it.
+UNIT = SPEC.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
+FAST = UNIT.model_copy(update={"method": "fast"})
+ONE_COUNT = 1.01 / 255
+
+PHOTOS = Path(__file__).resolve().parent.parent.parent / "shared/data/photos"
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (60, 40)) -> Image.Image:
@@ -55,7 +71,217 @@ def test_pixels_equal_timms_evaluation_transform(interpolation, crop_fraction, s
     expected = timm_transform(image).numpy()
     found = preprocess(encode(image), spec)
     assert found.shape == (3, 48, 48) and found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # Divided by the standard deviation.
+    np.testing.assert_allclose(found, expected, atol=ONE_COUNT / 0.5)
+
+
+def timm_pixels(data: bytes, spec: PreprocessSpec) -> NDArray[np.float32]:
+    transform = create_transform(
+        input_size=spec.image_size,
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_fraction or 1.0,
+        crop_mode="squash" if spec.crop_fraction is None else "center",
+        mean=spec.mean,
+        std=spec.std,
+    )
+    return transform(Image.open(io.BytesIO(data)).convert("RGB")).numpy()
+
+
+def photo(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    """Gradients with sharp edges and some noise, which compress like a photo."""
+    width, height = size
+    y, x = np.mgrid[:height, :width]
+    values = np.stack([x * 255 / width, y * 255 / height, (x // 7 + y // 5) % 2 * 200], axis=2)
+    values += np.random.default_rng(width).normal(0, 12, values.shape)
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+JPEGS = {
+    "4:2:0": encode(photo((641, 427)), "JPEG", quality=90, subsampling=2),
+    "4:4:4": encode(photo((333, 500)), "JPEG", quality=95, subsampling=0),
+    "tall": encode(photo((101, 487)), "JPEG", quality=90),
+    "wide": encode(photo((487, 101)), "JPEG", quality=90),
+    "small": encode(photo((61, 47)), "JPEG", quality=90),
+    "large": encode(photo((1601, 1203)), "JPEG", quality=80),
+    "gray": encode(photo((300, 201), "L"), "JPEG"),
+    "progressive": encode(photo((401, 300)), "JPEG", progressive=True),
+    "CMYK": encode(photo((230, 345), "CMYK"), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_fraction", [0.875, 0.949, 1.0, None])
+@pytest.mark.parametrize("image_size", [224, 300])
+@pytest.mark.parametrize("name", JPEGS)
+def test_jpegs_of_every_kind_equal_timms_to_one_count(
+    name: str, image_size: int, crop_fraction: float | None, interpolation: str
+):
+    spec = UNIT.model_copy(
+        update={
+            "image_size": image_size,
+            "crop_fraction": crop_fraction,
+            "interpolation": interpolation,
+        }
+    )
+    found, expected = preprocess(JPEGS[name], spec), timm_pixels(JPEGS[name], spec)
+    assert np.abs(found - expected).max() <= ONE_COUNT
+
+
+@pytest.mark.parametrize(
+    ("image_size", "crop_fraction", "interpolation"),
+    [
+        (224, 0.875, "bicubic"),
+        (240, 0.922, "bilinear"),
+        (384, 1.0, "bicubic"),
+        (384, None, "bilinear"),
+        (600, 0.949, "bicubic"),
+    ],
+)
+def test_real_photos_equal_timms_to_one_count(
+    image_size: int, crop_fraction: float | None, interpolation: str
+):
+    paths = sorted(PHOTOS.glob("*.JPEG"))
+    if not paths:
+        pytest.skip(f"no photos in {PHOTOS}")
+    spec = UNIT.model_copy(
+        update={
+            "image_size": image_size,
+            "crop_fraction": crop_fraction,
+            "interpolation": interpolation,
+        }
+    )
+    # Three sizes share the photos: with all of them at every size it takes minutes.
+    for path in paths[image_size // 8 % 2 :: 2]:
+        data = path.read_bytes()
+        off = np.abs(preprocess(data, spec) - timm_pixels(data, spec)).max()
+        assert off <= ONE_COUNT, path.name
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("crop_fraction", [0.875, 1.0, None])
+@pytest.mark.parametrize("name", JPEGS)
+def test_fast_shows_the_same_picture_as_exact(
+    name: str, crop_fraction: float | None, interpolation: str
+):
+    exact = UNIT.model_copy(
+        update={"image_size": 96, "crop_fraction": crop_fraction, "interpolation": interpolation}
+    )
+    fast = exact.model_copy(update={"method": "fast"})
+    found, expected = preprocess(JPEGS[name], fast), preprocess(JPEGS[name], exact)
+    assert found.shape == expected.shape and found.dtype == np.float32
+    # A shift by one pixel, or channels in another order, is off by more than 0.05 on average.
+    assert np.abs(found - expected).mean() < 0.02
+
+
+def test_fast_is_another_method_than_exact():
+    fast = FAST.model_copy(update={"image_size": 200, "interpolation": "bilinear"})
+    exact = fast.model_copy(update={"method": "exact"})
+    assert (preprocess(JPEGS["4:2:0"], fast) != preprocess(JPEGS["4:2:0"], exact)).any()
+
+
+@pytest.mark.parametrize("crop_fraction", [0.875, None])
+@pytest.mark.parametrize("image_size", [16, 96, 384])
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (7, 9), (511, 64), (3000, 2900)])
+def test_fast_takes_jpegs_of_any_shape(
+    size: tuple[int, int], image_size: int, crop_fraction: float | None
+):
+    data = encode(Image.new("RGB", size, (10, 120, 240)), "JPEG", quality=95)
+    spec = FAST.model_copy(update={"image_size": image_size, "crop_fraction": crop_fraction})
+    found = preprocess(data, spec)
+    assert found.shape == (3, image_size, image_size)
+    np.testing.assert_allclose(found.mean(axis=(1, 2)) * 255, (10, 120, 240), atol=4)
+    assert np.ptp(found, axis=(1, 2)).max() < 0.01
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_fast_treats_other_formats_as_exact_does(file_format: str):
+    data = encode(photo((130, 90)), file_format)
+    exact = FAST.model_copy(update={"method": "exact"})
+    np.testing.assert_array_equal(preprocess(data, FAST), preprocess(data, exact))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_fast_turns_a_jpeg_upright(orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo((200, 120)), "JPEG", quality=95, exif=exif)
+    exact = FAST.model_copy(update={"method": "exact", "crop_fraction": 0.8})
+    fast = exact.model_copy(update={"method": "fast"})
+    assert np.abs(preprocess(data, fast) - preprocess(data, exact)).mean() < 0.02
+
+
+def test_fast_takes_a_jpeg_with_more_pictures_behind_it():
+    pictures = [photo((200, 120)), Image.new("RGB", (200, 120))]
+    data = encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    header = read_jpeg_header(data)
+    assert header is not None and (header.width, header.height) == (200, 120)
+    exact = FAST.model_copy(update={"method": "exact"})
+    assert np.abs(preprocess(data, FAST) - preprocess(data, exact)).mean() < 0.02
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_a_reduced_jpeg_is_the_picture_in_fewer_pixels(reduction: int):
+    data = encode(picture(size=(160, 80)), "JPEG", quality=95)
+    header = read_jpeg_header(data)
+    assert header is not None
+    pixels = decode_jpeg(data, header, reduction)
+    assert pixels.shape == (80 // reduction, 160 // reduction, 3)
+    np.testing.assert_allclose(pixels[:, 1].mean(axis=0), (200, 40, 90), atol=4)
+    np.testing.assert_allclose(pixels[:, -1].mean(axis=0), (20, 180, 60), atol=4)
+
+
+def test_a_jpeg_that_opencv_refuses_is_an_image_error():
+    data = encode(photo((64, 48)), "JPEG")
+    header = read_jpeg_header(data)
+    assert header is not None
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        decode_jpeg(data[:2] + b"\xff\xd9", header, 1)
+
+
+def test_normalizing_is_the_same_float32_arithmetic_as_on_a_whole_image():
+    spec = SPEC.model_copy(update={"mean": IMAGENET_MEAN, "std": IMAGENET_STD})
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    mean, std = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
+    expected = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    found = normalize(Image.fromarray(pixels), spec)
+    assert found.flags.c_contiguous
+    np.testing.assert_array_equal(found, expected.transpose(2, 0, 1))
+
+
+def test_the_128_form_is_the_value_less_128_over_128():
+    spec = SPEC.model_copy(update={"mean": GOOGLE_MEAN, "std": GOOGLE_STD})
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    found = normalize(Image.fromarray(values).convert("RGB"), spec)
+    np.testing.assert_allclose(found[1], (values.astype(float) - 128) / 128, atol=1e-6)
+
+
+def test_a_spec_without_a_method_is_exact():
+    older = SPEC.model_dump(mode="json", exclude={"method"})
+    assert "method" not in older
+    assert PreprocessSpec.model_validate(older) == SPEC
+    assert SPEC.method == "exact"
+
+
+def test_the_hash_of_a_spec_tells_every_field_and_nothing_else():
+    assert SPEC.sha256 == PreprocessSpec.model_validate_json(SPEC.model_dump_json()).sha256
+    others = [
+        SPEC.model_copy(update=update)
+        for update in (
+            {"image_size": 49},
+            {"interpolation": "bicubic"},
+            {"crop_fraction": 0.9},
+            {"mean": (0.5, 0.5, 0.4)},
+            {"std": (0.5, 0.5, 0.4)},
+            {"method": "fast"},
+        )
+    ]
+    assert len({SPEC.sha256, *(other.sha256 for other in others)}) == 7
+    # Stored in other files, so it may not change with the order of fields or of a library's JSON.
+    text = (
+        '{"crop_fraction":null,"image_size":48,"interpolation":"bilinear","mean":[0.5,0.5,0.5],'
+        '"std":[0.5,0.5,0.5]}'
+    )
+    assert SPEC.sha256 == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_golden_pixels_of_a_resized_gradient_do_not_change():
@@ -139,14 +365,19 @@ def test_exif_orientation_is_applied(orientation: int):
         (encode(picture())[:20], "."),
     ],
 )
-def test_what_is_no_image_is_refused_with_the_reason(data: bytes, reason: str):
+@pytest.mark.parametrize("spec", [SPEC, FAST], ids=["exact", "fast"])
+def test_what_is_no_image_is_refused_with_the_reason(
+    data: bytes, reason: str, spec: PreprocessSpec
+):
     with pytest.raises(ImageError, match=reason):
-        preprocess(data, SPEC)
+        preprocess(data, spec)
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
     with pytest.raises(ImageError, match=r"8000 x 7000 pixels, more than the 50 megapixels"):
         decode_image(encode(Image.new("1", (8000, 7000))))
+    with pytest.raises(ImageTooLargeError, match="8000 x 7000"):
+        preprocess(encode(Image.new("L", (8000, 7000)), "JPEG"), FAST)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])

@@ -422,8 +422,8 @@ def test_the_preprocessing_of_all_published_weights_is_the_libraries_own():
             refused.append(name)
             continue
         difference = np.abs(preprocess(data, spec) - transform(image).numpy())
-        # Pillow rounds to 8 bits, and a pixel in some hundreds may be rounded the other way; the other
-        # filter changes all of them, by 2.7 counts in the mean and more.
+        # Pillow rounds to 8 bits, a pixel in some hundreds perhaps the other way; the wrong filter
+        # changes all of them, by 2.7 counts in the mean and more.
         one_count = 1.01 / 255 / min(spec.std)
         assert difference.max() < one_count and difference.mean() < one_count / 100, name
     # 0.9 of an image that is squashed first.

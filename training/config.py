@@ -130,6 +130,10 @@ class TrainConfig:
     """AutoAugment's policy for ImageNet (V1's and V2-B's recipe), not together with
     RandAugment."""
 
+    preprocess_method: Literal["exact", "fast"] = "exact"
+    """How evaluation and deployment decode and resize: as timm does, or faster with slightly other
+    pixels (`python perf/preprocessing.py` measures both)."""
+
     padding: Padding | None = None
     """same: TensorFlow's; symmetric: faster, as torchvision trains it. None = that of --weights,
     without them symmetric."""
@@ -197,6 +201,7 @@ class TrainConfig:
             crop_fraction=self.crop_fraction,
             mean=start.mean if start else (0.5, 0.5, 0.5),
             std=start.std if start else (0.5, 0.5, 0.5),
+            method=self.preprocess_method,
         )
 
     def network_options(self, start: NetworkOptions | None) -> NetworkOptions:

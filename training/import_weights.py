@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -43,6 +43,10 @@ class ImportConfig:
     """For a file, the timm:NAME or torchvision:NAME whose padding, epsilon and preprocessing it
     is used with; None: as the file, or what stands beside it, tells."""
 
+    preprocess_method: Literal["exact", "fast"] = "exact"
+    """How images are decoded and resized: exactly as for these weights, or faster with slightly
+    other pixels (`python perf/preprocessing.py` measures both)."""
+
     output: Path = Path("runs")
     """Folder in which the run's own folder is made."""
 
@@ -59,7 +63,9 @@ def main(config: ImportConfig) -> Path:
     """
     spec = get_variant(config.variant)
     published = load_published(config.source, spec, config.like)
+    preprocess = published.preprocess.model_copy(update={"method": config.preprocess_method})
     log_weights(published)
+    log.info("               method %s", preprocess.method)
     class_names = published.class_names
     assert class_names is not None, "load_published takes 1,000 classes only"
 
@@ -82,7 +88,7 @@ def main(config: ImportConfig) -> Path:
         num_classes=len(class_names),
         class_names=class_names,
         network=published.network,
-        preprocess=published.preprocess,
+        preprocess=preprocess,
         data=SAMPLE_PHOTOS,
         weights_sha256="",
         epoch=0,

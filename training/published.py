@@ -24,6 +24,7 @@ from timm.data.config import resolve_data_config
 from timm.models import get_pretrained_cfg, set_pretrained_check_hash
 from torchvision.models import EfficientNet_B0_Weights, get_model_weights, get_weight
 
+from efficientnet.architectures import ARCHITECTURES
 from efficientnet.atomic import sha256_of_file
 from efficientnet.checkpoint import RECORD_FILE
 from efficientnet.errors import first_problem
@@ -43,28 +44,6 @@ IMAGENET_CLASS_NAMES: tuple[str, ...] = tuple(
     EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
 )
 
-
-def _options(padding: Any, epsilon: float, momentum: float = 0.1) -> NetworkOptions:
-    return NetworkOptions(padding=padding, batch_norm_epsilon=epsilon, batch_norm_momentum=momentum)
-
-
-_V1 = [f"b{i}" for i in range(8)]
-_V2 = ["s", "m", "l", "xl"]
-_V2_B = [f"b{i}" for i in range(4)]
-
-# Architecture, as its library calls it -> variant and what the library builds it with.
-ARCHITECTURES: dict[str, tuple[str, NetworkOptions]] = {
-    **{f"timm:tf_efficientnet_{v}": (v, _options("same", 1e-3)) for v in _V1},
-    **{f"timm:tf_efficientnetv2_{v}": (f"v2-{v}", _options("same", 1e-3)) for v in _V2 + _V2_B},
-    **{f"timm:efficientnet_{v}": (v, _options("symmetric", 1e-5)) for v in _V1[:6]},
-    **{f"timm:efficientnetv2_{v}": (f"v2-{v}", _options("symmetric", 1e-5)) for v in _V2},
-    **{f"torchvision:efficientnet_{v}": (v, _options("symmetric", 1e-5)) for v in _V1[:5]},
-    **{f"torchvision:efficientnet_{v}": (v, _options("symmetric", 1e-3, 0.01)) for v in _V1[5:]},
-    **{
-        f"torchvision:efficientnet_v2_{v}": (f"v2-{v}", _options("symmetric", 1e-3))
-        for v in _V2[:3]
-    },
-}
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,88 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from perf import contenders, preprocessing
+from perf.contenders import PreprocessingError, measure
+from perf.preprocessing import PreprocessingConfig, PreprocessingRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for index, size in enumerate([(60, 40), (40, 61), (150, 90)]):
+        small = Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        small.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
+    return folder
+
+
+def test_the_record_tells_times_pixels_and_answers_of_a_checkpoint(
+    photos: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "out" / "preprocessing.json"
+    config = PreprocessingConfig(photos, checkpoint=tiny_checkpoint, rounds=1, output=output)
+    assert preprocessing.main(config) == output
+    record = PreprocessingRecord.model_validate_json(output.read_text())
+    assert record.num_images == 3 and record.spec.image_size == 32
+    assert set(record.ms_per_image) == {"timm", "timm again", "exact", "fast"}
+    assert min(record.ms_per_image.values()) > 0
+    assert record.differences["exact"].max_counts < 1.01
+    assert record.differences["fast"].mean_counts > record.differences["exact"].mean_counts
+    assert record.top1_agreement in [0, 1 / 3, 2 / 3, 1]
+    shown = capsys.readouterr().out
+    assert "ratio to timm" in shown and "top-1 agreement" in shown
+
+
+def test_every_contender_sees_every_photo_in_every_round():
+    seen: dict[str, list[bytes]] = {"a": [], "b": []}
+    photos = [bytes([number]) for number in range(40)]
+    measure({name: seen[name].append for name in seen}, photos, num_rounds=3)
+    warm_up = photos[:1]
+    assert sorted(seen["a"]) == sorted(seen["b"]) == sorted(warm_up + 3 * photos)
+
+
+def test_a_photo_counts_with_the_median_of_its_rounds(monkeypatch: pytest.MonkeyPatch):
+    clock = iter([0, 0.002, 10, 10.5, 20, 20.004])
+    monkeypatch.setattr(contenders.time, "perf_counter", lambda: next(clock))
+    assert measure({"only": len}, [b"photo"], num_rounds=3) == {"only": pytest.approx(4.0)}
+
+
+def test_a_folder_without_photos_is_refused(tmp_path: Path):
+    with pytest.raises(PreprocessingError, match="no images in"):
+        preprocessing.main(PreprocessingConfig(tmp_path))
+
+
+def test_without_timm_the_command_says_what_to_install(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(contenders, "MISSING", ImportError("No module named 'timm'"))
+    with pytest.raises(PreprocessingError, match=r"No module named 'timm'; .* extra 'train'"):
+        preprocessing.main(PreprocessingConfig(photos))
+
+
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"rounds": 0}, {"crop_fraction": 1.5}])
+def test_settings_outside_their_limits_are_refused(wrong: dict[str, float]):
+    with pytest.raises(ValueError, match="expected"):
+        PreprocessingConfig(Path("photos"), **wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_last_line_of_the_command_is_the_path_of_its_record(photos: Path, tmp_path: Path):
+    output = tmp_path / "preprocessing.json"
+    command = [sys.executable, "perf/preprocessing.py", photos, "--rounds", "1", "--size", "32"]
+    done = subprocess.run(
+        [*command, "--crop-fraction", "None", "--output", output],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(output) and output.is_file()
