@@ -94,7 +94,8 @@ def read_jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS) -> JpegHeader | 
         is_plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         if not is_plain or not data.endswith(JPEG_END):
             return None
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        has_exif = "exif" in image.info
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
     if orientation not in FLIPPED_AXES:
         orientation = 1
     width, height = image.size if orientation < 5 else image.size[::-1]

@@ -106,7 +106,7 @@ class PreprocessSpec(BaseModel):
 
 
 def require_sha256(spec: PreprocessSpec, sha256: str) -> None:
-    """Raise a ValueError if a record's hash of its spec is another one; empty is from older ones."""
+    """Raise a ValueError if a record's hash of its spec is another one; older records have none."""
     if sha256 not in ("", spec.sha256):
         raise ValueError(
             f"preprocess_sha256 is {sha256[:12]}, but the preprocess beside it has "
@@ -153,7 +153,7 @@ def preprocess(data: bytes, spec: PreprocessSpec) -> NDArray[np.float32]:
     if spec.method == "fast":
         pixels = _fast_pixels(data, spec)
         if pixels is not None:
-            return _normalize_pixels(pixels, spec)
+            return _normalize_quickly(pixels, spec)
     return normalize(resize_and_crop(decode_image(data), spec), spec)
 
 
@@ -257,6 +257,16 @@ def _smoothing_sigma(scale: float, spec: PreprocessSpec) -> float:
     bilinear, bicubic = (scale**2 - 1) / 12, 0.1 * (scale - 1.1)
     side = bilinear if spec.interpolation == "bilinear" else bicubic
     return math.sqrt(-0.5 / math.log(side / (1 - 2 * side))) if side > MIN_SMOOTHING else 0.0
+
+
+def _normalize_quickly(pixels: NDArray[np.uint8], spec: PreprocessSpec) -> NDArray[np.float32]:
+    # As value * a + b, which differs in the last bit of a float32.
+    normalized = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+    for index, channel in enumerate(cv2.split(pixels)):
+        scale = 1 / (255 * spec.std[index])
+        np.multiply(channel, np.float32(scale), out=normalized[index])
+        normalized[index] -= np.float32(spec.mean[index] / spec.std[index])
+    return normalized
 
 
 @lru_cache(maxsize=16)
