@@ -86,6 +86,9 @@ class PreprocessSpec(BaseModel):
     """Subtracted from each RGB channel, which is scaled to 0..1 before."""
     std: tuple[float, float, float]
     """Divides each channel afterwards."""
+    is_squashed: bool = False
+    """The whole image becomes a square of image_size / crop_fraction, of which the centre is cut
+    out. Without a crop_fraction it is squashed anyway."""
     method: Literal["exact", "fast"] = "exact"
     """exact: Pillow decodes and resizes. fast: of a JPEG (not CMYK), libjpeg-turbo decodes 1/2, 1/4
     or 1/8 of the size where that is enough, and OpenCV smooths by three pixels and interpolates
@@ -161,6 +164,8 @@ def _resized_size(width: int, height: int, spec: PreprocessSpec) -> tuple[int, i
     if spec.crop_fraction is None:
         return spec.image_size, spec.image_size
     short_side = math.floor(spec.image_size / spec.crop_fraction)
+    if spec.is_squashed:
+        return short_side, short_side
     if width <= height:
         return short_side, int(short_side * height / width)
     return int(short_side * width / height), short_side

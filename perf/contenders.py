@@ -66,7 +66,7 @@ def timm_transform(spec: PreprocessSpec) -> Contender:
         input_size=spec.image_size,
         interpolation=spec.interpolation,
         crop_pct=spec.crop_fraction or 1.0,
-        crop_mode="squash" if spec.crop_fraction is None else "center",
+        crop_mode="squash" if spec.crop_fraction is None or spec.is_squashed else "center",
         mean=spec.mean,
         std=spec.std,
     )

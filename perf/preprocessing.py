@@ -10,6 +10,7 @@ its rounds, a contender's the mean over the photos.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,8 +27,15 @@ from efficientnet.command import parse_flags, run_command
 from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, preprocess
 from efficientnet.runtimes import Runtime, open_runtime
-from efficientnet.tables import Table, format_percent, format_ratio
+from efficientnet.tables import NOTHING, Table, format_ms, format_percent, format_ratio
 from perf.contenders import Comparison, Contender, Difference, measure, read_photos, timm_transform
+from perf.publishing import find_section, published_directory, write_section
+
+SECTION = "preprocessing"
+OUTPUT_FILE = "preprocessing.json"
+
+# B0's own, and V2's at its eval size.
+PUBLISHED_SIZES = ((224, 0.875), (384, 1.0), (384, None))
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +58,14 @@ class PreprocessingRecord(BaseModel):
     checkpoint_sha256: str | None
     environment: EnvironmentRecord
     started_at: AwareDatetime
+
+
+class PreprocessingReport(BaseModel):
+    """What one run of the command measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cases: tuple[PreprocessingRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,12 @@ class PreprocessingConfig:
     output: Path = Path("reports/preprocessing.json")
     """File that is written."""
 
+    publish: bool = False
+    """Measure 224 and 384 px, cropped and squashed, by both filters, and the checkpoint's; write to
+    reports/published/<date>-<device>/ and the table into the README."""
+
+    readme: Path = Path("README.md")
+
     def __post_init__(self) -> None:
         """Check the limits."""
         for flag, value in (("--size", self.size), ("--rounds", self.rounds)):
@@ -90,17 +112,43 @@ class PreprocessingConfig:
 
 
 def main(config: PreprocessingConfig) -> Path:
-    """Measure, print the table and write the record.
+    """Measure, print the table and write the records.
 
     Raises:
         PreprocessingError: no photos, or timm is missing.
         ArtifactError, CheckpointError: the checkpoint is not what it should be.
         ImageError: a photo cannot be decoded.
+        PublishError: the README has no place for the table; nothing is measured then.
     """
-    started_at = datetime.now(UTC)
+    if config.publish:
+        find_section(config.readme, SECTION)
     photos = read_photos(config.folder)
     runtime = None if config.checkpoint is None else open_runtime(config.checkpoint, 1)
-    spec = runtime.info.preprocess if runtime else _spec(config)
+    cases: list[PreprocessingRecord] = []
+    if config.publish:
+        for size, crop_fraction in PUBLISHED_SIZES:
+            for interpolation in ("bicubic", "bilinear"):
+                spec = _spec(size, interpolation, crop_fraction)
+                cases.append(measure_case(spec, photos, config.rounds, None))
+    if runtime:
+        cases.append(measure_case(runtime.info.preprocess, photos, config.rounds, runtime))
+    elif not config.publish:
+        spec = _spec(config.size, config.interpolation, config.crop_fraction)
+        cases.append(measure_case(spec, photos, config.rounds, None))
+    path = config.output
+    if config.publish:
+        path = published_directory(cases[0].started_at, cases[0].environment) / OUTPUT_FILE
+        write_section(config.readme, SECTION, to_markdown(cases))
+    write_text(path, PreprocessingReport(cases=tuple(cases)).model_dump_json(indent=1) + "\n")
+    print(results_table(cases).aligned_text())
+    return path
+
+
+def measure_case(
+    spec: PreprocessSpec, photos: list[bytes], num_rounds: int, runtime: Runtime | None
+) -> PreprocessingRecord:
+    """Measure one way of preprocessing by all contenders, and compare their pixels."""
+    started_at = datetime.now(UTC)
     fast, exact = (spec.model_copy(update={"method": method}) for method in ("fast", "exact"))
     contenders: dict[str, Contender] = {
         "timm": timm_transform(spec),
@@ -108,18 +156,18 @@ def main(config: PreprocessingConfig) -> Path:
         "fast": lambda data: preprocess(data, fast),
         "timm again": timm_transform(spec),
     }
-    log.info("%d photos, %s", len(photos), spec.model_dump_json(exclude={"method"}))
-    ms = measure(contenders, photos, config.rounds)
+    log.info("%d photos, %s", len(photos), describe(spec))
+    ms = measure(contenders, photos, num_rounds)
     comparison, same = Comparison(spec), list[bool]()
     for photo in tqdm(photos, "comparing", unit="img", disable=None, leave=False):
         images = {name: contenders[name](photo) for name in ("exact", "fast")}
         comparison.add(images, contenders["timm"](photo).numpy())
         if runtime:
             same.append(len({_answer(runtime, image) for image in images.values()}) == 1)
-    record = PreprocessingRecord(
+    return PreprocessingRecord(
         spec=exact,
         num_images=len(photos),
-        num_rounds=config.rounds,
+        num_rounds=num_rounds,
         ms_per_image=ms,
         differences=comparison.differences(),
         top1_agreement=sum(same) / len(same) if same else None,
@@ -127,39 +175,64 @@ def main(config: PreprocessingConfig) -> Path:
         environment=current_environment(),
         started_at=started_at,
     )
-    write_text(config.output, record.model_dump_json(indent=2) + "\n")
-    print(results_table(record).aligned_text())
-    if record.top1_agreement is not None:
-        print(f"top-1 agreement of fast with exact: {format_percent(record.top1_agreement, 2)}")
-    return config.output
 
 
-def results_table(record: PreprocessingRecord) -> Table:
-    """Lay out times, ratios to timm's, and how pixels differ from timm's."""
+def describe(spec: PreprocessSpec) -> str:
+    """Write size, cropping and filter in words."""
+    cut = "squash" if spec.crop_fraction is None else f"crop {spec.crop_fraction:g}"
+    if spec.is_squashed and spec.crop_fraction is not None:
+        cut = f"squash, {cut}"
+    return f"{spec.image_size} px, {cut}, {spec.interpolation}"
+
+
+def results_table(cases: Sequence[PreprocessingRecord]) -> Table:
+    """Lay out the times, their ratios to timm's, and how the pixels differ from timm's."""
+    columns = ("preprocessing", "timm ms", "exact / timm", "fast / timm", "timm / timm")
+    columns += ("exact: largest difference", "fast: mean difference", "off by > 1", "same top-1")
     rows: list[tuple[str, ...]] = []
-    for name, ms in record.ms_per_image.items():
-        difference = record.differences.get(name)
-        pixels = ("-", "-", "-")
-        if difference:
-            share = format_percent(difference.share_above_1, 2)
-            pixels = (f"{difference.max_counts:.1f}", f"{difference.mean_counts:.3f}", share)
-        ratio = format_ratio(ms / record.ms_per_image["timm"])
-        rows.append((name, f"{ms:.2f}", ratio, *pixels))
-    columns = ("", "ms/image", "ratio to timm", "max counts", "mean counts", "off by > 1")
-    return Table(columns, tuple(rows), frozenset([""]))
+    for case in cases:
+        ms, exact, fast = case.ms_per_image, case.differences["exact"], case.differences["fast"]
+        ratios = (ms[name] / ms["timm"] for name in ("exact", "fast", "timm again"))
+        agreement = case.top1_agreement
+        rows.append(
+            (
+                describe(case.spec),
+                format_ms(ms["timm"]),
+                *map(format_ratio, ratios),
+                f"{exact.max_counts:.0f}",
+                f"{fast.mean_counts:.1f}",
+                format_percent(fast.share_above_1, 0),
+                NOTHING if agreement is None else format_percent(agreement),
+            )
+        )
+    return Table(columns, tuple(rows), frozenset(columns[:1]))
+
+
+def to_markdown(cases: Sequence[PreprocessingRecord]) -> str:
+    """Write the table and how it was measured."""
+    environment = cases[0].environment
+    return (
+        f"{results_table(cases).markdown()}\n\n"
+        f"From the bytes of a file to the tensor, one thread of {environment.cpu}, "
+        f"{cases[0].num_images} photos, contenders taking turns, {cases[0].started_at:%Y-%m-%d} "
+        "UTC. timm / timm is the noise. Differences are from timm's pixels, in counts of 255. Same "
+        "top-1: how many photos one network classifies the same after exact and fast.\n"
+    )
 
 
 def _answer(runtime: Runtime, image: NDArray[np.float32]) -> int:
     return int(runtime.infer(image[None])[0].argmax())
 
 
-def _spec(config: PreprocessingConfig) -> PreprocessSpec:
-    return PreprocessSpec(
-        image_size=config.size,
-        interpolation=config.interpolation,
-        crop_fraction=config.crop_fraction,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+def _spec(size: int, interpolation: str, crop_fraction: float | None) -> PreprocessSpec:
+    return PreprocessSpec.model_validate(
+        {
+            "image_size": size,
+            "interpolation": interpolation,
+            "crop_fraction": crop_fraction,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+        }
     )
 
 

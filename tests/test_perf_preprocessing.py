@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from efficientnet.preprocess import PreprocessSpec
 from perf import contenders, preprocessing
 from perf.contenders import PreprocessingError, measure
-from perf.preprocessing import PreprocessingConfig, PreprocessingRecord
+from perf.preprocessing import PreprocessingConfig, PreprocessingReport, describe, results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +31,7 @@ def test_the_record_tells_times_pixels_and_answers_of_a_checkpoint(
     output = tmp_path / "out" / "preprocessing.json"
     config = PreprocessingConfig(photos, checkpoint=tiny_checkpoint, rounds=1, output=output)
     assert preprocessing.main(config) == output
-    record = PreprocessingRecord.model_validate_json(output.read_text())
+    (record,) = PreprocessingReport.model_validate_json(output.read_text()).cases
     assert record.num_images == 3 and record.spec.image_size == 32
     assert set(record.ms_per_image) == {"timm", "timm again", "exact", "fast"}
     assert min(record.ms_per_image.values()) > 0
@@ -38,7 +39,36 @@ def test_the_record_tells_times_pixels_and_answers_of_a_checkpoint(
     assert record.differences["fast"].mean_counts > record.differences["exact"].mean_counts
     assert record.top1_agreement in [0, 1 / 3, 2 / 3, 1]
     shown = capsys.readouterr().out
-    assert "ratio to timm" in shown and "top-1 agreement" in shown
+    assert "exact / timm" in shown and "32 px, squash, bicubic" in shown
+
+
+def test_publishing_measures_several_sizes_and_writes_the_table(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- preprocessing: here -->\nold\n<!-- /preprocessing -->\nb\n")
+    made = preprocessing.main(PreprocessingConfig(photos, rounds=1, publish=True))
+    cases = PreprocessingReport.model_validate_json(made.read_text()).cases
+    assert len(cases) == 6 and made.parent.parent == Path("reports/published")
+    text = readme.read_text()
+    assert text.startswith("a\n<!-- preprocessing: here -->\n\n| preprocessing | timm ms |")
+    assert "old" not in text and text.endswith("<!-- /preprocessing -->\nb\n")
+    assert "| 384 px, squash, bilinear |" in text
+    # No checkpoint, so nobody was asked for a class.
+    assert all(row[-1] == "-" for row in results_table(cases).rows)
+
+
+def test_a_squash_before_a_crop_is_described():
+    spec = PreprocessSpec(
+        image_size=300,
+        interpolation="bicubic",
+        crop_fraction=0.9,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+        is_squashed=True,
+    )
+    assert describe(spec) == "300 px, squash, crop 0.9, bicubic"
 
 
 def test_every_contender_sees_every_photo_in_every_round():

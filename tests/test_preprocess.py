@@ -58,20 +58,18 @@ def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> b
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("crop_fraction", [0.875, 1.0, None])
+@pytest.mark.parametrize("is_squashed", [False, True])
 @pytest.mark.parametrize("size", [(500, 333), (333, 500), (97, 64), (64, 64)])
-def test_pixels_equal_timms_evaluation_transform(interpolation, crop_fraction, size):
+def test_pixels_equal_timms_evaluation_transform(interpolation, crop_fraction, is_squashed, size):
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    spec = SPEC.model_copy(update={"interpolation": interpolation, "crop_fraction": crop_fraction})
-    timm_transform = create_transform(
-        input_size=48,
-        interpolation=interpolation,
-        crop_pct=crop_fraction or 1.0,
-        crop_mode="squash" if crop_fraction is None else "center",
-        mean=SPEC.mean,
-        std=SPEC.std,
-    )
-    expected = timm_transform(image).numpy()
+    changes = {
+        "interpolation": interpolation,
+        "crop_fraction": crop_fraction,
+        "is_squashed": is_squashed,
+    }
+    spec = SPEC.model_copy(update=changes)
+    expected = timm_pixels(encode(image), spec)
     found = preprocess(encode(image), spec)
     assert found.shape == (3, 48, 48) and found.dtype == np.float32
     # Divided by the standard deviation.
@@ -83,7 +81,7 @@ def timm_pixels(data: bytes, spec: PreprocessSpec) -> NDArray[np.float32]:
         input_size=spec.image_size,
         interpolation=spec.interpolation,
         crop_pct=spec.crop_fraction or 1.0,
-        crop_mode="squash" if spec.crop_fraction is None else "center",
+        crop_mode="squash" if spec.is_squashed or spec.crop_fraction is None else "center",
         mean=spec.mean,
         std=spec.std,
     )

@@ -111,7 +111,7 @@ def log_weights(published: PublishedWeights) -> None:
     network, preprocess = published.network, published.preprocess
     names = ("weight", "bias")
     count = sum(t.numel() for name, t in published.tensors.items() if name.endswith(names))
-    cut = preprocess.crop_fraction
+    cut, squashed = preprocess.crop_fraction, preprocess.is_squashed
     log.info("weights        %s, SHA-256 %s", published.origin, published.sha256[:12])
     log.info("parameters     %s", f"{count:,}")
     log.info("padding        %s", network.padding)
@@ -123,7 +123,9 @@ def log_weights(published: PublishedWeights) -> None:
     log.info(
         "preprocessing  %d px, %s, %s, mean %s, deviation %s",
         preprocess.image_size,
-        "the whole image squashed" if cut is None else f"the central {cut:.3f} of the short side",
+        "the whole image squashed"
+        if cut is None
+        else f"the central {cut:.3f} of the {'squashed image' if squashed else 'short side'}",
         preprocess.interpolation,
         preprocess.mean,
         preprocess.std,

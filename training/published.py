@@ -86,13 +86,12 @@ class Usage:
             problem = f"images of {height} x {width} pixels, expected squares"
         elif self.crop_mode not in ("center", "squash"):
             problem = f"crop mode {self.crop_mode}, expected center or squash"
-        elif self.crop_mode == "squash" and self.crop_fraction != 1:
-            problem = f"{self.crop_fraction:g} of a squashed image, expected all of it"
         else:
             values = asdict(self) | {"image_size": height}
-            if self.crop_mode == "squash":
+            values["is_squashed"] = self.crop_mode == "squash" and self.crop_fraction != 1
+            if self.crop_mode == "squash" and self.crop_fraction == 1:
                 values["crop_fraction"] = None
-            names = ("image_size", "interpolation", "crop_fraction", "mean", "std")
+            names = ("image_size", "interpolation", "crop_fraction", "mean", "std", "is_squashed")
             try:
                 return PreprocessSpec.model_validate({name: values[name] for name in names})
             except ValidationError as error:
