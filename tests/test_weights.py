@@ -11,10 +11,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from efficientnet.architectures import ARCHITECTURES
 from efficientnet.model import build_model
 from efficientnet.variants import VARIANTS, NetworkOptions
 from efficientnet.weights import WeightsError, convert_weights, recognize_layout, timm_names
-from efficientnet.architectures import ARCHITECTURES
 
 # Largest |ours - theirs| over largest |theirs|, for each tensor as a whole: single gradients may be
 # the difference of large terms. Both sum in float64, whose rounding (1e-16) grows over up to 300
