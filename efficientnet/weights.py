@@ -4,6 +4,7 @@ What a file does not hold -- padding, epsilon, preprocessing -- is not decided h
 training/published.py.
 """
 
+import errno
 import logging
 import re
 import warnings
@@ -80,11 +81,11 @@ def _load_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):  # of torch, about foreign pickles
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    # Damaged files raise whatever the zip reader or the unpickler stumble over; torch's own text
-    # is long, and advises to run the code.
+    # Damaged files raise whatever the zip reader or the unpickler stumble over, among it an invalid
+    # seek; torch's own text is long, and advises to run the code.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found:
             raise WeightsError(

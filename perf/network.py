@@ -1,7 +1,7 @@
 """The network against timm's same one, eager on the CPU -> a table of ratios.
 
-python perf/network.py
-python perf/network.py --variants b0 v2-s --paddings symmetric --seconds 60 --publish
+    python perf/network.py
+    python perf/network.py --variants b0 v2-s --paddings symmetric --seconds 60 --publish
 
 Forward at the eval size (batch 1) and forward + backward at the train size. Each contender is a
 process of its own and they take turns, timm twice: how far timm is from itself is the noise.

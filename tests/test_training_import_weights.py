@@ -252,6 +252,7 @@ def saved(content: object) -> bytes:
     ("name", "make", "expected"),
     [
         ("x.pth", lambda t: saved(t)[:-1000], "truncated, damaged or no PyTorch file"),
+        ("x.pth", lambda t: saved(t)[:50_000], "truncated, damaged or no PyTorch file"),
         ("x.safetensors", lambda t: safetensors.torch.save(t)[:-9], "truncated, damaged or no saf"),
         ("x.pth", lambda _: b"hello, these are words", "truncated, damaged or no PyTorch file"),
         ("x.pth", lambda t: safetensors.torch.save(t), "truncated, damaged or no PyTorch file"),
