@@ -34,8 +34,18 @@ from perf.publishing import find_section, published_directory, write_section
 SECTION = "preprocessing"
 OUTPUT_FILE = "preprocessing.json"
 
-# B0's own, and V2's at its eval size.
-PUBLISHED_SIZES = ((224, 0.875), (384, 1.0), (384, None))
+# Size, crop and filter of published weights, and two that are harder: little to resize.
+PUBLISHED_CASES = (
+    (224, 0.875, "bicubic"),  # B0
+    (300, 0.904, "bicubic"),  # B3
+    (380, 0.922, "bicubic"),  # B4
+    (384, 1.0, "bicubic"),  # V2-S of timm
+    (384, 1.0, "bilinear"),  # V2-S of torchvision
+    (480, None, "bicubic"),  # V2-M and L of timm
+    (480, 1.0, "bilinear"),  # V2-M of torchvision
+    (224, 0.875, "bilinear"),
+    (384, None, "bilinear"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +105,7 @@ class PreprocessingConfig:
     """File that is written."""
 
     publish: bool = False
-    """Measure 224 and 384 px, cropped and squashed, by both filters, and the checkpoint's; write to
+    """Measure the preprocessing of published weights, and the checkpoint's; write to
     reports/published/<date>-<device>/ and the table into the README."""
 
     readme: Path = Path("README.md")
@@ -126,10 +136,9 @@ def main(config: PreprocessingConfig) -> Path:
     runtime = None if config.checkpoint is None else open_runtime(config.checkpoint, 1)
     cases: list[PreprocessingRecord] = []
     if config.publish:
-        for size, crop_fraction in PUBLISHED_SIZES:
-            for interpolation in ("bicubic", "bilinear"):
-                spec = _spec(size, interpolation, crop_fraction)
-                cases.append(measure_case(spec, photos, config.rounds, None))
+        for size, crop_fraction, interpolation in PUBLISHED_CASES:
+            spec = _spec(size, interpolation, crop_fraction)
+            cases.append(measure_case(spec, photos, config.rounds, None))
     if runtime:
         cases.append(measure_case(runtime.info.preprocess, photos, config.rounds, runtime))
     elif not config.publish:
