@@ -110,7 +110,24 @@ class StochasticDepth(nn.Module):
         return x * (keep / (1.0 - self.rate))
 
 
-class MBConv(nn.Module):
+class ResidualBlock(nn.Module):
+    """Layers, and around them the addition of what came in where the shapes allow it."""
+
+    def __init__(
+        self, layers: list[nn.Module], has_residual: bool, stochastic_depth_rate: float
+    ) -> None:
+        super().__init__()
+        self.block = nn.Sequential(*layers)
+        self.stochastic_depth = StochasticDepth(stochastic_depth_rate)
+        self.has_residual = has_residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, in, H, W] to [N, out, H / stride, W / stride]."""
+        out = self.block(x)
+        return self.stochastic_depth(out).add_(x) if self.has_residual else out
+
+
+class MBConv(ResidualBlock):
     """1x1 expansion -> depthwise convolution -> squeeze-excite -> 1x1 projection."""
 
     def __init__(
@@ -121,7 +138,6 @@ class MBConv(nn.Module):
         stride: int,
         stochastic_depth_rate: float,
     ) -> None:
-        super().__init__()
         expanded = in_channels * spec.expand_ratio
         layers: list[nn.Module] = []
         if spec.expand_ratio != 1:
@@ -134,17 +150,11 @@ class MBConv(nn.Module):
                 SqueezeExcite(expanded, squeeze_channels(in_channels, spec.squeeze_ratio))
             )
         layers.append(ConvNormAct(options, expanded, spec.out_channels, 1, has_activation=False))
-        self.block = nn.Sequential(*layers)
-        self.stochastic_depth = StochasticDepth(stochastic_depth_rate)
-        self.has_residual = stride == 1 and in_channels == spec.out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [N, in, H, W] to [N, out, H / stride, W / stride]."""
-        out = self.block(x)
-        return self.stochastic_depth(out).add_(x) if self.has_residual else out
+        has_residual = stride == 1 and in_channels == spec.out_channels
+        super().__init__(layers, has_residual, stochastic_depth_rate)
 
 
-class FusedMBConv(nn.Module):
+class FusedMBConv(ResidualBlock):
     """Full convolution in place of expansion and depthwise -> 1x1 projection.
 
     With an expand ratio of 1 there is a single convolution, and its activation stays.
@@ -158,10 +168,9 @@ class FusedMBConv(nn.Module):
         stride: int,
         stochastic_depth_rate: float,
     ) -> None:
-        super().__init__()
         expanded = in_channels * spec.expand_ratio
         if spec.expand_ratio == 1:
-            layers = [
+            layers: list[nn.Module] = [
                 ConvNormAct(options, in_channels, spec.out_channels, spec.kernel_size, stride)
             ]
         else:
@@ -169,14 +178,8 @@ class FusedMBConv(nn.Module):
                 ConvNormAct(options, in_channels, expanded, spec.kernel_size, stride),
                 ConvNormAct(options, expanded, spec.out_channels, 1, has_activation=False),
             ]
-        self.block = nn.Sequential(*layers)
-        self.stochastic_depth = StochasticDepth(stochastic_depth_rate)
-        self.has_residual = stride == 1 and in_channels == spec.out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [N, in, H, W] to [N, out, H / stride, W / stride]."""
-        out = self.block(x)
-        return self.stochastic_depth(out).add_(x) if self.has_residual else out
+        has_residual = stride == 1 and in_channels == spec.out_channels
+        super().__init__(layers, has_residual, stochastic_depth_rate)
 
 
 BLOCKS = {"mbconv": MBConv, "fused_mbconv": FusedMBConv}

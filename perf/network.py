@@ -111,10 +111,14 @@ class ComparisonRecord(BaseModel):
     turn_p50_ms: dict[str, tuple[float, ...]]
     """Of each contender, the median of a call in each turn."""
 
-    def ratio(self, contender: str) -> float:
-        """Return the median over the turns of the contender's time over timm's in that turn."""
+    def turn_ratios(self, contender: str) -> list[float]:
+        """Return the contender's time over timm's in each turn."""
         pairs = zip(self.turn_p50_ms[contender], self.turn_p50_ms["timm"], strict=True)
-        return statistics.median(own / timm for own, timm in pairs)
+        return [own / timm for own, timm in pairs]
+
+    def ratio(self, contender: str) -> float:
+        """Return the median of the turns' ratios."""
+        return statistics.median(self.turn_ratios(contender))
 
     def p50_ms(self, contender: str) -> float:
         """Return the median over the turns."""
@@ -230,8 +234,7 @@ def to_markdown(record: NetworkRecord) -> str:
 
 
 def _range(row: ComparisonRecord, contender: str) -> str:
-    pairs = zip(row.turn_p50_ms[contender], row.turn_p50_ms["timm"], strict=True)
-    ratios = [own / timm for own, timm in pairs]
+    ratios = row.turn_ratios(contender)
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
