@@ -34,6 +34,21 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def point_link(link: Path, target: Path) -> None:
+    """Make `link` a symbolic link to `target`, in the place of an older one in a single step.
+
+    Args:
+        link: the link; its folder must exist.
+        target: relative to the link's folder, or absolute.
+    """
+    fresh = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        fresh.symlink_to(target)
+        fresh.replace(link)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line with a single write, so that commands running at once do not mix theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)

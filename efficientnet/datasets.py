@@ -1,4 +1,4 @@
-"""A name or a folder -> images as encoded bytes with their labels, split into train and val.
+"""A name, a folder or tar shards -> encoded images with their labels, split into train and val.
 
 Two names stand for what comes with a dependency, see embedded.py: `digits`, and `sample-photos`,
 which have no labels: enough to check and to time a network that was trained elsewhere.
@@ -17,6 +17,8 @@ from tqdm import tqdm
 from efficientnet.embedded import digit_images, photo_crops
 from efficientnet.environment import num_usable_cores
 from efficientnet.preprocess import ImageError, decode_image
+from efficientnet.shards import LabelledMember, is_shard_source, load_shards
+from efficientnet.tar_index import IMAGE_SUFFIXES, DatasetError, TarMember
 
 DIGITS = "digits"
 SAMPLE_PHOTOS = "sample-photos"
@@ -24,30 +26,29 @@ SAMPLE_PHOTOS = "sample-photos"
 # WordNet number and name of the 1,000 classes, in the order of the logits.
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-
 # Part of the data's definition, not a setting: train and val must be the same in every command.
 SPLIT_SEED = 0
 VAL_FRACTION = 0.2
 MAX_BROKEN_FRACTION = 0.01
+MAX_HELD_OUT_FRACTION = 0.5
 
 
-class DatasetError(ValueError):
-    """Labelled images that cannot be used: nothing there, one class only, too many broken files."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One labelled image, in memory (bytes) or on disk (a path)."""
+    """One labelled image, in memory (bytes) or on disk (a path, or a place in a tar)."""
 
     name: str
     """Stable within its dataset, for messages and predictions."""
     label: int
-    source: bytes | Path
+    source: bytes | Path | TarMember
 
     def read(self) -> bytes:
         """Return the encoded image."""
-        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        if isinstance(self.source, bytes):
+            return self.source
+        return (
+            self.source.read() if isinstance(self.source, TarMember) else self.source.read_bytes()
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Dataset:
     """Train and val images of the same classes."""
 
     source: str
-    """What load_dataset was given: `digits`, `sample-photos` or an absolute folder."""
+    """What gives the same again: `digits`, `sample-photos`, an absolute folder or pattern, or the
+    URLs or the command of remote shards."""
     class_names: tuple[str, ...]
     """None for images without labels."""
     train: tuple[Sample, ...]
@@ -65,27 +67,32 @@ class Dataset:
 
 
 def load_dataset(source: str | Path, is_split: bool = True) -> Dataset:
-    """Load `digits`, `sample-photos`, or a folder of images.
+    """Load `digits`, `sample-photos`, a folder of images, or WebDataset tar shards.
 
     Args:
-        source: a name, or a folder that holds one folder per class, or a `train/` and a `val/` of
-            such folders.
-        is_split: whether one folder per class is split 80 / 20 within each class, with a fixed
-            seed; if not, all images are val's.
+        source: a name; a folder that holds one folder per class, or a `train/` and a `val/` of
+            such folders; or what shards.load_shards accepts.
+        is_split: whether one folder per class, or shards none of which are val's, are split 80 / 20
+            within each class, with a fixed seed; if not, all images are val's.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        DatasetError: empty class, one class only, or classes that differ between train and val.
+        DatasetError: empty class, one class only, classes that differ between train and val, or
+            shards that cannot be used.
     """
     if str(source) == DIGITS:
         return _load_digits()
     if str(source) == SAMPLE_PHOTOS:
         return _load_sample_photos()
+    if is_shard_source(str(source)):
+        return _load_shards(str(source), is_split)
     folder = Path(source).expanduser().resolve()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no data at {folder}: expected '{DIGITS}', "
-            "or a folder with one folder of images per class"
+            f"no data at {folder}: expected '{DIGITS}', '{SAMPLE_PHOTOS}', "
+            "a folder with one folder of images per class (or train/ and val/ of those), or tar "
+            "shards: a folder of *.tar, a pattern like 'DIR/train-{0000..0009}.tar', "
+            "'https://...' or 'pipe:COMMAND'"
         )
     if (folder / "train").is_dir() != (folder / "val").is_dir():
         missing = "val" if (folder / "train").is_dir() else "train"
@@ -105,8 +112,34 @@ def load_dataset(source: str | Path, is_split: bool = True) -> Dataset:
             )
         return Dataset(str(folder), train_names, train, val)
     class_names, samples = _read_classes(folder)
-    train, val = _split(samples, class_names) if is_split else ((), samples)
+    train, val = _split(samples, class_names, VAL_FRACTION) if is_split else ((), samples)
     return Dataset(str(folder), class_names, train, val)
+
+
+def hold_out(dataset: Dataset, fraction: float) -> Dataset:
+    """Hold out a part of train in the place of val, which is left out: the "minival" of the papers.
+
+    Settings are chosen on it, so that val has no part in any choice. The part is drawn within each
+    class, with a fixed seed: the same images each time.
+
+    Args:
+        dataset: of which only the train images are used.
+        fraction: of the train images, above 0 and up to 0.5; rounded up, and at least one image of
+            each class.
+
+    Raises:
+        ValueError: `fraction` is outside its limits.
+        DatasetError: a class has one train image only, or there are none at all.
+    """
+    if not 0 < fraction <= MAX_HELD_OUT_FRACTION:
+        raise ValueError(
+            f"the fraction to hold out is {fraction}, expected more than 0 and at most "
+            f"{MAX_HELD_OUT_FRACTION}, e.g. 0.1"
+        )
+    if not dataset.train:
+        raise DatasetError(f"{dataset.source} has no train images; there is nothing to hold out")
+    train, val = _split(dataset.train, dataset.class_names, fraction)
+    return replace(dataset, train=train, val=val)
 
 
 def load_held_out(
@@ -158,8 +191,8 @@ def without_broken_images(dataset: Dataset) -> Dataset:
     Raises:
         DatasetError: at least 1 % of the files are broken, or a class has none left.
     """
-    paths = [s for s in (*dataset.train, *dataset.val) if isinstance(s.source, Path)]
-    if not paths:
+    on_disk = [s for s in (*dataset.train, *dataset.val) if not isinstance(s.source, bytes)]
+    if not on_disk:
         return dataset
 
     def problem(sample: Sample) -> str | None:
@@ -170,14 +203,14 @@ def without_broken_images(dataset: Dataset) -> Dataset:
         return None
 
     with ThreadPoolExecutor(num_usable_cores()) as pool:
-        checks = pool.map(problem, paths)
-        problems = list(tqdm(checks, "checking images", len(paths), disable=None, leave=False))
+        checks = pool.map(problem, on_disk)
+        problems = list(tqdm(checks, "checking images", len(on_disk), disable=None, leave=False))
     broken = {
-        id(sample): text for sample, text in zip(paths, problems, strict=True) if text is not None
+        id(sample): text for sample, text in zip(on_disk, problems, strict=True) if text is not None
     }
-    if len(broken) >= MAX_BROKEN_FRACTION * len(paths) and broken:
+    if len(broken) >= MAX_BROKEN_FRACTION * len(on_disk) and broken:
         raise DatasetError(
-            f"{len(broken)} of {len(paths)} images under {dataset.source} cannot be decoded, and "
+            f"{len(broken)} of {len(on_disk)} images under {dataset.source} cannot be decoded, and "
             f"{MAX_BROKEN_FRACTION:.0%} or more is an error: {_shorten(list(broken.values()))}"
         )
     checked = Dataset(
@@ -187,7 +220,7 @@ def without_broken_images(dataset: Dataset) -> Dataset:
         tuple(s for s in dataset.val if id(s) not in broken),
         tuple(broken.values()),
     )
-    _require_images_of_every_class(checked)
+    _require_no_class_lost(dataset, checked)
     return checked
 
 
@@ -204,13 +237,32 @@ def sha256_of_samples(samples: Sequence[Sample]) -> str:
 def _load_digits() -> Dataset:
     class_names, images = digit_images()
     samples = tuple(Sample(name, label, data) for name, label, data in images)
-    train, val = _split(samples, class_names)
+    train, val = _split(samples, class_names, VAL_FRACTION)
     return Dataset(DIGITS, class_names, train, val)
 
 
 def _load_sample_photos() -> Dataset:
     samples = tuple(Sample(name, 0, data) for name, data in photo_crops())
     return Dataset(SAMPLE_PHOTOS, (), (), samples)
+
+
+def _load_shards(source: str, is_split: bool) -> Dataset:
+    shards = load_shards(source)
+    train, val = _samples(shards.train), _samples(shards.val)
+    if not val and is_split:
+        train, val = _split(train, shards.class_names, VAL_FRACTION)
+    elif not val:
+        train, val = (), train
+    elif not train and is_split:
+        raise DatasetError(
+            f"all shards of {shards.source} are for validation, by their names; expected some "
+            "without val, valid, validation or test in them, for training: add those"
+        )
+    return Dataset(shards.source, shards.class_names, train, val)
+
+
+def _samples(members: Sequence[LabelledMember]) -> tuple[Sample, ...]:
+    return tuple(Sample(*member) for member in members)
 
 
 def _class_indices(folders: Sequence[str], class_names: Sequence[str]) -> list[int] | None:
@@ -249,7 +301,7 @@ def _read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
 
 
 def _split(
-    samples: tuple[Sample, ...], class_names: tuple[str, ...]
+    samples: tuple[Sample, ...], class_names: tuple[str, ...], fraction: float
 ) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     by_label: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -260,31 +312,36 @@ def _split(
                 f"class '{class_names[label]}' has one image; at least two are needed to split it"
             )
         random.Random(SPLIT_SEED + label).shuffle(members)
-    num_val = _largest_remainder(
-        {label: len(members) * VAL_FRACTION for label, members in by_label.items()}
-    )
+    sizes = {label: len(members) for label, members in by_label.items()}
+    num_val = _largest_remainder(sizes, fraction)
     train = [s for label, members in by_label.items() for s in members[num_val[label] :]]
     val = [s for label, members in by_label.items() for s in members[: num_val[label]]]
     return tuple(sorted(train, key=lambda s: s.name)), tuple(sorted(val, key=lambda s: s.name))
 
 
-def _largest_remainder(shares: dict[int, float]) -> dict[int, int]:
+def _largest_remainder(sizes: dict[int, int], fraction: float) -> dict[int, int]:
     # Whole numbers that add up to the rounded-up total, each class within one of its exact share
-    # and at least 1, so that 1,797 digits give 360 held-out ones.
+    # and at least 1, so that 1,797 digits give 360 held-out ones. None is a whole class.
+    shares = {label: size * fraction for label, size in sizes.items()}
     counts = {label: max(1, int(share)) for label, share in shares.items()}
     missing = -int(-sum(shares.values()) // 1) - sum(counts.values())
-    by_remainder = sorted(shares, key=lambda label: (int(shares[label]) - shares[label], label))
+    by_remainder = sorted(
+        (label for label in shares if counts[label] + 1 < sizes[label]),
+        key=lambda label: (int(shares[label]) - shares[label], label),
+    )
     for label in by_remainder[: max(0, missing)]:
         counts[label] += 1
     return counts
 
 
-def _require_images_of_every_class(dataset: Dataset) -> None:
-    for part, samples in (("train", dataset.train), ("val", dataset.val)):
-        present = {sample.label for sample in samples}
-        for label, name in enumerate(dataset.class_names):
-            if label not in present:
-                raise DatasetError(f"class '{name}' has no readable image in {part}")
+def _require_no_class_lost(before: Dataset, after: Dataset) -> None:
+    # Of shards, val may have some of the classes only; of folders, each has an image.
+    for part in ("train", "val"):
+        had, has = ({s.label for s in getattr(dataset, part)} for dataset in (before, after))
+        for label in sorted(had - has):
+            raise DatasetError(
+                f"class '{before.class_names[label]}' has no readable image in {part}"
+            )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ Parameter names equal torchvision's (torchvision/models/efficientnet.py).
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, pad, silu
 
@@ -108,6 +109,32 @@ class StochasticDepth(nn.Module):
             return x
         keep = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1.0 - self.rate)
         return x * (keep / (1.0 - self.rate))
+
+
+class Dropout(nn.Module):
+    """While training, zero each value with probability `rate`, which may change at any time.
+
+    The rate is a tensor, not a number as in torch's: a compiled network takes a new one without
+    being compiled again, and a GPU is not waited for.
+    """
+
+    rate: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        # Not a weight: no file holds it, so it is on the CPU even when weights are on `meta`.
+        self.register_buffer("rate", torch.tensor(rate, device="cpu"), persistent=False)
+
+    def set_rate(self, rate: float) -> None:
+        """Take another rate, 0 <= rate < 1."""
+        self.rate.fill_(rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a tensor to one of the same shape."""
+        if not self.training:
+            return x
+        keep = torch.rand_like(x) >= self.rate
+        return x * keep / (1.0 - self.rate)
 
 
 class ResidualBlock(nn.Module):
@@ -217,8 +244,22 @@ class EfficientNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(
-            nn.Dropout(spec.dropout_rate), nn.Linear(spec.head_channels, num_classes)
+            Dropout(spec.dropout_rate), nn.Linear(spec.head_channels, num_classes)
         )
+
+    @property
+    def num_classes(self) -> int:
+        """Length of the logits."""
+        layer = self.classifier[1]
+        assert isinstance(layer, nn.Linear)
+        return layer.out_features
+
+    @property
+    def dropout(self) -> Dropout:
+        """The dropout before the classifier."""
+        module = self.classifier[0]
+        assert isinstance(module, Dropout)
+        return module
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, 3, H, W] to logits [N, num_classes]."""

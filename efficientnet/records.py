@@ -1,4 +1,4 @@
-"""What was measured, one JSON line each: LatencyRecord and AccuracyRecord."""
+"""What was measured, one JSON line each: LatencyRecord, AccuracyRecord, TrainingSpeedRecord."""
 
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -108,10 +108,71 @@ class AccuracyRecord(_Measured):
     """Of the images and labels, in order."""
 
 
-Record = TypeVar("Record", LatencyRecord, AccuracyRecord)
+class TrainingSpeedRecord(BaseModel):
+    """Speed of a training step at one image size and batch size, measured in a process of its own.
+
+    A step is one forward and backward pass, the optimizer's update and the moving average's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    variant: str
+    contender: str
+    """`ours`, or whose training step it is compared with: `timm`, and `timm again` for the
+    noise."""
+    contender_version: str | None = None
+    """Of the library that a contender is from; None for ours."""
+    image_size: int
+    """Pixels."""
+    micro_batch_size: int = Field(ge=1)
+    """Images per forward pass; a step has one pass here."""
+    precision: str
+    num_classes: int
+    is_compiled: bool
+    is_loader_fed: bool
+    """Whether the images were decoded and augmented meanwhile; if not, one batch of random pixels
+    stays on the device."""
+    data: str
+    """Where the images came from: `synthetic`, or the name of a folder, without its path."""
+    num_workers: int
+    """Processes that decode; 0 without a loader."""
+    num_threads: int
+    """Threads that a step computes with on the CPU."""
+    table: Literal[2, 3] | None = None
+    """Of the V2 paper, which the run stands beside."""
+    num_warm_up_steps: int
+    num_steps: int
+    """Steps that count."""
+    images_per_s: float | None
+    """Images divided by the time of all turns; None where it did not fit."""
+    step_p50_ms: float | None
+    """Median of a step."""
+    turn_p50_ms: tuple[float, ...]
+    """The same of each turn: processes that are compared take turns."""
+    compile_s: float | None
+    """What the first step took longer than a later one; None where nothing is compiled."""
+    peak_memory_bytes: int | None
+    """While steps counted: of the GPU what torch had allocated, else of the process."""
+    predicted_memory_bytes: int | None
+    """By training/memory.py; None for contenders."""
+    device_memory_bytes: int
+    mfu: float | None
+    """Three times the forward pass's operations, as a share of the device's peak, 0..1; None if
+    that is unknown."""
+    device_peak: str | None
+    """The peak that mfu refers to, and where it is from."""
+    is_out_of_memory: bool
+    """On a CPU predicted, and the step was not tried."""
+    environment: EnvironmentRecord
+    started_at: AwareDatetime
+    """UTC; all records of one run of the command have the same."""
 
 
-def append_record(path: Path, record: LatencyRecord | AccuracyRecord) -> None:
+Record = TypeVar("Record", LatencyRecord, AccuracyRecord, TrainingSpeedRecord)
+
+
+def append_record(path: Path, record: LatencyRecord | AccuracyRecord | TrainingSpeedRecord) -> None:
     """Append a record to a .jsonl file."""
     append_line(path, record.model_dump_json())
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import tyro
 
 from efficientnet.command import parse_flags, run_command
+from efficientnet.devices import CPU_PRECISION, cpu_peak, describe_peak
 from efficientnet.environment import current_environment, num_usable_cores
 from efficientnet.records import Scenario, append_record
-from perf.devices import CPU_PRECISION, cpu_peak, describe_peak
 from perf.programs import Program, read_programs, require_different_paths, require_writable
 from perf.progress import Progress
 from perf.recording import make_record, results_table

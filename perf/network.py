@@ -32,9 +32,9 @@ from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
 from efficientnet.model import build_model
+from efficientnet.publishing import find_section, published_directory, write_section
 from efficientnet.tables import Table, format_ms, format_ratio
 from efficientnet.variants import NetworkOptions, Padding, get_variant
-from perf.publishing import find_section, published_directory, write_section
 from perf.timing import Call, measure_turn, warm_up_until_stable
 
 Pass = Literal["forward", "forward + backward"]
@@ -172,7 +172,7 @@ def main(config: NetworkConfig) -> Path:
     )
     path, table = config.output, to_markdown(record)
     if config.publish:
-        path = published_directory(started_at, record.environment) / "network.json"
+        path = published_directory(started_at, [record.environment]) / "network.json"
         write_section(config.readme, SECTION, table)
     write_text(path, record.model_dump_json(indent=1) + "\n")
     table_path = path.with_suffix(".md")

@@ -26,10 +26,10 @@ from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, preprocess
+from efficientnet.publishing import find_section, published_directory, write_section
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.tables import NOTHING, Table, format_ms, format_percent, format_ratio
 from perf.contenders import Comparison, Contender, Difference, measure, read_photos, timm_transform
-from perf.publishing import find_section, published_directory, write_section
 
 SECTION = "preprocessing"
 OUTPUT_FILE = "preprocessing.json"
@@ -146,7 +146,7 @@ def main(config: PreprocessingConfig) -> Path:
         cases.append(measure_case(spec, photos, config.rounds, None))
     path = config.output
     if config.publish:
-        path = published_directory(cases[0].started_at, cases[0].environment) / OUTPUT_FILE
+        path = published_directory(cases[0].started_at, [cases[0].environment]) / OUTPUT_FILE
         write_section(config.readme, SECTION, to_markdown(cases))
     write_text(path, PreprocessingReport(cases=tuple(cases)).model_dump_json(indent=1) + "\n")
     print(results_table(cases).aligned_text())

@@ -1,28 +1,25 @@
 """A report and its records -> reports/published/<date>-<device>/, and the README's table."""
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
-from efficientnet.atomic import replaced_directory, write_text
-from efficientnet.environment import EnvironmentRecord
-from efficientnet.errors import PipelineError
+from efficientnet.atomic import replaced_directory
+from efficientnet.publishing import (
+    PublishError,
+    find_section,
+    published_directory,
+    write_section,
+)
 from perf.document import Document
 from perf.page import PICTURE_TEXT, to_markdown
 from perf.results import result_tables
-from perf.rows import Group, Joined, Row
+from perf.rows import Joined, Row
 
 RESULTS = "results"
 PICTURE_FILE = "latency.png"
 REPORT_FILE = "report.md"
-PUBLISHED = Path("reports/published")
-
-
-class PublishError(PipelineError):
-    """A report that cannot be published: no place in the README, or a file is missing."""
 
 
 def publish(
@@ -42,7 +39,8 @@ def publish(
     find_section(readme, RESULTS)
     rows = [row for group in joined.groups for row in group.rows]
     newest = max(row.latency.started_at for row in rows)
-    directory = published / f"{newest:%Y-%m-%d}-{device_slug(joined.groups)}"
+    environments = [group.environment for group in joined.groups]
+    directory = published_directory(newest, environments, published)
     used = _used_records(rows)
     samples = [latency_path.parent / s for s in _sample_files(rows)]
     for path in samples:
@@ -64,34 +62,6 @@ def publish(
     return directory
 
 
-def find_section(readme: Path, name: str) -> tuple[str, str]:
-    """Return what stands before and after a section's text, with the lines that mark it.
-
-    Raises:
-        PublishError: the file or one of the marks is missing.
-    """
-    if not readme.is_file():
-        raise PublishError(f"there is no {readme} to write the table into")
-    text = readme.read_text(encoding="utf-8")
-    found = re.search(rf"<!-- {name}: [^\n]* -->\n(?s:.*?)(<!-- /{name} -->)", text)
-    if found is None:
-        raise PublishError(
-            f"{readme} has no place for the table; add these two lines where it belongs: "
-            f"'<!-- {name}: written by a command -->' and '<!-- /{name} -->'"
-        )
-    return text[: text.index("\n", found.start()) + 1], text[found.start(1) :]
-
-
-def write_section(readme: Path, name: str, body: str) -> None:
-    """Put text between a section's marks, in the place of what was there.
-
-    Raises:
-        PublishError: see find_section.
-    """
-    before, after = find_section(readme, name)
-    write_text(readme, f"{before}\n{body.strip()}\n\n{after}")
-
-
 def readme_results(joined: Joined, document: Document, link: str) -> str:
     """Write what stands in the README: verdict, tables, picture and where the rest is."""
     parts = list(document.verdict)
@@ -104,26 +74,6 @@ def readme_results(joined: Joined, document: Document, link: str) -> str:
         f"{subtitle}. [How it was measured, the environment, and all samples]({link}/report.md)."
     )
     return "\n\n".join(parts)
-
-
-def published_directory(
-    started_at: datetime, environment: EnvironmentRecord, published: Path = PUBLISHED
-) -> Path:
-    """Return the place of what was measured on a day and a machine."""
-    return published / f"{started_at:%Y-%m-%d}-{_slug(environment)}"
-
-
-def device_slug(groups: Sequence[Group]) -> str:
-    """Name the devices for a directory: lower case words with hyphens."""
-    slugs = sorted({_slug(group.environment) for group in groups})
-    return "+".join(slugs)
-
-
-def _slug(environment: EnvironmentRecord) -> str:
-    device = environment.gpus[0].partition(",")[0] if environment.gpus else environment.cpu
-    plain = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+-core)\b", " ", device.lower())
-    name = "-".join(re.findall(r"[a-z0-9]+", plain)) or "unknown"
-    return name if environment.gpus else f"{name}-{environment.num_cores}-cores"
 
 
 def _used_records(rows: Sequence[Row]) -> dict[str, list[str]]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from efficientnet.cost import DevicePeak, latency_floor_ms, network_cost
+from efficientnet.devices import describe_peak
 from efficientnet.environment import current_environment
 from efficientnet.records import LatencyRecord, Scenario
 from efficientnet.tables import Table, format_ms, format_rate, format_ratio
 from efficientnet.variants import get_variant
-from perf.devices import describe_peak
 from perf.rows import eager_of, instabilities, rate_ratio, time_ratio
 from perf.subjects import Subject
 from perf.timing import summarize

@@ -8,6 +8,9 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
     "training/run.py",
     "training/import_weights.py",
+    "training/speed.py",
+    "training/loader_speed.py",
+    "training/ablation.py",
     "export/ort.py",
     "export/trt.py",
     "perf/latency.py",

@@ -99,7 +99,7 @@ def test_each_layer_counts_what_the_network_itself_has(name: str):
     modules = dict(model.named_modules())
     cost = network_cost(VARIANTS[name], 64, num_classes=7)
     assert sum(p.numel() for p in model.parameters()) == cost.num_parameters
-    statistics = [b for n, b in model.named_buffers() if "num_batches" not in n]
+    statistics = [b for n, b in model.named_buffers() if ".running_" in n]
     assert sum(b.numel() for b in statistics) == cost.num_statistics
     for layer in layer_costs(VARIANTS[name], 64, num_classes=7):
         own = modules[layer.name]

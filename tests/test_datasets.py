@@ -9,6 +9,7 @@ from torchvision.models import EfficientNet_B0_Weights
 from efficientnet.datasets import (
     IMAGENET_CLASSES,
     DatasetError,
+    hold_out,
     load_dataset,
     load_held_out,
     sha256_of_samples,
@@ -117,6 +118,65 @@ def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path):
     (tmp_path / "val" / "dog" / "000.png").write_bytes(b"")
     with pytest.raises(DatasetError, match="class 'dog' has no readable image in val"):
         without_broken_images(load_dataset(tmp_path))
+
+
+def test_a_missing_source_lists_all_that_are_accepted(tmp_path: Path):
+    with pytest.raises(FileNotFoundError) as raised:
+        load_dataset(tmp_path / "nowhere")
+    for word in ("'digits'", "'sample-photos'", "train/ and val/", "*.tar", "https:", "pipe:"):
+        assert word in str(raised.value)
+
+
+def test_a_part_of_train_held_out_is_stratified_and_the_same_each_time():
+    dataset = load_dataset("digits")
+    first, second = hold_out(dataset, 0.1), hold_out(dataset, 0.1)
+    assert first == second
+    assert (len(first.train), len(first.val)) == (1293, 144)
+    counts = np.bincount([sample.label for sample in first.val])
+    assert counts.min() >= 14 and counts.max() <= 15
+
+
+def test_what_is_held_out_comes_from_train_and_never_from_val():
+    dataset = load_dataset("digits")
+    held = hold_out(dataset, 0.2)
+    names = sorted(sample.name for sample in (*held.train, *held.val))
+    assert names == sorted(sample.name for sample in dataset.train)
+
+
+def test_a_small_part_has_an_image_of_each_class(tmp_path: Path):
+    for part in ("train", "val"):
+        fill(tmp_path / part / "cat", 2)
+        fill(tmp_path / part / "dog", 30)
+    held = hold_out(load_dataset(tmp_path), 0.05)
+    assert [sum(s.label == k for s in held.val) for k in (0, 1)] == [1, 1]
+
+
+def test_no_class_is_held_out_whole(tmp_path: Path):
+    fill(tmp_path / "rare", 2)
+    for index in range(4):
+        fill(tmp_path / f"class{index}", 11)
+    dataset = load_dataset(tmp_path)
+    assert {sample.label for sample in dataset.train} == set(range(5))
+    assert len(dataset.val) == 10
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 0.51, 1, float("nan")])
+def test_a_fraction_outside_its_limits_is_refused(fraction: float):
+    with pytest.raises(ValueError, match=r"expected more than 0 and at most 0\.5"):
+        hold_out(load_dataset("digits"), fraction)
+
+
+def test_a_class_with_one_train_image_cannot_be_held_out(tmp_path: Path):
+    for part in ("train", "val"):
+        fill(tmp_path / part / "cat", 1)
+        fill(tmp_path / part / "dog", 5)
+    with pytest.raises(DatasetError, match="class 'cat' has one image; at least two"):
+        hold_out(load_dataset(tmp_path), 0.2)
+
+
+def test_nothing_can_be_held_out_without_train_images():
+    with pytest.raises(DatasetError, match="sample-photos has no train images"):
+        hold_out(load_dataset("sample-photos"), 0.1)
 
 
 def write_classes(folder: Path, *names: str) -> Path:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from efficientnet.model import ConvNormAct, SamePadConv2d, StochasticDepth, build_model
+from efficientnet.model import ConvNormAct, Dropout, SamePadConv2d, StochasticDepth, build_model
 from efficientnet.variants import VARIANTS, NetworkOptions, get_variant
 
 
@@ -24,7 +24,7 @@ def test_logits_and_gradients_equal_torchvisions_for_the_same_weights():
     # Training mode without what is random in it.
     for model in (ours.train(), peer.train()):
         for module in model.modules():
-            if isinstance(module, torch.nn.Dropout | torchvision.ops.StochasticDepth):
+            if isinstance(module, Dropout | torch.nn.Dropout | torchvision.ops.StochasticDepth):
                 module.eval()
         model(images).square().sum().backward()
     for (parameter_name, parameter), expected in zip(

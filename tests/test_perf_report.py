@@ -8,6 +8,7 @@ import pytest
 
 from efficientnet.command import parse_flags
 from efficientnet.environment import EnvironmentRecord
+from efficientnet.publishing import PublishError
 from efficientnet.records import (
     AccuracyRecord,
     LatencyRecord,
@@ -18,7 +19,6 @@ from efficientnet.records import (
 from perf import report
 from perf.document import build_document
 from perf.plots import draw
-from perf.publishing import PublishError
 from perf.report import ReportConfig, ReportError
 from perf.rows import join
 from perf.timing import summarize

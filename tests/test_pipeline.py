@@ -24,7 +24,7 @@ def test_the_whole_road_on_tiny(tmp_path: Path):
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return Path(done.stdout.splitlines()[-1])
 
-    checkpoint = tmp_path / last_line("training/run.py", "tiny", "--epochs", "2")
+    checkpoint = tmp_path / last_line("training/run.py", "tiny", "--epochs", "4")
     artifact = tmp_path / last_line("export/ort.py")
     last_line("perf/accuracy.py")
     records = tmp_path / last_line("perf/latency.py", "--seconds", "0.5", "--batches", "1", "4")
@@ -58,7 +58,7 @@ def test_the_whole_road_on_tiny(tmp_path: Path):
 @pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="needs POSIX signals")
 def test_ctrl_c_keeps_what_was_reached_and_the_run_goes_on(tmp_path: Path):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training/run.py"), "tiny", "--epochs", "3"],
+        [sys.executable, str(ROOT / "training/run.py"), "tiny", "--epochs", "4"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -83,4 +83,4 @@ def test_ctrl_c_keeps_what_was_reached_and_the_run_goes_on(tmp_path: Path):
     )
     assert resumed.returncode == 0, resumed.stderr
     lines = (tmp_path / "runs/latest/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]

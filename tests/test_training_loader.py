@@ -1,101 +1,144 @@
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from efficientnet.datasets import load_dataset
-from training.augment import Augmentation, mix
-from training.loader import StepSampler, train_batches
+from efficientnet.datasets import Sample, load_dataset
+from efficientnet.preprocess import ImageError
+from training.augment import Augmentation
+from training.loader import Batch, train_batches
 from training.progressive import plan_stages
-from training.recipes import digits_recipe, paper_recipe
+from training.recipes import digits_recipe, imagenet_recipe
+from training.sampler import StepPlan, StepSampler
 
 CONFIG = replace(digits_recipe("tiny"), epochs=2, batch_size=16, micro_batch_size=8)
+PLAN = StepPlan(100, CONFIG, [8] * 4)
 
 
 def test_every_image_is_used_at_most_once_per_epoch_and_all_but_a_last_batch():
-    sampler = StepSampler(100, CONFIG)
+    sampler = StepSampler(PLAN)
     passes = list(sampler)
-    assert sampler.steps_per_epoch == 6 and len(passes) == len(sampler) == 24
+    assert PLAN.steps_per_epoch == 6 and len(passes) == len(sampler) == 24
     for epoch in (passes[:12], passes[12:]):
         uses = Counter(key.image for keys in epoch for key in keys)
         assert len(uses) == 96 and set(uses.values()) == {1}
     assert [k.image for k in passes[0]] != [k.image for k in passes[12]]
 
 
+def test_every_use_of_an_image_has_random_numbers_of_its_own():
+    seeds = [key.seed for keys in StepSampler(PLAN) for key in keys]
+    assert len(set(seeds)) == len(seeds) == 192
+    assert min(seeds) >= 0 and max(seeds) < 2**63
+
+
 @pytest.mark.parametrize("first_step", [1, 5, 6, 7, 11])
 def test_a_sampler_that_starts_later_goes_on_with_the_same_images(first_step: int):
-    passes = list(StepSampler(100, CONFIG))
-    assert list(StepSampler(100, CONFIG, first_step)) == passes[2 * first_step :]
+    passes = list(StepSampler(PLAN))
+    assert list(StepSampler(PLAN, first_step=first_step)) == passes[2 * first_step :]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("first_step", [0, 7])
+def test_the_passes_of_all_processes_are_together_those_of_one(world_size: int, first_step: int):
+    alone = list(StepSampler(StepPlan(100, CONFIG, [4] * 4), first_step=first_step))
+    plan = StepPlan(100, CONFIG, [4] * 4, world_size)
+    samplers = [StepSampler(plan, rank, first_step) for rank in range(world_size)]
+    ranks = [list(sampler) for sampler in samplers]
+    per_step = 4 // world_size
+    together = [
+        keys
+        for step in range(12 - first_step)
+        for passes in ranks
+        for keys in passes[step * per_step : (step + 1) * per_step]
+    ]
+    assert together == alone
+    assert {len(sampler) for sampler in samplers} == {len(alone) // world_size}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_no_image_is_lost_or_doubled_in_an_epoch_of_many_processes(world_size: int):
+    plan = StepPlan(96, CONFIG, [4] * 4, world_size)
+    passes_per_epoch = 6 * 4 // world_size
+    for epoch in range(2):
+        uses = Counter(
+            key.image
+            for rank in range(world_size)
+            for keys in list(StepSampler(plan, rank))[epoch * passes_per_epoch :][:passes_per_epoch]
+            for key in keys
+        )
+        assert uses == dict.fromkeys(range(96), 1)
+
+
+def test_processes_that_cannot_share_a_batch_evenly_are_refused():
+    with pytest.raises(ValueError, match="batch_size 16 cannot be shared by 3 processes"):
+        StepPlan(100, CONFIG, [8] * 4, world_size=3)
+    with pytest.raises(ValueError, match="give --micro-batch-size as a divisor of 4"):
+        StepPlan(100, CONFIG, [8] * 4, world_size=4)
+
+
+def test_another_attempt_has_the_images_in_another_order():
+    first, second = (list(StepSampler(PLAN, attempt=attempt)) for attempt in (0, 1))
+    assert [k.image for k in first[0]] != [k.image for k in second[0]]
+    assert (
+        Counter(k.seed for keys in first for k in keys)
+        .keys()
+        .isdisjoint(k.seed for keys in second for k in keys)
+    )
 
 
 def test_too_few_images_for_one_batch_say_which_flag_to_change():
     with pytest.raises(ValueError, match="do not fill one batch of 4096; give --batch-size"):
-        StepSampler(1437, paper_recipe("v2-s"))
+        StepPlan(1437, imagenet_recipe("v2-s"), [32] * 4)
 
 
 def test_batches_have_the_size_of_their_stage_whatever_the_number_of_workers():
     samples = load_dataset("digits").train[:64]
     stages = plan_stages(CONFIG.progressive)
 
-    def batches(num_workers: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        sampler = StepSampler(len(samples), CONFIG)
-        return list(
-            train_batches(
-                samples, CONFIG, CONFIG.preprocess_spec(None), stages, sampler, num_workers
-            )
-        )
+    def batches(num_workers: int) -> list[Batch]:
+        sampler = StepSampler(StepPlan(len(samples), CONFIG, [8] * 4))
+        return list(train_batches(samples, CONFIG, stages, sampler, num_workers))
 
     alone, with_workers = batches(0), batches(2)
-    assert [images.shape[-1] for images, _ in alone] == [16] * 4 + [21] * 4 + [26] * 4 + [32] * 4
-    for (images, labels), (other_images, other_labels) in zip(alone, with_workers, strict=True):
-        assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+    assert [b.images.shape[-1] for b in alone] == [16] * 4 + [21] * 4 + [26] * 4 + [32] * 4
+    for batch, other in zip(alone, with_workers, strict=True):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(batch, other, strict=True))
 
 
-@pytest.mark.parametrize("variant", ["v2-s", "v2-l"])
-def test_every_stage_of_the_papers_augmentation_works_on_real_colors(variant: str):
-    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    config = paper_recipe(variant)
-    for stage in plan_stages(config.progressive):
-        augmentation = Augmentation(config, stage)
-        for seed in range(60):
-            image = augmentation(Image.fromarray(noise), seed)
-            assert image.size == (stage.image_size, stage.image_size) and image.mode == "RGB"
+def test_a_batch_holds_the_images_of_its_keys():
+    samples = load_dataset("digits").train[:16]
+    stages = plan_stages(CONFIG.progressive)
+    sampler = StepSampler(StepPlan(16, CONFIG, [8] * 4))
+    augmentation = Augmentation(CONFIG, stages[0])
+    keys = next(iter(sampler))
+    batch: Batch = next(iter(train_batches(samples, CONFIG, stages, sampler, 0)))
+    assert batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.seeds.tolist() == [key.seed for key in keys]
+    assert batch.labels.tolist() == [samples[key.image].label for key in keys]
+    for image, key in zip(batch.images, keys, strict=True):
+        expected = augmentation(samples[key.image].read(), key.seed)
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
-def test_augmentation_depends_on_the_seed_alone():
-    config = digits_recipe("v2-s")
-    augmentation = Augmentation(config, plan_stages(config.progressive)[-1])
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8))
-    first, again, other = (np.asarray(augmentation(noise, seed)) for seed in (7, 7, 8))
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_image_is_told_by_its_name(tmp_path: Path, num_workers: int):
+    good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
+    Image.new("RGB", (20, 20)).save(good)
+    bad.write_bytes(good.read_bytes()[:200])
+    samples = [Sample(path.name, 0, path) for path in [good] * 15 + [bad]]
+    stages = plan_stages(CONFIG.progressive)
+    sampler = StepSampler(StepPlan(16, CONFIG, [8] * 4))
+    with pytest.raises(ImageError, match=r"bad\.jpg: the image is damaged or truncated"):
+        list(train_batches(samples, CONFIG, stages, sampler, num_workers))
 
 
-def test_magnitude_zero_only_crops():
-    config = digits_recipe("v2-s")
-    config = replace(
-        config,
-        min_crop_area=1.0,
-        progressive=replace(config.progressive, randaugment_magnitude=(0, 0)),
-    )
-    augmentation = Augmentation(config, plan_stages(config.progressive)[-1])
-    gray = Image.new("RGB", (64, 64), (90, 90, 90))
-    assert np.unique(np.asarray(augmentation(gray, 3))).tolist() == [90]
-
-
-def test_mixup_mixes_images_and_labels_in_the_same_ratio():
-    torch.manual_seed(0)
-    labels = torch.arange(4)
-    images = torch.eye(4)[:, :, None, None].expand(4, 4, 2, 2).contiguous()
-    mixed, soft = mix(images, labels, mixup_alpha=0.4, num_classes=4)
-    torch.testing.assert_close(mixed[:, :, 0, 0], soft)
-    torch.testing.assert_close(soft.sum(dim=1), torch.ones(4))
-    assert soft.max() < 1
-
-
-def test_mixup_alpha_zero_changes_nothing():
-    images, labels = torch.randn(4, 3, 2, 2), torch.arange(4)
-    assert mix(images, labels, 0.0, 4) == (images, labels)
+def test_the_stages_of_a_plan_follow_each_other():
+    stages = [keys[0].stage for keys in StepSampler(PLAN)]
+    assert stages[0] == 0 and stages[-1] == 3
+    assert all(later - earlier in (0, 1) for earlier, later in pairwise(stages))

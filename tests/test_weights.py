@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from efficientnet.architectures import ARCHITECTURES
-from efficientnet.model import build_model
+from efficientnet.model import Dropout, build_model
 from efficientnet.variants import VARIANTS, NetworkOptions
 from efficientnet.weights import WeightsError, convert_weights, recognize_layout, timm_names
 
@@ -101,8 +101,8 @@ def build_ours(architecture: str, tensors: dict[str, Tensor], network: NetworkOp
         model = build_model(VARIANTS[ARCHITECTURES[architecture][0]], NUM_CLASSES, options=network)
     model.load_state_dict(tensors, assign=True)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+        if isinstance(module, Dropout):
+            module.set_rate(0.0)
     return model
 
 

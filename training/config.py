@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic import TypeAdapter
@@ -10,17 +10,22 @@ from pydantic import TypeAdapter
 from efficientnet.preprocess import PreprocessSpec
 from efficientnet.variants import VARIANTS, NetworkOptions, Padding
 
+Schedule = Literal["paper", "released", "fixed", "random"]
+
+MAX_RANDAUGMENT_MAGNITUDE = 30.0
+MAX_TRAIN_IMAGE_SIZE = 1024
+
 
 @dataclass(frozen=True)
 class ProgressiveConfig:
     """Progressive learning: each pair is the value of the first and of the last stage."""
 
     image_size: tuple[int, int]
-    """Training image size, pixels."""
+    """Training image size, pixels, 16..1024."""
 
     randaugment_magnitude: tuple[float, float]
-    """Strength of RandAugment, where 10 is the original full scale; 0 = none, otherwise >= 2.5
-    (below, Posterize would leave no bit)."""
+    """Strength of RandAugment, 0..30, where 10 is the original full scale; 0 = none. The paper's
+    largest is 25."""
 
     mixup_alpha: tuple[float, float]
     """Parameter of Mixup's Beta distribution; 0 = no Mixup."""
@@ -28,20 +33,33 @@ class ProgressiveConfig:
     dropout_rate: tuple[float, float]
     """Dropout before the classifier, 0..1."""
 
+    cutmix_alpha: tuple[float, float] = (0.0, 0.0)
+    """Parameter of CutMix's Beta distribution; 0 = no CutMix. With Mixup too, half of each batch
+    gets the one and half the other."""
+
     num_stages: int = 4
     """Stages of equal step count; 1 = the last values throughout."""
+
+    schedule: Annotated[Schedule, tyro.conf.arg(prefix_name=False)] = "paper"
+    """paper: Algorithm 1, all values rise linearly. released: Google's code, whose first stage
+    already takes a step up in size. fixed: the last values throughout. random: like paper, in an
+    order of the stages drawn by the seed (what the paper compares with)."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
         if self.num_stages < 1:
             raise ValueError(f"num_stages is {self.num_stages}, expected at least 1")
-        if min(self.image_size) < 16:
-            raise ValueError(f"image_size is {self.image_size}, expected at least 16 pixels")
-        if min(*self.randaugment_magnitude, *self.mixup_alpha) < 0:
-            raise ValueError("randaugment_magnitude and mixup_alpha cannot be negative")
-        if any(0 < magnitude < 2.5 for magnitude in self.randaugment_magnitude):
+        if min(self.image_size) < 16 or max(self.image_size) > MAX_TRAIN_IMAGE_SIZE:
             raise ValueError(
-                f"randaugment_magnitude is {self.randaugment_magnitude}, expected 0 or >= 2.5"
+                f"image_size is {self.image_size}, expected at least 16 and at most "
+                f"{MAX_TRAIN_IMAGE_SIZE} pixels"
+            )
+        if min(*self.randaugment_magnitude, *self.mixup_alpha, *self.cutmix_alpha) < 0:
+            raise ValueError("randaugment_magnitude, mixup_alpha, cutmix_alpha cannot be negative")
+        if max(self.randaugment_magnitude) > MAX_RANDAUGMENT_MAGNITUDE:
+            raise ValueError(
+                f"randaugment_magnitude is {self.randaugment_magnitude}, expected at most "
+                f"{MAX_RANDAUGMENT_MAGNITUDE:g}"
             )
         if min(self.dropout_rate) < 0 or max(self.dropout_rate) >= 1:
             raise ValueError(f"dropout_rate is {self.dropout_rate}, expected 0 <= rate < 1")
@@ -57,8 +75,8 @@ class OptimizerConfig:
     learning_rate: float
     """Peak for a batch of 256; it grows in proportion to the batch size."""
 
-    schedule: Literal["exponential", "cosine"]
-    """After warm-up: x 0.97 every 2.4 epochs in steps, or half a cosine down to 0."""
+    schedule: Literal["exponential", "cosine", "constant"]
+    """After warm-up: x 0.97 every 2.4 epochs in steps, half a cosine down to 0, or the peak."""
 
     warmup_epochs: float
     """Epochs over which the rate climbs from 0."""
@@ -91,9 +109,10 @@ class TrainConfig:
     optimizer: OptimizerConfig
 
     epochs: int
+    """Passes over the training images; not used when there are `steps`."""
 
     batch_size: int
-    """Images per optimizer step."""
+    """Images per optimizer step, over all processes."""
 
     eval_image_size: int
     """Pixels; also the size at which the checkpoint is deployed."""
@@ -122,9 +141,22 @@ class TrainConfig:
     batch_norm_momentum: float
     """Weight of a new batch in the running statistics (torch's convention)."""
 
+    recipe: tyro.conf.Suppress[str] = "digits"
+    """The name that --recipe was given, of which all these values are."""
+
+    steps: int | None = None
+    """Optimizer steps in all, instead of `epochs`."""
+
     micro_batch_size: int | None = None
-    """Images per forward pass, a divisor of batch_size whose gradients are added up;
-    None = batch_size."""
+    """Images per forward pass, a divisor of batch_size whose gradients are added up, and what
+    batch norm sees at once; None = batch_size / processes."""
+
+    batch_plan: Literal["fixed", "memory"] = "fixed"
+    """fixed: micro_batch_size throughout. memory: at each stage the largest part of batch_size that
+    the device holds; micro_batch_size is then the most that is taken."""
+
+    compile: bool = False
+    """Compile the network, once for each stage; no graph but the stage's size is ever made."""
 
     autoaugment: bool = False
     """AutoAugment's policy for ImageNet (V1's and V2-B's recipe), not together with
@@ -142,16 +174,41 @@ class TrainConfig:
     """Start from these weights with a new classifier: timm:NAME, torchvision:NAME, a .safetensors
     or .pth file of theirs, or a checkpoint directory; None = random ones."""
 
+    cutout: float = 0.0
+    """Side of a gray square at a random place, of the image's side; 0 = none."""
+
+    augment_on: Literal["cpu", "device"] = "cpu"
+    """Where RandAugment runs: image by image in the worker processes, or on whole batches where the
+    network is trained (crop and mirror stay with the decoding)."""
+
     weights_like: str | None = None
     """For a file that does not tell which published weights it holds: their timm:NAME or
     torchvision:NAME."""
 
-    data: Path | None = None
-    """Folder with one folder of images per class, or with train/ and val/ of those;
-    None = the handwritten digits that come with scikit-learn."""
+    data: str | None = None
+    """Folder with one folder of images per class, or with train/ and val/ of those; folder,
+    pattern, http(s) address or pipe: of tar shards; cifar10, cifar100, flowers102, stanford_cars,
+    imagenet; None = the handwritten digits that come with scikit-learn."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: forward pass under autocast."""
+    data_folder: Path = Path("data")
+    """Where the named sets are kept and downloaded to."""
+
+    minival: float | None = None
+    """Part of the training images that is held out and evaluated in the place of val, 0..0.5; the
+    paper's is 0.02."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: forward pass under autocast; fp16 with a scaled loss."""
+
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """A loss that is not finite ends the run, or takes it back to the last checkpoint, from where
+    it goes on with other random numbers (three times at most)."""
+
+    keep_checkpoints: int = 3
+    """Last checkpoints that are kept; the best is kept besides."""
+
+    checkpoint_every_steps: int | None = None
+    """Optimizer steps between checkpoints within an epoch; None = one after each epoch only."""
 
     num_workers: int | None = None
     """Processes that decode and augment; None = one per core for a folder, 0 for the digits."""
@@ -162,10 +219,16 @@ class TrainConfig:
     output: Path = Path("runs")
     """Folder in which the run's own folder is made."""
 
+    name: str | None = None
+    """The run's own folder; None = variant and time. A run of this name that was cut short is gone
+    on with, so that the same command can be started again."""
+
     def __post_init__(self) -> None:
         """Check what does not depend on the data."""
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("epochs and batch_size must be at least 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
         ):
@@ -177,6 +240,20 @@ class TrainConfig:
             raise ValueError(f"eval_image_size is {self.eval_image_size}, expected at least 16")
         if not 0 < self.min_crop_area <= 1:
             raise ValueError(f"min_crop_area is {self.min_crop_area}, expected 0 < area <= 1")
+        if not 0 <= self.cutout < 1:
+            raise ValueError(f"cutout is {self.cutout}, expected 0 <= side < 1")
+        if self.minival is not None and not 0 < self.minival <= 0.5:
+            raise ValueError(f"minival is {self.minival}, expected more than 0 and at most 0.5")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints is {self.keep_checkpoints}, expected at least 1")
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise ValueError(
+                f"checkpoint_every_steps is {self.checkpoint_every_steps}, expected at least 1"
+            )
+        if self.name is not None and (self.name in ("", "latest") or "/" in self.name):
+            raise ValueError(f"name is {self.name!r}, expected a folder's name, not 'latest'")
+        if self.augment_on == "device" and self.autoaugment:
+            raise ValueError("augment_on device knows RandAugment only; give --no-autoaugment")
         if self.variant not in VARIANTS:
             raise ValueError(f"unknown variant {self.variant!r}")
         if self.weights_like and not self.weights:
@@ -186,6 +263,16 @@ class TrainConfig:
                 f"autoaugment together with randaugment_magnitude "
                 f"{self.progressive.randaugment_magnitude}, expected one of them; "
                 "set the magnitude to 0 0, or --no-autoaugment"
+            )
+
+    def require_stages_fit(self) -> None:
+        """Raise a ValueError if there are more stages than epochs (or steps)."""
+        num_stages = self.progressive.num_stages
+        limit, unit = (self.epochs, "epochs") if self.steps is None else (self.steps, "steps")
+        if self.progressive.schedule != "fixed" and num_stages > limit:
+            raise ValueError(
+                f"num_stages is {num_stages}, more than the {limit} {unit}; give "
+                f"--progressive.num-stages of at most {limit}, or more --{unit}"
             )
 
     def preprocess_spec(self, start: PreprocessSpec | None) -> PreprocessSpec:

@@ -1,28 +1,38 @@
-"""Model, batches and stages -> trained weights: the steps of an epoch, and evaluation."""
+"""Batches and a plan of the steps -> trained weights, epoch by epoch; and evaluation."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from efficientnet.errors import PipelineError
 from efficientnet.model import EfficientNet
-from training.augment import mix
-from training.config import TrainConfig
+from training.distributed import sum_of
+from training.loader import Batch
+from training.memory import peak_memory_bytes, reset_peak_memory
 from training.optim import learning_rate_at
-from training.progressive import Stage, stage_index
-from training.state import TrainState
+from training.progressive import Stage
+from training.sampler import StepPlan
+from training.state import StageTotals, TrainState
+from training.step import TrainStep
 
 # Reading the loss makes a GPU's queue run dry; every tenth step is enough for the bar and for NaN.
 STEPS_BETWEEN_READINGS = {"cpu": 1, "cuda": 10}
 
+# A larger matrix says nothing to the eye.
+MAX_CONFUSION_CLASSES = 100
+
 
 class TrainingError(PipelineError):
     """Training that cannot go on."""
+
+
+class LossError(TrainingError):
+    """A loss or weights that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -33,123 +43,162 @@ class Evaluation:
     top1: float
     top5: float
     num_images: int
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    """Images by true class (row) and predicted class; None with too many classes."""
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What a progress bar shows after a step."""
 
+    step: int
+    """Steps taken."""
     stage: Stage
     loss: float
+    learning_rate: float
     images_per_s: float
 
 
-def train_one_epoch(
+def train_epoch(
     state: TrainState,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    config: TrainConfig,
+    step: TrainStep,
+    plan: StepPlan,
     stages: tuple[Stage, ...],
-    num_classes: int,
-    steps_per_epoch: int,
-    on_step: Callable[[StepReport], bool],
+    batches: Iterator[Batch],
+    is_asked_to_stop: Callable[[], bool],
+    on_step: Callable[[StepReport], None],
+    max_steps: int | None = None,
 ) -> bool:
-    """Train from the present step to the end of its epoch.
+    """Train to the end of the epoch under way, or for `max_steps`.
 
     Args:
         state: is changed in place.
-        batches: forward passes, several to a step when gradients are accumulated.
-        config: the recipe.
+        step: takes a step.
+        plan: of the steps.
         stages: of progressive learning.
-        num_classes: length of the logits.
-        steps_per_epoch: optimizer steps.
-        on_step: is told of each step and answers whether to go on.
+        batches: forward passes, several to a step when gradients are accumulated.
+        is_asked_to_stop: whether this process was told to stop; all stop after the same step.
+        on_step: is told of each step.
+        max_steps: after which to come back within the epoch; None = at its end.
 
     Returns:
-        Whether the epoch was finished; False when `on_step` asked to stop.
+        Whether training was stopped.
 
     Raises:
-        TrainingError: the loss is not finite.
+        LossError: the loss is not finite.
     """
-    model, totals, device = state.model.train(), state.totals, state.device
-    num_steps = steps_per_epoch * config.epochs
-    passes_per_step = config.batch_size // (config.micro_batch_size or config.batch_size)
+    config, totals, device = plan.config, state.totals, state.device
+    state.model.train()
     # Continued in the same precision, so that a resumed epoch adds up to the very same sum.
     loss_sum = torch.tensor(totals.loss_sum, dtype=torch.float64, device=device)
-    started, loss = perf_counter(), math.nan
+    unread: list[Tensor] = []
+    started, first_step, begun, loss = perf_counter(), state.step, -1, math.nan
+    stage_began = started
+    seconds_before, images_before = totals.seconds, totals.num_images
+    stopped = False
     while True:
-        stage = stages[stage_index(state.step, num_steps, len(stages))]
+        stage = stages[plan.stage_of(state.step)]
+        if stage.index != begun:
+            step.begin_stage(stage, plan.micro_batch_sizes[stage.index])
+            state.stages.setdefault(stage.index, StageTotals())
+            reset_peak_memory(device)
+            begun, stage_began = stage.index, perf_counter()
         rate = learning_rate_at(
-            state.step, config.optimizer, config.batch_size, steps_per_epoch, num_steps
+            state.step, config.optimizer, config.batch_size, plan.steps_per_epoch, plan.num_steps
         )
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        set_dropout_rate(model, stage.dropout_rate)
-
-        step_loss = torch.zeros((), device=device)
-        for _ in range(passes_per_step):
-            images, labels = next(batches)
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            images, labels = mix(images, labels, stage.mixup_alpha, num_classes)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                logits = model(images)
-            pass_loss = cross_entropy(
-                logits.float(), labels, label_smoothing=config.label_smoothing
-            )
-            (pass_loss / passes_per_step).backward()
-            step_loss += pass_loss.detach() / passes_per_step
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.average.update(model)
-
+        # Filled where it is needed: to copy it there would wait for the device.
+        stop = torch.full((), float(is_asked_to_stop()), device=device)
+        step_loss, stops = step(batches, plan.passes_per_step(state.step), rate, stop)
         loss_sum += step_loss
-        state.step += 1
+        unread.append(step_loss)
         totals.num_steps += 1
         totals.num_images += config.batch_size
-        is_last = state.step % steps_per_epoch == 0
-        if is_last or totals.num_steps % STEPS_BETWEEN_READINGS[device.type] == 0:
-            loss = step_loss.item()
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {state.step} of {num_steps} "
-                    f"(stage {stage.index + 1} of {len(stages)}, {stage.image_size} px); "
-                    "lower --optimizer.learning-rate, or give it a longer warm-up"
-                )
-        seconds = totals.seconds + perf_counter() - started
-        wants_more = on_step(StepReport(stage, loss, totals.num_images / seconds))
-        if is_last or not wants_more:
+        state.stages[stage.index].num_images += config.batch_size
+
+        has_ended = plan.ends_epoch(state.step)
+        is_last = has_ended or (max_steps is not None and state.step - first_step >= max_steps)
+        if is_last or len(unread) >= STEPS_BETWEEN_READINGS[device.type]:
+            loss = require_finite(unread, state.step, plan, stage, len(stages))
+            stopped = stops.item() > 0
+            unread = []
+        now = perf_counter()
+        totals.seconds = seconds_before + now - started
+        rate_per_s = (totals.num_images - images_before) / (now - started)
+        on_step(StepReport(state.step, stage, loss, rate, rate_per_s))
+        is_last = is_last or stopped
+        ends_stage = is_last or plan.stage_of(state.step) != stage.index
+        if ends_stage:
+            stage_totals = state.stages[stage.index]
+            stage_totals.seconds += perf_counter() - stage_began
+            stage_totals.peak_memory_bytes = max(
+                stage_totals.peak_memory_bytes, peak_memory_bytes(device)
+            )
+            begun = -1
+        if is_last:
             break
     totals.loss_sum = loss_sum.item()
-    elapsed = perf_counter() - started
-    totals.seconds += elapsed
-    state.elapsed_s += elapsed
-    return is_last
+    state.elapsed_s += perf_counter() - started
+    if not state.is_finite():
+        raise LossError(f"a weight is not finite after step {state.step} of {plan.num_steps}")
+    return stopped
 
 
-def set_dropout_rate(model: nn.Module, rate: float) -> None:
-    """Set the rate of the classifier's dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
+def require_finite(
+    losses: list[Tensor], last_step: int, plan: StepPlan, stage: Stage, num_stages: int
+) -> float:
+    """Return the last of some losses; waits for the device.
+
+    Raises:
+        LossError: one of them is not finite.
+    """
+    values = torch.stack(losses).tolist()
+    for offset, value in enumerate(values):
+        if not math.isfinite(value):
+            raise LossError(
+                f"the loss is {value} at step {last_step - len(values) + 1 + offset} of "
+                f"{plan.num_steps} (stage {stage.index + 1} of {num_stages}, "
+                f"{stage.image_size} px)"
+            )
+    return values[-1]
 
 
 @torch.no_grad()
 def evaluate(
-    model: EfficientNet, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device
+    model: EfficientNet, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> Evaluation:
-    """Measure loss and accuracy of a model in evaluation mode, float32."""
+    """Measure loss and accuracy of a model in evaluation mode, float32.
+
+    Each process gives its part of the images; the result is that of all of them.
+    """
     model.eval()
-    loss_sum, num_top1, num_top5, num_images = 0.0, 0, 0, 0
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    num_classes = model.num_classes
+    num_cells = num_classes**2 if num_classes <= MAX_CONFUSION_CLASSES else 0
+    confusion = torch.zeros(num_cells, dtype=torch.int64, device=device)
     for images, labels in batches:
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         logits = model(images)
-        loss_sum += cross_entropy(logits, labels, reduction="sum").item()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
+        loss = cross_entropy(logits, labels, reduction="sum")
+        best = logits.topk(min(5, num_classes), dim=1).indices  # [N, 5]
         hits = best == labels[:, None]
-        num_top1 += int(hits[:, 0].sum())
-        num_top5 += int(hits.any(dim=1).sum())
-        num_images += len(labels)
+        sums += torch.stack(
+            [loss.double(), hits[:, 0].sum(), hits.any(dim=1).sum(), loss.new_tensor(len(labels))]
+        )
+        if num_classes <= MAX_CONFUSION_CLASSES:
+            ones = torch.ones_like(labels)
+            confusion.index_add_(0, labels * num_classes + best[:, 0], ones)
+    loss_sum, num_top1, num_top5, num_images = sum_of(sums.tolist())
+    matrix = None
+    if num_classes <= MAX_CONFUSION_CLASSES:
+        counts = iter(sum_of(confusion.tolist()))
+        matrix = tuple(
+            tuple(int(next(counts)) for _ in range(num_classes)) for _ in range(num_classes)
+        )
     return Evaluation(
-        loss_sum / num_images, num_top1 / num_images, num_top5 / num_images, num_images
+        loss_sum / num_images,
+        num_top1 / num_images,
+        num_top5 / num_images,
+        int(num_images),
+        matrix,
     )

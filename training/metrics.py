@@ -5,14 +5,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
 from efficientnet.atomic import write_bytes, write_text
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
@@ -50,47 +48,44 @@ def write_metrics(run: Path, epochs: Sequence[EpochMetrics]) -> None:
     write_text(run / METRICS_FILE, "".join(epoch.model_dump_json() + "\n" for epoch in epochs))
 
 
-def read_metrics(run: Path, last_step: int) -> list[EpochMetrics]:
-    """Read the epochs up to a step, which drops one that was written but not saved."""
-    path = run / METRICS_FILE
-    if not path.exists():
-        return []
-    epochs = [EpochMetrics(**json.loads(line)) for line in path.read_text().splitlines()]
-    return [epoch for epoch in epochs if epoch.step <= last_step]
+def read_metrics(run: Path) -> list[EpochMetrics]:
+    """Read metrics.jsonl."""
+    lines = (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [EpochMetrics(**json.loads(line)) for line in lines]
 
 
 def draw_curves(run: Path, epochs: Sequence[EpochMetrics], title: str) -> Path:
     """Draw loss and top-1 over time, with the stages as bands."""
     minutes = [epoch.elapsed_s / 60 for epoch in epochs]
-    figure, (loss, top1) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
-    try:
-        loss.plot(minutes, [e.train_loss for e in epochs], "o-", ms=3, label="train (augmented)")
-        loss.plot(minutes, [e.val_loss for e in epochs], "o-", ms=3, label="held-out")
-        loss.set_ylabel("loss")
-        loss.legend(loc="upper right", frameon=False)
-        top1.plot(minutes, [100 * e.top1 for e in epochs], "o-", ms=3, color="tab:green")
-        top1.set_ylabel("top-1 on held-out images, %")
-        top1.set_xlabel("time, minutes")
-        last = epochs[-1]
-        top1.annotate(
-            f"{100 * last.top1:.1f} %",
-            (minutes[-1], 100 * last.top1),
-            textcoords="offset points",
-            xytext=(-6, -14),
-            ha="right",
-        )
-        for axes in (loss, top1):
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", alpha=0.3)
-            _draw_bands(axes, epochs, has_labels=axes is loss)
-        top1.set_xlim(0, minutes[-1] * 1.02)
-        figure.suptitle(title)
-        png = io.BytesIO()
-        figure.savefig(png, dpi=120, format="png")
-        write_bytes(run / CURVES_FILE, png.getvalue())
-        return run / CURVES_FILE
-    finally:
-        plt.close(figure)
+    # Not pyplot, which may only be used by one thread: this is drawn beside the training.
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, top1 = figure.subplots(2, 1, sharex=True)
+    loss.plot(minutes, [e.train_loss for e in epochs], "o-", ms=3, label="train (augmented)")
+    loss.plot(minutes, [e.val_loss for e in epochs], "o-", ms=3, label="held-out")
+    loss.set_ylabel("loss")
+    loss.legend(loc="upper right", frameon=False)
+    top1.plot(minutes, [100 * e.top1 for e in epochs], "o-", ms=3, color="tab:green")
+    top1.set_ylabel("top-1 on held-out images, %")
+    top1.set_xlabel("time, minutes")
+    last = epochs[-1]
+    top1.annotate(
+        f"{100 * last.top1:.1f} %",
+        (minutes[-1], 100 * last.top1),
+        textcoords="offset points",
+        xytext=(-6, -14),
+        ha="right",
+    )
+    for axes in (loss, top1):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        _draw_bands(axes, epochs, has_labels=axes is loss)
+    top1.set_xlim(0, minutes[-1] * 1.02)
+    figure.suptitle(title)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120, format="png")
+    write_bytes(run / CURVES_FILE, png.getvalue())
+    return run / CURVES_FILE
 
 
 def _draw_bands(axes: Axes, epochs: Sequence[EpochMetrics], has_labels: bool) -> None:

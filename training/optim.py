@@ -23,7 +23,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
-    # Epsilon 0.001 is the released code's (google/automl, efficientnetv2).
+    # Epsilon 0.001 is the released code's (google/automl, efficientnetv2). On a GPU timm updates
+    # all tensors together (foreach).
     return RMSpropTF(groups, alpha=0.9, momentum=0.9, eps=1e-3)
 
 
@@ -39,6 +40,8 @@ def learning_rate_at(
     warmup_steps = config.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
+    if config.schedule == "constant":
+        return peak
     if config.schedule == "cosine":
         progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
         return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -9,19 +9,27 @@ from typing import Self
 
 from tqdm import tqdm
 
+from training.distributed import Ranks
 from training.loop import StepReport
-from training.progressive import Stage, stage_index
+from training.progressive import Stage
+from training.sampler import StepPlan
 
 
 class InterruptFlag:
-    """While entered, the first Ctrl-C only sets `is_set`; the second ends the process at once."""
+    """While entered, the first Ctrl-C or SIGTERM only sets `is_set`; the second ends the process.
+
+    SIGTERM is what Slurm and Kubernetes send before they take a machine away.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
 
     def __enter__(self) -> Self:
-        """Take over SIGINT."""
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+        """Take over both signals."""
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(
@@ -30,14 +38,15 @@ class InterruptFlag:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give SIGINT back."""
-        signal.signal(signal.SIGINT, self._previous)
+        """Give them back."""
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self.is_set:
             raise KeyboardInterrupt
         self.is_set = True
-        print("\nstopping after this step; Ctrl-C again gives up at once", file=sys.stderr)
+        print("\nstopping after this step; once more gives up at once", file=sys.stderr)
 
 
 class ProgressBar:
@@ -46,27 +55,32 @@ class ProgressBar:
     The time left counts pixels, not steps: a step of the last stage takes several of the first.
     """
 
-    def __init__(self, stages: Sequence[Stage], num_steps: int, first_step: int) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], plan: StepPlan, first_step: int, ranks: Ranks
+    ) -> None:
         self._stages = stages
-        self._num_steps = num_steps
-        self._pixels_left = sum(self._pixels(step) for step in range(first_step, num_steps))
+        self._plan = plan
+        self._pixels_left = self._pixels_after(first_step)
         self._pixels_done, self._started = 0, perf_counter()
         self._step = first_step
         self.top1: float | None = None
         self._bar = tqdm(
-            total=num_steps,
+            total=plan.num_steps,
             initial=first_step,
-            disable=None,
+            disable=None if ranks.is_main else True,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f} % |{bar}| {desc}",
         )
 
     def update(self, report: StepReport) -> None:
         """Show one step more."""
-        pixels = self._pixels(self._step)
-        self._step += 1
+        pixels = self._pixels(report.step - 1)
         self._pixels_done += pixels
-        self._pixels_left -= pixels
+        if report.step == self._step + 1:
+            self._pixels_left -= pixels
+        else:  # Training was taken back to an earlier step.
+            self._pixels_left = self._pixels_after(report.step)
+        self._step = report.step
         left_s = (perf_counter() - self._started) / self._pixels_done * self._pixels_left
         top1 = "-" if self.top1 is None else f"{100 * self.top1:.1f} %"
         self._bar.set_description_str(
@@ -75,19 +89,25 @@ class ProgressBar:
             f"{format_seconds(left_s)} left",
             refresh=False,
         )
-        self._bar.update()
+        self._bar.update(report.step - self._bar.n)
 
     def write(self, line: str) -> None:
         """Print a line above the bar."""
         self._bar.write(line, file=sys.stderr)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Do nothing more."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Leave the terminal clean."""
         self._bar.close()
 
+    def _pixels_after(self, step: int) -> int:
+        return sum(self._pixels(later) for later in range(step, self._plan.num_steps))
+
     def _pixels(self, step: int) -> int:
-        stage = self._stages[stage_index(step, self._num_steps, len(self._stages))]
-        return stage.image_size**2
+        return self._stages[self._plan.stage_of(step)].image_size ** 2
 
 
 def format_seconds(seconds: float) -> str:

@@ -2,51 +2,52 @@
 
     python training/run.py v2-s
     python training/run.py v2-s --data FOLDER --batch-size 256
-    python training/run.py v2-s --data FOLDER --weights timm:tf_efficientnetv2_s.in1k
+    python training/run.py v2-s --data cifar10 --recipe transfer --weights runs/latest/checkpoint
     python training/run.py --resume runs/v2-s-20261122T101500Z
+    torchrun --nproc-per-node 4 training/run.py v2-s --data FOLDER --name s1
 
 Without --data it trains on the handwritten digits that come with scikit-learn; with it, by the
-paper's recipe, on a folder with one folder of images per class (or train/ and val/ of those).
+paper's recipe from scratch (imagenet).
+--recipe imagenet | pretrain | finetune | transfer | digits: other values for all that follows.
+--schedule paper | released | fixed | random: how image size and regularisation change.
 --weights starts from published weights or from a checkpoint, with a new classifier.
 --resume goes on with an interrupted run, by the recipe it was started with.
 --help after a variant lists what can be set.
 """
 
-import copy
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter
+from typing import cast, get_args
 
-import torch
 import tyro
 
 from efficientnet.checkpoint import CheckpointError
-from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import DIGITS, load_dataset, without_broken_images
-from efficientnet.environment import num_usable_cores
+from efficientnet.command import PROJECT_LOGGERS, parse_flags, run_command
 from efficientnet.variants import get_variant
-from training.config import TrainConfig, config_to_json
-from training.loader import StepSampler, eval_batches, train_batches
-from training.loop import (
-    Evaluation,
-    StepReport,
-    TrainingError,
-    evaluate,
-    train_one_epoch,
+from training.config import Schedule, TrainConfig, config_to_json
+from training.data import load_training_data
+from training.distributed import (
+    Ranks,
+    from_main,
+    join_ranks,
+    leave_ranks,
+    local_world_size,
+    may_be_restarted,
 )
-from training.metrics import EpochMetrics, draw_curves, read_metrics, write_metrics
-from training.optim import learning_rate_at
-from training.progress import InterruptFlag, ProgressBar, format_seconds
-from training.progressive import Stage, plan_stages, stage_index
-from training.recipes import recipes_for
-from training.rundir import Run, point_latest_to, read_run, save_run
+from training.memory import USABLE_SHARE, device_memory_bytes, plan_micro_batches
+from training.progressive import Stage, plan_stages
+from training.recipes import DIGITS_RECIPE, recipes_for
+from training.rundir import CHECKPOINT, Run, SavedRun, is_complete, read_run
+from training.sampler import StepPlan
 from training.start import load_start, log_start
-from training.state import EpochTotals, TrainState, new_state
+from training.state import TrainState, new_state
+from training.trainer import Trainer, device_name
 
-EVAL_BATCH_SIZE = 64
+# What may change when a run is gone on with: it does not change what is computed.
+FREE_TO_CHANGE = ("num_workers", "output", "keep_checkpoints", "checkpoint_every_steps")
 
 log = logging.getLogger(__name__)
 
@@ -56,207 +57,204 @@ class ResumeConfig:
     """Go on with a run."""
 
     resume: Path
-    """The run's directory; it keeps its recipe."""
+    """The run's directory, or one of its checkpoints; it keeps its recipe."""
 
     variant: tyro.conf.Positional[str | None] = None
     """May be given, and must then be the run's."""
 
 
 def parse(args: list[str]) -> TrainConfig | ResumeConfig:
-    """Read the command line; the recipes depend on whether there is --data.
+    """Read the command line; the values depend on --recipe, --schedule and whether there is --data.
 
     Raises:
         ValueError: unknown variant, with the nearest names, or a value outside its limits.
     """
-    if any(arg.partition("=")[0] == "--resume" for arg in args):
+    if _value_of("--resume", args) is not None:
         return parse_flags(ResumeConfig, __doc__, args)
     if args and not args[0].startswith("-"):
         get_variant(args[0])
-    has_data = any(arg.partition("=")[0] == "--data" for arg in args)
-    recipes = recipes_for(Path() if has_data else None)
-    described = {name: (f"train {name}", recipe) for name, recipe in recipes.items()}
-    return tyro.extras.overridable_config_cli(described, description=__doc__, args=args)
+    default = DIGITS_RECIPE if _value_of("--data", args) is None else "imagenet"
+    recipe = _value_of("--recipe", args) or default
+    schedule = _value_of("--schedule", args) or "paper"
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"no schedule {schedule!r}; there are {', '.join(get_args(Schedule))}")
+    recipes = recipes_for(recipe, cast(Schedule, schedule))
+    described = {name: (f"train {name}", values) for name, values in recipes.items()}
+    return tyro.extras.overridable_config_cli(
+        described, description=__doc__, args=_without("--recipe", args)
+    )
 
 
-def main(command: TrainConfig | ResumeConfig) -> Path:
-    """Train, or go on training; return the checkpoint's directory.
+def _value_of(flag: str, args: list[str]) -> str | None:
+    for index, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == flag:
+            return value if equals else next(iter(args[index + 1 :]), "")
+    return None
+
+
+def _without(flag: str, args: list[str]) -> list[str]:
+    rest: list[str] = []
+    for arg in args:
+        if arg.partition("=")[0] == flag or (rest and rest[-1] == flag):
+            rest.append(flag if arg == flag else "")
+        else:
+            rest.append(arg)
+    return [arg for arg in rest if arg not in (flag, "")]
+
+
+def main(command: TrainConfig | ResumeConfig) -> Path | None:
+    """Train, or go on training; return the checkpoint's directory, in rank 0.
 
     Raises:
         DatasetError: the data cannot be used.
-        CheckpointError: there is nothing to resume.
+        CheckpointError: there is nothing to resume, or it is another run.
         WeightsError: what to start from cannot be used.
+        BatchTooLargeError: a stage does not fit the device.
         TrainingError: the loss is not finite.
         KeyboardInterrupt: Ctrl-C, after what was reached has been saved.
     """
-    saved = start = None
-    if isinstance(command, ResumeConfig):
-        saved = read_run(command.resume, command.variant)
-        directory, config = saved.directory, saved.config
-        preprocess, network = saved.record.preprocess, saved.record.network
-        log.info("go on with %s at step %d", directory, saved.values["state"]["step"])
+    ranks = join_ranks()
+    try:
+        if not ranks.is_main:
+            for name in PROJECT_LOGGERS:
+                logging.getLogger(name).setLevel(logging.ERROR)
+        checkpoint = train(command, ranks)
+        return checkpoint if ranks.is_main else None
+    finally:
+        leave_ranks()
+
+
+def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
+    """Train as one of the processes; return the checkpoint's directory."""
+    if isinstance(command, TrainConfig):
+        command.require_stages_fit()
+    directory, saved = find_run(command, ranks)
+    if isinstance(command, TrainConfig) and is_complete(directory):
+        log.info("%s is complete: nothing to train", directory)
+        return directory / CHECKPOINT
+    start = None
+    if saved:
+        config, preprocess, network = saved.config, saved.record.preprocess, saved.record.network
+        if isinstance(command, TrainConfig):
+            config = require_same_recipe(command, config, directory)
+        log.info("go on with %s at step %d", directory, saved.record.step)
     else:
+        assert isinstance(command, TrainConfig)
         config = command
         start = load_start(config)
         preprocess = config.preprocess_spec(start.preprocess if start else None)
         network = config.network_options(start.network if start else None)
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        directory = config.output / f"{config.variant}-{stamp}"
+    stages = plan_stages(config.progressive, config.seed)
     log_recipe(config)
 
-    dataset = without_broken_images(load_dataset(config.data or DIGITS))
-    for problem in dataset.broken:
-        log.warning("left out: %s", problem)
-    if dataset.broken:
-        log.warning("left out %d images that cannot be decoded", len(dataset.broken))
+    dataset = load_training_data(config, ranks, saved.left_out if saved else None)
     run = Run(directory, config, dataset, preprocess, network)
-    if saved and saved.values["data_fingerprint"] != run.data_fingerprint:
-        raise CheckpointError(
-            f"the images of {dataset.source} are not those that {directory} was started with; "
-            "put the data back, or start a new run"
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if saved:
+        saved.require_dataset(run)
     num_classes = len(dataset.class_names)
+    if saved and saved.state["world_size"] == ranks.world_size:
+        sizes = tuple(saved.state["micro_batch_sizes"])
+    else:
+        limit = USABLE_SHARE * device_memory_bytes(ranks.device)
+        # On the CPU the processes of a machine share its memory.
+        limit /= 1 if ranks.device.type == "cuda" else local_world_size()
+        sizes = from_main(
+            plan_micro_batches(config, network, num_classes, stages, ranks.world_size, limit)
+        )
+    plan = StepPlan(len(dataset.train), config, sizes, ranks.world_size)
     if start:
         log_start(start, num_classes)
-    state = new_state(config, network, num_classes, device, start.tensors if start else None)
+    state = new_state(config, network, num_classes, ranks.device, start.tensors if start else None)
     if saved:
-        state.load_dict(saved.values["state"])
-    train(run, state)
-    point_latest_to(directory)
+        state.load_dict(saved.state)
+    state.micro_batch_sizes, state.world_size = plan.micro_batch_sizes, plan.world_size
+    log_plan(run, stages, plan, state)
+    Trainer(run, state, ranks, plan, stages).fit()
     return run.checkpoint
 
 
-def train(run: Run, state: TrainState) -> None:
-    """Train to the last epoch; evaluate, save and draw after each one."""
-    config, dataset = run.config, run.dataset
-    stages = plan_stages(config.progressive)
-    sampler = StepSampler(len(dataset.train), config, state.step)
-    num_workers = config.num_workers
-    if num_workers is None:
-        num_workers = num_usable_cores() if config.data else 0
-    log.info(
-        "%d training and %d held-out images of %d classes, %d steps per epoch, on %s",
-        len(dataset.train),
-        len(dataset.val),
-        len(dataset.class_names),
-        sampler.steps_per_epoch,
-        "the CPU" if state.device.type == "cpu" else torch.cuda.get_device_name(state.device),
-    )
-    batches = iter(
-        train_batches(dataset.train, config, run.preprocess, stages, sampler, num_workers)
-    )
-    held_out = eval_batches(dataset.val, run.preprocess, EVAL_BATCH_SIZE, num_workers)
-    average_model = copy.deepcopy(state.model)
-    run.directory.mkdir(parents=True, exist_ok=True)
-    epochs = read_metrics(run.directory, state.step)
-    bar = ProgressBar(stages, sampler.num_steps, state.step)
-    bar.top1 = epochs[-1].top1 if epochs else None
+def find_run(command: TrainConfig | ResumeConfig, ranks: Ranks) -> tuple[Path, SavedRun | None]:
+    """Return a run's directory, and what it was saved with if it has been begun.
 
-    with InterruptFlag() as interrupt:
-
-        def on_step(report: StepReport) -> bool:
-            bar.update(report)
-            return not interrupt.is_set
-
-        try:
-            while state.step < sampler.num_steps:
-                is_whole = train_one_epoch(
-                    state,
-                    batches,
-                    config,
-                    stages,
-                    len(dataset.class_names),
-                    sampler.steps_per_epoch,
-                    on_step,
-                )
-                evaluation = None
-                if is_whole:
-                    began = perf_counter()
-                    average_model.load_state_dict(state.average.tensors)
-                    evaluation = evaluate(average_model, iter(held_out), state.device)
-                    state.elapsed_s += perf_counter() - began
-                    epochs.append(epoch_metrics(config, stages, sampler, state, evaluation))
-                    state.totals = EpochTotals()
-                    bar.top1 = evaluation.top1
-                    bar.write(describe(epochs[-1], config.epochs, len(stages)))
-                save_run(run, state, state.step // sampler.steps_per_epoch, evaluation)
-                if is_whole:
-                    write_metrics(run.directory, epochs)
-                    title = f"{config.variant} on {Path(dataset.source).name}"
-                    draw_curves(run.directory, epochs, title)
-                if interrupt.is_set and state.step < sampler.num_steps:
-                    raise KeyboardInterrupt(
-                        f"interrupted at step {state.step} of {sampler.num_steps}; what was "
-                        f"reached is in {run.checkpoint}; "
-                        f"go on with: python training/run.py --resume {run.directory}"
-                    )
-        except TrainingError as error:
-            kept = run.checkpoint if run.checkpoint.exists() else "none, the first epoch failed"
-            raise TrainingError(f"{error}; the last good checkpoint: {kept}") from None
-        finally:
-            bar.close()
+    Raises:
+        ValueError: torchrun may start the processes again, and the run has no name to be found by.
+        CheckpointError: see read_run.
+    """
+    if isinstance(command, ResumeConfig):
+        saved = read_run(command.resume, command.variant)
+        return saved.directory, saved
+    if command.name is None:
+        if may_be_restarted():
+            raise ValueError(
+                "torchrun --max-restarts starts the processes again, which must find their run: "
+                "give it a name with --name"
+            )
+        stamp = from_main(datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
+        return command.output / f"{command.variant}-{stamp}", None
+    directory = command.output / command.name
+    # Rank 0 decides: another process may look while it already writes.
+    is_begun = from_main((directory / CHECKPOINT).exists() and not is_complete(directory))
+    return directory, read_run(directory, command.variant) if is_begun else None
 
 
-def epoch_metrics(
-    config: TrainConfig,
-    stages: tuple[Stage, ...],
-    sampler: StepSampler,
-    state: TrainState,
-    evaluation: Evaluation,
-) -> EpochMetrics:
-    """Sum up the epoch that has just ended."""
-    last_step = state.step - 1
-    stage = stages[stage_index(last_step, sampler.num_steps, len(stages))]
-    return EpochMetrics(
-        epoch=state.step // sampler.steps_per_epoch,
-        step=state.step,
-        stage=stage.index + 1,
-        image_size=stage.image_size,
-        learning_rate=learning_rate_at(
-            last_step,
-            config.optimizer,
-            config.batch_size,
-            sampler.steps_per_epoch,
-            sampler.num_steps,
-        ),
-        train_loss=state.totals.loss_sum / state.totals.num_steps,
-        val_loss=evaluation.loss,
-        top1=evaluation.top1,
-        top5=evaluation.top5,
-        images_per_s=state.totals.num_images / state.totals.seconds,
-        elapsed_s=state.elapsed_s,
-    )
+def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path) -> TrainConfig:
+    """Return the recipe to go on with.
 
-
-def describe(metrics: EpochMetrics, num_epochs: int, num_stages: int) -> str:
-    """Write an epoch as one line for the log."""
-    return (
-        f"epoch {metrics.epoch:3d}/{num_epochs}  stage {metrics.stage}/{num_stages}  "
-        f"{metrics.image_size:3d} px  loss {metrics.train_loss:.3f}  "
-        f"held-out loss {metrics.val_loss:.3f}  top-1 {100 * metrics.top1:5.1f} %  "
-        f"{metrics.images_per_s:5.0f} images/s  {format_seconds(metrics.elapsed_s)}"
-    )
+    Raises:
+        CheckpointError: the run of this name was begun with other values.
+    """
+    differences = [
+        f"{field.name} {getattr(begun, field.name)} and now {getattr(asked, field.name)}"
+        for field in fields(TrainConfig)
+        if field.name not in FREE_TO_CHANGE
+        and getattr(begun, field.name) != getattr(asked, field.name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{directory} was begun with {'; '.join(differences)}: give another --name, or "
+            "the same values"
+        )
+    return asked
 
 
 def log_recipe(config: TrainConfig) -> None:
-    """Print every value that decides the run, and what the stages make of them."""
-    log.info("recipe %s", config.variant)
+    """Print every value that decides the run."""
+    log.info("recipe %s of %s", config.recipe, config.variant)
     for name, value in config_to_json(config).items():
         parts = value.items() if isinstance(value, dict) else ()
         for part, part_value in parts:
             log.info("  %-36s %s", f"{name}.{part}", part_value)
         if not parts:
             log.info("  %-36s %s", name, value)
-    log.info("  stage  image size  RandAugment  Mixup alpha  dropout")
-    for stage in plan_stages(config.progressive):
+
+
+def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainState) -> None:
+    """Print what is trained on, and what each stage makes of the recipe."""
+    log.info("  stage  image size  RandAugment  Mixup  CutMix  dropout   steps  passes x images")
+    for stage in stages:
+        micro_batch_size = plan.micro_batch_sizes[stage.index]
         log.info(
-            "  %5d  %7d px  %11.2f  %11.3f  %7.3f",
+            "  %5d  %7d px  %11.2f  %5.3f  %6.3f  %7.3f  %6d  %6d x %d",
             stage.index + 1,
             stage.image_size,
             stage.randaugment_magnitude,
             stage.mixup_alpha,
+            stage.cutmix_alpha,
             stage.dropout_rate,
+            plan.num_steps_of_stage(stage.index),
+            run.config.batch_size // micro_batch_size,
+            micro_batch_size,
         )
+    log.info(
+        "%d training and %d held-out images of %d classes, %d steps per epoch, on %s%s",
+        len(run.dataset.train),
+        len(run.dataset.val),
+        len(run.dataset.class_names),
+        plan.steps_per_epoch,
+        f"{plan.world_size} processes, each on " if plan.world_size > 1 else "",
+        device_name(state.device),
+    )
 
 
 if __name__ == "__main__":

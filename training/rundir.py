@@ -1,13 +1,20 @@
 """A run's directory: save what was reached, and go on from there.
 
 runs/<variant>-<UTC time>/
-    checkpoint/      see efficientnet/checkpoint.py
-    metrics.jsonl    one line per epoch
+    checkpoints/step-0001234/   see efficientnet/checkpoint.py; the last ones and the best
+    checkpoint                  the newest of them
+    best                        that of the highest top-1
+    metrics.jsonl               one line per epoch
     curves.png
-runs/latest          the newest complete run
+    report.md, confusion.png    when the run is complete
+    tensorboard/
+runs/latest                     the newest complete run
 """
 
 import hashlib
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +22,7 @@ from typing import Any
 
 import torch
 
+from efficientnet.atomic import point_link
 from efficientnet.checkpoint import (
     RECORD_FILE,
     TRAIN_STATE_FILE,
@@ -29,7 +37,14 @@ from efficientnet.preprocess import PreprocessSpec
 from efficientnet.variants import NetworkOptions
 from training.config import TrainConfig, config_from_json, config_to_json
 from training.loop import Evaluation
+from training.metrics import EpochMetrics, draw_curves, write_metrics
 from training.state import TrainState
+
+CHECKPOINT, BEST, CHECKPOINTS = "checkpoint", "best", "checkpoints"
+REPORT = "report.md"
+STEP_PREFIX = "step-"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,8 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint's directory."""
-        return self.directory / "checkpoint"
+        """The newest checkpoint's directory."""
+        return self.directory / CHECKPOINT
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -59,34 +74,121 @@ class Run:
         return digest.hexdigest()
 
 
-def save_run(run: Run, state: TrainState, epoch: int, evaluation: Evaluation | None) -> None:
-    """Write the checkpoint in the place of the last one.
+class CheckpointWriter:
+    """Writes checkpoints beside the training, one at a time; training only waits for the copy.
 
-    Args:
-        run: the run.
-        state: of which the average is deployed and all is kept for resuming.
-        epoch: whole epochs trained.
-        evaluation: of the averaged weights; None within an epoch.
+    A checkpoint that cannot be written (a full disk) is told in the log and leaves the older ones
+    whole; training goes on, and the next one is tried again.
     """
-    record = CheckpointRecord(
-        variant=run.config.variant,
-        num_classes=len(run.dataset.class_names),
-        class_names=run.dataset.class_names,
-        network=run.network,
-        preprocess=run.preprocess,
-        data=run.dataset.source,
-        weights_sha256="",
-        epoch=epoch,
-        step=state.step,
-        top1=evaluation.top1 if evaluation else None,
-        top5=evaluation.top5 if evaluation else None,
-        num_images_evaluated=evaluation.num_images if evaluation else 0,
-        recipe=run.config.variant,
-        train_config=config_to_json(run.config),
-        environment=current_environment(),
-    )
-    saved = {"data_fingerprint": run.data_fingerprint, "state": state.to_dict()}
-    save_checkpoint(run.checkpoint, state.average.tensors, record, saved)
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._failure: OSError | None = None
+
+    def save(self, state: TrainState, epoch: int, evaluation: Evaluation | None) -> None:
+        """Copy the state and write it in the background.
+
+        Args:
+            state: of which the average is deployed and all is kept for resuming.
+            epoch: whole epochs trained.
+            evaluation: of the averaged weights; None within an epoch.
+        """
+        self.wait()
+        values = state.to_dict()
+        self._pending = self._thread.submit(self._write, values, epoch, evaluation)
+
+    def wait(self) -> None:
+        """Wait for what is being written."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+            self._failure = None
+        except OSError as error:
+            self._failure = error
+            kept = self._run.checkpoint
+            log.error(
+                "the checkpoint could not be written: %s; %s; training goes on and tries again at "
+                "the next one: free some space",
+                error,
+                f"the older one is whole: {kept.resolve()}" if kept.exists() else "there is none",
+            )
+
+    def close(self, has_ended: bool) -> None:
+        """Wait, and end the thread.
+
+        Raises:
+            OSError: training has ended, and its last checkpoint could not be written.
+        """
+        self.wait()
+        self._thread.shutdown()
+        if has_ended and self._failure is not None:
+            raise self._failure
+
+    def _write(self, values: dict[str, Any], epoch: int, evaluation: Evaluation | None) -> None:
+        run, step = self._run, values["step"]
+        record = CheckpointRecord(
+            variant=run.config.variant,
+            num_classes=len(run.dataset.class_names),
+            class_names=run.dataset.class_names,
+            network=run.network,
+            preprocess=run.preprocess,
+            data=run.dataset.source,
+            weights_sha256="",
+            epoch=epoch,
+            step=step,
+            top1=evaluation.top1 if evaluation else None,
+            top5=evaluation.top5 if evaluation else None,
+            num_images_evaluated=evaluation.num_images if evaluation else 0,
+            recipe=f"{run.config.recipe}-{run.config.variant}",
+            train_config=config_to_json(run.config),
+            environment=current_environment(),
+        )
+        saved = {
+            "data_fingerprint": run.data_fingerprint,
+            "left_out": list(run.dataset.broken),
+            "state": values,
+        }
+        name = f"{STEP_PREFIX}{step:07d}"
+        save_checkpoint(
+            run.directory / CHECKPOINTS / name, values["average"]["tensors"], record, saved
+        )
+        # Each link is exchanged in one step: whenever the process is killed, it names a checkpoint
+        # that is whole.
+        point_link(run.checkpoint, Path(CHECKPOINTS) / name)
+        if values["best"] and values["best"]["step"] == step:
+            point_link(run.directory / BEST, Path(CHECKPOINTS) / name)
+        remove_checkpoints(run.directory, run.config.keep_checkpoints)
+        if evaluation is not None:
+            epochs = [EpochMetrics(**epoch) for epoch in values["history"]]
+            write_metrics(run.directory, epochs)
+            title = f"{run.config.variant} on {Path(run.dataset.source).name}"
+            draw_curves(run.directory, epochs, title)
+
+
+def remove_checkpoints(run: Path, keep: int) -> None:
+    """Remove all checkpoints but the last ones and the best."""
+    found = sorted((run / CHECKPOINTS).glob(f"{STEP_PREFIX}*"))
+    links = {(run / link).resolve() for link in (CHECKPOINT, BEST)}
+    for path in found[:-keep]:
+        if path.resolve() not in links:
+            shutil.rmtree(path)
+
+
+def remove_unfinished(run: Path, step: int) -> None:
+    """Remove what a killed run left behind: half-written checkpoints, and those after `step`."""
+    for path in (run / CHECKPOINTS).glob(".step-*"):
+        shutil.rmtree(path)
+    for path in sorted((run / CHECKPOINTS).glob(f"{STEP_PREFIX}*")):
+        if int(path.name.removeprefix(STEP_PREFIX)) > step:
+            log.info("remove %s, which is later than step %d", path, step)
+            shutil.rmtree(path)
+    best = run / BEST
+    if best.is_symlink() and not best.exists():
+        best.unlink()
 
 
 @dataclass(frozen=True)
@@ -96,23 +198,57 @@ class SavedRun:
     directory: Path
     config: TrainConfig
     record: CheckpointRecord
-    values: dict[str, Any]
-    """What save_run saved."""
+    state: dict[str, Any]
+    """What TrainState.to_dict made."""
+    data_fingerprint: str
+    left_out: tuple[str, ...]
+    """Names of the images that cannot be decoded."""
+
+    def require_dataset(self, run: Run) -> None:
+        """Raise a CheckpointError unless the images and classes are those the run began with."""
+        found = run.dataset.class_names
+        if found != self.record.class_names:
+            first = next(
+                (
+                    f"{new!r} in the place of {old!r}"
+                    for old, new in zip(self.record.class_names, found, strict=False)
+                    if old != new
+                ),
+                "one list ends before the other",
+            )
+            raise CheckpointError(
+                f"{run.dataset.source} has {len(found)} classes that are not the "
+                f"{len(self.record.class_names)} that {self.directory} was started with ({first}); "
+                "put the data back, or start a new run with --weights"
+            )
+        if self.data_fingerprint != run.data_fingerprint:
+            raise CheckpointError(
+                f"the images of {run.dataset.source} are not those that {self.directory} was "
+                "started with; put the data back, or start a new run"
+            )
 
 
-def read_run(directory: Path, variant: str | None) -> SavedRun:
+def read_run(directory: Path, variant: str | None = None) -> SavedRun:
     """Read what a run needs to go on.
 
     Args:
-        directory: of the run, or of its checkpoint.
+        directory: of the run, for its newest checkpoint, or of one of its checkpoints.
         variant: what the run must train; None = whatever it trains.
 
     Raises:
         CheckpointError: no whole checkpoint, nothing left to train, or another variant.
     """
-    run = directory.parent if (directory / RECORD_FILE).is_file() else directory
-    checkpoint = run / "checkpoint"
-    record = read_checkpoint(checkpoint)
+    if (directory / RECORD_FILE).is_file():
+        checkpoint = directory.resolve()
+        run = checkpoint.parent.parent
+    else:
+        run, checkpoint = directory, (directory / CHECKPOINT).resolve()
+    try:
+        record = read_checkpoint(checkpoint)
+    except CheckpointError as error:
+        others = sorted(path for path in (run / CHECKPOINTS).glob("step-*") if path != checkpoint)
+        hint = f"; an older one is there: --resume {others[-1]}" if others else ""
+        raise CheckpointError(f"{error}{hint}") from None
     if variant is not None and variant != record.variant:
         raise CheckpointError(f"{run} trains {record.variant}, not {variant}")
     path = checkpoint / TRAIN_STATE_FILE
@@ -121,17 +257,23 @@ def read_run(directory: Path, variant: str | None) -> SavedRun:
     try:
         config = config_from_json(record.train_config)
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        state, fingerprint = saved["state"], saved["data_fingerprint"]
+        left_out = tuple(saved["left_out"])
     # torch.load has no exception class of its own.
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if record.epoch >= config.epochs:
+        raise CheckpointError(
+            f"{path} is damaged or of an older version of this project: {error}"
+        ) from error
+    if is_complete(run):
         raise CheckpointError(f"{run} is complete ({record.epoch} epochs): nothing to train")
-    return SavedRun(run, config, record, saved)
+    return SavedRun(run, config, record, state, fingerprint, left_out)
+
+
+def is_complete(run: Path) -> bool:
+    """Tell whether a run has come to its end: its report is written last."""
+    return (run / REPORT).is_file()
 
 
 def point_latest_to(run: Path) -> None:
     """Make `latest` beside a complete run point to it."""
-    fresh = run.parent / f".latest-{run.name}"
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(run.name)
-    fresh.replace(run.parent / "latest")
+    point_link(run.parent / "latest", Path(run.name))

@@ -1,7 +1,7 @@
 """A device and a precision -> what it can do at most: GPUs from data sheets, CPUs measured.
 
-`python -m perf.devices THREADS` measures a CPU and prints its peak; it is run as a process of its
-own, because the number of threads of a matrix product is fixed when numpy is loaded.
+`python -m efficientnet.devices THREADS` measures a CPU and prints its peak; it is run as a process
+of its own, because the number of threads of a matrix product is fixed when numpy is loaded.
 """
 
 import json
@@ -61,7 +61,7 @@ def cpu_peak(num_threads: int) -> DevicePeak:
     """
     variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     answer = subprocess.run(
-        [sys.executable, "-P", "-m", "perf.devices", str(num_threads)],
+        [sys.executable, "-P", "-m", "efficientnet.devices", str(num_threads)],
         env=os.environ | dict.fromkeys(variables, str(num_threads)),
         capture_output=True,
         text=True,

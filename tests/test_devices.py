@@ -1,7 +1,7 @@
 import pytest
 
 from efficientnet.cost import DevicePeak
-from perf.devices import GPU_PEAKS, cpu_peak, describe_peak, gpu_peak
+from efficientnet.devices import GPU_PEAKS, cpu_peak, describe_peak, gpu_peak
 
 
 @pytest.mark.parametrize(

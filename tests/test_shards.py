@@ -1,0 +1,603 @@
+import io
+import json
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Generator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from time import sleep
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientnet import fetching
+from efficientnet.braces import expand_braces
+from efficientnet.datasets import (
+    Dataset,
+    DatasetError,
+    hold_out,
+    load_dataset,
+    load_held_out,
+    sha256_of_samples,
+    without_broken_images,
+)
+from efficientnet.shards import is_shard_source
+from efficientnet.tar_index import TarMember
+
+
+def png(value: int) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value % 256, dtype=np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pairs(first: int, num: int, num_classes: int = 2) -> list[tuple[str, bytes]]:
+    files: list[tuple[str, bytes]] = []
+    for index in range(first, first + num):
+        files.append((f"{index:06d}.png", png(index)))
+        files.append((f"{index:06d}.cls", str(index % num_classes).encode()))
+    return files
+
+
+def write_set(folder: Path, train: int = 2, val: int = 0, images: int = 10) -> Path:
+    for part, num in (("train", train), ("val", val)):
+        for number in range(num):
+            first = number * images + 100 * (part == "val")
+            write_tar(folder / f"{part}-{number:04d}.tar", pairs(first, images))
+    return folder
+
+
+def images_of(dataset: Dataset) -> Counter[bytes]:
+    return Counter(sample.read() for sample in (*dataset.train, *dataset.val))
+
+
+def test_every_image_of_the_shards_comes_once_with_its_label(tmp_path: Path):
+    write_set(tmp_path, train=3, val=1)
+    dataset = load_dataset(tmp_path)
+    assert (len(dataset.train), len(dataset.val)) == (30, 10)
+    assert images_of(dataset) == Counter(png(i) for i in [*range(30), *range(100, 110)])
+    assert all(s.label == int(Path(s.name).stem) % 2 for s in (*dataset.train, *dataset.val))
+    assert dataset.class_names == ("0", "1")
+    assert dataset.train[10].name == "train-0001.tar/000010.png"
+
+
+def test_shards_without_val_are_split_within_each_class_the_same_way_each_time(tmp_path: Path):
+    write_set(tmp_path, train=3)
+    first, second = load_dataset(tmp_path), load_dataset(tmp_path)
+    assert first == second
+    assert (len(first.train), len(first.val)) == (24, 6)
+    assert Counter(sample.label for sample in first.val) == {0: 3, 1: 3}
+    assert images_of(first) == Counter(png(i) for i in range(30))
+
+
+def test_a_folder_a_glob_and_a_brace_pattern_give_the_same(tmp_path: Path):
+    write_set(tmp_path, train=3, val=2)
+    folder = load_dataset(tmp_path)
+    glob = load_dataset(f"{tmp_path}/*.tar")
+    braces = load_dataset(f"{tmp_path}/{{val-{{0000..0001}},train-{{0000..0002}}}}.tar")
+    assert folder.train == glob.train == braces.train
+    assert folder.val == glob.val == braces.val
+
+
+def test_a_shard_that_a_pattern_names_twice_is_taken_once(tmp_path: Path):
+    write_set(tmp_path, train=2)
+    dataset = load_dataset(f"{tmp_path}/{{train-0001,*}}.tar")
+    assert images_of(dataset) == Counter(png(i) for i in range(20))
+
+
+def test_shards_of_one_name_in_two_folders_are_both_taken(tmp_path: Path):
+    write_tar(tmp_path / "a" / "0.tar", pairs(0, 6))
+    write_tar(tmp_path / "b" / "0.tar", pairs(10, 6))
+    dataset = load_dataset(f"{tmp_path}/{{a,b}}/0.tar")
+    names = {sample.name for sample in (*dataset.train, *dataset.val)}
+    assert len(names) == 12 and {"a/0.tar/000000.png", "b/0.tar/000010.png"} <= names
+
+
+@pytest.mark.parametrize("as_pattern", [False, True])
+def test_the_source_of_a_dataset_gives_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_pattern: bool
+):
+    write_set(tmp_path / "data", train=2)
+    monkeypatch.chdir(tmp_path)
+    dataset = load_dataset("data/train-{0000..0001}.tar" if as_pattern else "data")
+    monkeypatch.chdir("/")
+    assert load_dataset(dataset.source) == dataset
+
+
+def test_a_folder_with_tars_and_class_folders_is_read_as_folders(tmp_path: Path):
+    write_tar(tmp_path / "archive.tar", pairs(0, 4))
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            (tmp_path / name / f"{index}.png").write_bytes(png(index))
+    assert load_dataset(tmp_path).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_val"),
+    [
+        ("val-0000.tar", True),
+        ("imagenet1k-validation-00.tar", True),
+        ("VALID_3.tar", True),
+        ("my.test.tar", True),
+        ("cifar10val.tar", True),
+        ("interval-0000.tar", False),
+        ("latest-0001.tar", False),
+        ("contest.tar", False),
+    ],
+)
+def test_val_is_a_word_of_its_own_in_the_name(tmp_path: Path, name: str, is_val: bool):
+    write_tar(tmp_path / "train-0.tar", pairs(0, 10))
+    write_tar(tmp_path / name, pairs(50, 7))
+    dataset = load_dataset(tmp_path)
+    assert (len(dataset.val) == 7) == is_val
+
+
+def test_val_shards_alone_are_refused_for_training_but_serve_published_weights(tmp_path: Path):
+    write_set(tmp_path, train=0, val=2)
+    with pytest.raises(DatasetError, match="are for validation, by their names; expected some"):
+        load_dataset(tmp_path)
+    dataset = load_held_out("sample-photos", tmp_path, ("0", "1"), needs_labels=True)
+    assert (len(dataset.train), len(dataset.val)) == (0, 20)
+
+
+def test_class_names_come_from_the_list_beside_the_shards(tmp_path: Path):
+    write_set(tmp_path)
+    (tmp_path / "classes.json").write_text('["cat", "dog", "fox"]')
+    assert load_dataset(tmp_path).class_names == ("cat", "dog", "fox")
+
+
+def test_a_label_outside_the_list_of_classes_is_named(tmp_path: Path):
+    write_tar(tmp_path / "train-0.tar", [*pairs(0, 4), ("x.jpg", png(9)), ("x.cls", b"7")])
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    with pytest.raises(DatasetError, match=r"train-0.tar: x.jpg has the label 7, .* names 2 cla"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '["cat", 3]', '["cat", "cat"]', "cat"])
+def test_a_list_of_classes_that_is_none_is_an_error(tmp_path: Path, text: str):
+    write_set(tmp_path)
+    (tmp_path / "classes.json").write_text(text)
+    with pytest.raises(DatasetError, match=r"classes.json is not .*expected"):
+        load_dataset(tmp_path)
+
+
+def test_one_class_only_is_an_error(tmp_path: Path):
+    write_tar(tmp_path / "train-0.tar", pairs(0, 4, num_classes=1))
+    with pytest.raises(DatasetError, match="has one class only; at least two"):
+        load_dataset(tmp_path)
+
+
+def test_cls_wins_over_json_and_other_files_are_ignored(tmp_path: Path):
+    files = [
+        ("a.json", b'{"label": 0, "caption": "x"}'),
+        ("a.PNG", png(1)),
+        ("a.cls", b" 1\n"),
+        ("a.seg.png", b"a mask"),
+        ("b.txt", b"words"),
+        ("b.json", b'{"label": 0}'),
+        ("b.png", png(2)),
+        ("info.json", b'{"about": "the shard"}'),
+        ("README", b""),
+        ("._a.png", b"of a Mac"),
+    ]
+    write_tar(tmp_path / "train-0.tar", [*files, *pairs(0, 8)])
+    dataset = load_dataset(tmp_path)
+    labels = {Path(s.name).name: s.label for s in (*dataset.train, *dataset.val)}
+    assert (labels["a.PNG"], labels["b.png"], len(labels)) == (1, 0, 10)
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("folder", ["", "./", "v1.2/klasse-ä/", "deep/" * 30])
+def test_names_of_any_length_and_form_are_read(tmp_path: Path, form: int, folder: str):
+    files = [(folder + name, content) for name, content in pairs(0, 10)]
+    path = write_tar(tmp_path / "train-0.tar", files, form)
+    dataset = load_dataset(path)
+    assert {s.name for s in (*dataset.train, *dataset.val)} == {
+        f"train-0.tar/{name}" for name, _ in files if name.endswith("png")
+    }
+    assert images_of(dataset) == Counter(png(i) for i in range(10))
+
+
+def test_a_tar_made_by_the_command_is_read(tmp_path: Path):
+    for name, content in pairs(0, 10):
+        folder = tmp_path / "files" / "sub"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    subprocess.run(["tar", "cf", tmp_path / "t.tar", "-C", tmp_path / "files", "."], check=True)
+    assert images_of(load_dataset(tmp_path / "t.tar")) == Counter(png(i) for i in range(10))
+
+
+def test_sizes_beyond_octal_are_read_from_their_binary_and_pax_forms(tmp_path: Path):
+    path = write_tar(tmp_path / "train-0.tar", pairs(0, 4))
+    data = bytearray(path.read_bytes())
+    # The same size in GNU's form, which tar writes from 8 GiB on.
+    size = int(data[124:135], 8)
+    data[124:136] = b"\x80" + size.to_bytes(11)
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    with tarfile.open(tmp_path / "train-1.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in pairs(10, 4):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(content), {"size": str(len(content))}
+            tar.addfile(info, io.BytesIO(content))
+    expected = Counter(png(i) for i in [*range(4), *range(10, 14)])
+    assert images_of(load_dataset(tmp_path)) == expected
+
+
+def test_a_member_survives_the_way_to_another_process(tmp_path: Path):
+    write_set(tmp_path)
+    sample = load_dataset(tmp_path).train[0]
+    assert isinstance(sample.source, TarMember)
+    assert pickle.loads(pickle.dumps(sample)).read() == sample.read()
+
+
+def test_a_shard_that_became_shorter_is_told_when_it_is_read(tmp_path: Path):
+    write_set(tmp_path, train=1)
+    sample = load_dataset(tmp_path).train[-1]
+    os.truncate(tmp_path / "train-0000.tar", 100)
+    with pytest.raises(DatasetError, match="was replaced since"):
+        sample.read()
+
+
+def test_a_broken_image_in_a_shard_is_named_and_left_out(tmp_path: Path):
+    broken = [("bad.png", b"not a picture"), ("bad.cls", b"0")]
+    write_tar(tmp_path / "train-0.tar", [*pairs(0, 120), *broken])
+    dataset = without_broken_images(load_dataset(tmp_path))
+    assert len(dataset.train) + len(dataset.val) == 120
+    assert dataset.broken[0].startswith("train-0.tar/bad.png: ")
+
+
+def test_val_shards_may_lack_a_class(tmp_path: Path):
+    write_tar(tmp_path / "train-0.tar", pairs(0, 9, num_classes=3))
+    write_tar(tmp_path / "val-0.tar", pairs(0, 4))
+    assert len(without_broken_images(load_dataset(tmp_path)).val) == 4
+
+
+def test_a_part_of_the_train_shards_can_be_held_out(tmp_path: Path):
+    write_set(tmp_path, train=4, val=1)
+    dataset = hold_out(load_dataset(tmp_path), 0.25)
+    assert (len(dataset.train), len(dataset.val)) == (30, 10)
+    assert images_of(dataset) == Counter(png(i) for i in range(40))
+
+
+WRONG_SHARDS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
+    "image without label": (
+        [("000123.jpg", b"x")],
+        r"train-0003.tar: 000123.jpg has no label: expected 000123.cls ",
+    ),
+    "label without image": ([("7.cls", b"1")], r"train-0003.tar: 7.cls is the label of no image"),
+    "json without image": ([("7.json", b'{"label": 1}')], r"7.json is the label of no image"),
+    "no integer": ([("7.jpg", b"x"), ("7.cls", b"cat")], r"7.cls holds b'cat'; expected a class"),
+    "negative": ([("7.jpg", b"x"), ("7.cls", b"-1")], r"7.cls holds b'-1'; expected a class"),
+    "json without label": ([("7.jpg", b"x"), ("7.json", b'{"l": 1}')], r"7.jpg has no label: 7.j"),
+    "json of a bool": ([("7.jpg", b"x"), ("7.json", b'{"label": true}')], r"7.json is no object"),
+    "same image": ([("7.jpg", b"x"), ("7.cls", b"1"), ("7.jpg", b"y")], "holds the key 7 twice"),
+    "two images": ([("7.jpg", b"x"), ("7.png", b"x")], r"key 7 twice \(7.jpg and 7.png\)"),
+    "two labels": ([("7.jpg", b"x"), ("7.cls", b"1"), ("7.cls", b"1")], "the key 7 twice"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SHARDS)
+def test_images_and_labels_that_do_not_belong_together_are_named(tmp_path: Path, case: str):
+    files, message = WRONG_SHARDS[case]
+    write_tar(tmp_path / "train-0002.tar", pairs(0, 4))
+    write_tar(tmp_path / "train-0003.tar", [*pairs(10, 4), *files])
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("files", [[], [("cat.0001.jpg", b"x"), ("cat.0002.jpg", b"x")]])
+def test_a_shard_without_labelled_images_is_an_error(tmp_path: Path, files: list[Any]):
+    write_tar(tmp_path / "train-0.tar", files)
+    found = "its first file is cat.0001.jpg" if files else "it has no files"
+    with pytest.raises(DatasetError, match=rf"train-0.tar holds no labelled images \({found}\)"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_an_image_that_is_a_link_is_not_lost_in_silence(tmp_path: Path, kind: bytes):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        info = tarfile.TarInfo("7.jpg")
+        info.type, info.linkname = kind, "8.jpg"
+        tar.addfile(info)
+    with pytest.raises(DatasetError, match=r"holds 7.jpg as a link; pack it with tar --deref"):
+        load_dataset(tmp_path)
+
+
+def test_a_tar_cut_short_anywhere_but_at_a_block_is_an_error(tmp_path: Path):
+    data = write_tar(tmp_path / "whole.tar", pairs(0, 2)).read_bytes()
+    path = tmp_path / "cut.tar"
+    # Within a header, within an image, in the padding behind it, and within the end's zeros.
+    for size in (100, 512 + 30, 512 + len(png(0)), 512 + 500, 1024 + 10, len(data) - 100):
+        path.write_bytes(data[:size])
+        with pytest.raises(
+            DatasetError, match=rf"cut.tar is cut short: it has {size} bytes.* expected"
+        ):
+            load_dataset(path)
+
+
+def test_a_tar_that_ends_within_an_image_at_a_block_is_an_error(tmp_path: Path):
+    files = [("1.jpg", b"x" * 3000), ("1.cls", b"0")]
+    path = write_tar(tmp_path / "cut.tar", files)
+    os.truncate(path, 512 + 1024)
+    with pytest.raises(DatasetError, match=r"cut short: it has 1536 bytes and ends within 1.jpg"):
+        load_dataset(path)
+
+
+def test_the_end_mark_may_be_missing_at_a_block(tmp_path: Path):
+    path = write_tar(tmp_path / "open.tar", pairs(0, 4))
+    os.truncate(path, 8 * 1024)
+    assert sum(images_of(load_dataset(path)).values()) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"is empty \(0 bytes\)"),
+        (b"<html>no such page</html>" * 50, r"is not a tar \(it begins with b'<html>"),
+        (b"\x1f\x8b" + b"z" * 1022, r"is not a tar .* it is compressed: decompress it first"),
+    ],
+)
+def test_what_is_no_tar_is_told(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "train-0.tar").write_bytes(content)
+    with pytest.raises(DatasetError, match=f"train-0.tar {message}"):
+        load_dataset(tmp_path)
+
+
+def test_a_damaged_header_is_told(tmp_path: Path):
+    path = write_tar(tmp_path / "train-0.tar", pairs(0, 4))
+    data = bytearray(path.read_bytes())
+    data[1024:1030] = b"\xff" * 6
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match="is damaged: byte 1024 begins no tar header"):
+        load_dataset(path)
+
+
+def test_images_behind_the_end_of_a_joined_tar_are_not_lost_in_silence(tmp_path: Path):
+    one = write_tar(tmp_path / "one", pairs(0, 4)).read_bytes()
+    two = write_tar(tmp_path / "two", pairs(4, 4)).read_bytes()
+    (tmp_path / "both.tar").write_bytes(one + two)
+    with pytest.raises(DatasetError, match="goes on after its end at byte 8192"):
+        load_dataset(tmp_path / "both.tar")
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "x-{0..1}.tar", "only.tar"])
+def test_a_pattern_without_shards_is_an_error(tmp_path: Path, pattern: str):
+    with pytest.raises(DatasetError, match=r"no shards match .*expected .tar files there"):
+        load_dataset(f"{tmp_path}/{pattern}")
+
+
+def test_a_shard_that_a_pattern_names_and_is_not_there_is_an_error(tmp_path: Path):
+    write_set(tmp_path, train=2)
+    with pytest.raises(DatasetError, match=r"train-0002.tar \(1 of the 3 paths"):
+        load_dataset(f"{tmp_path}/train-{{0000..0002}}.tar")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expanded"),
+    [
+        ("a-{08..11}.tar", "a-08.tar a-09.tar a-10.tar a-11.tar"),
+        ("{train-{00..01},val-{0..1}}", "train-00 train-01 val-0 val-1"),
+        ("{3..1}", "3 2 1"),
+        ("{0..10..5}", "0 5 10"),
+        ("{a,{b,c}d}e{f,}", "aef ae bdef bde cdef cde"),
+        ("{a}${a,b}{a,b", "{a}${a,b}{a,b"),
+    ],
+)
+def test_braces_expand_as_in_bash(pattern: str, expanded: str):
+    assert expand_braces(pattern) == expanded.split(" ")
+
+
+@pytest.mark.parametrize(
+    ("source", "is_one"),
+    [
+        ("https://host/{0..9}.tar", True),
+        ("pipe:cat x.tar", True),
+        ("nowhere/*.tar", True),
+        ("nowhere/0.tar", True),
+        ("nowhere", False),
+    ],
+)
+def test_shards_are_told_from_folders(source: str, is_one: bool):
+    assert is_shard_source(source) == is_one
+
+
+class Server(ThreadingHTTPServer):
+    folder: Path
+    requests: Counter[str]
+    faults: dict[str, list[str]]
+    """What to do wrong, request by request, for a file."""
+    delay_s = 0.0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(SimpleHTTPRequestHandler):
+    server: Server
+
+    def __init__(self, request: Any, address: Any, server: Server) -> None:
+        super().__init__(request, address, server, directory=str(server.folder))
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/").split("?")[0]
+        self.server.requests[name] += 1
+        faults = self.server.faults.get(name, [])
+        fault = faults.pop(0) if faults else None
+        sleep(self.server.delay_s)
+        if fault == "cut":
+            data = (self.server.folder / name).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[:700])
+        elif fault:
+            self.send_error(int(fault))
+        else:
+            super().do_GET()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Server]:
+    monkeypatch.setenv("EFFICIENTNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(fetching, "RETRY_WAIT_S", 0.01)
+    with Server(("127.0.0.1", 0), Handler) as running:
+        running.folder, running.requests, running.faults = tmp_path / "www", Counter(), {}
+        write_set(running.folder, train=2, val=1)
+        thread = Thread(target=running.serve_forever, args=(0.05,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def source_of(server: Server) -> str:
+    return server.url + "/{train-{0000..0001},val-0000}.tar"
+
+
+def test_shards_of_a_server_are_fetched_once_and_equal_local_ones(server: Server):
+    (server.folder / "classes.json").write_text('["cat", "dog"]')
+    dataset = load_dataset(source_of(server))
+    again = load_dataset(dataset.source)
+    local = load_dataset(server.folder)
+    assert again == dataset and dataset.source == source_of(server)
+    assert [s.name for s in dataset.train] == [s.name for s in local.train]
+    assert sha256_of_samples(dataset.train) == sha256_of_samples(local.train)
+    assert dataset.class_names == ("cat", "dog")
+    assert set(server.requests.values()) == {1} and len(server.requests) == 4
+
+
+@pytest.mark.parametrize("status", ["404", "403"])
+def test_a_server_need_not_have_a_list_of_classes_and_is_asked_once(server: Server, status: str):
+    server.faults["classes.json"] = [status]
+    assert load_dataset(source_of(server)).class_names == ("0", "1")
+    assert load_dataset(source_of(server)).class_names == ("0", "1")
+    assert server.requests["classes.json"] == 1
+
+
+def test_shards_in_the_cache_need_no_server(server: Server):
+    dataset = load_dataset(source_of(server))
+    server.shutdown()
+    server.server_close()
+    assert load_dataset(source_of(server)) == dataset
+
+
+def test_two_processes_at_once_fetch_each_shard_once(server: Server):
+    server.delay_s = 0.3
+    code = f"from efficientnet.datasets import load_dataset; load_dataset({source_of(server)!r})"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert {
+        server.requests[f"{name}.tar"] for name in ("train-0000", "train-0001", "val-0000")
+    } == {1}
+
+
+def test_a_server_that_fails_twice_is_asked_a_third_time(server: Server):
+    server.faults["train-0001.tar"] = ["503", "cut"]
+    assert len(load_dataset(source_of(server)).train) == 20
+    assert server.requests["train-0001.tar"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "num_requests"),
+    [
+        ("404", "HTTP 404 Not Found", 1),
+        ("503", "HTTP 503 Service Unavailable", 3),
+        ("cut", r"got 700 of \d+ bytes, 3 times", 3),
+    ],
+)
+def test_a_shard_that_cannot_be_fetched_is_told_and_leaves_nothing(
+    server: Server, tmp_path: Path, fault: str, reason: str, num_requests: int
+):
+    server.faults["train-0001.tar"] = [fault] * 3
+    message = f"cannot fetch {server.url}/train-0001.tar: {reason}; expected"
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(source_of(server))
+    assert server.requests["train-0001.tar"] == num_requests
+    kept = [p.name for p in tmp_path.glob("cache/shards/*/*") if p.suffix != ".lock"]
+    assert kept == ["train-0000.tar"]
+
+
+def test_a_server_that_is_not_there_is_told(server: Server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DatasetError, match=r"cannot fetch http://127.*refused, 3 times; expected"):
+        load_dataset(f"{server.url}/train-0000.tar")
+
+
+def test_what_a_server_gives_must_be_a_whole_tar(server: Server, tmp_path: Path):
+    (server.folder / "train-0001.tar").write_bytes(b"<html>please log in</html>" * 40)
+    with pytest.raises(DatasetError, match=rf"{server.url}/train-0001.tar is not a tar"):
+        load_dataset(source_of(server))
+    assert not list(tmp_path.glob("cache/shards/*/train-0001.tar"))
+
+
+def test_two_remote_shards_of_one_name_are_an_error(server: Server):
+    with pytest.raises(DatasetError, match=r"2 shards of .* are called 0.tar"):
+        load_dataset(f"{server.url}/{{a,b}}/0.tar")
+
+
+@pytest.fixture
+def piped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EFFICIENTNET_CACHE", str(tmp_path / "cache"))
+    return write_set(tmp_path / "bucket", train=2, val=1)
+
+
+def test_shards_come_from_a_command_once(piped: Path, tmp_path: Path):
+    log = shlex.quote(str(tmp_path / "log"))
+    names = "{train-{0000..0001},val-0000}.tar"
+    source = f"pipe:echo x >> {log} && cat {shlex.quote(str(piped))}/{names}"
+    dataset = load_dataset(source)
+    assert load_dataset(dataset.source) == dataset
+    assert sha256_of_samples(dataset.train) == sha256_of_samples(load_dataset(piped).train)
+    assert len((tmp_path / "log").read_text().splitlines()) == 3
+    assert dataset.train[0].name == "train-0000.tar/000000.png"
+
+
+@pytest.mark.parametrize("tail", ["", " | cat"])
+def test_a_command_that_fails_is_told_with_its_last_error(piped: Path, tmp_path: Path, tail: str):
+    source = f"pipe:cat {piped}/missing-0000.tar{tail}"
+    with pytest.raises(DatasetError, match=r"missing-0000.tar.* exit code 1 \(cat: .*No such file"):
+        load_dataset(source)
+    assert not list(tmp_path.glob("cache/shards/*/missing*"))
+
+
+def test_a_command_that_stops_early_is_told(piped: Path):
+    with pytest.raises(DatasetError, match=r"pipe:head -c 700 .*train-0000.tar is cut short"):
+        load_dataset(f"pipe:head -c 700 {piped}/train-0000.tar")
+
+
+def test_a_command_that_names_no_shard_is_an_error():
+    with pytest.raises(DatasetError, match=r"names no shard; expected a word that ends in .tar"):
+        load_dataset("pipe:cat something")
+
+
+def test_a_json_list_of_many_classes_is_no_problem_for_few_images(tmp_path: Path):
+    write_set(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps([f"class {i}" for i in range(1000)]))
+    assert len(load_dataset(tmp_path).class_names) == 1000

@@ -1,0 +1,424 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from efficientnet.atomic import write_text
+from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.environment import current_environment
+from efficientnet.publishing import PublishError
+from training.ablation import main
+from training.ablation_findings import headline, magnitude_findings, schedule_findings
+from training.ablation_plan import (
+    FIXED,
+    PROGRESSIVE,
+    PROGRESSIVE_ADAPTIVE,
+    RANDOM,
+    RANDOM_ADAPTIVE,
+    AblationConfig,
+    AblationError,
+    PlannedRun,
+    magnitude_row,
+    plan_rounds,
+    plan_rows,
+)
+from training.ablation_report import publish
+from training.ablation_results import (
+    AblationRecord,
+    difference,
+    magnitude_trend,
+    read_result,
+    seconds_left,
+    spread,
+)
+from training.ablation_runs import train_all
+from training.config import config_to_json
+from training.metrics import EpochMetrics, write_metrics
+from training.progressive import plan_stages
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TOP1 = {
+    PROGRESSIVE_ADAPTIVE: (0.97, 0.98, 0.96),
+    PROGRESSIVE: (0.94, 0.95, 0.92),
+    FIXED: (0.96, 0.965, 0.975),
+    RANDOM: (0.90, 0.93, 0.88),
+    RANDOM_ADAPTIVE: (0.85, 0.87, 0.84),
+}
+IMAGES_PER_S = {FIXED: 100.0}
+
+
+def tiny(output: Path, **changes: object) -> AblationConfig:
+    config = AblationConfig(
+        "tiny", image_sizes=(16, 24, 32), epochs=2, batch_size=128, output=output
+    )
+    return replace(config, **changes)
+
+
+def top1_of(run: PlannedRun) -> float:
+    """Let larger images want more augmentation, by more than the seeds differ."""
+    row = run.row
+    if row.magnitude is None:
+        return TOP1[row.name][run.seed]
+    favorite = {16: 5, 24: 10, 32: 15}[row.image_size]
+    return 0.8 + row.image_size / 400 - abs(row.magnitude - favorite) / 500 + run.seed / 1000
+
+
+def finish(run: PlannedRun, top1: float | None = None) -> None:
+    """Write what a complete run leaves."""
+    config = run.config
+    rate = IMAGES_PER_S.get(run.row.name, 160.0)
+    epochs = [
+        EpochMetrics(
+            epoch=epoch,
+            step=11 * epoch,
+            stage=1,
+            image_size=32,
+            learning_rate=0.01,
+            train_loss=1.0,
+            val_loss=0.5,
+            top1=top1_of(run) if top1 is None else top1,
+            top5=0.99,
+            images_per_s=rate * epoch,
+            elapsed_s=999.0,
+        )
+        for epoch in (1, 2)
+    ]
+    record = CheckpointRecord(
+        variant=config.variant,
+        num_classes=10,
+        class_names=tuple("0123456789"),
+        preprocess=config.preprocess_spec(None),
+        data="digits",
+        weights_sha256="",
+        epoch=2,
+        step=22,
+        top1=epochs[-1].top1,
+        top5=0.99,
+        num_images_evaluated=360,
+        recipe="digits-tiny",
+        train_config=config_to_json(config),
+        environment=current_environment(),
+    )
+    save_checkpoint(run.directory / "checkpoint", {}, record, None)
+    write_metrics(run.directory, epochs)
+    write_text(run.directory / "report.md", "complete")
+
+
+def finish_all(config: AblationConfig, **top1: float) -> AblationRecord:
+    for run in plan_rounds(config, plan_rows(config)):
+        finish(run, top1.get(run.row.name))
+    text = main(config)
+    return AblationRecord.model_validate_json(text.with_suffix(".json").read_text())
+
+
+def changed(record: AblationRecord, row: str, top1: tuple[float, ...]) -> AblationRecord:
+    runs = tuple(
+        run.model_copy(update={"top1": top1[run.seed]}) if run.row == row else run
+        for run in record.runs
+    )
+    return record.model_copy(update={"runs": runs})
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> AblationRecord:
+    return finish_all(tiny(tmp_path_factory.mktemp("ablation")))
+
+
+def flag(flags: tuple[str, ...], name: str, num_values: int = 1) -> tuple[str, ...]:
+    index = flags.index(name)
+    return flags[index + 1 : index + 1 + num_values]
+
+
+def test_the_schedules_differ_in_schedule_stages_and_regularisation_only(tmp_path: Path):
+    rows = {row.name: row.flags for row in plan_rows(tiny(tmp_path, epochs=11))}
+    assert {name: flag(rows[name], "--schedule")[0] for name in TOP1} == {
+        PROGRESSIVE_ADAPTIVE: "paper",
+        PROGRESSIVE: "paper",
+        FIXED: "fixed",
+        RANDOM: "random",
+        RANDOM_ADAPTIVE: "random",
+    }
+    assert {name: flag(rows[name], "--progressive.num-stages")[0] for name in TOP1} == {
+        PROGRESSIVE_ADAPTIVE: "4",
+        PROGRESSIVE: "4",
+        FIXED: "1",
+        RANDOM: "8",
+        RANDOM_ADAPTIVE: "8",
+    }
+    for name in TOP1:
+        is_adaptive = "adaptive" in name
+        first = "3" if is_adaptive else "6"
+        assert flag(rows[name], "--progressive.randaugment-magnitude", 2) == (first, "6")
+        first = "0" if is_adaptive else "0.1"
+        assert flag(rows[name], "--progressive.dropout-rate", 2) == (first, "0.1")
+        assert flag(rows[name], "--progressive.image-size", 2) == ("16", "32")
+        assert flag(rows[name], "--eval-image-size") == ("32",)
+        assert flag(rows[name], "--recipe") == ("digits",)
+
+
+def test_few_epochs_have_few_stages(tmp_path: Path):
+    rows = plan_rows(tiny(tmp_path, epochs=2))
+    assert all(int(flag(row.flags, "--progressive.num-stages")[0]) <= 2 for row in rows)
+
+
+def test_magnitudes_are_trained_and_evaluated_at_each_size(tmp_path: Path):
+    config = tiny(tmp_path, experiments="magnitudes", magnitudes=(3, 6, 9))
+    rows = plan_rows(config)
+    assert len(rows) == 9
+    for row in rows:
+        assert row.magnitude is not None
+        size, magnitude = str(row.image_size), f"{row.magnitude:g}"
+        assert flag(row.flags, "--progressive.image-size", 2) == (size, size)
+        assert flag(row.flags, "--eval-image-size") == (size,)
+        assert flag(row.flags, "--progressive.randaugment-magnitude", 2) == (magnitude, magnitude)
+    (stage,) = plan_stages(plan_rounds(config, rows)[0].config.progressive)
+    assert (stage.image_size, stage.randaugment_magnitude) == (16, 3)
+
+
+def test_flags_of_the_user_reach_all_runs_and_give_the_range(tmp_path: Path):
+    flags = "--horizontal-flip --progressive.randaugment-magnitude 4 12"
+    config = tiny(tmp_path, flags=flags, minival=0.1, experiments="schedules")
+    for run in plan_rounds(config, plan_rows(config)):
+        assert run.config.horizontal_flip and run.config.minival == 0.1
+        first, last = run.config.progressive.randaugment_magnitude
+        assert last == 12 and first == (4 if "adaptive" in run.row.name else 12)
+
+
+def test_a_recipe_without_a_range_of_regularisation_is_refused(tmp_path: Path):
+    flags = (
+        "--progressive.randaugment-magnitude 5 5 --progressive.mixup-alpha 0 0 "
+        "--progressive.dropout-rate 0 0"
+    )
+    with pytest.raises(ValueError, match="one regularisation for all sizes"):
+        plan_rows(tiny(tmp_path, flags=flags))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"image_sizes": (32, 32, 64)}, {"magnitudes": (9, 6, 3)}, {"jobs": 0}]
+)
+def test_wrong_values_are_refused(changes: dict, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"expected three rising ones|at least 1"):
+        tiny(tmp_path, **changes)
+
+
+def test_a_round_is_all_rows_of_a_seed_and_rounds_begin_with_different_rows(tmp_path: Path):
+    config = tiny(tmp_path)
+    rows = plan_rows(config)
+    planned = plan_rounds(config, rows)
+    assert len(rows) == 14 and len(planned) == 42
+    rounds = [planned[i : i + 14] for i in (0, 14, 28)]
+    for seed, runs in enumerate(rounds):
+        assert {run.seed for run in runs} == {seed} == {run.config.seed for run in runs}
+        assert Counter(run.row for run in runs) == Counter(rows)
+    assert [rows.index(runs[0].row) for runs in rounds] == [0, 5, 10]
+    assert len({run.directory for run in planned}) == 42
+
+
+def test_a_spread_is_the_mean_and_the_sample_deviation():
+    assert (spread([1, 2, 3]).mean, spread([1, 2, 3]).deviation) == (2, 1)
+    assert spread([5]).deviation is None and spread([5]).text() == "5.0"
+    assert spread([1, 2, 3]).text() == "2.0 ± 1.0"
+
+
+def test_a_difference_is_taken_seed_by_seed(record: AblationRecord):
+    ahead = changed(record, FIXED, (0.96, 0.97, 0.95))
+    change = difference(ahead, PROGRESSIVE_ADAPTIVE, FIXED)
+    assert change.mean == pytest.approx(1) and change.deviation == pytest.approx(0, abs=1e-9)
+    assert not change.is_within
+
+
+def test_seconds_are_those_in_training_without_evaluation(tmp_path: Path):
+    config = tiny(tmp_path)
+    run = plan_rounds(config, plan_rows(config))[0]
+    finish(run)
+    result = read_result(run)
+    assert result.seconds == pytest.approx(11 * 128 / 160 + 11 * 128 / 320)
+    assert result.images_per_s == pytest.approx(22 * 128 / result.seconds)
+    assert result.mean_pixels == (16**2 + 32**2) / 2
+
+
+def test_gains_and_losses_are_both_said_plainly(record: AblationRecord):
+    findings = schedule_findings(record)
+    assert findings[0].startswith(
+        "**progressive + adaptive: +0.3 points (within one deviation, 1.6) in 38 % less time than "
+        "fixed.** The paper (Table 12, EfficientNet-B4): +0.2 points in 55 % less time."
+    )
+    assert "+3.3 points (outside one deviation, 0.6): as in the paper, +0.8" in findings[1]
+    assert "-5.0 points (outside one deviation, 1.0): unlike in the paper, +0.7" in findings[2]
+
+
+def test_a_slower_and_worse_schedule_is_said_to_be_so(record: AblationRecord):
+    worse = changed(record, PROGRESSIVE_ADAPTIVE, (0.90, 0.91, 0.90))
+    runs = tuple(
+        run.model_copy(update={"seconds": 20.0 if run.row == FIXED else 25.0}) for run in worse.runs
+    )
+    worse = worse.model_copy(update={"runs": runs})
+    line = schedule_findings(worse)[0]
+    assert re.search(r"-6\.3 points \(outside one deviation, .*\) in 25 % more time", line)
+    assert "lowers top-1 by 6.3 points in 25 % more time than fixed" in headline(worse)
+
+
+def test_a_difference_within_the_deviation_is_not_called_an_effect(record: AblationRecord):
+    close = changed(record, PROGRESSIVE, (0.975, 0.965, 0.97))
+    assert "nothing that 3 seeds would show; the paper has +0.8" in schedule_findings(close)[1]
+
+
+def test_the_papers_trend_is_found_where_it_is(record: AblationRecord):
+    assert magnitude_trend(record)[1] == "shows"
+    first, second = magnitude_findings(record)
+    assert "5 at 16 px, 10 at 24 px, 15 at 32 px. The paper's trend" in first
+    assert "larger images want more, shows." in first
+    assert "-2.0 points (outside one deviation, 0.0) at 16 px and +2.0 points" in second
+    assert "-0.6 at 128 px and +0.7 at 300 px" in second
+
+
+def test_the_trend_may_be_reversed_or_not_be_told(record: AblationRecord):
+    rows = magnitude_row(15, 16), magnitude_row(15, 32)
+    reverse = changed(changed(record, rows[0], (0.95,) * 3), rows[1], (0.6,) * 3)
+    assert magnitude_trend(reverse)[1] == "is reversed"
+    unclear = changed(changed(record, rows[0], (0.8, 0.9, 0.7)), rows[1], (0.8, 0.85, 0.9))
+    assert magnitude_trend(unclear)[1] == "cannot be told"
+    only = reverse.model_copy(
+        update={"runs": tuple(r for r in reverse.runs if r.experiment == "magnitudes")}
+    )
+    assert headline(only).endswith("larger images want less RandAugment")
+
+
+def test_all_files_are_written_from_complete_runs_without_training(tmp_path: Path):
+    record = finish_all(tiny(tmp_path))
+    assert record.num_rounds == 3 and len(record.runs) == 42
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "ablation.md").read_text()
+    assert text.startswith("# tiny on digits: progressive + adaptive holds top-1 (+0.3 points, ")
+    assert (
+        "| progressive + adaptive | 97.0 ± 1.0 | +0.3 | 13.2 ± 0.0 | 0.62 | 38 % | 85.1 |" in text
+    )
+    assert "83.1 in 9.4 h, 55 % saved |" in text
+    assert "| fixed | 96.7 ± 0.8 | - | 21.1 ± 0.0 | 1.00 | - | - | 82.9 in 20.8 h |" in text
+    assert "| 5 | **84.1 ± 0.1** |" in text and "**78.3 ± 0.16** | 81.2 ± 0.06 |" in text
+    assert "360 held-out images (one of them is 0.28 points)" in text
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("experiments", ["schedules", "magnitudes"])
+def test_one_experiment_alone_is_written(experiments: str, tmp_path: Path):
+    finish_all(tiny(tmp_path, experiments=experiments, seeds=1))
+    text = (tmp_path / "ablation.md").read_text()
+    assert ("## Schedules" in text) == (experiments == "schedules")
+    assert ("magnitude by image size" in text) == (experiments == "magnitudes")
+    assert "one seed, so no deviation" in text and "1 seed," in text
+    assert (tmp_path / "ablation.png").is_file()
+
+
+def test_a_complete_run_with_other_values_is_not_taken(tmp_path: Path):
+    config = tiny(tmp_path, seeds=1)
+    finish_all(config)
+    with pytest.raises(AblationError, match=r"was trained with .*; epochs 2 and now 3"):
+        main(replace(config, epochs=3))
+
+
+def test_the_time_left_is_that_of_the_rows_so_far(tmp_path: Path):
+    config = tiny(tmp_path, experiments="schedules", seeds=2)
+    planned = plan_rounds(config, plan_rows(config))
+    for run in planned[:5]:
+        finish(run)
+    results = {run.directory: read_result(run) for run in planned[:5]}
+    assert seconds_left(planned, results) == pytest.approx(sum(r.seconds for r in results.values()))
+
+
+def test_publishing_writes_named_files_and_a_section(record: AblationRecord, tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- ablation-digits: made -->\nstale\n<!-- /ablation-digits -->\n")
+    text = publish(record, readme, tmp_path / "published")
+    assert text.parent.name.startswith(f"{record.finished_at:%Y-%m-%d}-")
+    names = {path.name for path in text.parent.iterdir()}
+    assert names == {f"ablation-digits.{suffix}" for suffix in ("md", "png", "json")}
+    assert "](ablation-digits.png)" in text.read_text()
+    section = readme.read_text()
+    assert "| progressive + adaptive |" in section and "stale" not in section
+    assert f"](published/{text.parent.name}/ablation-digits.md)" in section
+
+
+def test_nothing_is_trained_where_it_cannot_be_published(tmp_path: Path):
+    config = tiny(tmp_path / "runs", publish=True, readme=tmp_path / "README.md")
+    with pytest.raises(PublishError, match="there is no"):
+        main(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def fake_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"import pathlib, sys, time\n{body}")
+    monkeypatch.setattr("training.ablation_runs.RUN_COMMAND", program)
+
+
+def test_a_failed_run_is_told_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake_program(tmp_path, monkeypatch, "sys.exit('the loss is nan')")
+    config = tiny(tmp_path / "out", seeds=1)
+    with pytest.raises(AblationError, match=r"(?s)seed 0, ended with code 1; .*the loss is nan"):
+        train_all(plan_rounds(config, plan_rows(config)), 1, lambda _: None)
+
+
+def test_an_interruption_asks_each_run_once_and_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    body = (
+        "name = sys.argv[sys.argv.index('--name') + 1]\n"
+        f"place = pathlib.Path({str(tmp_path)!r}) / name\n"
+        "try:\n"
+        "    place.with_suffix('.began').touch(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(0.3); place.with_suffix('.saved').touch(); sys.exit(130)\n"
+    )
+    fake_program(tmp_path, monkeypatch, body)
+    config = tiny(tmp_path / "out", seeds=1)
+    planned = plan_rounds(config, plan_rows(config))
+    waits = iter(range(10_000))
+
+    def look(_: float) -> None:
+        if next(waits) > 500:
+            raise AssertionError("the runs have not begun")
+        if len(list(tmp_path.glob("*.began"))) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        pause(0.02)
+
+    pause = time.sleep
+    monkeypatch.setattr("training.ablation_runs.time.sleep", look)
+    with pytest.raises(KeyboardInterrupt, match="14 runs left; the same command goes on"):
+        train_all(planned, 2, lambda _: None)
+    assert len(list(tmp_path.glob("*.saved"))) == 2
+
+
+def test_a_planned_run_trains_for_real(tmp_path: Path):
+    config = tiny(tmp_path, seeds=1, epochs=1, batch_size=256, experiments="schedules")
+    planned = plan_rounds(config, plan_rows(config))[:1]
+    finished: list[PlannedRun] = []
+    train_all(planned, 1, finished.append)
+    assert finished == planned
+    result = read_result(planned[0])
+    assert result.seconds > 0 and 0 < result.top1 <= result.top5
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_returns_at_once_when_started_again(tmp_path: Path):
+    command = [sys.executable, "training/ablation.py", "tiny", "--epochs", "1", "--seeds", "1"]
+    command += ["--image-sizes", "16", "20", "24", "--batch-size", "256", "--jobs", "2"]
+    command += ["--experiments", "schedules", "--output", str(tmp_path)]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines() == [str(tmp_path / "ablation.md")]
+    assert "5 of 5 runs, 0:00 left" in first.stderr
+    runs = json.loads((tmp_path / "ablation.json").read_text())["runs"]
+    assert [run["row"] for run in runs] == list(TOP1)
+    assert all(run["seconds"] > 0 and run["top1"] > 0 for run in runs)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "5 of them complete" in again.stderr

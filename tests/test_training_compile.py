@@ -1,0 +1,109 @@
+"""--compile: how often torch's compiler is started."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from efficientnet.model import EfficientNet
+from efficientnet.preprocess import PreprocessSpec
+from efficientnet.variants import NetworkOptions
+from training.config import TrainConfig
+from training.distributed import Ranks
+from training.loader import Batch
+from training.progressive import Stage, plan_stages
+from training.recipes import digits_recipe
+from training.state import new_state
+from training.step import TrainStep
+
+SPEC = PreprocessSpec(
+    image_size=32,
+    interpolation="bicubic",
+    crop_fraction=None,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+
+def config(**changes: object) -> TrainConfig:
+    return replace(digits_recipe("tiny"), batch_size=8, compile=True, **changes)
+
+
+def batches(stage: Stage, num_images: int):
+    torch.manual_seed(0)
+    size = stage.image_size
+    while True:
+        images = torch.randint(0, 256, (num_images, 3, size, size), dtype=torch.uint8)
+        yield Batch(images, torch.randint(0, 10, (num_images,)), torch.arange(num_images))
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    # What is counted does not depend on the backend; inductor's needs a C++ compiler and a minute.
+    counter = CompileCounterWithBackend("aot_eager")
+    original = EfficientNet.compile
+    monkeypatch.setattr(
+        EfficientNet,
+        "compile",
+        lambda self, **options: original(self, backend=counter, fullgraph=True, **options),
+    )
+    return counter
+
+
+def take_steps(step: TrainStep, stage: Stage, num_images: int, num_passes: int) -> None:
+    stop = torch.zeros(())
+    source = batches(stage, num_images)
+    for index in range(4):
+        step(source, num_passes, 1e-3 * (index + 1), stop)
+
+
+def test_each_stage_compiles_once_in_one_graph(counter: CompileCounterWithBackend):
+    num_passes = 2
+    recipe = config()
+    state = new_state(recipe, NetworkOptions(), 10, torch.device("cpu"))
+    step = TrainStep(state, recipe, Ranks(0, 1, state.device), 10, SPEC)
+    state.model.train()
+    stages = plan_stages(recipe.progressive)
+    for stage in stages:
+        step.begin_stage(stage, 8 // num_passes)
+        take_steps(step, stage, 8 // num_passes, num_passes)
+        # As after an epoch, or a resumption, in the middle of a stage.
+        step.begin_stage(stage, 8 // num_passes)
+        take_steps(step, stage, 8 // num_passes, num_passes)
+        assert counter.frame_count == stage.index + 1
+
+
+def test_another_dropout_rate_learning_rate_or_magnitude_compiles_nothing(
+    counter: CompileCounterWithBackend,
+):
+    recipe = config()
+    progressive = replace(recipe.progressive, image_size=(32, 32), dropout_rate=(0.0, 0.4))
+    recipe = replace(recipe, progressive=progressive)
+    state = new_state(recipe, NetworkOptions(), 10, torch.device("cpu"))
+    step = TrainStep(state, recipe, Ranks(0, 1, state.device), 10, SPEC)
+    state.model.train()
+    for stage in plan_stages(recipe.progressive):
+        step.begin_stage(stage, 8)
+        take_steps(step, stage, 8, 1)
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_run_ends_where_an_eager_one_does(
+    counter: CompileCounterWithBackend, tmp_path: Path
+):
+    from training.metrics import read_metrics
+    from training.run import main
+
+    recipe = replace(digits_recipe("tiny"), epochs=2, batch_size=256, stochastic_depth_rate=0.0)
+    recipe = replace(
+        recipe,
+        progressive=replace(recipe.progressive, num_stages=2, dropout_rate=(0.0, 0.0)),
+    )
+    losses = []
+    for is_compiled in (False, True):
+        run = main(replace(recipe, compile=is_compiled, output=tmp_path / str(is_compiled))).parent
+        losses.append([epoch.train_loss for epoch in read_metrics(run)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert counter.frame_count == 2

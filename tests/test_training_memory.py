@@ -1,0 +1,124 @@
+"""How much a pass holds, and the batch plan made of it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficientnet.checkpoint import read_checkpoint
+from efficientnet.model import build_model
+from efficientnet.variants import VARIANTS, NetworkOptions
+from training import run as command
+from training.config import TrainConfig
+from training.distributed import Ranks
+from training.memory import (
+    BatchTooLargeError,
+    MemoryModel,
+    plan_micro_batches,
+    saved_bytes,
+)
+from training.progressive import plan_stages
+from training.recipes import digits_recipe, imagenet_recipe
+from training.state import new_state
+from training.step import TrainStep
+
+OPTIONS = NetworkOptions()
+GIGABYTE = 1e9
+
+
+def plan(config: TrainConfig, limit_bytes: float, world_size: int = 1) -> tuple[int, ...]:
+    stages = plan_stages(config.progressive)
+    return plan_micro_batches(config, OPTIONS, 1000, stages, world_size, limit_bytes)
+
+
+@pytest.mark.parametrize(("variant", "size"), [("tiny", 32), ("b0", 64)])
+def test_what_is_counted_without_computing_is_what_autograd_keeps(variant: str, size: int):
+    real = build_model(VARIANTS[variant], 10, 0.2, OPTIONS).train()
+    real = real.to(memory_format=torch.channels_last)
+    kept: dict[int, int] = {}
+    weights = {p.data_ptr() for p in real.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = real(torch.randn(4, 3, size, size))
+    with torch.device("meta"):
+        empty = build_model(VARIANTS[variant], 10, 0.2, OPTIONS).train()
+    assert logits.shape == (4, 10)
+    counted = saved_bytes(empty, size, 4, torch.float32)
+    assert counted == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+def test_memory_plan_takes_the_largest_part_of_the_batch_that_fits_each_stage():
+    config = replace(imagenet_recipe("v2-s"), batch_size=512, batch_plan="memory")
+    sizes = plan(config, 20 * GIGABYTE)
+    assert sizes == tuple(sorted(sizes, reverse=True)) and sizes[0] > sizes[-1]
+    model = MemoryModel(config, OPTIONS, 1000)
+    for stage, size in zip(plan_stages(config.progressive), sizes, strict=True):
+        assert 512 % size == 0
+        assert model.bytes_for(stage.image_size, size) <= 20 * GIGABYTE
+        assert model.bytes_for(stage.image_size, 2 * size) > 20 * GIGABYTE or size == 512
+    # The share of one of four processes is what is divided.
+    assert all(128 % size == 0 for size in plan(config, 20 * GIGABYTE, world_size=4))
+
+
+def test_half_precision_fits_about_twice_as_many():
+    config = replace(imagenet_recipe("v2-s"), batch_size=512, batch_plan="memory")
+    full, half = (plan(replace(config, precision=p), 20 * GIGABYTE) for p in ("fp32", "bf16"))
+    assert all(b >= 2 * a or b == 512 for a, b in zip(full, half, strict=True))
+
+
+def test_a_fixed_plan_is_the_recipes():
+    assert plan(imagenet_recipe("v2-s"), 20 * GIGABYTE) == (32,) * 4
+    config = replace(digits_recipe("tiny"), batch_size=64)
+    assert plan(config, 20 * GIGABYTE, world_size=2) == (32,) * 4
+
+
+def test_a_fixed_batch_that_a_stage_cannot_hold_is_refused_and_says_what_fits():
+    config = replace(imagenet_recipe("v2-s"), micro_batch_size=None)
+    with pytest.raises(
+        BatchTooLargeError,
+        match=r"stage 4 \(300 px\) does not fit: a pass of 4096 images .* --micro-batch-size 64,",
+    ):
+        plan(config, 20 * GIGABYTE)
+
+
+@pytest.mark.parametrize("batch_plan", ["fixed", "memory"])
+def test_a_batch_that_no_stage_can_hold_is_refused(batch_plan):
+    config = replace(imagenet_recipe("v2-l"), batch_plan=batch_plan)
+    with pytest.raises(BatchTooLargeError, match=r"a pass of 2 images needs about .* 2.5 GB can"):
+        plan(config, 2.5 * GIGABYTE)
+
+
+def test_a_run_with_a_memory_plan_keeps_batch_and_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # As on a machine of 20 MB.
+    monkeypatch.setattr(command, "device_memory_bytes", lambda device: 20e6)
+    config = replace(
+        digits_recipe("tiny"), epochs=4, batch_size=128, batch_plan="memory", output=tmp_path
+    )
+    checkpoint = command.main(config)
+    assert checkpoint is not None and read_checkpoint(checkpoint).step == 44
+    state = torch.load(checkpoint / "train_state.pt", weights_only=True)["state"]
+    sizes = state["micro_batch_sizes"]
+    assert sizes[0] > sizes[-1] and all(128 % size == 0 for size in sizes)
+
+
+def test_memory_is_reserved_by_a_pass_that_leaves_everything_as_it_was():
+    config = digits_recipe("tiny")
+    state = new_state(config, OPTIONS, 10, torch.device("cpu"))
+    spec = config.preprocess_spec(None)
+    step = TrainStep(state, config, Ranks(0, 1, state.device), 10, spec)
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    state.model.train()
+    step.reserve_memory(32, 8)
+    for name, tensor in state.model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in state.model.parameters())
+    assert state.step == 0

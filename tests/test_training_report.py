@@ -1,0 +1,144 @@
+import re
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from efficientnet.environment import current_environment
+from training.loop import Evaluation
+from training.metrics import EpochMetrics
+from training.progressive import plan_stages
+from training.recipes import digits_recipe
+from training.report import (
+    FinalEvaluation,
+    StageResult,
+    confused_pairs,
+    draw_confusion,
+    write_report,
+)
+
+CONFUSION = ((30, 5, 1), (2, 33, 1), (0, 0, 12))
+
+
+def epoch(number: int, top1: float) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=number,
+        step=11 * number,
+        stage=1,
+        image_size=16,
+        learning_rate=0.01,
+        train_loss=1.0,
+        val_loss=0.5,
+        top1=top1,
+        top5=1.0,
+        images_per_s=500.0,
+        elapsed_s=40.0 * number,
+    )
+
+
+def report_of(
+    directory: Path,
+    class_names: tuple[str, ...] = ("cat", "dog", "a|b"),
+    confusion: tuple[tuple[int, ...], ...] | None = CONFUSION,
+    top1s: tuple[float, ...] = (0.5, 0.9),
+    seconds: float = 20.0,
+    world_size: int = 1,
+) -> str:
+    config = replace(digits_recipe("tiny"), eval_image_size=40, data="/somewhere/pets")
+    stages = [
+        StageResult(stage, 32, 2, 11, 1408, seconds, 250_000_000)
+        for stage in plan_stages(config.progressive)
+    ]
+    evaluations = [
+        FinalEvaluation(
+            weights, size, size == 32, Evaluation(0.25, top1 + size / 1000, 1.0, 84, confusion)
+        )
+        for weights, top1 in (("averaged", 0.85), ("raw", 0.8))
+        for size in (32, 40)
+    ]
+    path = write_report(
+        directory,
+        config,
+        class_names,
+        1437,
+        84,
+        stages,
+        evaluations,
+        [epoch(i + 1, top1) for i, top1 in enumerate(top1s)],
+        current_environment(),
+        "the CPU",
+        world_size,
+    )
+    assert path == directory / "report.md"
+    return path.read_text()
+
+
+def test_the_verdict_is_of_the_averaged_weights_at_the_evaluation_size(tmp_path: Path):
+    text = report_of(tmp_path)
+    assert text.startswith("# tiny on pets: 89.0 % top-1 in 1:20\n")
+    assert "The averaged weights at 40 px on 84 held-out images, after 2 epochs" in text
+
+
+def test_both_weights_stand_at_both_sizes(tmp_path: Path):
+    text = report_of(tmp_path)
+    assert "| averaged | 32 px | last stage | 88.20 % | 100.00 % | 0.2500 |" in text
+    assert "| averaged | 40 px | evaluation | 89.00 % |" in text
+    assert "| raw | 40 px | evaluation | 84.00 % |" in text
+
+
+def test_each_stage_has_its_row_with_speed_and_memory(tmp_path: Path):
+    text = report_of(tmp_path)
+    assert "| 1 | 16 px | 3 | - | - | - | 2 x 32 | 11 | 0:20 | 70.4 | 250 MB |" in text
+    assert "| 4 | 32 px | 6 | 0.1 | - | 0.1 | 2 x 32 |" in text
+
+
+def test_a_stage_without_steps_has_no_speed(tmp_path: Path):
+    assert "| 0:00 | - | 250 MB |" in report_of(tmp_path, seconds=0.0)
+
+
+def test_pictures_pairs_recipe_and_environment_are_there(tmp_path: Path):
+    text = report_of(tmp_path)
+    assert "](curves.png)" in text and "](confusion.png)" in text
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert "| cat | dog | 5 | 13.9 % |\n| dog | cat | 2 | 5.6 % |" in text
+    assert "| cat | a/b | 1 | 2.8 % |" in text
+    assert "| progressive.image_size | 16 32 |" in text
+    assert "| optimizer.learning_rate | 0.008 |" in text
+    assert re.search(r"\| libraries \| torch ", text) and "| device | the CPU |" in text
+
+
+def test_several_processes_are_told_of(tmp_path: Path):
+    assert "4 processes, each on the CPU" in report_of(tmp_path, world_size=4)
+
+
+def test_a_better_epoch_than_the_last_is_named(tmp_path: Path):
+    assert "Epoch 1 was better: 95.0 %." in report_of(tmp_path, top1s=(0.95, 0.9))
+    assert "No epoch was better" in report_of(tmp_path, top1s=(0.9, 0.9))
+
+
+def test_a_thousand_classes_have_no_picture_and_the_report_says_so(tmp_path: Path):
+    text = report_of(tmp_path, tuple(map(str, range(1000))), confusion=None)
+    assert "No picture and no pairs: 1,000 classes" in text
+    assert not (tmp_path / "confusion.png").exists()
+
+
+def test_no_mistakes_are_said_to_be_none(tmp_path: Path):
+    text = report_of(tmp_path, confusion=((3, 0, 0), (0, 3, 0), (0, 0, 3)))
+    assert "Not one held-out image is mistaken" in text
+
+
+def test_of_equally_frequent_mistakes_the_one_of_the_smaller_class_comes_first():
+    matrix = ((10, 2, 0), (0, 4, 2), (3, 0, 9))
+    assert confused_pairs(matrix) == [(2, 0, 3), (1, 2, 2), (0, 1, 2)]
+    assert confused_pairs(matrix, 1) == [(2, 0, 3)]
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+def test_the_picture_grows_with_the_classes_and_takes_any_name(num_classes: int):
+    names = ["$x_$", "a class of a very long name indeed", *map(str, range(98))][:num_classes]
+    matrix = [[3 * (i == j) + (i + 1 == j) for j in range(num_classes)] for i in range(num_classes)]
+    matrix[-1] = [0] * num_classes  # a class without held-out images
+    with Image.open(BytesIO(draw_confusion(matrix, names, "a title"))) as picture:
+        assert 800 < picture.width < 2500 and 800 < picture.height < 2500

@@ -1,0 +1,243 @@
+"""Runs that are killed, really, and gone on with."""
+
+import errno
+import logging
+import os
+import random
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from training_processes import (
+    end,
+    kill_after,
+    require_equal,
+    saved_state,
+    start,
+)
+
+from efficientnet.checkpoint import CheckpointError, load_checkpoint
+from training import rundir
+from training.metrics import read_metrics
+from training.recipes import digits_recipe
+from training.run import ResumeConfig, main
+from training.rundir import read_run
+
+NUM_KILLS = 10
+
+
+def config(output: Path, **changes: object):
+    recipe = replace(
+        digits_recipe("tiny"),
+        epochs=3,
+        batch_size=256,
+        micro_batch_size=128,
+        checkpoint_every_steps=2,
+        output=output,
+        name="run",
+    )
+    recipe = replace(recipe, progressive=replace(recipe.progressive, num_stages=3))
+    return replace(recipe, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert end(start(config(folder))) == [0]
+    return folder / "run"
+
+
+def require_same_run(found: Path, expected: Path) -> None:
+    require_equal(saved_state(found), saved_state(expected))
+    timeless = {"images_per_s", "elapsed_s"}
+    assert [e.model_dump(exclude=timeless) for e in read_metrics(found)] == [
+        e.model_dump(exclude=timeless) for e in read_metrics(expected)
+    ]
+    assert (found / "best").resolve().name == (expected / "best").resolve().name
+    names = [sorted(p.name for p in (run / "checkpoints").iterdir()) for run in (found, expected)]
+    assert names[0] == names[1]
+    assert (found.parent / "latest").resolve() == found.resolve()
+
+
+def test_a_run_killed_at_ten_random_moments_ends_as_if_nothing_had_happened(
+    whole: Path, tmp_path: Path
+):
+    moments = random.Random(1)
+    kills, trained = 0, tmp_path / "run"
+    steps = []
+    while kills < NUM_KILLS:
+        process = start(config(tmp_path))
+        # Most in the training (which takes a few seconds), some before it has begun.
+        if not kill_after(process, moments.uniform(0.1, 2.0)):
+            break
+        kills += 1
+        if (trained / "checkpoint").exists():
+            steps.append(read_run(trained).record.step)
+    # With luck or a fast machine the run was at its end before: then it was killed less often, and
+    # what is left is made up for by killing it again from its start, below.
+    assert end(start(config(tmp_path))) == [0]
+    assert steps == sorted(steps)
+    require_same_run(trained, whole)
+    while kills < NUM_KILLS:
+        again = tmp_path / f"again-{kills}"
+        process = start(config(again))
+        kills += kill_after(process, moments.uniform(0.1, 1.5))
+        assert end(start(config(again))) == [0]
+        require_same_run(again / "run", whole)
+
+
+def die_at_call(name: str, number: int) -> None:
+    original = getattr(rundir, name)
+    calls = iter(range(1, 1000))
+
+    def dying(*args: object) -> object:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(rundir, name, dying)
+
+
+def die_while_writing_weights(number: int) -> None:
+    from efficientnet import checkpoint
+
+    calls = iter(range(1, 1000))
+    original = checkpoint.save
+
+    def dying(tensors: object) -> bytes:
+        if next(calls) == number:
+            # Half of the file is there when the process dies.
+            place = next(Path(os.environ["RUN"]).glob("checkpoints/.step-*"))
+            (place / "weights.safetensors").write_bytes(original(tensors)[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(tensors)
+
+    checkpoint.save = dying
+
+
+@pytest.mark.parametrize(
+    ("function", "call"), [("save_checkpoint", 5), ("point_link", 3), ("remove_checkpoints", 4)]
+)
+def test_a_run_killed_within_a_checkpoint_goes_on(
+    function: str, call: int, whole: Path, tmp_path: Path
+):
+    assert end(start(config(tmp_path), die_at_call, function, call)) == [-signal.SIGKILL]
+    assert end(start(config(tmp_path))) == [0]
+    require_same_run(tmp_path / "run", whole)
+
+
+def test_a_half_written_checkpoint_is_removed_and_the_older_one_gone_on_with(
+    whole: Path, tmp_path: Path
+):
+    process = start(
+        config(tmp_path),
+        die_while_writing_weights,
+        3,
+        environment={"RUN": str(tmp_path / "run")},
+    )
+    assert end(process) == [-signal.SIGKILL]
+    run = tmp_path / "run"
+    assert list(run.glob("checkpoints/.step-*")) and read_run(run).record.step == 4
+    assert end(start(ResumeConfig(run))) == [0]
+    assert not list(run.glob("checkpoints/.step-*"))
+    require_same_run(run, whole)
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(whole: Path):
+    epochs = read_metrics(whole)
+    best = max(epochs, key=lambda epoch: epoch.top1)
+    kept = {path.name for path in (whole / "checkpoints").iterdir()}
+    assert kept == {"step-0000012", "step-0000014", "step-0000015", f"step-{best.step:07d}"}
+    assert (whole / "checkpoint").resolve().name == "step-0000015"
+    _, record = load_checkpoint(whole / "best")
+    assert (record.step, record.top1) == (best.step, best.top1)
+
+
+def test_an_older_checkpoint_can_be_gone_on_with(whole: Path, tmp_path: Path):
+    assert end(start(config(tmp_path, keep_checkpoints=20), die_at_call, "save_checkpoint", 7)) == [
+        -signal.SIGKILL
+    ]
+    older = tmp_path / "run" / "checkpoints" / "step-0000006"
+    assert end(start(ResumeConfig(older))) == [0]
+    require_equal(saved_state(tmp_path / "run"), saved_state(whole))
+
+
+def test_a_complete_run_is_not_trained_again(whole: Path):
+    before = (whole / "report.md").stat().st_mtime_ns
+    assert main(config(whole.parent)) == whole / "checkpoint"
+    assert (whole / "report.md").stat().st_mtime_ns == before
+    with pytest.raises(CheckpointError, match="is complete"):
+        main(ResumeConfig(whole))
+
+
+def test_the_name_of_a_run_with_another_recipe_is_refused(tmp_path: Path):
+    end(start(config(tmp_path), die_at_call, "save_checkpoint", 3))
+    with pytest.raises(CheckpointError, match="was begun with epochs 3 and now 4"):
+        main(config(tmp_path, epochs=4))
+    with pytest.raises(CheckpointError, match="trains tiny, not b0"):
+        main(config(tmp_path, variant="b0"))
+
+
+def write_classes(folder: Path, names: tuple[str, ...], num_images: int = 40) -> None:
+    for index, name in enumerate(names):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(num_images):
+            color = (60 * index, 6 * number, 128)
+            Image.new("RGB", (24, 24), color).save(folder / name / f"{number}.png")
+
+
+def test_a_run_is_not_resumed_with_another_class_list_or_other_images(tmp_path: Path):
+    data = tmp_path / "data"
+    write_classes(data, ("cat", "dog"))
+    begun = config(tmp_path, data=str(data), batch_size=16, micro_batch_size=16)
+    assert end(start(begun, die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
+    (data / "dog" / "0.png").unlink()
+    with pytest.raises(CheckpointError, match=r"are not those that .* was started with"):
+        main(ResumeConfig(tmp_path / "run"))
+    (data / "dog").rename(data / "wolf")
+    with pytest.raises(CheckpointError, match=r"2 classes that are not .*'wolf' in the place"):
+        main(ResumeConfig(tmp_path / "run"))
+
+
+def test_images_left_out_once_are_not_looked_for_again(tmp_path: Path):
+    data = tmp_path / "data"
+    write_classes(data, ("cat", "dog"), num_images=120)
+    (data / "cat" / "3.png").write_bytes(b"broken")
+    begun = config(tmp_path, data=str(data), batch_size=16, micro_batch_size=16)
+    assert end(start(begun, die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
+    assert [Path(name).name for name in read_run(tmp_path / "run").left_out] == ["3.png"]
+    assert end(start(ResumeConfig(tmp_path / "run"))) == [0]
+
+
+def fill_the_disk(log: Path, calls_that_fail: tuple[int, ...]) -> None:
+    logging.getLogger().addHandler(logging.FileHandler(log))
+    original = rundir.save_checkpoint
+    calls = iter(range(1, 1000))
+
+    def failing(*args: object) -> object:
+        if next(calls) in calls_that_fail:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)  # pyright: ignore[reportArgumentType]
+
+    rundir.save_checkpoint = failing  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole_and_training_goes_on(
+    whole: Path, tmp_path: Path
+):
+    assert end(start(config(tmp_path), fill_the_disk, tmp_path / "log", (3, 4))) == [0]
+    require_equal(saved_state(tmp_path / "run"), saved_state(whole))
+    log = (tmp_path / "log").read_text()
+    assert log.count("the checkpoint could not be written: [Errno 28] No space left") == 2
+    assert "step-0000004; training goes on and tries again" in log
+
+
+def test_a_full_disk_at_the_last_checkpoint_fails_the_run(tmp_path: Path):
+    last = tuple(range(4, 30))
+    assert end(start(config(tmp_path), fill_the_disk, tmp_path / "log", last)) == [1]
+    run = tmp_path / "run"
+    assert read_run(run).record.step == 5 and not (run / "report.md").exists()
+    load_checkpoint(run / "checkpoint")

@@ -1,0 +1,130 @@
+"""Training in processes of its own that can be killed, without each importing torch anew."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import TrainConfig
+from training.run import ResumeConfig, main
+
+# The server imports torch once; each child is a fork of it, and not of the threads of pytest.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["training_processes"])
+
+# Of a run, what depends on how long something took.
+TIMES = {"elapsed_s", "seconds", "images_per_s", "peak_memory_bytes"}
+
+
+def start(
+    config: TrainConfig | ResumeConfig,
+    prepare: Callable[..., None] | None = None,
+    *args: object,
+    environment: dict[str, str] | None = None,
+) -> BaseProcess:
+    """Start a training; `prepare` is called in its process first."""
+    process = CONTEXT.Process(target=_child, args=(config, prepare, args, environment or {}))
+    process.start()
+    return process
+
+
+def start_ranks(
+    config: TrainConfig | ResumeConfig,
+    world_size: int,
+    prepare: Callable[..., None] | None = None,
+    *args: object,
+) -> list[BaseProcess]:
+    """Start the processes that torchrun would start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            config,
+            prepare,
+            *args,
+            environment={
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(world_size)
+    ]
+
+
+def end(*processes: BaseProcess) -> list[int | None]:
+    """Wait for processes; return their exit codes."""
+    for process in processes:
+        process.join(timeout=240)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def kill_after(process: BaseProcess, seconds: float) -> bool:
+    """Kill a process after a time; return whether it was still there to be killed."""
+    deadline = time.monotonic() + seconds
+    while process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def saved_state(run: Path) -> dict[str, Any]:
+    """Return what the newest checkpoint of a run has saved, without times."""
+    path = run / "checkpoint" / "train_state.pt"
+    return without_times(torch.load(path, weights_only=True)["state"])
+
+
+def without_times(value: Any) -> Any:
+    """Drop what depends on how long something took."""
+    if isinstance(value, dict):
+        return {key: without_times(part) for key, part in value.items() if key not in TIMES}
+    if isinstance(value, list):
+        return [without_times(part) for part in value]
+    return value
+
+
+def require_equal(found: Any, expected: Any, where: str = "state") -> None:
+    """Fail unless two states are equal to the last bit."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, part in expected.items():
+            require_equal(found[key], part, f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for index, part in enumerate(expected):
+            require_equal(found[index], part, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+def _child(
+    config: TrainConfig | ResumeConfig,
+    prepare: Callable[..., None] | None,
+    args: tuple[object, ...],
+    environment: dict[str, str],
+) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # An error is a traceback on stderr and exit code 1, as multiprocessing has it.
+    logging.basicConfig(level=logging.WARNING)
+    if prepare:
+        prepare(*args)
+    main(config)

@@ -1,0 +1,74 @@
+"""Whole trainings side by side -> what progressive learning and adaptive regularisation bring.
+
+    python training/ablation.py
+    python training/ablation.py v2-b0 --data cifar10 --epochs 20 --image-sizes 32 48 64 --jobs 4
+    python training/ablation.py tiny --image-sizes 16 24 32 --flags="--optimizer.learning-rate 0.02"
+
+schedules: sizes that rise, that are fixed, or in random order, with regularisation that follows the
+size or is constant (Tan and Le 2021, Tables 12 and 13). magnitudes: RandAugment's magnitude by
+image size (Table 5). Each training is a run of training/run.py; a seed is a round of all of them.
+Started again, the command goes on where it was interrupted.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from efficientnet.command import parse_flags, run_command
+from efficientnet.publishing import find_section
+from efficientnet.tables import format_percent
+from training.ablation_plan import AblationConfig, PlannedRun, plan_rounds, plan_rows
+from training.ablation_report import publish, section_name, write_results
+from training.ablation_results import read_result, seconds_left
+from training.ablation_runs import train_all
+from training.progress import format_seconds
+from training.rundir import is_complete
+
+log = logging.getLogger(__name__)
+
+
+def main(config: AblationConfig) -> Path:
+    """Train what has not been trained yet; return the results' text.
+
+    Raises:
+        AblationError: a run failed, or was trained with other values.
+        PublishError: the README has no place for the table; nothing is trained then.
+        KeyboardInterrupt: Ctrl-C, after the runs under way have saved what was reached.
+    """
+    if config.publish:
+        find_section(config.readme, section_name(config.title))
+    planned = plan_rounds(config, plan_rows(config))
+    results = {p.directory: read_result(p) for p in planned if is_complete(p.directory)}
+    log.info("%d runs, %d of them complete, in %s", len(planned), len(results), config.directory)
+    num_rows = len(planned) // config.seeds
+    began, trained_s = time.perf_counter(), 0.0
+    with tqdm(total=len(planned), initial=len(results), unit="run", disable=None) as bar:
+
+        def on_finished(run: PlannedRun) -> None:
+            nonlocal trained_s
+            result = results[run.directory] = read_result(run)
+            bar.update()
+            trained_s += result.seconds
+            # Starts and evaluations take time too, and several runs go on at once.
+            left_s = seconds_left(planned, results) * (time.perf_counter() - began) / trained_s
+            bar.write(
+                f"{run.row.name}, seed {run.seed}: top-1 {format_percent(result.top1)} in "
+                f"{format_seconds(result.seconds)}; {len(results)} of {len(planned)} runs, "
+                f"{format_seconds(left_s)} left",
+                file=sys.stderr,
+            )
+            if sum(r.seed == run.seed for r in results.values()) == num_rows:
+                write_results(config, planned, results)
+
+        train_all([p for p in planned if p.directory not in results], config.jobs, on_finished)
+    record = write_results(config, planned, results)
+    if config.publish:
+        return publish(record, config.readme)
+    return config.directory / "ablation.md"
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(AblationConfig, __doc__), main)

@@ -1,0 +1,104 @@
+"""torchrun's environment -> this process's rank and device, and sums over all processes."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from efficientnet.errors import PipelineError
+
+# A process that decodes a slow shard or writes a large checkpoint is waited for; a dead one is
+# found at once by its closed connection.
+TIMEOUT = timedelta(minutes=30)
+
+
+class DistributedError(PipelineError):
+    """Processes that cannot train together."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those that train together."""
+
+    rank: int
+    """0 .. world_size - 1; rank 0 logs, evaluates the totals and writes."""
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+
+def may_be_restarted() -> bool:
+    """Tell whether torchrun starts the processes again when one dies."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def local_world_size() -> int:
+    """Count the processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def join_ranks() -> Ranks:
+    """Join the processes that torchrun started; alone without torchrun.
+
+    Each process on a machine takes the GPU of its local rank, or all take the CPU where there is no
+    GPU.
+
+    Raises:
+        DistributedError: more processes on this machine than GPUs.
+    """
+    has_gpu = torch.cuda.is_available()
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, torch.device("cuda" if has_gpu else "cpu"))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if has_gpu and local_rank >= torch.cuda.device_count():
+        raise DistributedError(
+            f"process {local_rank + 1} on this machine finds {torch.cuda.device_count()} GPUs; "
+            "start torchrun with --nproc-per-node=gpu"
+        )
+    device = torch.device("cuda", local_rank) if has_gpu else torch.device("cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+    return Ranks(rank, world_size, device)
+
+
+def leave_ranks() -> None:
+    """Leave the processes that train together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_main(value: Any) -> Any:
+    """Return rank 0's value in every process; plain values only."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+def sum_of(values: Sequence[float]) -> list[float]:
+    """Add up numbers over all processes."""
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def add_over_ranks(tensor: Tensor) -> Tensor:
+    """Add a tensor up over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

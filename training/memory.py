@@ -1,0 +1,188 @@
+"""Variant, image size and device -> the most images that one forward and backward pass can hold."""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from efficientnet.errors import PipelineError
+from efficientnet.model import EfficientNet, build_model
+from efficientnet.variants import NetworkOptions, get_variant
+from training.config import TrainConfig
+from training.progressive import Stage
+
+# Of the memory that is there; the rest is for cuDNN's workspaces, for holes between allocations,
+# and on a CPU for the worker processes.
+USABLE_SHARE = 0.85
+
+# Weights, gradients, average, and the optimizer's two moments, float32.
+COPIES_OF_WEIGHTS = 5
+
+# Of malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+# Batch norm needs more than one value per channel where the last map is a single pixel.
+MIN_MICRO_BATCH = 2
+
+
+class BatchTooLargeError(PipelineError):
+    """A batch that the device cannot hold."""
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """Return what the device has: a GPU's memory, or the machine's within its container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if Path(path).is_file() else "max"
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most that was in use: on a GPU since reset_peak_memory, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new count of the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # Not allowed in some containers; the peak is then that of the whole process.
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the next step; on a CPU, before the first tensor.
+
+    glibc gives large blocks back to the system after each step and faults them in again in the
+    next: 55,000 page faults and 130 to 200 ms of system time in a step of V2-S (64 px, 32 images)
+    became none, at the same peak. Another C library is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
+
+
+class MemoryModel:
+    """Predicts the memory of a training pass from the tensors that autograd keeps for it.
+
+    They are counted on the `meta` device, which computes nothing: the count is exact and takes
+    less than a second, whatever the size.
+    """
+
+    def __init__(self, config: TrainConfig, network: NetworkOptions, num_classes: int) -> None:
+        with torch.device("meta"):
+            model = build_model(
+                get_variant(config.variant), num_classes, config.stochastic_depth_rate, network
+            )
+        self._weight_bytes = sum(4 * p.numel() for p in model.parameters())
+        half = config.precision != "fp32"
+        self._model: EfficientNet = model.to(torch.bfloat16 if half else torch.float32).train()
+        self._type = torch.bfloat16 if half else torch.float32
+        self._per_image: dict[int, int] = {}
+
+    def bytes_for(self, image_size: int, micro_batch_size: int) -> int:
+        """Return the bytes that a step with such passes takes at its peak."""
+        return COPIES_OF_WEIGHTS * self._weight_bytes + micro_batch_size * self._image_bytes(
+            image_size
+        )
+
+    def largest(self, image_size: int, share: int, limit_bytes: float) -> int | None:
+        """Return the largest divisor of a process's share of the batch that fits; None: none."""
+        for size in _divisors(share):
+            if self.bytes_for(image_size, size) <= limit_bytes:
+                return size
+        return None
+
+    def _image_bytes(self, image_size: int) -> int:
+        if image_size not in self._per_image:
+            self._per_image[image_size] = (
+                saved_bytes(self._model, image_size, 4, self._type)
+                - saved_bytes(self._model, image_size, 2, self._type)
+            ) // 2
+        return self._per_image[image_size]
+
+
+def saved_bytes(model: nn.Module, image_size: int, num_images: int, dtype: torch.dtype) -> int:
+    """Count the bytes that autograd keeps between forward and backward, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            sizes[storage._cdata] = storage.nbytes()
+            kept.append(tensor)  # or its address would be given to the next one
+        return tensor
+
+    images = torch.empty(num_images, 3, image_size, image_size, device="meta", dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(images)
+    return sum(sizes.values())
+
+
+def plan_micro_batches(
+    config: TrainConfig,
+    network: NetworkOptions,
+    num_classes: int,
+    stages: Sequence[Stage],
+    world_size: int,
+    limit_bytes: float,
+) -> tuple[int, ...]:
+    """Choose how many images a forward pass of each stage takes.
+
+    fixed: config's micro_batch_size, or a process's whole share of the batch. memory: at each stage
+    the largest divisor of the share that fits; the batch, and so the learning rate, stays.
+
+    Raises:
+        BatchTooLargeError: a stage cannot hold it; the largest stage is looked at first.
+    """
+    model = MemoryModel(config, network, num_classes)
+    share = config.batch_size // world_size
+    sizes: dict[int, int] = {}
+    for stage in sorted(stages, key=lambda s: s.image_size, reverse=True):
+        where = f"stage {stage.index + 1} ({stage.image_size} px)"
+        largest = model.largest(stage.image_size, share, limit_bytes)
+        if largest is None:
+            needed = model.bytes_for(stage.image_size, MIN_MICRO_BATCH)
+            raise BatchTooLargeError(
+                f"{where} does not fit: a pass of {MIN_MICRO_BATCH} images needs about "
+                f"{needed / 1e9:.1f} GB, {limit_bytes / 1e9:.1f} GB can be used; "
+                "give a smaller --progressive.image-size, a smaller variant, or --precision bf16"
+            )
+        if config.batch_plan == "memory":
+            sizes[stage.index] = largest
+            continue
+        asked = config.micro_batch_size or share
+        needed = model.bytes_for(stage.image_size, asked)
+        if needed > limit_bytes:
+            raise BatchTooLargeError(
+                f"{where} does not fit: a pass of {asked} images needs about "
+                f"{needed / 1e9:.1f} GB, "
+                f"{limit_bytes / 1e9:.1f} GB can be used; give --micro-batch-size {largest}, "
+                "or --batch-plan memory"
+            )
+        sizes[stage.index] = asked
+    return tuple(sizes[stage.index] for stage in stages)
+
+
+def _divisors(number: int) -> list[int]:
+    # Largest first. A share of one image has no larger one.
+    smallest = min(MIN_MICRO_BATCH, number)
+    return [n for n in range(number, smallest - 1, -1) if number % n == 0]

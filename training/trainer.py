@@ -1,0 +1,283 @@
+"""A run and its state -> a trained run: epochs, evaluation, checkpoints, report."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from efficientnet.environment import current_environment, num_usable_cores
+from training.distributed import Ranks, from_main, local_world_size
+from training.loader import Batch, eval_batches, train_batches
+from training.loop import Evaluation, LossError, StepReport, TrainingError, evaluate, train_epoch
+from training.metrics import EpochMetrics
+from training.optim import learning_rate_at
+from training.prefetch import on_device
+from training.progress import InterruptFlag, ProgressBar, format_seconds
+from training.progressive import Stage
+from training.report import FinalEvaluation, StageResult, write_report
+from training.rundir import CheckpointWriter, Run, point_latest_to, read_run, remove_unfinished
+from training.sampler import StepPlan, StepSampler
+from training.state import EpochTotals, TrainState
+from training.step import TrainStep
+from training.watching import TensorBoardLog
+
+EVAL_BATCH_SIZE = 64
+
+MAX_ROLLBACKS = 3
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a run to its end, in one process or as one of several.
+
+    Args:
+        run: where, what and on which images.
+        state: new or restored; changed in place.
+        ranks: of the processes.
+        plan: of the steps.
+        stages: of progressive learning.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        ranks: Ranks,
+        plan: StepPlan,
+        stages: tuple[Stage, ...],
+    ) -> None:
+        self.run, self.state, self.ranks, self.plan, self.stages = run, state, ranks, plan, stages
+        # Of its own, so that an evaluation never meets a compiled network or DDP.
+        self._evaluated_model = copy.deepcopy(state.model)
+        self._step = TrainStep(
+            state, run.config, ranks, len(run.dataset.class_names), run.preprocess
+        )
+        self._num_workers = num_workers(run)
+
+    def fit(self) -> None:
+        """Train to the last step; evaluate, save and draw after each epoch; report.
+
+        Raises:
+            TrainingError: the loss is not finite, and training is not to be taken back, or was
+                so too often.
+            OSError: the last checkpoint could not be written.
+            KeyboardInterrupt: this process or another one was asked to stop; all is saved.
+        """
+        run, state, ranks = self.run, self.state, self.ranks
+        if ranks.is_main:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(run.directory, state.step)
+        has_ended = False
+        writer = CheckpointWriter(run) if ranks.is_main else None
+        with ExitStack() as stack:
+            if ranks.is_main:
+                self._board = stack.enter_context(TensorBoardLog(run.directory, state.step))
+            self._bar = stack.enter_context(ProgressBar(self.stages, self.plan, state.step, ranks))
+            self._bar.top1 = state.history[-1]["top1"] if state.history else None
+            interrupt = stack.enter_context(InterruptFlag())
+            try:
+                self._train(writer, interrupt)
+                has_ended = True
+            finally:
+                if writer:
+                    writer.close(has_ended)
+        self._finish()
+
+    def _train(self, writer: CheckpointWriter | None, interrupt: InterruptFlag) -> None:
+        state, plan = self.state, self.plan
+        if state.device.type == "cuda" and state.step < plan.num_steps:
+            largest = max(self.stages, key=lambda stage: stage.image_size)
+            state.model.train()
+            self._step.reserve_memory(largest.image_size, plan.micro_batch_sizes[largest.index])
+        every = self.run.config.checkpoint_every_steps
+        batches = self._batches()
+        while state.step < plan.num_steps:
+            try:
+                stopped = train_epoch(
+                    state,
+                    self._step,
+                    plan,
+                    self.stages,
+                    batches,
+                    lambda: interrupt.is_set,
+                    self._on_step,
+                    every - state.step % every if every else None,
+                )
+            except LossError as error:
+                if writer:
+                    writer.wait()
+                # Told by rank 0, which alone knows when the last one was written.
+                newest = self.run.checkpoint
+                kept = from_main(newest.resolve() if newest.exists() else None)
+                self._roll_back(error, kept)
+                batches = self._batches()
+                continue
+            evaluation = self._end_epoch() if plan.ends_epoch(state.step) else None
+            if writer:
+                writer.save(state, plan.epoch_of(state.step), evaluation)
+            if stopped and state.step < plan.num_steps:
+                raise KeyboardInterrupt(
+                    f"interrupted at step {state.step} of {plan.num_steps}; what was reached is in "
+                    f"{self.run.checkpoint}; go on with: "
+                    f"python training/run.py --resume {self.run.directory}"
+                )
+
+    def _batches(self) -> Iterator[Batch]:
+        state = self.state
+        sampler = StepSampler(self.plan, self.ranks.rank, state.step, state.attempt)
+        loader = train_batches(
+            self.run.dataset.train, self.run.config, self.stages, sampler, self._num_workers
+        )
+        return iter(on_device(loader, state.device))
+
+    def _on_step(self, report: StepReport) -> None:
+        self._bar.update(report)
+        if self.ranks.is_main:
+            self._board.on_step(report)
+
+    def _end_epoch(self) -> Evaluation:
+        state = self.state
+        began = perf_counter()
+        evaluation = self._evaluate(state.average.tensors, self.run.preprocess.image_size)
+        state.elapsed_s += perf_counter() - began
+        metrics = epoch_metrics(self.stages, self.plan, state, evaluation)
+        state.history.append(metrics.model_dump())
+        if state.best is None or evaluation.top1 > state.best["top1"]:
+            state.best = {"step": state.step, "top1": evaluation.top1}
+        state.totals = EpochTotals()
+        self._bar.top1 = evaluation.top1
+        if self.ranks.is_main:
+            self._bar.write(describe(metrics, self.plan.num_epochs, len(self.stages)))
+            self._board.on_epoch(metrics)
+        return evaluation
+
+    def _evaluate(self, weights: dict[str, Tensor], image_size: int) -> Evaluation:
+        ranks, model = self.ranks, self._evaluated_model
+        model.load_state_dict(weights)
+        spec = self.run.preprocess.model_copy(update={"image_size": image_size})
+        # Every image once: a part that is one image shorter than the others is no harm.
+        part = self.run.dataset.val[ranks.rank :: ranks.world_size]
+        batches = eval_batches(part, spec, EVAL_BATCH_SIZE, self._num_workers)
+        return evaluate(model, batches, self.state.device)
+
+    def _roll_back(self, error: LossError, kept: Path | None) -> None:
+        run, state = self.run, self.state
+        if run.config.on_nan == "stop" or kept is None or state.attempt == MAX_ROLLBACKS:
+            again = f" after {state.attempt} rollbacks" if state.attempt else ""
+            raise TrainingError(
+                f"{error}{again}; the last good checkpoint: {kept or 'none, it failed too early'}; "
+                "lower --optimizer.learning-rate, give it a longer warm-up, or --on-nan rollback"
+            ) from None
+        attempt = state.attempt + 1
+        state.load_dict(read_run(kept).state)
+        state.attempt = attempt
+        log.warning(
+            "%s; back to step %d (%s), on with other random numbers: rollback %d of %d",
+            error,
+            state.step,
+            kept,
+            attempt,
+            MAX_ROLLBACKS,
+        )
+
+    def _finish(self) -> None:
+        """Evaluate raw and averaged weights at both sizes; write the report; point to the run."""
+        run, state, plan = self.run, self.state, self.plan
+        sizes = {self.stages[-1].image_size, run.preprocess.image_size}
+        both: tuple[tuple[Literal["averaged", "raw"], dict[str, Tensor]], ...] = (
+            ("averaged", state.average.tensors),
+            ("raw", state.model.state_dict()),
+        )
+        evaluations = [
+            FinalEvaluation(
+                weights=name,
+                image_size=size,
+                is_train_size=size == self.stages[-1].image_size,
+                result=self._evaluate(weights, size),
+            )
+            for name, weights in both
+            for size in sorted(sizes)
+        ]
+        if not self.ranks.is_main:
+            return
+        results = [
+            StageResult(
+                stage=stage,
+                micro_batch_size=plan.micro_batch_sizes[stage.index],
+                passes_per_step=run.config.batch_size // plan.micro_batch_sizes[stage.index],
+                num_steps=plan.num_steps_of_stage(stage.index),
+                num_images=state.stages[stage.index].num_images,
+                seconds=state.stages[stage.index].seconds,
+                peak_memory_bytes=state.stages[stage.index].peak_memory_bytes,
+            )
+            for stage in self.stages
+        ]
+        write_report(
+            run.directory,
+            run.config,
+            run.dataset.class_names,
+            len(run.dataset.train),
+            len(run.dataset.val),
+            results,
+            evaluations,
+            [EpochMetrics(**epoch) for epoch in state.history],
+            current_environment(),
+            device_name(state.device),
+            self.ranks.world_size,
+        )
+        point_latest_to(run.directory)
+
+
+def num_workers(run: Run) -> int:
+    """Count the processes that decode and augment for one training process."""
+    if run.config.num_workers is not None:
+        return run.config.num_workers
+    if run.config.data is None:
+        return 0
+    return max(1, num_usable_cores() // local_world_size())
+
+
+def device_name(device: torch.device) -> str:
+    """Name the device for a person."""
+    return "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def epoch_metrics(
+    stages: tuple[Stage, ...], plan: StepPlan, state: TrainState, evaluation: Evaluation
+) -> EpochMetrics:
+    """Sum up the epoch that has just ended."""
+    last_step = state.step - 1
+    stage = stages[plan.stage_of(last_step)]
+    config = plan.config
+    return EpochMetrics(
+        epoch=plan.epoch_of(state.step),
+        step=state.step,
+        stage=stage.index + 1,
+        image_size=stage.image_size,
+        learning_rate=learning_rate_at(
+            last_step, config.optimizer, config.batch_size, plan.steps_per_epoch, plan.num_steps
+        ),
+        train_loss=state.totals.loss_sum / state.totals.num_steps,
+        val_loss=evaluation.loss,
+        top1=evaluation.top1,
+        top5=evaluation.top5,
+        images_per_s=state.totals.num_images / state.totals.seconds,
+        elapsed_s=state.elapsed_s,
+    )
+
+
+def describe(metrics: EpochMetrics, num_epochs: int, num_stages: int) -> str:
+    """Write an epoch as one line for the log."""
+    return (
+        f"epoch {metrics.epoch:3d}/{num_epochs}  stage {metrics.stage}/{num_stages}  "
+        f"{metrics.image_size:3d} px  loss {metrics.train_loss:.3f}  "
+        f"held-out loss {metrics.val_loss:.3f}  top-1 {100 * metrics.top1:5.1f} %  "
+        f"{metrics.images_per_s:5.0f} images/s  {format_seconds(metrics.elapsed_s)}"
+    )
