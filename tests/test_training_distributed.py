@@ -2,18 +2,21 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from training_processes import end, require_equal, saved_state, start, start_ranks
 
 from training.config import TrainConfig
-from training.distributed import Ranks
+from training.distributed import MEETING_PORT, Ranks, meeting_store
 from training.metrics import read_metrics
 from training.recipes import digits_recipe
 from training.run import find_run
@@ -137,6 +140,20 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_nothing_had_ha
         log.close()
     assert "go on with" in (tmp_path / "log").read_text()
     require_same_curves(run, alone)
+
+
+def test_a_process_does_not_meet_at_the_port_that_a_dead_process_left_behind():
+    of_torchrun = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with socket.socket() as dead:
+        dead.bind(("127.0.0.1", 0))
+        of_torchrun.set(MEETING_PORT, str(dead.getsockname()[1]))
+    with ThreadPoolExecutor() as pool:
+        follower = pool.submit(meeting_store, "127.0.0.1", of_torchrun.port, 1)
+        with pytest.raises(TimeoutError):
+            follower.result(timeout=0.5)
+        main = meeting_store("127.0.0.1", of_torchrun.port, 0)
+        main.set("from", "process 0")
+        assert follower.result(timeout=60).get("from") == b"process 0"
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(tmp_path: Path):

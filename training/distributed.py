@@ -1,6 +1,8 @@
 """torchrun's environment -> this process's rank and device, and sums over all processes."""
 
 import os
+import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,12 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from efficientnet.errors import PipelineError
 
 # A process that decodes a slow shard or writes a large checkpoint is waited for; a dead one is
 # found at once by its closed connection.
 TIMEOUT = timedelta(minutes=30)
+MEETING_PORT = "training/port"
 
 
 class DistributedError(PipelineError):
@@ -69,8 +73,52 @@ def join_ranks() -> Ranks:
     if has_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+        store = None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = meeting_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank if store else -1,
+            world_size=world_size if store else -1,
+            timeout=TIMEOUT,
+        )
     return Ranks(rank, world_size, device)
+
+
+def meeting_store(host: str, port: int, rank: int) -> TCPStore:
+    """Return a store of this start's processes alone, found through torchrun's.
+
+    torchrun keeps one store over its restarts (pytorch/pytorch, issue 135712: a fast process read
+    the address that a dead one had left there, and could not connect), and its restart count
+    differs between machines, so it cannot tell the starts apart. Rank 0 therefore serves a store of
+    its own; a port that a dead rank 0 left behind refuses the connection and is read again.
+
+    Args:
+        host: Where rank 0 and torchrun's store are, MASTER_ADDR.
+        port: Port of torchrun's store, MASTER_PORT.
+        rank: This process's rank.
+
+    Raises:
+        DistributedError: rank 0 did not come within `TIMEOUT`.
+    """
+    of_torchrun = TCPStore(host, port, is_master=False, timeout=TIMEOUT)
+    if rank == 0:
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+        of_torchrun.set(MEETING_PORT, str(store.port))
+        return store
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        found = int(of_torchrun.get(MEETING_PORT))
+        try:
+            with socket.create_connection((host, found), timeout=5):
+                pass
+        except OSError:
+            time.sleep(0.05)
+            continue
+        return TCPStore(host, found, is_master=False, timeout=TIMEOUT)
+    raise DistributedError(f"process {rank} waited {TIMEOUT} for process 0 at {host}; see its log")
 
 
 def leave_ranks() -> None:
