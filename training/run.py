@@ -15,6 +15,7 @@ paper's recipe from scratch (imagenet).
 --help after a variant lists what can be set.
 """
 
+import argparse
 import logging
 import sys
 from dataclasses import dataclass, fields
@@ -69,38 +70,27 @@ def parse(args: list[str]) -> TrainConfig | ResumeConfig:
     Raises:
         ValueError: unknown variant, with the nearest names, or a value outside its limits.
     """
-    if _value_of("--resume", args) is not None:
+    chosen, rest = _peek(args, "--recipe")
+    given, _ = _peek(rest, "--resume", "--data", "--schedule")
+    if given.resume is not None:
         return parse_flags(ResumeConfig, __doc__, args)
     if args and not args[0].startswith("-"):
         get_variant(args[0])
-    default = DIGITS_RECIPE if _value_of("--data", args) is None else "imagenet"
-    recipe = _value_of("--recipe", args) or default
-    schedule = _value_of("--schedule", args) or "paper"
+    recipe = chosen.recipe or (DIGITS_RECIPE if given.data is None else "imagenet")
+    schedule = given.schedule or "paper"
     if schedule not in get_args(Schedule):
         raise ValueError(f"no schedule {schedule!r}; there are {', '.join(get_args(Schedule))}")
     recipes = recipes_for(recipe, cast(Schedule, schedule))
     described = {name: (f"train {name}", values) for name, values in recipes.items()}
-    return tyro.extras.overridable_config_cli(
-        described, description=__doc__, args=_without("--recipe", args)
-    )
+    return tyro.extras.overridable_config_cli(described, description=__doc__, args=rest)
 
 
-def _value_of(flag: str, args: list[str]) -> str | None:
-    for index, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name == flag:
-            return value if equals else next(iter(args[index + 1 :]), "")
-    return None
-
-
-def _without(flag: str, args: list[str]) -> list[str]:
-    rest: list[str] = []
-    for arg in args:
-        if arg.partition("=")[0] == flag or (rest and rest[-1] == flag):
-            rest.append(flag if arg == flag else "")
-        else:
-            rest.append(arg)
-    return [arg for arg in rest if arg not in (flag, "")]
+def _peek(args: list[str], *flags: str) -> tuple[argparse.Namespace, list[str]]:
+    """Return the flags' values, None where not given, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag)
+    return parser.parse_known_args(args)
 
 
 def main(command: TrainConfig | ResumeConfig) -> Path | None:
