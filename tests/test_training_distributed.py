@@ -16,7 +16,13 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from training_processes import end, require_equal, saved_state, start, start_ranks
 
 from training.config import TrainConfig
-from training.distributed import MEETING_PORT, Ranks, meeting_store
+from training.distributed import (
+    MEETING_PORT,
+    DistributedError,
+    Ranks,
+    join_ranks,
+    meeting_store,
+)
 from training.metrics import read_metrics
 from training.recipes import digits_recipe
 from training.run import find_run
@@ -161,6 +167,14 @@ def test_a_world_size_that_does_not_divide_the_batch_is_refused(tmp_path: Path):
         StepPlan(1437, config(tmp_path), [64] * 3, world_size=3)
     with pytest.raises(ValueError, match="micro_batch_size 64 x 8 processes is no divisor"):
         StepPlan(1437, config(tmp_path), [64] * 3, world_size=8)
+
+
+def test_processes_that_torchrun_did_not_start_are_told_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(DistributedError, match="start the processes with torchrun"):
+        join_ranks()
 
 
 def test_a_run_that_torchrun_may_restart_needs_a_name(

@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import signal
@@ -6,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard.writer import SummaryWriter
 from training_processes import require_equal, saved_state
 
 from efficientnet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from efficientnet.variants import NetworkOptions
-from training import trainer
-from training.loop import TrainingError
-from training.metrics import read_metrics
+from training import loop, trainer
+from training.loop import StepReport, TrainingError
+from training.metrics import EpochMetrics, draw_curves, read_metrics
 from training.optim import WeightAverage, build_optimizer, learning_rate_at
 from training.recipes import digits_recipe, imagenet_recipe
 from training.run import ResumeConfig, main
@@ -105,6 +107,71 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_step_and_stage(tmp_pat
         TrainingError, match=r"the loss is nan at step 2 of 22 \(stage 1 of 2, 16 px\).*too early"
     ):
         main(config)
+
+
+def test_a_loss_that_is_read_late_belongs_to_its_own_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # As on a GPU.
+    monkeypatch.setitem(loop.PASSES_BETWEEN_READINGS, "cpu", 8)
+    losses: list[float | None] = []
+    original = trainer.ProgressBar.update
+
+    def update(self: trainer.ProgressBar, report: StepReport) -> None:
+        losses.append(report.loss)
+        original(self, report)
+
+    monkeypatch.setattr(trainer.ProgressBar, "update", update)
+    fail_at(monkeypatch, {10})
+    with pytest.raises(TrainingError, match=r"nan at step 11 of 22 \(stage 1 of 2, 16 px\)"):
+        main(tiny_config(tmp_path))
+    # The first stage ends with step 11.
+    assert losses[:7] == [None] * 7 and len(set(losses[7:])) == 1 and len(losses) == 10
+
+
+def test_a_full_disk_ends_tensorboards_log_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    main(tiny_config(tmp_path))
+    assert caplog.text.count("TensorBoard's log could not be written: [Errno 28]") == 1
+
+
+def test_curves_are_drawn_of_any_number_of_stages(tmp_path: Path):
+    epoch = EpochMetrics(
+        epoch=1,
+        step=1,
+        stage=1,
+        image_size=32,
+        learning_rate=0.1,
+        train_loss=1.0,
+        val_loss=1.0,
+        top1=0.5,
+        top5=0.9,
+        images_per_s=1.0,
+        elapsed_s=1.0,
+    )
+    epochs = [epoch.model_copy(update={"stage": i, "elapsed_s": 60.0 * i}) for i in range(1, 31)]
+    assert draw_curves(tmp_path, epochs, "thirty stages").is_file()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"label_smoothing": 1.5},
+        {"stochastic_depth_rate": 1.0},
+        {"batch_norm_momentum": -0.1},
+        {"num_randaugment_layers": -1},
+        {"num_workers": -2},
+    ],
+)
+def test_settings_outside_their_limits_are_named(changes: dict, tmp_path: Path):
+    name, value = next(iter(changes.items()))
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected"):
+        tiny_config(tmp_path, **changes)
 
 
 def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path: Path):
@@ -250,13 +317,13 @@ def test_the_average_forgets_the_initial_weights_first_and_then_follows_its_deca
     with torch.no_grad():
         layer.weight.fill_(11.0)
     layer(torch.randn(8, 1))
-    average.update(layer)
+    average.update()
     assert average.tensors["weight"].item() == pytest.approx(1 + (1 - 2 / 11) * 10)
     assert average.tensors["num_batches_tracked"].item() == 1
     for _ in range(200):
-        average.update(layer)
+        average.update()
     before = average.tensors["weight"].item()
     with torch.no_grad():
         layer.weight.fill_(before + 1)
-    average.update(layer)
+    average.update()
     assert average.tensors["weight"].item() == pytest.approx(before + 0.1, rel=1e-4)

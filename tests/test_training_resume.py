@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from training_processes import (
     end,
@@ -18,12 +19,14 @@ from training_processes import (
     start,
 )
 
+from efficientnet.atomic import point_link
 from efficientnet.checkpoint import CheckpointError, load_checkpoint
 from training import rundir
+from training.distributed import Ranks
 from training.metrics import read_metrics
 from training.recipes import digits_recipe
-from training.run import ResumeConfig, main
-from training.rundir import read_run
+from training.run import ResumeConfig, find_run, main
+from training.rundir import read_run, remove_unfinished
 
 NUM_KILLS = 10
 
@@ -119,7 +122,7 @@ def die_while_writing_weights(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "call"), [("save_checkpoint", 5), ("point_link", 3), ("remove_checkpoints", 4)]
+    ("function", "call"), [("save_checkpoint", 5), ("point_link", 3), ("write_metrics", 3)]
 )
 def test_a_run_killed_within_a_checkpoint_goes_on(
     function: str, call: int, whole: Path, tmp_path: Path
@@ -165,10 +168,34 @@ def test_an_older_checkpoint_can_be_gone_on_with(whole: Path, tmp_path: Path):
     require_equal(saved_state(tmp_path / "run"), saved_state(whole))
 
 
+def test_going_back_to_an_older_checkpoint_never_leaves_a_run_without_one(tmp_path: Path):
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"step-000000{step}").mkdir(parents=True)
+    point_link(tmp_path / "checkpoint", Path("checkpoints/step-0000004"))
+    point_link(tmp_path / "best", Path("checkpoints/step-0000004"))
+    remove_unfinished(tmp_path, 2)
+    assert (tmp_path / "checkpoint").resolve().name == "step-0000002"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000002"]
+    assert not (tmp_path / "best").is_symlink()
+
+
+def test_torchrun_would_go_back_to_a_given_checkpoint_at_each_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert end(start(config(tmp_path), die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    older = tmp_path / "run" / "checkpoints" / "step-0000002"
+    with pytest.raises(ValueError, match=r"go back to .*step-0000002 at each restart"):
+        find_run(ResumeConfig(older), Ranks(0, 1, torch.device("cpu")))
+    assert find_run(ResumeConfig(tmp_path / "run"), Ranks(0, 1, torch.device("cpu")))[1]
+
+
 def test_a_complete_run_is_not_trained_again(whole: Path):
     before = (whole / "report.md").stat().st_mtime_ns
     assert main(config(whole.parent)) == whole / "checkpoint"
     assert (whole / "report.md").stat().st_mtime_ns == before
+    with pytest.raises(CheckpointError, match="was begun with epochs 3 and now 4"):
+        main(config(whole.parent, epochs=4))
     with pytest.raises(CheckpointError, match="is complete"):
         main(ResumeConfig(whole))
 

@@ -26,8 +26,9 @@ from training.ablation_plan import (
 from training.config import config_to_json
 from training.metrics import read_metrics
 from training.progressive import plan_stages
+from training.report import REPORT_FILE
 from training.run import FREE_TO_CHANGE
-from training.rundir import CHECKPOINT, REPORT
+from training.rundir import CHECKPOINT
 
 # Tan and Le 2021. Table 12: EfficientNet-B4, top-1 and hours. Table 13: top-1. Table 5: top-1 and
 # deviation of three runs, by magnitude and image size.
@@ -173,7 +174,7 @@ def collect_rounds(
     }
     shown = [run for run in planned if run.seed in seeds]
     checkpoints = [read_checkpoint(run.directory / CHECKPOINT) for run in shown]
-    newest = max((run.directory / REPORT).stat().st_mtime for run in shown)
+    newest = max((run.directory / REPORT_FILE).stat().st_mtime for run in shown)
     return AblationRecord(
         name=config.title,
         variant=config.variant,

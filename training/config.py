@@ -152,8 +152,8 @@ class TrainConfig:
     batch norm sees at once; None = batch_size / processes."""
 
     batch_plan: Literal["fixed", "memory"] = "fixed"
-    """fixed: micro_batch_size throughout. memory: at each stage the largest part of batch_size that
-    the device holds; micro_batch_size is then the most that is taken."""
+    """fixed: micro_batch_size throughout. memory: at each stage the largest part of a
+    process's share of the batch that the device holds; micro_batch_size is then not used."""
 
     compile: bool = False
     """Compile the network, once for each stage; no graph but the stage's size is ever made."""
@@ -229,6 +229,12 @@ class TrainConfig:
             raise ValueError("epochs and batch_size must be at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}, expected at least 1")
+        for name in ("label_smoothing", "stochastic_depth_rate", "batch_norm_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
+        for name in ("num_randaugment_layers", "num_workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
         ):

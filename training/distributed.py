@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from efficientnet.errors import PipelineError
@@ -18,7 +17,12 @@ from efficientnet.errors import PipelineError
 # A process that decodes a slow shard or writes a large checkpoint is waited for; a dead one is
 # found at once by its closed connection.
 TIMEOUT = timedelta(minutes=30)
+# While rank 0 unpacks a named set or decodes every image once, the others wait for its word.
+PREPARATION_TIMEOUT = timedelta(days=2)
 MEETING_PORT = "training/port"
+
+
+_for_preparation: dist.ProcessGroup | None = None
 
 
 class DistributedError(PipelineError):
@@ -57,12 +61,17 @@ def join_ranks() -> Ranks:
     GPU.
 
     Raises:
-        DistributedError: more processes on this machine than GPUs.
+        DistributedError: more processes on this machine than GPUs, or not started by torchrun.
     """
     has_gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
         return Ranks(0, 1, torch.device("cuda" if has_gpu else "cpu"))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if "LOCAL_RANK" not in os.environ:
+        raise DistributedError(
+            "RANK is set but LOCAL_RANK is not: start the processes with torchrun, or unset RANK "
+            "to train in one process"
+        )
     local_rank = int(os.environ["LOCAL_RANK"])
     if has_gpu and local_rank >= torch.cuda.device_count():
         raise DistributedError(
@@ -84,6 +93,8 @@ def join_ranks() -> Ranks:
             world_size=world_size if store else -1,
             timeout=TIMEOUT,
         )
+        global _for_preparation
+        _for_preparation = dist.new_group(backend="gloo", timeout=PREPARATION_TIMEOUT)
     return Ranks(rank, world_size, device)
 
 
@@ -132,7 +143,7 @@ def from_main(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(values, src=0, group=_for_preparation, device=torch.device("cpu"))
     return values[0]
 
 
@@ -143,10 +154,3 @@ def sum_of(values: Sequence[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return tensor.tolist()
-
-
-def add_over_ranks(tensor: Tensor) -> Tensor:
-    """Add a tensor up over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor

@@ -20,8 +20,9 @@ from training.sampler import StepPlan
 from training.state import StageTotals, TrainState
 from training.step import TrainStep
 
-# Reading the loss makes a GPU's queue run dry; every tenth step is enough for the bar and for NaN.
-STEPS_BETWEEN_READINGS = {"cpu": 1, "cuda": 10}
+# Reading the loss makes a GPU's queue run dry; every tenth pass is enough for the bar, for NaN and
+# to see that the training is asked to stop.
+PASSES_BETWEEN_READINGS = {"cpu": 1, "cuda": 10}
 
 # A larger matrix says nothing to the eye.
 MAX_CONFUSION_CLASSES = 100
@@ -54,7 +55,8 @@ class StepReport:
     step: int
     """Steps taken."""
     stage: Stage
-    loss: float
+    loss: float | None
+    """Of the last step that was read; None before the first is."""
     learning_rate: float
     images_per_s: float
 
@@ -92,7 +94,8 @@ def train_epoch(
     # Continued in the same precision, so that a resumed epoch adds up to the very same sum.
     loss_sum = torch.tensor(totals.loss_sum, dtype=torch.float64, device=device)
     unread: list[Tensor] = []
-    started, first_step, begun, loss = perf_counter(), state.step, -1, math.nan
+    started, first_step, begun = perf_counter(), state.step, -1
+    loss: float | None = None
     stage_began = started
     seconds_before, images_before = totals.seconds, totals.num_images
     stopped = False
@@ -108,7 +111,8 @@ def train_epoch(
         )
         # Filled where it is needed: to copy it there would wait for the device.
         stop = torch.full((), float(is_asked_to_stop()), device=device)
-        step_loss, stops = step(batches, plan.passes_per_step(state.step), rate, stop)
+        num_passes = plan.passes_per_step(state.step)
+        step_loss, stops = step(batches, num_passes, rate, stop)
         loss_sum += step_loss
         unread.append(step_loss)
         totals.num_steps += 1
@@ -117,7 +121,9 @@ def train_epoch(
 
         has_ended = plan.ends_epoch(state.step)
         is_last = has_ended or (max_steps is not None and state.step - first_step >= max_steps)
-        if is_last or len(unread) >= STEPS_BETWEEN_READINGS[device.type]:
+        ends_stage = has_ended or plan.stage_of(state.step) != stage.index
+        every = max(1, PASSES_BETWEEN_READINGS[device.type] // num_passes)
+        if is_last or ends_stage or state.step % every == 0:
             loss = require_finite(unread, state.step, plan, stage, len(stages))
             stopped = stops.item() > 0
             unread = []
@@ -126,8 +132,7 @@ def train_epoch(
         rate_per_s = (totals.num_images - images_before) / (now - started)
         on_step(StepReport(state.step, stage, loss, rate, rate_per_s))
         is_last = is_last or stopped
-        ends_stage = is_last or plan.stage_of(state.step) != stage.index
-        if ends_stage:
+        if is_last or ends_stage:
             stage_totals = state.stages[stage.index]
             stage_totals.seconds += perf_counter() - stage_began
             stage_totals.peak_memory_bytes = max(
@@ -171,7 +176,8 @@ def evaluate(
     Each process gives its part of the images; the result is that of all of them.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    count = 0
     num_classes = model.num_classes
     num_cells = num_classes**2 if num_classes <= MAX_CONFUSION_CLASSES else 0
     confusion = torch.zeros(num_cells, dtype=torch.int64, device=device)
@@ -182,13 +188,12 @@ def evaluate(
         loss = cross_entropy(logits, labels, reduction="sum")
         best = logits.topk(min(5, num_classes), dim=1).indices  # [N, 5]
         hits = best == labels[:, None]
-        sums += torch.stack(
-            [loss.double(), hits[:, 0].sum(), hits.any(dim=1).sum(), loss.new_tensor(len(labels))]
-        )
+        sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.any(dim=1).sum()])
+        count += len(labels)
         if num_classes <= MAX_CONFUSION_CLASSES:
             ones = torch.ones_like(labels)
             confusion.index_add_(0, labels * num_classes + best[:, 0], ones)
-    loss_sum, num_top1, num_top5, num_images = sum_of(sums.tolist())
+    loss_sum, num_top1, num_top5, num_images = sum_of([*sums.tolist(), count])
     matrix = None
     if num_classes <= MAX_CONFUSION_CLASSES:
         counts = iter(sum_of(confusion.tolist()))

@@ -18,8 +18,9 @@ from training.progressive import Stage
 # and on a CPU for the worker processes.
 USABLE_SHARE = 0.85
 
-# Weights, gradients, average, and the optimizer's two moments, float32.
-COPIES_OF_WEIGHTS = 5
+# Weights, gradients, average, the optimizer's two moments, and the network that is evaluated,
+# float32.
+COPIES_OF_WEIGHTS = 6
 
 # Of malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -160,11 +161,14 @@ def plan_micro_batches(
         where = f"stage {stage.index + 1} ({stage.image_size} px)"
         largest = model.largest(stage.image_size, share, limit_bytes)
         if largest is None:
-            needed = model.bytes_for(stage.image_size, MIN_MICRO_BATCH)
+            smallest = _divisors(share)[-1]
+            needed = model.bytes_for(stage.image_size, smallest)
             raise BatchTooLargeError(
-                f"{where} does not fit: a pass of {MIN_MICRO_BATCH} images needs about "
-                f"{needed / 1e9:.1f} GB, {limit_bytes / 1e9:.1f} GB can be used; "
-                "give a smaller --progressive.image-size, a smaller variant, or --precision bf16"
+                f"{where} does not fit: a pass of {smallest} images, the smallest that divides a "
+                f"process's share of {share}, needs about {needed / 1e9:.1f} GB, "
+                f"{limit_bytes / 1e9:.1f} GB can be used; give a --batch-size with smaller "
+                "divisors, a smaller --progressive.image-size, a smaller variant, or "
+                "--precision bf16"
             )
         if config.batch_plan == "memory":
             sizes[stage.index] = largest

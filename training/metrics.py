@@ -89,13 +89,13 @@ def draw_curves(run: Path, epochs: Sequence[EpochMetrics], title: str) -> Path:
 
 
 def _draw_bands(axes: Axes, epochs: Sequence[EpochMetrics], has_labels: bool) -> None:
-    begin = 0.0
+    begin, num_stages = 0.0, max(epoch.stage for epoch in epochs)
     for index, epoch in enumerate(epochs):
         is_last_of_stage = index + 1 == len(epochs) or epochs[index + 1].stage != epoch.stage
         if not is_last_of_stage:
             continue
         end = epoch.elapsed_s / 60
-        axes.axvspan(begin, end, color="tab:blue", alpha=0.04 * epoch.stage, lw=0)
+        axes.axvspan(begin, end, color="tab:blue", alpha=0.16 * epoch.stage / num_stages, lw=0)
         if has_labels:
             axes.annotate(
                 f"stage {epoch.stage}\n{epoch.image_size} px",

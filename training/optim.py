@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.optim.rmsprop_tf import RMSpropTF
-from torch import Tensor, nn
+from torch import nn
 
 from training.config import OptimizerConfig
 
@@ -59,23 +59,24 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
         self.num_updates = 0
-        self.tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        current = model.state_dict()
+        self.tensors = {name: t.detach().clone() for name, t in current.items()}
+        # Found once: they are changed in place, and looking for them takes milliseconds.
+        floats = [name for name, tensor in current.items() if tensor.is_floating_point()]
+        self._averages = [self.tensors[name] for name in floats]
+        self._currents = [current[name] for name in floats]
+        self._counts = [(self.tensors[n], t) for n, t in current.items() if n not in floats]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Move the average towards the model's present weights."""
         self.num_updates += 1
         decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averages: list[Tensor] = []
-        currents: list[Tensor] = []
-        for name, current in model.state_dict().items():
-            if current.is_floating_point():
-                averages.append(self.tensors[name])
-                currents.append(current)
-            else:
-                self.tensors[name].copy_(current)
         # What torch.optim.swa_utils calls too; one launch for all tensors instead of one each.
-        torch._foreach_lerp_(averages, currents, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(self._averages, self._currents, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        if self._counts:
+            averages, currents = map(list, zip(*self._counts, strict=True))
+            torch._foreach_copy_(averages, currents)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what load_state_dict takes."""

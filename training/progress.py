@@ -1,4 +1,4 @@
-"""Steps of a run -> a progress bar, and Ctrl-C -> a stop after the present step."""
+"""Steps of a run -> a progress bar, and Ctrl-C -> a stop after a step."""
 
 import signal
 import sys
@@ -16,9 +16,10 @@ from training.sampler import StepPlan
 
 
 class InterruptFlag:
-    """While entered, the first Ctrl-C or SIGTERM only sets `is_set`; the second ends the process.
+    """While entered, the first Ctrl-C or SIGTERM only sets `is_set`; a second Ctrl-C gives up.
 
-    SIGTERM is what Slurm and Kubernetes send before they take a machine away.
+    SIGTERM is what Slurm and Kubernetes send before they take a machine away, and torchrun sends it
+    on: it may come twice.
     """
 
     def __init__(self) -> None:
@@ -42,11 +43,12 @@ class InterruptFlag:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self.is_set:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.is_set:
+            print("\nstopping within a few steps; Ctrl-C gives up at once", file=sys.stderr)
         self.is_set = True
-        print("\nstopping after this step; once more gives up at once", file=sys.stderr)
 
 
 class ProgressBar:
@@ -82,10 +84,11 @@ class ProgressBar:
             self._pixels_left = self._pixels_after(report.step)
         self._step = report.step
         left_s = (perf_counter() - self._started) / self._pixels_done * self._pixels_left
+        loss = "-" if report.loss is None else f"{report.loss:.3f}"
         top1 = "-" if self.top1 is None else f"{100 * self.top1:.1f} %"
         self._bar.set_description_str(
             f"stage {report.stage.index + 1}/{len(self._stages)}  {report.stage.image_size} px  "
-            f"loss {report.loss:.3f}  top-1 {top1}  {report.images_per_s:.0f} images/s  "
+            f"loss {loss}  top-1 {top1}  {report.images_per_s:.0f} images/s  "
             f"{format_seconds(left_s)} left",
             refresh=False,
         )

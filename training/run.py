@@ -18,17 +18,17 @@ paper's recipe from scratch (imagenet).
 import argparse
 import logging
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast, get_args
 
 import tyro
 
-from efficientnet.checkpoint import CheckpointError
+from efficientnet.checkpoint import CheckpointError, read_checkpoint
 from efficientnet.command import PROJECT_LOGGERS, parse_flags, run_command
 from efficientnet.variants import get_variant
-from training.config import Schedule, TrainConfig, config_to_json
+from training.config import Schedule, TrainConfig, config_from_json, config_to_json
 from training.data import load_training_data
 from training.distributed import (
     Ranks,
@@ -120,7 +120,9 @@ def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
     if isinstance(command, TrainConfig):
         command.require_stages_fit()
     directory, saved = find_run(command, ranks)
-    if isinstance(command, TrainConfig) and is_complete(directory):
+    if isinstance(command, TrainConfig) and from_main(is_complete(directory)):
+        record = read_checkpoint(directory / CHECKPOINT)
+        require_same_recipe(command, config_from_json(record.train_config), directory)
         log.info("%s is complete: nothing to train", directory)
         return directory / CHECKPOINT
     start = None
@@ -173,6 +175,11 @@ def find_run(command: TrainConfig | ResumeConfig, ranks: Ranks) -> tuple[Path, S
     """
     if isinstance(command, ResumeConfig):
         saved = read_run(command.resume, command.variant)
+        if may_be_restarted() and command.resume.resolve() != saved.directory.resolve():
+            raise ValueError(
+                f"torchrun --max-restarts would go back to {command.resume} at each restart; start "
+                f"it without, or give the run, --resume {saved.directory}"
+            )
         return saved.directory, saved
     if command.name is None:
         if may_be_restarted():
@@ -184,7 +191,7 @@ def find_run(command: TrainConfig | ResumeConfig, ranks: Ranks) -> tuple[Path, S
         return command.output / f"{command.variant}-{stamp}", None
     directory = command.output / command.name
     # Rank 0 decides: another process may look while it already writes.
-    is_begun = from_main((directory / CHECKPOINT).exists() and not is_complete(directory))
+    is_begun = from_main((directory / CHECKPOINT).is_symlink() and not is_complete(directory))
     return directory, read_run(directory, command.variant) if is_begun else None
 
 
@@ -194,11 +201,11 @@ def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path)
     Raises:
         CheckpointError: the run of this name was begun with other values.
     """
+    before, now = flat_values(begun), flat_values(asked)
     differences = [
-        f"{field.name} {getattr(begun, field.name)} and now {getattr(asked, field.name)}"
-        for field in fields(TrainConfig)
-        if field.name not in FREE_TO_CHANGE
-        and getattr(begun, field.name) != getattr(asked, field.name)
+        f"{name} {before[name]} and now {now[name]}"
+        for name in before
+        if name not in FREE_TO_CHANGE and before[name] != now[name]
     ]
     if differences:
         raise CheckpointError(
@@ -211,12 +218,19 @@ def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path)
 def log_recipe(config: TrainConfig) -> None:
     """Print every value that decides the run."""
     log.info("recipe %s of %s", config.recipe, config.variant)
+    for name, value in flat_values(config).items():
+        log.info("  %-36s %s", name, value)
+
+
+def flat_values(config: TrainConfig) -> dict[str, object]:
+    """Return every value by the name of its flag, e.g. `progressive.num_stages`."""
+    flat: dict[str, object] = {}
     for name, value in config_to_json(config).items():
-        parts = value.items() if isinstance(value, dict) else ()
-        for part, part_value in parts:
-            log.info("  %-36s %s", f"{name}.{part}", part_value)
-        if not parts:
-            log.info("  %-36s %s", name, value)
+        if isinstance(value, dict):
+            flat |= {f"{name}.{part}": part_value for part, part_value in value.items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainState) -> None:

@@ -14,6 +14,7 @@ runs/latest                     the newest complete run
 import hashlib
 import logging
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,17 +32,17 @@ from efficientnet.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from efficientnet.datasets import Dataset
+from efficientnet.datasets import Dataset, data_name
 from efficientnet.environment import current_environment
 from efficientnet.preprocess import PreprocessSpec
 from efficientnet.variants import NetworkOptions
 from training.config import TrainConfig, config_from_json, config_to_json
 from training.loop import Evaluation
 from training.metrics import EpochMetrics, draw_curves, write_metrics
+from training.report import REPORT_FILE
 from training.state import TrainState
 
 CHECKPOINT, BEST, CHECKPOINTS = "checkpoint", "best", "checkpoints"
-REPORT = "report.md"
 STEP_PREFIX = "step-"
 
 log = logging.getLogger(__name__)
@@ -117,15 +118,15 @@ class CheckpointWriter:
                 f"the older one is whole: {kept.resolve()}" if kept.exists() else "there is none",
             )
 
-    def close(self, has_ended: bool) -> None:
+    def close(self, must_be_written: bool) -> None:
         """Wait, and end the thread.
 
         Raises:
-            OSError: training has ended, and its last checkpoint could not be written.
+            OSError: the last checkpoint could not be written, and no later one will be.
         """
         self.wait()
         self._thread.shutdown()
-        if has_ended and self._failure is not None:
+        if must_be_written and self._failure is not None:
             raise self._failure
 
     def _write(self, values: dict[str, Any], epoch: int, evaluation: Evaluation | None) -> None:
@@ -152,21 +153,39 @@ class CheckpointWriter:
             "left_out": list(run.dataset.broken),
             "state": values,
         }
-        name = f"{STEP_PREFIX}{step:07d}"
+        name = _folder_of(step)
         save_checkpoint(
             run.directory / CHECKPOINTS / name, values["average"]["tensors"], record, saved
         )
         # Each link is exchanged in one step: whenever the process is killed, it names a checkpoint
         # that is whole.
         point_link(run.checkpoint, Path(CHECKPOINTS) / name)
-        if values["best"] and values["best"]["step"] == step:
-            point_link(run.directory / BEST, Path(CHECKPOINTS) / name)
-        remove_checkpoints(run.directory, run.config.keep_checkpoints)
-        if evaluation is not None:
-            epochs = [EpochMetrics(**epoch) for epoch in values["history"]]
-            write_metrics(run.directory, epochs)
-            title = f"{run.config.variant} on {Path(run.dataset.source).name}"
-            draw_curves(run.directory, epochs, title)
+        publish(run, values["best"], values["history"] if evaluation else [])
+
+
+def publish(run: Run, best: dict[str, float] | None, history: Sequence[dict[str, Any]]) -> None:
+    """Bring a run's links, kept checkpoints, metrics and curves up to a saved state.
+
+    Done again when a run is gone on with: it may have been killed just before.
+
+    Args:
+        run: whose newest checkpoint is written.
+        best: step and top-1 of the best checkpoint; None = no epoch has ended.
+        history: metrics.jsonl so far; empty = leave metrics and curves as they are.
+    """
+    name = _folder_of(int(best["step"])) if best else None
+    if name and (run.directory / CHECKPOINTS / name).is_dir():
+        point_link(run.directory / BEST, Path(CHECKPOINTS) / name)
+    remove_checkpoints(run.directory, run.config.keep_checkpoints)
+    if history:
+        epochs = [EpochMetrics(**epoch) for epoch in history]
+        write_metrics(run.directory, epochs)
+        title = f"{run.config.variant} on {data_name(run.dataset.source)}"
+        draw_curves(run.directory, epochs, title)
+
+
+def _folder_of(step: int) -> str:
+    return f"{STEP_PREFIX}{step:07d}"
 
 
 def remove_checkpoints(run: Path, keep: int) -> None:
@@ -180,6 +199,10 @@ def remove_checkpoints(run: Path, keep: int) -> None:
 
 def remove_unfinished(run: Path, step: int) -> None:
     """Remove what a killed run left behind: half-written checkpoints, and those after `step`."""
+    kept = _folder_of(step)
+    if (run / CHECKPOINTS / kept).is_dir():
+        # Before the later ones go: it must never name a checkpoint that is no more.
+        point_link(run / CHECKPOINT, Path(CHECKPOINTS) / kept)
     for path in (run / CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(path)
     for path in sorted((run / CHECKPOINTS).glob(f"{STEP_PREFIX}*")):
@@ -271,7 +294,7 @@ def read_run(directory: Path, variant: str | None = None) -> SavedRun:
 
 def is_complete(run: Path) -> bool:
     """Tell whether a run has come to its end: its report is written last."""
-    return (run / REPORT).is_file()
+    return (run / REPORT_FILE).is_file()
 
 
 def point_latest_to(run: Path) -> None:

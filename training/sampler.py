@@ -27,7 +27,8 @@ class StepPlan:
     """How many steps there are, and how many images a forward pass of each stage takes.
 
     Args:
-        num_images: in an epoch; those that do not fill a last batch are left out of it.
+        num_images: of the training set. Those that do not fill an epoch's last batch begin the
+            next one: each pass over the set takes each image once.
         config: the recipe.
         micro_batch_sizes: images per forward pass at each stage.
         world_size: processes that share the passes of a step.
@@ -132,19 +133,21 @@ class StepSampler(Sampler[list[SampleKey]]):
         """Yield the keys of each forward pass."""
         plan, config = self._plan, self._plan.config
         share = config.batch_size // plan.world_size
-        order: list[int] = []
+        round_under_way, round_seed, order = -1, "", list[int]()
         for step in range(self._first_step, plan.num_steps):
-            epoch, position = divmod(step, plan.steps_per_epoch)
-            epoch_seed = f"{self._attempt}{config.seed} {epoch}"
-            if position == 0 or not order:
-                order = list(range(plan.num_images))
-                random.Random(epoch_seed).shuffle(order)
             stage = plan.stage_of(step)
-            start = position * config.batch_size + self._rank * share
-            keys = [
-                SampleKey(i, stage, random.Random(f"{epoch_seed} {i}").getrandbits(63))
-                for i in order[start : start + share]
-            ]
+            start = step * config.batch_size + self._rank * share
+            keys: list[SampleKey] = []
+            for place in range(start, start + share):
+                # The set, over and over, each time in another order.
+                number, index = divmod(place, plan.num_images)
+                if number != round_under_way:
+                    round_under_way, order = number, list(range(plan.num_images))
+                    round_seed = f"{self._attempt}{config.seed} {number}"
+                    random.Random(round_seed).shuffle(order)
+                image = order[index]
+                seed = random.Random(f"{round_seed} {image}").getrandbits(63)
+                keys.append(SampleKey(image, stage, seed))
             micro_batch_size = plan.micro_batch_sizes[stage]
             for first in range(0, share, micro_batch_size):
                 yield keys[first : first + micro_batch_size]

@@ -111,8 +111,7 @@ class TrainStep:
         images = torch.zeros(shape, device=state.device)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(micro_batch_size, dtype=torch.int64, device=state.device)
-        # As if there were a second pass: the statistics of batch norm are put back after this one.
-        self._statistics.begin_step(2)
+        before = [buffer.clone() for buffer in state.model.buffers()]
         try:
             with self._autocast():
                 # Not called: a compiled network would be compiled for this size out of turn.
@@ -124,7 +123,8 @@ class TrainStep:
                 f"px: {str(error).partition('. ')[0]}; give a smaller --micro-batch-size"
             ) from None
         finally:
-            self._statistics.end_pass(2)
+            for buffer, value in zip(state.model.buffers(), before, strict=True):
+                buffer.copy_(value)
             state.optimizer.zero_grad()
 
     def _autocast(self) -> torch.autocast:
@@ -179,7 +179,7 @@ class TrainStep:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
-        state.average.update(state.model)
+        state.average.update()
         state.step += 1
         return mean_loss, stopped
 

@@ -21,7 +21,14 @@ from training.prefetch import on_device
 from training.progress import InterruptFlag, ProgressBar, format_seconds
 from training.progressive import Stage
 from training.report import FinalEvaluation, StageResult, write_report
-from training.rundir import CheckpointWriter, Run, point_latest_to, read_run, remove_unfinished
+from training.rundir import (
+    CheckpointWriter,
+    Run,
+    point_latest_to,
+    publish,
+    read_run,
+    remove_unfinished,
+)
 from training.sampler import StepPlan, StepSampler
 from training.state import EpochTotals, TrainState
 from training.step import TrainStep
@@ -74,6 +81,8 @@ class Trainer:
         if ranks.is_main:
             run.directory.mkdir(parents=True, exist_ok=True)
             remove_unfinished(run.directory, state.step)
+            if state.step:
+                publish(run, state.best, state.history)
         has_ended = False
         writer = CheckpointWriter(run) if ranks.is_main else None
         with ExitStack() as stack:
@@ -93,9 +102,9 @@ class Trainer:
     def _train(self, writer: CheckpointWriter | None, interrupt: InterruptFlag) -> None:
         state, plan = self.state, self.plan
         if state.device.type == "cuda" and state.step < plan.num_steps:
-            largest = max(self.stages, key=lambda stage: stage.image_size)
+            sizes = [(s.image_size, plan.micro_batch_sizes[s.index]) for s in self.stages]
             state.model.train()
-            self._step.reserve_memory(largest.image_size, plan.micro_batch_sizes[largest.index])
+            self._step.reserve_memory(*max(sizes, key=lambda size: size[0] ** 2 * size[1]))
         every = self.run.config.checkpoint_every_steps
         batches = self._batches()
         while state.step < plan.num_steps:
@@ -123,6 +132,8 @@ class Trainer:
             if writer:
                 writer.save(state, plan.epoch_of(state.step), evaluation)
             if stopped and state.step < plan.num_steps:
+                if writer:
+                    writer.close(must_be_written=True)
                 raise KeyboardInterrupt(
                     f"interrupted at step {state.step} of {plan.num_steps}; what was reached is in "
                     f"{self.run.checkpoint}; go on with: "

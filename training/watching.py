@@ -1,5 +1,8 @@
 """Steps and epochs of a run -> TensorBoard."""
 
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -10,9 +13,14 @@ from training.metrics import EpochMetrics
 
 STEPS_BETWEEN_POINTS = 10
 
+log = logging.getLogger(__name__)
+
 
 class TensorBoardLog:
     """Writes loss, learning rate, image size and speed of the steps, and the epochs' results.
+
+    What cannot be written (a full disk) ends this log, with an error in the run's, not the
+    training.
 
     Args:
         run: the run's directory; TensorBoard reads its folder `tensorboard`.
@@ -20,7 +28,9 @@ class TensorBoardLog:
     """
 
     def __init__(self, run: Path, first_step: int) -> None:
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self._writer: SummaryWriter | None = SummaryWriter(
+            str(run / "tensorboard"), purge_step=first_step + 1
+        )
 
     def __enter__(self) -> Self:
         """Do nothing more."""
@@ -28,25 +38,44 @@ class TensorBoardLog:
 
     def __exit__(self, *_: object) -> None:
         """Write what is left."""
-        self._writer.close()
+        with self._end_if_it_fails():
+            if self._writer:
+                self._writer.close()
 
     def on_step(self, report: StepReport) -> None:
         """Write a point for every tenth step."""
         if report.step % STEPS_BETWEEN_POINTS:
             return
-        for name, value in (
-            ("step/loss", report.loss),
-            ("step/learning_rate", report.learning_rate),
-            ("step/images_per_s", report.images_per_s),
-            ("stage/image_size", report.stage.image_size),
-            ("stage/randaugment_magnitude", report.stage.randaugment_magnitude),
-            ("stage/mixup_alpha", report.stage.mixup_alpha),
-            ("stage/dropout_rate", report.stage.dropout_rate),
-        ):
-            self._writer.add_scalar(name, value, report.step)
+        values = {
+            "step/learning_rate": report.learning_rate,
+            "step/images_per_s": report.images_per_s,
+            "stage/image_size": report.stage.image_size,
+            "stage/randaugment_magnitude": report.stage.randaugment_magnitude,
+            "stage/mixup_alpha": report.stage.mixup_alpha,
+            "stage/dropout_rate": report.stage.dropout_rate,
+        }
+        if report.loss is not None:
+            values["step/loss"] = report.loss
+        self._write(values, report.step)
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         """Write an epoch's results."""
-        for name in ("train_loss", "val_loss", "top1", "top5", "images_per_s"):
-            self._writer.add_scalar(f"epoch/{name}", getattr(metrics, name), metrics.step)
-        self._writer.flush()
+        names = ("train_loss", "val_loss", "top1", "top5", "images_per_s")
+        self._write({f"epoch/{name}": getattr(metrics, name) for name in names}, metrics.step)
+        with self._end_if_it_fails():
+            if self._writer:
+                self._writer.flush()
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        with self._end_if_it_fails():
+            for name, value in values.items():
+                if self._writer:
+                    self._writer.add_scalar(name, value, step)
+
+    @contextmanager
+    def _end_if_it_fails(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.error("TensorBoard's log could not be written: %s; training goes on", error)
+            self._writer = None
