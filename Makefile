@@ -62,4 +62,4 @@ serve: setup  ## serve the exported model on http://localhost:$(PORT)
 	$(RUN) serving/run.py --port $(PORT)
 
 clean:  ## remove what was produced, but not .venv and the published reports
-	rm -rf runs artifacts reports/*.jsonl reports/*.npy reports/report.* reports/network.* reports/preprocessing.json reports/latency.png reports/demo
+	rm -rf runs artifacts reports/*.jsonl reports/*.npy reports/report.* reports/network.* reports/preprocessing.json reports/loader.json reports/latency.png reports/demo

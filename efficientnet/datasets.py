@@ -5,17 +5,20 @@ which have no labels: enough to check and to time a network that was trained els
 """
 
 import hashlib
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from efficientnet.braces import expand_braces
 from efficientnet.embedded import digit_images, photo_crops
 from efficientnet.environment import num_usable_cores
+from efficientnet.fetching import is_remote, remote_path
 from efficientnet.preprocess import ImageError, decode_image
 from efficientnet.shards import LabelledMember, is_shard_source, load_shards
 from efficientnet.tar_index import IMAGE_SUFFIXES, DatasetError, TarMember
@@ -38,7 +41,8 @@ class Sample:
     """One labelled image, in memory (bytes) or on disk (a path, or a place in a tar)."""
 
     name: str
-    """Stable within its dataset, for messages and predictions."""
+    """Stable within its dataset and different for each of its images, for messages, predictions
+    and to leave images out. Of a file: its path below the dataset's folder, with train/ or val/."""
     label: int
     source: bytes | Path | TarMember
 
@@ -101,8 +105,8 @@ def load_dataset(source: str | Path, is_split: bool = True) -> Dataset:
             "or one folder per class to have it split"
         )
     if (folder / "train").is_dir():
-        train_names, train = _read_classes(folder / "train")
-        val_names, val = _read_classes(folder / "val")
+        train_names, train = _read_classes(folder / "train", folder)
+        val_names, val = _read_classes(folder / "val", folder)
         if train_names != val_names:
             only_train = sorted(set(train_names) - set(val_names))
             only_val = sorted(set(val_names) - set(train_names))
@@ -111,9 +115,49 @@ def load_dataset(source: str | Path, is_split: bool = True) -> Dataset:
                 f"only in val: {_shorten(only_val)}; both need the same class folders"
             )
         return Dataset(str(folder), train_names, train, val)
-    class_names, samples = _read_classes(folder)
+    class_names, samples = _read_classes(folder, folder)
     train, val = _split(samples, class_names, VAL_FRACTION) if is_split else ((), samples)
     return Dataset(str(folder), class_names, train, val)
+
+
+def choose_source(trained_on: str, data: str | Path | None) -> str:
+    """Return `data`, or where there is none what a checkpoint or a manifest names.
+
+    Raises:
+        DatasetError: the file names a command: files come from elsewhere, too, and to open one must
+            run nothing.
+    """
+    if data is not None:
+        return str(data)
+    if trained_on.startswith("pipe:"):
+        raise DatasetError(
+            f"it was trained on '{trained_on}'; a command that a file names is not run: read it, "
+            "then give it, or other images, with --data"
+        )
+    return trained_on
+
+
+def data_name(source: str | None) -> str:
+    """Name data for people and records: no path of this machine, no query or command of a source.
+
+    The name of the folder or of the pattern of the shards; of a command, that of its shards only.
+
+    Args:
+        source: what load_dataset takes; None = the digits.
+    """
+    if source is None:
+        return DIGITS
+    name = _last_part(source)
+    if name.count("{") != name.count("}"):  # the braces had folders in them
+        name = _last_part(expand_braces(source)[0])
+    return name or ("pipe" if source.startswith("pipe:") else "data")
+
+
+def _last_part(source: str) -> str:
+    if is_remote(source):
+        return PurePosixPath(remote_path(source)).name
+    name = Path(source).name
+    return Path(source).resolve().name if name in ("", "..") else name
 
 
 def hold_out(dataset: Dataset, fraction: float) -> Dataset:
@@ -156,10 +200,11 @@ def load_held_out(
 
     Raises:
         FileNotFoundError, DatasetError: see load_dataset.
-        DatasetError: a class that the network does not know, or no labels where they are needed.
+        DatasetError: a class that the network does not know, no labels where they are needed, or
+            see choose_source.
     """
     # Weights that were trained elsewhere have seen none of it.
-    dataset = load_dataset(data or trained_on, is_split=trained_on != SAMPLE_PHOTOS)
+    dataset = load_dataset(choose_source(trained_on, data), is_split=trained_on != SAMPLE_PHOTOS)
     if not dataset.class_names:
         if needs_labels:
             raise DatasetError(
@@ -277,7 +322,7 @@ def _class_indices(folders: Sequence[str], class_names: Sequence[str]) -> list[i
     return [indices[folder] for folder in folders]
 
 
-def _read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
+def _read_classes(folder: Path, top: Path) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
     classes = sorted(
         entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
@@ -296,7 +341,7 @@ def _read_classes(folder: Path) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
                 f"the class folder {class_folder} holds no images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}); fill it or remove it"
             )
-        samples += [Sample(str(path.relative_to(folder)), label, path) for path in files]
+        samples += [Sample(str(path.relative_to(top)), label, path) for path in files]
     return tuple(entry.name for entry in classes), tuple(samples)
 
 
@@ -324,7 +369,8 @@ def _largest_remainder(sizes: dict[int, int], fraction: float) -> dict[int, int]
     # and at least 1, so that 1,797 digits give 360 held-out ones. None is a whole class.
     shares = {label: size * fraction for label, size in sizes.items()}
     counts = {label: max(1, int(share)) for label, share in shares.items()}
-    missing = -int(-sum(shares.values()) // 1) - sum(counts.values())
+    # Rounded before: 0.1 + 0.2 is more than 0.3, and a sum of shares would have one image more.
+    missing = math.ceil(round(sum(sizes.values()) * fraction, 6)) - sum(counts.values())
     by_remainder = sorted(
         (label for label in shares if counts[label] + 1 < sizes[label]),
         key=lambda label: (int(shares[label]) - shares[label], label),

@@ -102,6 +102,15 @@ def read_jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS) -> JpegHeader | 
     return JpegHeader(width, height, orientation)
 
 
+def largest_reduction(spare: float) -> int:
+    """Return the largest reduction of decode_jpeg that leaves a pixel for each that is needed.
+
+    Args:
+        spare: pixels there are per pixel needed, along the side with fewer; below 1 none is left.
+    """
+    return max(factor for factor in REDUCTIONS if factor <= max(spare, 1))
+
+
 def decode_jpeg(data: bytes, header: JpegHeader, reduction: int) -> NDArray[np.uint8]:
     """Decode a JPEG to upright uint8 RGB [ceil(H / reduction), ceil(W / reduction), 3].
 

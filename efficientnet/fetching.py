@@ -19,7 +19,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from tqdm import tqdm
@@ -44,8 +44,22 @@ def is_remote(source: str) -> bool:
     return source.startswith(("http://", "https://", "pipe:"))
 
 
-def fetch_shards(source: str) -> list[Path]:
-    """Fetch the shards that are not in the cache; return all of them, in it.
+def remote_path(address: str) -> str:
+    """Return folders and name of a shard, without host, login and query; "" if none is named.
+
+    Args:
+        address: an http(s) URL; or `pipe:COMMAND`, of which the last word that ends in .tar counts.
+    """
+    if address.startswith("pipe:"):
+        words = _TAR_WORD.findall(address.removeprefix("pipe:"))
+        return words[-1] if words else ""
+    return urllib.parse.urlsplit(address).path
+
+
+def fetch_shards(source: str) -> list[tuple[PurePosixPath, Path]]:
+    """Fetch the shards that are not in the cache; return where each was and where it is now.
+
+    Where it was is its remote_path, without a leading slash; they keep their order.
 
     Args:
         source: http(s) URLs with braces, or `pipe:COMMAND` with braces.
@@ -54,7 +68,7 @@ def fetch_shards(source: str) -> list[Path]:
         DatasetError: a shard cannot be fetched, is no whole tar, or has no name of its own.
     """
     addresses = expand_braces(source)
-    names = [_remote_name(address) for address in addresses]
+    names = [_file_name(address) for address in addresses]
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise DatasetError(
@@ -69,7 +83,9 @@ def fetch_shards(source: str) -> list[Path]:
         _fetch_once(address, folder / name)
     if not source.startswith("pipe:"):
         _fetch_classes(addresses[0], folder / CLASSES_FILE)
-    return [folder / name for name in names]
+    return [
+        (PurePosixPath(remote_path(address).lstrip("/")), folder / name) for address, name in pairs
+    ]
 
 
 @contextmanager
@@ -81,16 +97,12 @@ def file_lock(path: Path) -> Generator[None]:
         yield
 
 
-def _remote_name(address: str) -> str:
-    if address.startswith("pipe:"):
-        words = _TAR_WORD.findall(address.removeprefix("pipe:"))
-        name = words[-1].rpartition("/")[2] if words else ""
-        expected = "a word that ends in .tar, to know the shard by"
-    else:
-        name = urllib.parse.urlsplit(address).path.rpartition("/")[2]
-        expected = "the address of a file"
+def _file_name(address: str) -> str:
+    name = remote_path(address).rpartition("/")[2]
     if name in ("", ".", ".."):
-        raise DatasetError(f"{address} names no shard; expected {expected}")
+        is_pipe = address.startswith("pipe:")
+        of_pipe, of_url = "a word that ends in .tar, to know the shard by", "the address of a file"
+        raise DatasetError(f"{address} names no shard; expected {of_pipe if is_pipe else of_url}")
     return name
 
 

@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from efficientnet.decoding import (
     MAX_PIXELS,
-    REDUCTIONS,
     ImageError,
     ImageTooLargeError,
     decode_image,
     decode_jpeg,
+    largest_reduction,
     read_jpeg_header,
 )
 
@@ -31,6 +31,7 @@ __all__ = [
     "INCEPTION_MEAN",
     "INCEPTION_STD",
     "MAX_PIXELS",
+    "MAX_SMOOTHED_SCALE",
     "ImageError",
     "ImageTooLargeError",
     "PreprocessSpec",
@@ -38,6 +39,7 @@ __all__ = [
     "normalize",
     "preprocess",
     "resize_and_crop",
+    "smoothing_sigma",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -210,7 +212,7 @@ def _fast_pixels(data: bytes, spec: PreprocessSpec) -> NDArray[np.uint8] | None:
     size = spec.image_size
     box = _source_box(header.width, header.height, spec)
     spare = min(box[2] - box[0], box[3] - box[1]) / size
-    reduction = max(factor for factor in REDUCTIONS if factor <= max(spare, 1))
+    reduction = largest_reduction(spare)
     pixels = decode_jpeg(data, header, reduction)
     left, top, right, bottom = (edge / reduction for edge in box)
     x_scale, y_scale = (right - left) / size, (bottom - top) / size
@@ -222,7 +224,7 @@ def _fast_pixels(data: bytes, spec: PreprocessSpec) -> NDArray[np.uint8] | None:
     columns, x_skipped = _window(left, right, x_scale, pixels.shape[1])
     rows, y_skipped = _window(top, bottom, y_scale, pixels.shape[0])
     window = pixels[rows, columns]
-    x_sigma, y_sigma = _smoothing_sigma(x_scale, spec), _smoothing_sigma(y_scale, spec)
+    x_sigma, y_sigma = (smoothing_sigma(scale, spec.interpolation) for scale in (x_scale, y_scale))
     if x_sigma or y_sigma:
         taps = (3 if x_sigma else 1, 3 if y_sigma else 1)
         window = cv2.GaussianBlur(
@@ -252,15 +254,20 @@ def _window(start: float, stop: float, scale: float, length: int) -> tuple[slice
     return slice(first, last), round((start - first) / scale)
 
 
-def _smoothing_sigma(scale: float, spec: PreprocessSpec) -> float:
+def smoothing_sigma(scale: float, interpolation: str) -> float:
     """Make up for what OpenCV's filters, unlike Pillow's, do not widen with the scale.
 
-    Returns the width of a Gaussian of three pixels, 0 for none.
+    Args:
+        scale: input pixels per output pixel, up to MAX_SMOOTHED_SCALE.
+        interpolation: bilinear or bicubic.
+
+    Returns:
+        The width of a Gaussian of three pixels, 0 for none.
     """
     # The outer weights. Bilinear: the variance of a triangle of half-width `scale` less that of one
     # of half-width 1. Bicubic is sharper: fitted to Pillow's pixels of photos, scales 1.1 to 2.
     bilinear, bicubic = (scale**2 - 1) / 12, 0.1 * (scale - 1.1)
-    side = bilinear if spec.interpolation == "bilinear" else bicubic
+    side = bilinear if interpolation == "bilinear" else bicubic
     return math.sqrt(-0.5 / math.log(side / (1 - 2 * side))) if side > MIN_SMOOTHING else 0.0
 
 

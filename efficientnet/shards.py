@@ -8,12 +8,13 @@ once, into $EFFICIENTNET_CACHE (default ~/.cache/efficientnet).
 import glob
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn
 
 from tqdm import tqdm
@@ -30,6 +31,8 @@ NUM_INDEXING_THREADS = 4
 # Up to the first dot of the file's name, which is WebDataset's rule.
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 _VAL_WORD = re.compile(r"(?<![a-z])(?:val|valid|validation|test)(?![a-z])", re.IGNORECASE)
+
+log = logging.getLogger(__name__)
 
 
 class LabelledMember(NamedTuple):
@@ -50,7 +53,8 @@ class ShardImages:
     class_names: tuple[str, ...]
     train: tuple[LabelledMember, ...]
     val: tuple[LabelledMember, ...]
-    """Of the shards with val, valid, validation or test as a word in their name."""
+    """Of the shards with val, valid, validation or test as a word in their name, or in that of a
+    folder which not all shards are in."""
 
 
 def is_shard_source(source: str) -> bool:
@@ -79,17 +83,19 @@ def load_shards(source: str) -> ShardImages:
             that do not belong together.
     """
     if is_remote(source):
-        origin, paths = source, fetch_shards(source)
+        origin, fetched = source, fetch_shards(source)
+        places, paths = [place for place, _ in fetched], [path for _, path in fetched]
     else:
         origin, paths = _find_shards(source)
-    shards = sorted(zip(_short_names(paths), paths, strict=True))
+        places = paths
+    shards = sorted(zip(_short_names(places), paths, strict=True))
     with ThreadPoolExecutor(NUM_INDEXING_THREADS) as pool:
         indexing = pool.map(lambda shard: _index_shard(*shard), shards)
         indexed = list(tqdm(indexing, "reading shards", len(shards), disable=None, leave=False))
     class_names = _class_names([path for _, path in shards], indexed)
     parts: dict[bool, list[LabelledMember]] = {False: [], True: []}
-    for (_, path), members in zip(shards, indexed, strict=True):
-        parts[_VAL_WORD.search(path.name) is not None] += members
+    for (name, _), members in zip(shards, indexed, strict=True):
+        parts[_VAL_WORD.search(name) is not None] += members
     return ShardImages(origin, class_names, tuple(parts[False]), tuple(parts[True]))
 
 
@@ -120,7 +126,7 @@ def _find_shards(source: str) -> tuple[str, list[Path]]:
     return pattern, list(dict.fromkeys(paths))
 
 
-def _short_names(paths: Sequence[Path]) -> list[str]:
+def _short_names(paths: Sequence[PurePath]) -> list[str]:
     # File names, as far as they tell the shards apart; moving all of them changes no name.
     top = os.path.commonpath([path.parent for path in paths])
     return [str(path.relative_to(top)) for path in paths]
@@ -140,6 +146,12 @@ def _class_names(
     highest = max(image.label for members in indexed for image in members)
     if not listed:
         names = tuple(str(label) for label in range(highest + 1))
+        log.warning(
+            "the shards have no list of class names at %s: the classes are called 0 to %d; "
+            'to name them, put one there, as ["cat", "dog", ...] in the order of the labels',
+            " or ".join(map(str, files)),
+            highest,
+        )
     else:
         file, names = next(iter(listed.items()))
         for image in itertools.chain.from_iterable(indexed) if highest >= len(names) else ():

@@ -66,8 +66,6 @@ def walk_tar(file: IO[bytes], shard: str) -> Iterator[tuple[str, int, int]]:
     while True:
         file.seek(position)
         header = file.read(BLOCK_BYTES)
-        if not header and total and position == total:
-            return  # without an end, but at a block's boundary: some writers leave it out
         if len(header) < BLOCK_BYTES:
             _refuse_short(shard, total, position + 2 * BLOCK_BYTES)
         if header == ZERO_BLOCK:

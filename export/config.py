@@ -16,9 +16,9 @@ class ExportConfig:
     output: Path | None = None
     """Artifact directory; None = artifacts/<variant>/<runtime>-<precision>."""
 
-    data: Path | None = None
-    """Folder with the held-out images for the parity check, where the training data has moved;
-    None = what the checkpoint was trained on."""
+    data: str | None = None
+    """Held-out images for the parity check, where the training data has moved: a folder or tar
+    shards, as in training/run.py; None = what the checkpoint was trained on."""
 
     max_batch_size: int = 64
     """Most images per call, at least 1."""

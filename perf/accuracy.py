@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Dataset, sha256_of_samples
+from efficientnet.datasets import Dataset, data_name, sha256_of_samples
 from efficientnet.environment import current_environment
 from efficientnet.probabilities import top_classes
 from efficientnet.records import AccuracyRecord, append_record
@@ -24,7 +24,6 @@ from efficientnet.tables import Table, format_percent
 from perf.predictions import Predictions, predict, write_predictions
 from perf.programs import (
     Program,
-    data_name,
     images_for,
     read_programs,
     require_different_paths,
@@ -44,8 +43,9 @@ class AccuracyConfig:
     """Artifact and checkpoint directories; none = the newest complete run's checkpoint and the
     artifacts made of it."""
 
-    data: Path | None = None
-    """Folder whose held-out images are classified; None = what each program was trained on."""
+    data: str | None = None
+    """Folder or tar shards, as in training/run.py, whose held-out images are classified; None =
+    what each program was trained on."""
 
     batch_size: int | None = None
     """Images per call, at least 1; None = 32, or the most that an artifact takes."""
@@ -141,7 +141,7 @@ def _make_record(
         precision=program.precision,
         image_size=program.preprocess.image_size,
         preprocess_sha256=program.preprocess.sha256,
-        data=data_name(dataset),
+        data=data_name(dataset.source),
         environment=current_environment(),
         started_at=started_at,
         top1=top_k_accuracy(predictions, 1),

@@ -56,9 +56,9 @@ class LatencyConfig:
     seed: int = 0
     """Draws the held-out images that are the input."""
 
-    data: Path | None = None
-    """Folder with held-out images, where the training data has moved; None = what each program was
-    trained on."""
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what each program was trained on."""
 
     def __post_init__(self) -> None:
         """Check the limits."""

@@ -115,23 +115,19 @@ def read_program(path: Path) -> Program:
     )
 
 
-def images_for(program: Program, data: Path | None, needs_labels: bool = False) -> Dataset:
+def images_for(program: Program, data: str | None, needs_labels: bool = False) -> Dataset:
     """Load the data the program was trained on, or `data`, with labels that are its classes.
 
     Raises:
         FileNotFoundError: it is not there; the message names --data.
-        DatasetError: other classes, or no labels where they are needed.
+        DatasetError: other classes, no labels where they are needed, or a command that only the
+            program's file names.
     """
     try:
         return load_held_out(program.data, data, program.class_names, needs_labels)
     except FileNotFoundError as error:
         advice = "" if data else f" ({program.path} was trained on it; if it has moved, add --data)"
         raise FileNotFoundError(f"{error}{advice}") from None
-
-
-def data_name(dataset: Dataset) -> str:
-    """Name a dataset in a record: records are published, so no path of this machine is in them."""
-    return Path(dataset.source).name
 
 
 def require_writable(path: Path, flag: str) -> None:

@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from efficientnet.datasets import data_name
 from efficientnet.preprocess import PreprocessSpec
 from efficientnet.records import Scenario
 from efficientnet.runtimes import ProgramInfo
 from efficientnet.tables import NOTHING, Table, format_rate
 from perf.inputs import Inputs, prepare_inputs
-from perf.programs import Program, data_name, images_for
+from perf.programs import Program, images_for
 from perf.progress import Progress
 from perf.rows import title
 from perf.turns import NUM_SWEEPS, Job, Measured, Pace, measure_in_turns
@@ -39,7 +40,7 @@ def open_subjects(
     programs: Sequence[Program],
     batch_sizes: Sequence[tuple[int, ...]],
     num_threads: int,
-    data: Path | None,
+    data: str | None,
     seed: int,
 ) -> Generator[list[Subject]]:
     """Prepare the inputs, start the processes and wait until all are ready; end them afterwards.
@@ -76,7 +77,7 @@ def open_subjects(
                     nulls[answered],
                     sizes,
                     inputs[seen].num_images,
-                    data_name(dataset),
+                    data_name(dataset.source),
                 )
             )
         for worker in (*nulls.values(), *(subject.worker for subject in subjects)):

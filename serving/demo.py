@@ -29,7 +29,7 @@ from pydantic import RootModel
 
 from efficientnet.artifact import read_artifact
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Sample, load_dataset
+from efficientnet.datasets import Sample, choose_source, load_dataset
 from efficientnet.errors import PipelineError
 from serving.answers import Prediction
 from serving.settings import DEFAULT_ARTIFACT, ROOT, read_settings
@@ -57,6 +57,10 @@ class DemoConfig:
     artifact: Path | None = None
     """Artifact directory; None = $CLASSIFIER_ARTIFACT or artifacts/v2-s/onnxruntime-fp32."""
 
+    data: str | None = None
+    """Folder or tar shards, as in training/run.py, of which a held-out picture is shown; None =
+    what the artifact's network was trained on."""
+
     report: Path | None = None
     """Report to point to at the end; None = none."""
 
@@ -66,10 +70,11 @@ def main(config: DemoConfig) -> Predictions:
 
     Raises:
         ArtifactError: missing, damaged, not ours, or its runtime is not installed.
+        DatasetError: see choose_picture.
         DemoError: the service did not get ready, or refused the picture.
     """
     artifact = (config.artifact or read_settings(os.environ).artifact).absolute()
-    sample, true_label = choose_picture(read_artifact(artifact).data)
+    sample, true_label = choose_picture(read_artifact(artifact).data, config.data)
     picture = PICTURES_DIR / sample.name.replace("/", "-")
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(sample.read())
@@ -89,9 +94,17 @@ def main(config: DemoConfig) -> Predictions:
     return answer
 
 
-def choose_picture(data: str) -> tuple[Sample, str]:
-    """Return a picture that training did not see, and the name of its class."""
-    dataset = load_dataset(data)
+def choose_picture(trained_on: str, data: str | None) -> tuple[Sample, str]:
+    """Return a picture that training did not see, and the name of its class.
+
+    Args:
+        trained_on: the data that the manifest names.
+        data: other data; None = what it was trained on.
+
+    Raises:
+        FileNotFoundError, DatasetError: see load_dataset and choose_source.
+    """
+    dataset = load_dataset(choose_source(trained_on, data))
     sample = dataset.val[0]
     # Sample photographs have no labels.
     return sample, dataset.class_names[sample.label] if dataset.class_names else "unknown"

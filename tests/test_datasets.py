@@ -8,7 +8,10 @@ from torchvision.models import EfficientNet_B0_Weights
 
 from efficientnet.datasets import (
     IMAGENET_CLASSES,
+    Dataset,
     DatasetError,
+    Sample,
+    data_name,
     hold_out,
     load_dataset,
     load_held_out,
@@ -57,6 +60,46 @@ def test_a_folder_with_train_and_val_is_taken_as_it_is(tmp_path: Path):
         fill(tmp_path / part / "b", num)
     dataset = load_dataset(tmp_path)
     assert (len(dataset.train), len(dataset.val)) == (6, 2)
+    names = {sample.name for sample in (*dataset.train, *dataset.val)}
+    assert len(names) == 8 and {"train/a/000.png", "val/a/000.png"} <= names
+
+
+@pytest.mark.parametrize(("sizes", "num_val"), [((2, 7, 4, 7), 4), ((2, 7, 4, 8), 5)])
+def test_a_fifth_is_rounded_up_but_not_because_floats_were_added(
+    sizes: tuple[int, ...], num_val: int
+):
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    samples = tuple(Sample(str(index), label, b"") for index, label in enumerate(labels))
+    held = hold_out(Dataset("", ("a", "b", "c", "d"), samples, ()), 0.2)
+    assert len(held.val) == num_val
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (None, "digits"),
+        ("digits", "digits"),
+        ("/somewhere/pets/", "pets"),
+        ("/data/{train-{000..099},val-{0..4}}.tar", "{train-{000..099},val-{0..4}}.tar"),
+        ("/somewhere/{ann/train-0,bob/train-1}.tar", "train-0.tar"),
+        ("https://ann:secret@host/x/train-{0..9}.tar?key=secret", "train-{0..9}.tar"),
+        ("https://host/{a.tar?key=secret,b.tar?key=secret}", "a.tar"),
+        ("https://host", "data"),
+        ("pipe:aws s3 cp s3://bucket/train-{0..9}.tar - --key secret", "train-{0..9}.tar"),
+        ("pipe:curl -u ann:secret https://host/data", "pipe"),
+        ("/", "data"),
+    ],
+)
+def test_the_name_of_data_tells_no_path_and_no_secret(source: str | None, name: str):
+    assert data_name(source) == name
+
+
+def test_the_name_of_the_folder_that_one_is_in_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "pets").mkdir()
+    monkeypatch.chdir(tmp_path / "pets")
+    assert data_name(".") == "pets" and data_name("..") == tmp_path.name
 
 
 def test_an_empty_class_folder_is_named(tmp_path: Path):

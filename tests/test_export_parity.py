@@ -1,5 +1,6 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,11 +8,14 @@ import torch
 
 from efficientnet.artifact import ParityTolerances
 from efficientnet.checkpoint import load_checkpoint
+from efficientnet.command import parse_flags
 from efficientnet.datasets import load_dataset
 from efficientnet.runtimes import ProgramInfo, Runtime, open_runtime
 from export import ort
 from export.config import ExportConfig
 from export.parity import FP32_TOLERANCES, ParityError, choose_images, measure_parity
+from perf.accuracy import AccuracyConfig
+from perf.latency import LatencyConfig
 
 
 @dataclass
@@ -83,6 +87,12 @@ def test_too_few_held_out_images_are_an_error(images: np.ndarray, tiny_checkpoin
 def test_fewer_than_64_parity_images_cannot_be_asked_for():
     with pytest.raises(ValueError, match="expected at least 64"):
         replace(ExportConfig(), num_parity_images=63)
+
+
+@pytest.mark.parametrize("config", [ExportConfig, AccuracyConfig, LatencyConfig])
+def test_data_may_be_addresses_and_commands_as_in_training(config: type[Any]):
+    for source in ("https://host/train-{0..9}.tar", "pipe:cat //x/./train-0.tar"):
+        assert parse_flags(config, None, ["--data", source]).data == source
 
 
 def test_the_eager_model_is_compared_in_evaluation_mode(tiny_checkpoint: Path):

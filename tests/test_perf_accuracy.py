@@ -184,7 +184,7 @@ def test_a_folder_of_the_same_classes_takes_the_place_of_the_data(
     folder = write_folder(tmp_path / "pictures", num_images=210, num_broken=1)
     output = tmp_path / "accuracy.jsonl"
 
-    accuracy.main(AccuracyConfig((tiny_artifact,), data=folder, output=output))
+    accuracy.main(AccuracyConfig((tiny_artifact,), data=str(folder), output=output))
 
     (record,) = read_records(output, AccuracyRecord)
     assert (record.data, record.num_images) == ("pictures", 209)
@@ -196,7 +196,9 @@ def test_too_many_broken_images_leave_nothing_behind(tiny_artifact: Path, tmp_pa
 
     with pytest.raises(DatasetError, match="cannot be decoded"):
         accuracy.main(
-            AccuracyConfig((tiny_artifact,), data=folder, output=output, predictions=predictions)
+            AccuracyConfig(
+                (tiny_artifact,), data=str(folder), output=output, predictions=predictions
+            )
         )
     assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
@@ -208,7 +210,7 @@ def test_other_classes_are_an_error_before_any_work(tiny_artifact: Path, tmp_pat
 
     with pytest.raises(ValueError, match=r"the classes of .*pictures are not those of"):
         accuracy.main(
-            AccuracyConfig((tiny_artifact,), data=folder, output=tmp_path / "accuracy.jsonl")
+            AccuracyConfig((tiny_artifact,), data=str(folder), output=tmp_path / "accuracy.jsonl")
         )
 
 
@@ -216,7 +218,7 @@ def test_a_missing_folder_is_an_error_that_says_what_is_expected(
     tiny_artifact: Path, tmp_path: Path
 ):
     with pytest.raises(FileNotFoundError, match="no data at"):
-        accuracy.main(AccuracyConfig((tiny_artifact,), data=tmp_path / "nothing"))
+        accuracy.main(AccuracyConfig((tiny_artifact,), data=str(tmp_path / "nothing")))
 
 
 def test_predictions_are_of_one_program(tiny_artifact: Path, tmp_path: Path):

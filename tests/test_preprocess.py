@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 from timm.data.transforms_factory import create_transform
 
-from efficientnet.decoding import decode_jpeg, read_jpeg_header
+from efficientnet.decoding import decode_jpeg, largest_reduction, read_jpeg_header
 from efficientnet.preprocess import (
     GOOGLE_MEAN,
     GOOGLE_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAX_SMOOTHED_SCALE,
     ImageError,
     ImageTooLargeError,
     PreprocessSpec,
@@ -21,6 +22,7 @@ from efficientnet.preprocess import (
     normalize,
     preprocess,
     resize_and_crop,
+    smoothing_sigma,
 )
 
 SPEC = PreprocessSpec(
@@ -392,3 +394,18 @@ def test_extreme_shapes_still_give_the_networks_input(size: tuple[int, int]):
     for crop_fraction in (None, 0.875):
         spec = SPEC.model_copy(update={"crop_fraction": crop_fraction})
         assert resize_and_crop(Image.new("RGB", size), spec).size == (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("spare", "reduction"),
+    [(0.3, 1), (1, 1), (1.99, 1), (2, 2), (3.9, 2), (7.9, 4), (8, 8), (40, 8)],
+)
+def test_a_jpeg_is_not_decoded_smaller_than_it_is_needed(spare: float, reduction: int):
+    assert largest_reduction(spare) == reduction
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_what_is_not_shrunk_is_not_smoothed_and_the_rest_the_more_it_is(interpolation: str):
+    assert smoothing_sigma(0.5, interpolation) == smoothing_sigma(1, interpolation) == 0
+    sigmas = [smoothing_sigma(scale, interpolation) for scale in (1.2, 1.5, MAX_SMOOTHED_SCALE)]
+    assert 0 < sigmas[0] < sigmas[1] < sigmas[2] < 1

@@ -31,6 +31,7 @@ from efficientnet.datasets import (
 )
 from efficientnet.shards import is_shard_source
 from efficientnet.tar_index import TarMember
+from serving.demo import choose_picture
 
 
 def png(value: int) -> bytes:
@@ -151,6 +152,18 @@ def test_val_is_a_word_of_its_own_in_the_name(tmp_path: Path, name: str, is_val:
     assert (len(dataset.val) == 7) == is_val
 
 
+@pytest.mark.parametrize(
+    ("parent", "folders"), [("data", ("train", "val")), ("test-data", ("a", "Validation"))]
+)
+def test_shards_in_a_folder_for_val_are_held_out_but_not_for_a_common_one(
+    tmp_path: Path, parent: str, folders: tuple[str, str]
+):
+    write_tar(tmp_path / parent / folders[0] / "0.tar", pairs(0, 10))
+    write_tar(tmp_path / parent / folders[1] / "0.tar", pairs(50, 7))
+    dataset = load_dataset(f"{tmp_path / parent}/*/0.tar")
+    assert (len(dataset.train), len(dataset.val)) == (10, 7)
+
+
 def test_val_shards_alone_are_refused_for_training_but_serve_published_weights(tmp_path: Path):
     write_set(tmp_path, train=0, val=2)
     with pytest.raises(DatasetError, match="are for validation, by their names; expected some"):
@@ -163,6 +176,19 @@ def test_class_names_come_from_the_list_beside_the_shards(tmp_path: Path):
     write_set(tmp_path)
     (tmp_path / "classes.json").write_text('["cat", "dog", "fox"]')
     assert load_dataset(tmp_path).class_names == ("cat", "dog", "fox")
+
+
+def test_shards_without_a_list_of_classes_are_told_where_it_is_looked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    write_set(tmp_path)
+    load_dataset(tmp_path)
+    assert f"no list of class names at {tmp_path}/classes.json" in caplog.text
+    assert "the classes are called 0 to 1" in caplog.text
+    caplog.clear()
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    load_dataset(tmp_path)
+    assert not caplog.records
 
 
 def test_a_label_outside_the_list_of_classes_is_named(tmp_path: Path):
@@ -344,10 +370,14 @@ def test_a_tar_that_ends_within_an_image_at_a_block_is_an_error(tmp_path: Path):
         load_dataset(path)
 
 
-def test_the_end_mark_may_be_missing_at_a_block(tmp_path: Path):
+@pytest.mark.parametrize("num_images", [2, 4])
+def test_a_tar_without_its_end_mark_may_lack_images_and_is_an_error(
+    tmp_path: Path, num_images: int
+):
     path = write_tar(tmp_path / "open.tar", pairs(0, 4))
-    os.truncate(path, 8 * 1024)
-    assert sum(images_of(load_dataset(path)).values()) == 4
+    os.truncate(path, num_images * 2048)
+    with pytest.raises(DatasetError, match=r"open.tar is cut short: .* without an end-of-archive"):
+        load_dataset(path)
 
 
 @pytest.mark.parametrize(
@@ -492,6 +522,13 @@ def test_shards_of_a_server_are_fetched_once_and_equal_local_ones(server: Server
     assert set(server.requests.values()) == {1} and len(server.requests) == 4
 
 
+def test_shards_in_a_folder_for_val_of_a_server_are_held_out(server: Server):
+    write_tar(server.folder / "valid" / "b.tar", pairs(200, 6))
+    dataset = load_dataset(f"{server.url}/{{train-{{0000..0001}},valid/b}}.tar")
+    assert (len(dataset.train), len(dataset.val)) == (20, 6)
+    assert dataset.val[0].name == "valid/b.tar/000200.png"
+
+
 @pytest.mark.parametrize("status", ["404", "403"])
 def test_a_server_need_not_have_a_list_of_classes_and_is_asked_once(server: Server, status: str):
     server.faults["classes.json"] = [status]
@@ -577,6 +614,25 @@ def test_shards_come_from_a_command_once(piped: Path, tmp_path: Path):
     assert sha256_of_samples(dataset.train) == sha256_of_samples(load_dataset(piped).train)
     assert len((tmp_path / "log").read_text().splitlines()) == 3
     assert dataset.train[0].name == "train-0000.tar/000000.png"
+
+
+def test_a_command_that_reads_from_a_folder_for_val_gives_held_out_images(piped: Path):
+    write_tar(piped / "valid" / "b.tar", pairs(200, 6))
+    dataset = load_dataset(f"pipe:cat {shlex.quote(str(piped))}/{{train-0000,valid/b}}.tar")
+    assert (len(dataset.train), len(dataset.val)) == (10, 6)
+
+
+def test_a_command_that_a_file_names_is_not_run(piped: Path, tmp_path: Path):
+    mark = tmp_path / "mark"
+    command = f"pipe:touch {shlex.quote(str(mark))}; cat {shlex.quote(str(piped))}/train-0000.tar"
+    with pytest.raises(DatasetError, match=r"trained on 'pipe:touch .*is not run: .* with --data"):
+        load_held_out(command, None, ("0", "1"))
+    with pytest.raises(DatasetError, match=r"is not run: .* with --data"):
+        choose_picture(command, None)
+    assert not mark.exists()
+    assert choose_picture(command, str(piped))[1] in ("0", "1")
+    assert load_held_out(command, command, ("0", "1")).val
+    assert mark.exists()
 
 
 @pytest.mark.parametrize("tail", ["", " | cat"])

@@ -16,6 +16,7 @@ from training.loader_speed import (
     LoaderSpeedConfig,
     LoaderSpeedError,
     Turn,
+    describe_error,
     find_jpegs,
     main,
     to_table,
@@ -74,6 +75,11 @@ def test_a_damaged_photo_is_told_by_its_name(tmp_path: Path):
         process.take_turn(turn)
 
 
+def test_an_error_is_told_by_its_type_and_the_last_line_of_its_message():
+    assert describe_error(MemoryError()) == "MemoryError: (it has no message)"
+    assert describe_error(OSError("in a worker\nno space\n")) == "OSError: no space"
+
+
 def test_the_table_has_medians_and_ratios_within_turns():
     rates = {"timm": (100.0, 200.0, 150.0), "cpu": (150.0, 400.0, 300.0)}
     rates |= {"device": (300.0, 600.0, 450.0), "timm again": (100.0, 180.0, 150.0)}
@@ -115,6 +121,11 @@ def test_a_folder_without_photos_is_told(tmp_path: Path):
 def test_settings_outside_their_limits_are_refused(values: dict[str, object]):
     with pytest.raises(ValueError, match="expected"):
         LoaderSpeedConfig(Path(), **values)  # pyright: ignore[reportArgumentType]
+
+
+def test_make_clean_removes_the_report():
+    clean = (ROOT / "Makefile").read_text().partition("\nclean:")[2]
+    assert str(LoaderSpeedConfig(Path()).output) in clean.split()
 
 
 def test_the_command_tells_a_missing_folder_in_one_line(tmp_path: Path):

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 from timm.data.auto_augment import AutoAugment, auto_augment_policy
 
-from efficientnet.decoding import REDUCTIONS, decode_image, decode_jpeg, read_jpeg_header
+from efficientnet.decoding import decode_image, decode_jpeg, largest_reduction, read_jpeg_header
+from efficientnet.preprocess import MAX_SMOOTHED_SCALE, smoothing_sigma
 from training.config import TrainConfig
 from training.image_operations import GRAY, Pixels, as_pixels, cut_out
 from training.progressive import Stage
@@ -21,12 +22,6 @@ from training.randaugment import MIN_POSTERIZE_MAGNITUDE, RandAugment
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 MAX_CROP_TRIES = 10
-
-# Input pixels per output pixel up to which three pixels are enough to smooth by.
-MAX_SMOOTHED_SCALE = 2.0
-
-# A smaller weight of the neighbors changes no value by more than a count or two.
-MIN_SMOOTHING = 0.005
 
 
 class Augmentation:
@@ -86,7 +81,7 @@ class Augmentation:
             return pixels[top:bottom, left:right]
         box = draw_crop(header.width, header.height, self._min_crop_area, rng)
         spare = min(box[2] - box[0], box[3] - box[1]) / self._size
-        reduction = max(factor for factor in REDUCTIONS if factor <= max(spare, 1))
+        reduction = largest_reduction(spare)
         left, top, right, bottom = (round(edge / reduction) for edge in box)
         return decode_jpeg(data, header, reduction)[top:bottom, left:right]
 
@@ -125,18 +120,10 @@ def resize(pixels: Pixels, size: int, interpolation: str) -> Pixels:
     scales = pixels.shape[1] / size, pixels.shape[0] / size
     if max(scales) > MAX_SMOOTHED_SCALE:
         return as_pixels(cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA))
-    x_sigma, y_sigma = (_smoothing_sigma(scale, interpolation) for scale in scales)
+    x_sigma, y_sigma = (smoothing_sigma(scale, interpolation) for scale in scales)
     if x_sigma or y_sigma:
         taps = (3 if x_sigma else 1, 3 if y_sigma else 1)
         pixels = as_pixels(cv2.GaussianBlur(pixels, taps, x_sigma, sigmaY=y_sigma))
     is_bicubic = interpolation == "bicubic" and max(scales) <= 1
     method = cv2.INTER_CUBIC if is_bicubic else cv2.INTER_LINEAR
     return as_pixels(cv2.resize(pixels, (size, size), interpolation=method))
-
-
-def _smoothing_sigma(scale: float, interpolation: str) -> float:
-    # See efficientnet.preprocess: what OpenCV's filters do not widen with the scale.
-    side = (scale**2 - 1) / 12 if interpolation == "bilinear" else 0.1 * (scale - 1.1)
-    if scale <= 1 or side <= MIN_SMOOTHING:
-        return 0.0
-    return math.sqrt(-0.5 / math.log(side / (1 - 2 * side)))

@@ -22,7 +22,8 @@ PREPARATION_TIMEOUT = timedelta(days=2)
 MEETING_PORT = "training/port"
 
 
-_for_preparation: dist.ProcessGroup | None = None
+# Of rank 0 and those that wait for it; None while a process is alone.
+_for_preparation: Any = None
 
 
 class DistributedError(PipelineError):

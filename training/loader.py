@@ -1,7 +1,8 @@
 """Labelled images -> batches of tensors, in an order that follows from the seed and the step."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,10 +42,8 @@ class TrainImages(Dataset[Any]):
     def __getitem__(self, key: SampleKey) -> tuple[NDArray[np.uint8], int, int]:
         """Return uint8 RGB [size, size, 3] of the key's stage, the label, and the seed."""
         sample = self._samples[key.image]
-        try:
+        with _named_errors(sample):
             pixels = self._augmentations[key.stage](sample.read(), key.seed)
-        except ImageError as error:
-            raise ImageError(f"{sample.name}: {error}") from None
         return pixels, sample.label, key.seed
 
 
@@ -62,7 +61,9 @@ class EvalImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return float32 [3, size, size] and the label."""
         sample = self._samples[index]
-        return torch.from_numpy(preprocess(sample.read(), self._spec)), sample.label
+        with _named_errors(sample):
+            image = preprocess(sample.read(), self._spec)
+        return torch.from_numpy(image), sample.label
 
 
 def train_batches(
@@ -99,6 +100,14 @@ def eval_batches(
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),
     )
+
+
+@contextmanager
+def _named_errors(sample: Sample) -> Generator[None]:
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{sample.name}: {error}") from None
 
 
 def _collate(items: Sequence[tuple[NDArray[np.uint8], int, int]]) -> Batch:

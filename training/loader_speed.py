@@ -332,7 +332,13 @@ def _serve(connection: Connection) -> None:
             connection.send(_take_turn(turn))
         # timm's and torch's own exceptions have no common base; the other process ends on it.
         except Exception as error:
-            connection.send(f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+            connection.send(describe_error(error))
+
+
+def describe_error(error: Exception) -> str:
+    """Return type and message; of a worker's, which tells its traceback too, the last line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else '(it has no message)'}"
 
 
 def _take_turn(turn: Turn) -> Loaded:

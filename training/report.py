@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from efficientnet.atomic import write_bytes, write_text
+from efficientnet.datasets import data_name
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.tables import NOTHING, Table, format_bytes, format_percent, format_rate
 from training.config import TrainConfig, config_to_json
@@ -105,7 +106,7 @@ def write_report(
     final = next(
         e for e in evaluations if e.weights == "averaged" and e.image_size == config.eval_image_size
     )
-    subject = f"{config.variant} on {_data_name(config)}"
+    subject = f"{config.variant} on {data_name(config.data)}"
     top1, matrix = format_percent(final.result.top1), final.result.confusion
     if matrix is not None:
         title = f"{subject}: {top1} top-1 of {num_val:,} held-out images"
@@ -332,10 +333,6 @@ def _best_epoch(epochs: Sequence[EpochMetrics]) -> str:
     if best.top1 <= epochs[-1].top1:
         return "No epoch was better than the last."
     return f"Epoch {best.epoch} was better: {format_percent(best.top1)}."
-
-
-def _data_name(config: TrainConfig) -> str:
-    return (Path(config.data).name or config.data) if config.data else "digits"
 
 
 def _processes(device_name: str, world_size: int) -> str:

@@ -87,17 +87,21 @@ class SpeedConfig:
             )
         if sum(map(bool, (self.table, self.peer, self.data))) > 1:
             raise ValueError("--table, --peer and --data do not go together; give one of them")
-        if min(self.image_size_list) < 16 or min(self.batch_size_list) < 2:
-            raise ValueError("--image-sizes must be at least 16, --batch-sizes at least 2")
         counts = (len(self.image_size_list), len(self.batch_size_list))
         if self.table == 2 and counts != (2, 2):
             raise ValueError("table 2 has two image sizes and two batch sizes; give as many")
         if self.table == 3 and counts != (1, 1):
             raise ValueError("table 3 has one image size and one batch size; give one of each")
-        if not 0 < self.seconds < float("inf") or self.turns < 1:
-            raise ValueError("--seconds must be positive, --turns at least 1")
-        limits = (("--threads", self.threads, 1), ("--num-workers", self.num_workers, 0))
-        for flag, value, least in (*limits, ("--memory-limit-bytes", self.memory_limit_bytes, 1)):
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds is {self.seconds}, expected a positive number")
+        for flag, value, least in (
+            ("--image-sizes", min(self.image_size_list), 16),
+            ("--batch-sizes", min(self.batch_size_list), 2),
+            ("--turns", self.turns, 1),
+            ("--threads", self.threads, 1),
+            ("--num-workers", self.num_workers, 0),
+            ("--memory-limit-bytes", self.memory_limit_bytes, 1),
+        ):
             if value is not None and value < least:
                 raise ValueError(f"{flag} is {value}, expected at least {least}")
 

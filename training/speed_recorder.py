@@ -4,12 +4,12 @@ import logging
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 import timm
 import torch
 
 from efficientnet.cost import DevicePeak, network_cost
+from efficientnet.datasets import data_name
 from efficientnet.devices import CPU_PRECISION, cpu_peak, describe_peak, gpu_peak
 from efficientnet.environment import current_environment, num_usable_cores
 from efficientnet.records import TrainingSpeedRecord
@@ -90,7 +90,7 @@ class Recorder:
             num_classes=cell.num_classes,
             is_compiled=cell.is_compiled,
             is_loader_fed=cell.data is not None,
-            data="synthetic" if cell.data is None else Path(cell.data).name,
+            data="synthetic" if cell.data is None else data_name(cell.data),
             num_workers=cell.num_workers,
             num_threads=cell.num_threads,
             table=self._config.table,

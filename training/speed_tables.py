@@ -43,7 +43,7 @@ def publish(records: Run, readme: Path) -> Path:
     older = [
         run
         for run in runs_of(read_records(path, TrainingSpeedRecord))
-        if title_of(run) != title_of(records)
+        if (title_of(run), _sizes(run)) != (title_of(records), _sizes(records))
     ]
     every = [record for run in (*older, records) for record in run]
     text = document(every, as_markdown=True)
@@ -60,6 +60,10 @@ def runs_of(records: Sequence[TrainingSpeedRecord]) -> list[Run]:
     for record in records:
         runs.setdefault(record.started_at, []).append(record)
     return [tuple(run) for run in runs.values()]
+
+
+def _sizes(run: Run) -> set[tuple[int, int]]:
+    return {(record.image_size, record.micro_batch_size) for record in run}
 
 
 def title_of(run: Run) -> str:
@@ -207,9 +211,16 @@ def _how(run: Run) -> str:
     text = (
         f"{device}, {first.num_threads} CPU threads, {', '.join(versions)}, "
         f"{first.started_at:%Y-%m-%d} UTC. Each row in a process of its own, channels_last, "
-        f"{first.num_classes} classes; memory: peak while steps counted, ~ predicted; of peak: "
-        f"operations of three forward passes per image, as a share of the device's {peak}."
+        f"{first.num_classes} classes; memory: peak while steps counted, ~ predicted"
     )
+    if first.table is None:
+        text += (
+            "; of peak: operations of three forward passes per image, as a share of the device's "
+            f"{peak}"
+        )
+    text += "."
+    if any(record.is_loader_fed for record in run):
+        text += f" The loader has {max(record.num_workers for record in run)} worker processes."
     if len({record.contender for record in run}) > 1:
         text += (
             " Processes take turns; x timm: how many times timm's speed, median of the ratios of "

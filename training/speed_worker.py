@@ -155,6 +155,8 @@ def measure(group: Sequence[Cell], seconds: float, num_turns: int) -> list[Measu
 def _serve(connection: Connection, cell: Cell) -> None:
     # Ctrl-C reaches the whole process group; the closed connection ends this process then.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The loader's workers are forks, as in training; this process was spawned and would spawn.
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(cell.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -83,6 +83,8 @@ class TrainStep:
         self._stage = stage
         # Within a stage all shapes are the same, so that trying out kernels pays.
         torch.backends.cudnn.benchmark = True
+        # As cuDNN's convolutions do by default; squeeze-excite and classifier are matrices.
+        torch.backends.cuda.matmul.allow_tf32 = True
         self._state.model.dropout.set_rate(stage.dropout_rate)
         is_augmented_here = self._config.augment_on == "device" and stage.randaugment_magnitude
         self._augment = (
