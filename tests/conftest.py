@@ -19,6 +19,13 @@ from export.config import ExportConfig
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those of `pytest -m gpu`: the others are about the CPU."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 TINY_PREPROCESS = PreprocessSpec(
     image_size=32,
     interpolation="bicubic",

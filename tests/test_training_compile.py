@@ -5,26 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_trainings import step_of, with_stages
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from efficientnet.model import EfficientNet
-from efficientnet.preprocess import PreprocessSpec
-from efficientnet.variants import NetworkOptions
 from training.config import TrainConfig
-from training.distributed import Ranks
 from training.loader import Batch
 from training.progressive import Stage, plan_stages
 from training.recipes import digits_recipe
-from training.state import new_state
 from training.step import TrainStep
-
-SPEC = PreprocessSpec(
-    image_size=32,
-    interpolation="bicubic",
-    crop_fraction=None,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)
 
 
 def config(**changes: object) -> TrainConfig:
@@ -61,10 +50,8 @@ def take_steps(step: TrainStep, stage: Stage, num_images: int, num_passes: int) 
 
 def test_each_stage_compiles_once_in_one_graph(counter: CompileCounterWithBackend):
     num_passes = 2
-    recipe = config()
-    state = new_state(recipe, NetworkOptions(), 10, torch.device("cpu"))
-    step = TrainStep(state, recipe, Ranks(0, 1, state.device), 10, SPEC)
-    state.model.train()
+    recipe = with_stages(config(), 2)
+    _, step = step_of(recipe)
     stages = plan_stages(recipe.progressive)
     for stage in stages:
         step.begin_stage(stage, 8 // num_passes)
@@ -81,9 +68,7 @@ def test_another_dropout_rate_learning_rate_or_magnitude_compiles_nothing(
     recipe = config()
     progressive = replace(recipe.progressive, image_size=(32, 32), dropout_rate=(0.0, 0.4))
     recipe = replace(recipe, progressive=progressive)
-    state = new_state(recipe, NetworkOptions(), 10, torch.device("cpu"))
-    step = TrainStep(state, recipe, Ranks(0, 1, state.device), 10, SPEC)
-    state.model.train()
+    _, step = step_of(recipe)
     for stage in plan_stages(recipe.progressive):
         step.begin_stage(stage, 8)
         take_steps(step, stage, 8, 1)
@@ -96,11 +81,11 @@ def test_a_compiled_run_ends_where_an_eager_one_does(
     from training.metrics import read_metrics
     from training.run import main
 
-    recipe = replace(digits_recipe("tiny"), epochs=2, batch_size=256, stochastic_depth_rate=0.0)
     recipe = replace(
-        recipe,
-        progressive=replace(recipe.progressive, num_stages=2, dropout_rate=(0.0, 0.0)),
+        digits_recipe("tiny"), epochs=2, steps=4, batch_size=256, stochastic_depth_rate=0.0
     )
+    still = replace(recipe.progressive, num_stages=2, dropout_rate=(0.0, 0.0))
+    recipe = replace(recipe, progressive=still)
     losses = []
     for is_compiled in (False, True):
         run = main(replace(recipe, compile=is_compiled, output=tmp_path / str(is_compiled))).parent

@@ -5,13 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_trainings import small_run, with_stages
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from training_processes import end, require_equal, saved_state, start, start_ranks
 
@@ -24,7 +23,6 @@ from training.distributed import (
     meeting_store,
 )
 from training.metrics import read_metrics
-from training.recipes import digits_recipe
 from training.run import find_run
 from training.sampler import StepPlan
 
@@ -34,27 +32,22 @@ TOLERANCE = 1e-4
 
 
 def config(output: Path, **changes: object) -> TrainConfig:
-    recipe = replace(
-        digits_recipe("tiny"),
-        epochs=3,
-        batch_size=256,
-        # What batch norm sees: the same on one process and on four.
-        micro_batch_size=64,
-        output=output,
-        name="run",
-    )
-    recipe = replace(recipe, progressive=replace(recipe.progressive, num_stages=3))
-    return replace(recipe, **changes)
-
-
-def one_stage(recipe: TrainConfig) -> TrainConfig:
-    return replace(recipe, progressive=replace(recipe.progressive, num_stages=1))
+    # What batch norm sees: the same on one process and on four.
+    settings: dict[str, object] = {"micro_batch_size": 64}
+    return small_run(output, **(settings | changes))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     assert end(start(config(folder))) == [0]
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    assert end(*start_ranks(config(folder), 2)) == [0, 0]
     return folder / "run"
 
 
@@ -71,18 +64,20 @@ def require_same_curves(found: Path, expected: Path) -> None:
         assert epoch.top1 == pytest.approx(other.top1, abs=1.5 / 360)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_that_share_a_batch_have_the_loss_curve_of_one(
-    world_size: int, alone: Path, tmp_path: Path
-):
-    assert end(*start_ranks(config(tmp_path), world_size)) == [0] * world_size
+def test_two_processes_that_share_a_batch_have_the_loss_curve_of_one(by_two: Path, alone: Path):
+    require_same_curves(by_two, alone)
+
+
+def test_four_processes_that_share_a_batch_have_the_loss_curve_of_one(alone: Path, tmp_path: Path):
+    assert end(*start_ranks(config(tmp_path), 4)) == [0] * 4
     require_same_curves(tmp_path / "run", alone)
 
 
 def test_the_statistics_of_batch_norm_do_not_depend_on_the_number_of_processes(tmp_path: Path):
     one_step = {"epochs": 1, "batch_size": 1024, "micro_batch_size": 128, "steps": 1}
-    assert end(start(one_stage(config(tmp_path / "1", **one_step)))) == [0]
-    assert end(*start_ranks(one_stage(config(tmp_path / "4", **one_step)), 4)) == [0] * 4
+    alone, shared = (with_stages(config(tmp_path / n, **one_step), 1) for n in ("1", "4"))
+    assert end(start(alone)) == [0]
+    assert end(*start_ranks(shared, 4)) == [0] * 4
     found, expected = (saved_state(tmp_path / n / "run")["model"] for n in ("4", "1"))
     statistics = [name for name in expected if "running" in name]
     assert statistics
@@ -114,36 +109,45 @@ def test_a_checkpoint_of_n_processes_resumes_on_m(
     require_same_curves(tmp_path / "run", alone)
 
 
-def test_ranks_resume_to_the_same_bits(tmp_path: Path):
-    assert end(*start_ranks(config(tmp_path / "whole"), 2)) == [0, 0]
-    end(*start_ranks(config(tmp_path / "cut"), 2, die_at_step, 1, 8))
-    assert end(*start_ranks(config(tmp_path / "cut"), 2)) == [0, 0]
-    require_equal(saved_state(tmp_path / "cut" / "run"), saved_state(tmp_path / "whole" / "run"))
+def test_ranks_resume_to_the_same_bits(by_two: Path, tmp_path: Path):
+    assert end(*start_ranks(config(tmp_path), 2, die_at_step, 1, 8))[1] == -signal.SIGKILL
+    assert end(*start_ranks(config(tmp_path), 2)) == [0, 0]
+    require_equal(saved_state(tmp_path / "run"), saved_state(by_two))
+
+
+DYING_SCRIPT = """
+import os, sys
+from test_training_distributed import die_at_step
+from efficientnet.command import run_command
+from training.run import main, parse
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    die_at_step(1, 7)
+if __name__ == "__main__":
+    run_command(lambda: parse(sys.argv[1:]), main)
+"""
 
 
 def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_nothing_had_happened(
     alone: Path, tmp_path: Path
 ):
+    # One of the processes dies by itself in the second epoch, the first time only.
+    script = tmp_path / "dying.py"
+    script.write_text(DYING_SCRIPT)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("--max-restarts", "2", "training/run.py", "tiny", "--output", str(tmp_path)),
+        *("--max-restarts", "2", str(script), "tiny", "--output", str(tmp_path)),
         *("--name", "run", "--epochs", "3", "--batch-size", "256", "--micro-batch-size", "64"),
         *("--progressive.num-stages", "3"),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    log = (tmp_path / "log").open("w")
-    torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    try:
-        run = tmp_path / "run"
-        deadline = time.monotonic() + 200
-        while not (run / "checkpoint").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        assert torchrun.wait(timeout=200) == 0, (tmp_path / "log").read_text()
-    finally:
-        torchrun.kill()
-        log.close()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    with (tmp_path / "log").open("w") as log:
+        torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            code = torchrun.wait(timeout=400)
+        finally:
+            torchrun.kill()
+    assert code == 0, (tmp_path / "log").read_text()
+    run = tmp_path / "run"
     assert "go on with" in (tmp_path / "log").read_text()
     require_same_curves(run, alone)
 

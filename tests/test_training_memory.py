@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_trainings import step_of
 
 from efficientnet.checkpoint import read_checkpoint
 from efficientnet.model import build_model
 from efficientnet.variants import VARIANTS, NetworkOptions
 from training import run as command
 from training.config import TrainConfig
-from training.distributed import Ranks
 from training.memory import (
     BatchTooLargeError,
     MemoryModel,
@@ -20,8 +20,6 @@ from training.memory import (
 )
 from training.progressive import plan_stages
 from training.recipes import digits_recipe, imagenet_recipe
-from training.state import new_state
-from training.step import TrainStep
 
 OPTIONS = NetworkOptions()
 GIGABYTE = 1e9
@@ -54,22 +52,23 @@ def test_what_is_counted_without_computing_is_what_autograd_keeps(variant: str, 
 
 
 def test_memory_plan_takes_the_largest_part_of_the_batch_that_fits_each_stage():
-    config = replace(imagenet_recipe("v2-s"), batch_size=512, batch_plan="memory")
-    sizes = plan(config, 20 * GIGABYTE)
+    config = replace(imagenet_recipe("tiny"), batch_size=512, batch_plan="memory")
+    limit = 0.1 * GIGABYTE
+    sizes = plan(config, limit)
     assert sizes == tuple(sorted(sizes, reverse=True)) and sizes[0] > sizes[-1]
     model = MemoryModel(config, OPTIONS, 1000)
     for stage, size in zip(plan_stages(config.progressive), sizes, strict=True):
         assert 512 % size == 0
-        assert model.bytes_for(stage.image_size, size) <= 20 * GIGABYTE
-        assert model.bytes_for(stage.image_size, 2 * size) > 20 * GIGABYTE or size == 512
+        assert model.bytes_for(stage.image_size, size) <= limit
+        assert model.bytes_for(stage.image_size, 2 * size) > limit or size == 512
     # The share of one of four processes is what is divided.
-    assert all(128 % size == 0 for size in plan(config, 20 * GIGABYTE, world_size=4))
+    assert all(128 % size == 0 for size in plan(config, limit, world_size=4))
 
 
 def test_half_precision_fits_about_twice_as_many():
-    config = replace(imagenet_recipe("v2-s"), batch_size=512, batch_plan="memory")
-    full, half = (plan(replace(config, precision=p), 20 * GIGABYTE) for p in ("fp32", "bf16"))
-    assert all(b >= 2 * a or b == 512 for a, b in zip(full, half, strict=True))
+    config = replace(imagenet_recipe("tiny"), batch_size=512, batch_plan="memory")
+    full, half = (plan(replace(config, precision=p), 0.1 * GIGABYTE) for p in ("fp32", "bf16"))
+    assert all(b >= 2 * a or b == 512 for a, b in zip(full, half, strict=True)) and half != full
 
 
 def test_a_fixed_plan_is_the_recipes():
@@ -106,10 +105,15 @@ def test_a_run_with_a_memory_plan_keeps_batch_and_schedule(
     # As on a machine of 20 MB.
     monkeypatch.setattr(command, "device_memory_bytes", lambda device: 20e6)
     config = replace(
-        digits_recipe("tiny"), epochs=4, batch_size=128, batch_plan="memory", output=tmp_path
+        digits_recipe("tiny"),
+        epochs=4,
+        steps=4,
+        batch_size=128,
+        batch_plan="memory",
+        output=tmp_path,
     )
     checkpoint = command.main(config)
-    assert checkpoint is not None and read_checkpoint(checkpoint).step == 44
+    assert checkpoint is not None and read_checkpoint(checkpoint).step == 4
     state = torch.load(checkpoint / "train_state.pt", weights_only=True)["state"]
     sizes = state["micro_batch_sizes"]
     assert sizes[0] > sizes[-1] and all(128 % size == 0 for size in sizes)
@@ -117,11 +121,8 @@ def test_a_run_with_a_memory_plan_keeps_batch_and_schedule(
 
 def test_memory_is_reserved_by_a_pass_that_leaves_everything_as_it_was():
     config = digits_recipe("tiny")
-    state = new_state(config, OPTIONS, 10, torch.device("cpu"))
-    spec = config.preprocess_spec(None)
-    step = TrainStep(state, config, Ranks(0, 1, state.device), 10, spec)
+    state, step = step_of(config)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    state.model.train()
     step.reserve_memory(32, 8)
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

@@ -1,30 +1,24 @@
 """Runs that are killed, really, and gone on with."""
 
 import errno
+import itertools
 import logging
 import os
 import random
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from training_processes import (
-    end,
-    kill_after,
-    require_equal,
-    saved_state,
-    start,
-)
+from small_trainings import small_run
+from training_processes import die_after, end, require_equal, saved_state, start
 
 from efficientnet.atomic import point_link
 from efficientnet.checkpoint import CheckpointError, load_checkpoint
 from training import rundir
 from training.distributed import Ranks
 from training.metrics import read_metrics
-from training.recipes import digits_recipe
 from training.run import ResumeConfig, find_run, main
 from training.rundir import read_run, remove_unfinished
 
@@ -32,17 +26,8 @@ NUM_KILLS = 10
 
 
 def config(output: Path, **changes: object):
-    recipe = replace(
-        digits_recipe("tiny"),
-        epochs=3,
-        batch_size=256,
-        micro_batch_size=128,
-        checkpoint_every_steps=2,
-        output=output,
-        name="run",
-    )
-    recipe = replace(recipe, progressive=replace(recipe.progressive, num_stages=3))
-    return replace(recipe, **changes)
+    settings: dict[str, object] = {"micro_batch_size": 128, "checkpoint_every_steps": 2}
+    return small_run(output, **(settings | changes))
 
 
 @pytest.fixture(scope="module")
@@ -69,27 +54,23 @@ def test_a_run_killed_at_ten_random_moments_ends_as_if_nothing_had_happened(
     whole: Path, tmp_path: Path
 ):
     moments = random.Random(1)
-    kills, trained = 0, tmp_path / "run"
-    steps = []
+    folders = (tmp_path / str(number) for number in itertools.count())
+    kills, reached, output = 0, set[int](), next(folders)
     while kills < NUM_KILLS:
-        process = start(config(tmp_path))
-        # Most in the training (which takes a few seconds), some before it has begun.
-        if not kill_after(process, moments.uniform(0.1, 2.0)):
-            break
-        kills += 1
-        if (trained / "checkpoint").exists():
-            steps.append(read_run(trained).record.step)
-    # With luck or a fast machine the run was at its end before: then it was killed less often, and
-    # what is left is made up for by killing it again from its start, below.
-    assert end(start(config(tmp_path))) == [0]
-    assert steps == sorted(steps)
-    require_same_run(trained, whole)
-    while kills < NUM_KILLS:
-        again = tmp_path / f"again-{kills}"
-        process = start(config(again))
-        kills += kill_after(process, moments.uniform(0.1, 1.5))
-        assert end(start(config(again))) == [0]
-        require_same_run(again / "run", whole)
+        # A few before the first step, most between two others, some while a checkpoint is written.
+        moment = (moments.randrange(4), moments.uniform(0.0, 0.3))
+        (code,) = end(start(config(output), die_after, *moment))
+        assert code in (0, -signal.SIGKILL)
+        if (output / "run" / "checkpoint").exists():
+            reached.add(load_checkpoint(output / "run" / "checkpoint")[1].step)
+        if code == 0:  # It came to its end first: begin another one.
+            require_same_run(output / "run", whole)
+            output = next(folders)
+        else:
+            kills += 1
+    assert end(start(config(output))) == [0]
+    require_same_run(output / "run", whole)
+    assert len(reached) >= 3
 
 
 def die_at_call(name: str, number: int) -> None:
@@ -206,6 +187,8 @@ def test_the_name_of_a_run_with_another_recipe_is_refused(tmp_path: Path):
         main(config(tmp_path, epochs=4))
     with pytest.raises(CheckpointError, match="trains tiny, not b0"):
         main(config(tmp_path, variant="b0"))
+    with pytest.raises(CheckpointError, match="trains tiny, not v2-s"):
+        main(ResumeConfig(tmp_path / "run", "v2-s"))
 
 
 def write_classes(folder: Path, names: tuple[str, ...], num_images: int = 40) -> None:

@@ -1,11 +1,12 @@
 """Training in processes of its own that can be killed, without each importing torch anew."""
 
+import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import socket
-import time
+import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import Any
 
 import torch
 
+from training import report, rundir
 from training.config import TrainConfig
 from training.run import ResumeConfig, main
+from training.step import TrainStep
 
-# The server imports torch once; each child is a fork of it, and not of the threads of pytest.
+# The server imports torch once; each child is a fork of it, and not of the threads of pytest. The
+# server does not get pytest's path, and passes over a name that it does not find.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training_processes"])
+CONTEXT.set_forkserver_preload(["training.run", "sklearn.datasets"])
 
 # Of a run, what depends on how long something took.
 TIMES = {"elapsed_s", "seconds", "images_per_s", "peak_memory_bytes"}
@@ -74,14 +78,21 @@ def end(*processes: BaseProcess) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def kill_after(process: BaseProcess, seconds: float) -> bool:
-    """Kill a process after a time; return whether it was still there to be killed."""
-    deadline = time.monotonic() + seconds
-    while process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
+def die_after(num_steps: int, seconds: float) -> None:
+    """Kill this process some time after it has taken some steps: for `start`."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+    timer.daemon = True
+    if num_steps == 0:
+        timer.start()
+    call, taken = TrainStep.__call__, itertools.count(1)
+
+    def counting(self: TrainStep, *args: Any) -> Any:
+        result = call(self, *args)
+        if next(taken) == num_steps:
+            timer.start()
+        return result
+
+    TrainStep.__call__ = counting
 
 
 def saved_state(run: Path) -> dict[str, Any]:
@@ -122,6 +133,11 @@ def _child(
     environment: dict[str, str],
 ) -> None:
     os.environ.update(environment)
+    # The loader's workers are forks of this process, as in the command, and end with it.
+    multiprocessing.set_start_method(None, force=True)
+    # The pictures are tested elsewhere, and take longer than an epoch.
+    rundir.draw_curves = lambda *_: Path()
+    report.draw_confusion = lambda *_: b""
     torch.set_num_threads(1)
     # An error is a traceback on stderr and exit code 1, as multiprocessing has it.
     logging.basicConfig(level=logging.WARNING)

@@ -1,0 +1,43 @@
+"""The small trainings that several test files share."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from efficientnet.preprocess import PreprocessSpec
+from efficientnet.variants import NetworkOptions
+from training.config import TrainConfig
+from training.distributed import Ranks
+from training.recipes import digits_recipe
+from training.state import TrainState, new_state
+from training.step import TrainStep
+
+SPEC = PreprocessSpec(
+    image_size=32,
+    interpolation="bicubic",
+    crop_fraction=None,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+
+def small_run(output: Path, **changes: object) -> TrainConfig:
+    """Return a recipe of 3 epochs of 5 steps, in 3 stages, called `run`."""
+    recipe = replace(digits_recipe("tiny"), epochs=3, batch_size=256, output=output, name="run")
+    return replace(with_stages(recipe, 3), **changes)
+
+
+def with_stages(recipe: TrainConfig, num_stages: int) -> TrainConfig:
+    """Return a recipe with another number of stages."""
+    return replace(recipe, progressive=replace(recipe.progressive, num_stages=num_stages))
+
+
+def step_of(
+    recipe: TrainConfig, device: str = "cpu", num_classes: int = 10
+) -> tuple[TrainState, TrainStep]:
+    """Return a new state in training mode, and what takes its steps."""
+    state = new_state(recipe, NetworkOptions(), num_classes, torch.device(device))
+    state.model.train()
+    ranks = Ranks(0, 1, state.device)
+    return state, TrainStep(state, recipe, ranks, num_classes, SPEC)
