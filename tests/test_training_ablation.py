@@ -1,11 +1,13 @@
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,14 +32,16 @@ from training.ablation_plan import (
     plan_rounds,
     plan_rows,
 )
-from training.ablation_report import publish
+from training.ablation_report import publish, schedules_table, to_markdown, write_files
 from training.ablation_results import (
     AblationRecord,
+    Spread,
     difference,
     magnitude_trend,
     read_result,
     seconds_left,
     spread,
+    time_saved,
 )
 from training.ablation_runs import train_all
 from training.config import config_to_json
@@ -206,7 +210,7 @@ def test_a_recipe_without_a_range_of_regularisation_is_refused(tmp_path: Path):
     "changes", [{"image_sizes": (32, 32, 64)}, {"magnitudes": (9, 6, 3)}, {"jobs": 0}]
 )
 def test_wrong_values_are_refused(changes: dict, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"expected three rising ones|at least 1"):
+    with pytest.raises(ValueError, match=r"expected three rising ones|--jobs is 0, .*at least 1"):
         tiny(tmp_path, **changes)
 
 
@@ -223,17 +227,76 @@ def test_a_round_is_all_rows_of_a_seed_and_rounds_begin_with_different_rows(tmp_
     assert len({run.directory for run in planned}) == 42
 
 
+def test_the_training_that_both_experiments_have_is_made_once_and_told_for_both(tmp_path: Path):
+    config = tiny(tmp_path, magnitudes=(3, 6, 9), seeds=2)
+    shared = {FIXED, magnitude_row(6, 32)}
+    planned = plan_rounds(config, plan_rows(config))
+    assert len(planned) == len({run.directory for run in planned}) == 2 * 13
+    assert [{row.name for row in run.rows} for run in planned if len(run.rows) > 1] == [shared] * 2
+    record = finish_all(config, **{FIXED: 0.5})
+    assert len(record.runs) == 2 * 14
+    fixed, magnitude = (record.of(name) for name in sorted(shared))
+    assert [(r.experiment, r.magnitude) for r in fixed] == [("schedules", None)] * 2
+    assert [(r.experiment, r.magnitude) for r in magnitude] == [("magnitudes", 6)] * 2
+    for one, other in zip(fixed, magnitude, strict=True):
+        assert (one.top1, one.seconds, one.flags) == (other.top1, other.seconds, other.flags)
+
+
+def test_the_same_training_is_shared_only_where_it_is_trained(tmp_path: Path):
+    config = tiny(tmp_path, magnitudes=(3, 6, 9), experiments="magnitudes")
+    planned = plan_rounds(config, plan_rows(config))
+    assert len(planned) == 3 * 9 and all(len(run.rows) == 1 for run in planned)
+
+
+def test_each_round_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def train(
+        pending: Sequence[PlannedRun], jobs: int, on_finished: Callable[[PlannedRun], None]
+    ) -> None:
+        for run in pending:
+            finish(run)
+            on_finished(run)
+
+    def write(record: AblationRecord, directory: Path, stem: str) -> Path:
+        written.append(record.num_rounds)
+        return write_files(record, directory, stem)
+
+    written: list[int] = []
+    monkeypatch.setattr("training.ablation.train_all", train)
+    monkeypatch.setattr("training.ablation_report.write_files", write)
+    main(tiny(tmp_path, experiments="schedules", seeds=2))
+    assert written == [1, 2]
+
+
 def test_a_spread_is_the_mean_and_the_sample_deviation():
     assert (spread([1, 2, 3]).mean, spread([1, 2, 3]).deviation) == (2, 1)
     assert spread([5]).deviation is None and spread([5]).text() == "5.0"
     assert spread([1, 2, 3]).text() == "2.0 ± 1.0"
 
 
+@pytest.mark.parametrize(("num_seeds", "quantile"), [(2, 12.706), (3, 4.303), (20, 2.093)])
+def test_the_margin_is_half_of_the_95_percent_confidence_interval(num_seeds: int, quantile: float):
+    margin = Spread(0.0, 3.0, num_seeds).margin
+    assert margin == pytest.approx(quantile * 3.0 / num_seeds**0.5, rel=1e-3)
+
+
+def test_no_effect_is_taken_for_one_in_a_twentieth_of_cases_and_one_seed_tells_nothing():
+    draws = random.Random(0)
+    for num_seeds in (2, 3, 10):
+        cases = [spread([draws.gauss(0, 1) for _ in range(num_seeds)]) for _ in range(2000)]
+        assert 0.03 < sum(case.is_certain for case in cases) / 2000 < 0.07
+    assert spread([9.0]).margin is None and not spread([9.0]).is_certain
+
+
+def test_many_seeds_show_an_effect_smaller_than_their_deviation():
+    values = [0.5 + (-1) ** seed for seed in range(100)]
+    assert spread(values).mean < 1 and spread(values).is_certain
+
+
 def test_a_difference_is_taken_seed_by_seed(record: AblationRecord):
     ahead = changed(record, FIXED, (0.96, 0.97, 0.95))
     change = difference(ahead, PROGRESSIVE_ADAPTIVE, FIXED)
     assert change.mean == pytest.approx(1) and change.deviation == pytest.approx(0, abs=1e-9)
-    assert not change.is_within
+    assert change.is_certain
 
 
 def test_seconds_are_those_in_training_without_evaluation(tmp_path: Path):
@@ -249,11 +312,16 @@ def test_seconds_are_those_in_training_without_evaluation(tmp_path: Path):
 def test_gains_and_losses_are_both_said_plainly(record: AblationRecord):
     findings = schedule_findings(record)
     assert findings[0].startswith(
-        "**progressive + adaptive: +0.3 points (within one deviation, 1.6) in 38 % less time than "
-        "fixed.** The paper (Table 12, EfficientNet-B4): +0.2 points in 55 % less time."
+        "**progressive + adaptive: +0.3 points (within the margin of 4.0) in 38 % less time "
+        "(margin 0 %) than fixed.** The paper (Table 12, EfficientNet-B4): +0.2 points in 55 % "
+        "less time."
     )
-    assert "+3.3 points (outside one deviation, 0.6): as in the paper, +0.8" in findings[1]
-    assert "-5.0 points (outside one deviation, 1.0): unlike in the paper, +0.7" in findings[2]
+    assert "+3.3 points (outside the margin of 1.4): as in the paper, +0.8" in findings[1]
+    assert "-5.0 points (outside the margin of 2.5): unlike in the paper, +0.7" in findings[2]
+    assert headline(record) == (
+        "tiny on digits: with progressive + adaptive, top-1 changes by +0.3 points, which 3 seeds "
+        "cannot tell from none, in 38 % less time (margin 0 %) than fixed"
+    )
 
 
 def test_a_slower_and_worse_schedule_is_said_to_be_so(record: AblationRecord):
@@ -263,13 +331,57 @@ def test_a_slower_and_worse_schedule_is_said_to_be_so(record: AblationRecord):
     )
     worse = worse.model_copy(update={"runs": runs})
     line = schedule_findings(worse)[0]
-    assert re.search(r"-6\.3 points \(outside one deviation, .*\) in 25 % more time", line)
-    assert "lowers top-1 by 6.3 points in 25 % more time than fixed" in headline(worse)
+    assert re.search(r"-6\.3 points \(outside the margin of .*\) in 25 % more time", line)
+    assert "lowers top-1 by 6.3 points in 25 % more time (margin 0 %) than fixed" in headline(worse)
 
 
-def test_a_difference_within_the_deviation_is_not_called_an_effect(record: AblationRecord):
+def test_a_difference_within_the_margin_is_not_called_an_effect(record: AblationRecord):
     close = changed(record, PROGRESSIVE, (0.975, 0.965, 0.97))
-    assert "nothing that 3 seeds would show; the paper has +0.8" in schedule_findings(close)[1]
+    told = "nothing that 3 seeds can tell from none; the paper has +0.8"
+    assert told in schedule_findings(close)[1]
+
+
+def test_time_is_saved_seed_by_seed_and_only_beyond_the_margin(record: AblationRecord):
+    def timed(own: tuple[float, ...]) -> AblationRecord:
+        seconds = {PROGRESSIVE_ADAPTIVE: own, FIXED: (10.0, 20.0, 40.0)}
+        runs = tuple(
+            run.model_copy(update={"seconds": seconds[run.row][run.seed]})
+            if run.row in seconds
+            else run
+            for run in record.runs
+        )
+        return record.model_copy(update={"runs": runs})
+
+    faster = timed((8.0, 15.6, 32.4))
+    saved = time_saved(faster, PROGRESSIVE_ADAPTIVE)
+    assert saved.mean == pytest.approx((20 + 22 + 19) / 3)
+    assert saved.margin == pytest.approx(4.303 * 1.5275 / 3**0.5, rel=1e-3)
+    assert headline(faster).endswith("in 20 % less time (margin 4 %) than fixed")
+    assert "| 20 (4) |" in schedules_table(faster).markdown()
+    unclear = timed((8.0, 24.0, 32.0))
+    assert headline(unclear).endswith("in about the same time (7 % less, margin 57 %) as fixed")
+
+
+def test_one_seed_raises_and_lowers_nothing(tmp_path: Path):
+    record = finish_all(tiny(tmp_path, seeds=1))
+    assert headline(record) == (
+        "tiny on digits: with progressive + adaptive, top-1 changes by +1.0 points, which 1 seed "
+        "cannot tell from none, in 38 % less time than fixed (one seed, so no margin)"
+    )
+    assert "nothing that 1 seed can tell from none" in schedule_findings(record)[1]
+    assert "| +1.0 (-) |" in schedules_table(record).markdown()
+    assert magnitude_trend(record)[1] == "cannot be told"
+
+
+def test_the_data_has_the_name_of_the_record(record: AblationRecord):
+    named = record.model_copy(update={"name": "cifar10", "data": "train-0000.tar"})
+    assert headline(named).startswith("tiny on cifar10: ")
+    assert "train-0000" not in to_markdown(named, "").partition("## Schedules")[0]
+
+
+def test_the_number_of_sizes_is_not_claimed_beyond_the_epochs(record: AblationRecord):
+    text = to_markdown(record, "picture.png")
+    assert "in 4 stages, or as many as there are epochs; random resize: 8 such sizes, or as" in text
 
 
 def test_the_papers_trend_is_found_where_it_is(record: AblationRecord):
@@ -277,7 +389,7 @@ def test_the_papers_trend_is_found_where_it_is(record: AblationRecord):
     first, second = magnitude_findings(record)
     assert "5 at 16 px, 10 at 24 px, 15 at 32 px. The paper's trend" in first
     assert "larger images want more, shows." in first
-    assert "-2.0 points (outside one deviation, 0.0) at 16 px and +2.0 points" in second
+    assert "-2.0 points (outside the margin of 0.0) at 16 px and +2.0 points" in second
     assert "-0.6 at 128 px and +0.7 at 300 px" in second
 
 
@@ -287,10 +399,13 @@ def test_the_trend_may_be_reversed_or_not_be_told(record: AblationRecord):
     assert magnitude_trend(reverse)[1] == "is reversed"
     unclear = changed(changed(record, rows[0], (0.8, 0.9, 0.7)), rows[1], (0.8, 0.85, 0.9))
     assert magnitude_trend(unclear)[1] == "cannot be told"
-    only = reverse.model_copy(
-        update={"runs": tuple(r for r in reverse.runs if r.experiment == "magnitudes")}
-    )
-    assert headline(only).endswith("larger images want less RandAugment")
+    told = {
+        "larger images want less RandAugment": reverse,
+        "3 seeds cannot tell whether larger images want more RandAugment": unclear,
+    }
+    for words, both in told.items():
+        runs = tuple(run for run in both.runs if run.experiment == "magnitudes")
+        assert headline(both.model_copy(update={"runs": runs})).endswith(words)
 
 
 def test_all_files_are_written_from_complete_runs_without_training(tmp_path: Path):
@@ -298,10 +413,12 @@ def test_all_files_are_written_from_complete_runs_without_training(tmp_path: Pat
     assert record.num_rounds == 3 and len(record.runs) == 42
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "ablation.md").read_text()
-    assert text.startswith("# tiny on digits: progressive + adaptive holds top-1 (+0.3 points, ")
+    assert text.startswith("# tiny on digits: with progressive + adaptive, top-1 changes by +0.3 ")
     assert (
-        "| progressive + adaptive | 97.0 ± 1.0 | +0.3 | 13.2 ± 0.0 | 0.62 | 38 % | 85.1 |" in text
+        "| progressive + adaptive | 97.0 ± 1.0 | +0.3 (4.0) | 13.2 ± 0.0 | 0.62 | 38 (0) | 85.1 |"
+        in text
     )
+    assert "half of the 95 % confidence interval" in text
     assert "83.1 in 9.4 h, 55 % saved |" in text
     assert "| fixed | 96.7 ± 0.8 | - | 21.1 ± 0.0 | 1.00 | - | - | 82.9 in 20.8 h |" in text
     assert "| 5 | **84.1 ± 0.1** |" in text and "**78.3 ± 0.16** | 81.2 ± 0.06 |" in text
@@ -315,7 +432,7 @@ def test_one_experiment_alone_is_written(experiments: str, tmp_path: Path):
     text = (tmp_path / "ablation.md").read_text()
     assert ("## Schedules" in text) == (experiments == "schedules")
     assert ("magnitude by image size" in text) == (experiments == "magnitudes")
-    assert "one seed, so no deviation" in text and "1 seed," in text
+    assert "one seed, so no margin" in text and "1 seed," in text
     assert (tmp_path / "ablation.png").is_file()
 
 
@@ -345,7 +462,47 @@ def test_publishing_writes_named_files_and_a_section(record: AblationRecord, tmp
     assert "](ablation-digits.png)" in text.read_text()
     section = readme.read_text()
     assert "| progressive + adaptive |" in section and "stale" not in section
+    assert "half of the 95 % confidence interval" in section
     assert f"](published/{text.parent.name}/ablation-digits.md)" in section
+
+
+def test_a_record_is_written_again_without_training(record: AblationRecord, tmp_path: Path):
+    path = tmp_path / "ablation-digits.json"
+    path.write_text(record.model_dump_json(indent=1) + "\n")
+    before = path.read_bytes()
+    text = main(AblationConfig(record=path))
+    assert text == tmp_path / "ablation-digits.md" and path.read_bytes() == before
+    assert text.read_text() == to_markdown(record, "ablation-digits.png")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"ablation-digits.{suffix}" for suffix in ("md", "png", "json")
+    }
+
+
+def test_a_record_is_published_again(
+    record: AblationRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("some.json").write_text(record.model_dump_json())
+    config = AblationConfig(record=Path("some.json"), publish=True)
+    Path("README.md").write_text("no place\n")
+    with pytest.raises(PublishError, match="no place for the table"):
+        main(config)
+    assert not Path("reports").exists()
+    Path("README.md").write_text("<!-- ablation-digits: made -->\n<!-- /ablation-digits -->\n")
+    text = main(config)
+    assert text.is_file() and text.parent.parent == Path("reports/published")
+    assert headline(record) in Path("README.md").read_text()
+
+
+def test_what_is_no_record_and_flags_of_trainings_are_refused(tmp_path: Path):
+    path = tmp_path / "ablation.json"
+    with pytest.raises(FileNotFoundError, match=r"ablation\.json"):
+        main(AblationConfig(record=path))
+    path.write_text('{"format_version": 1}')
+    with pytest.raises(AblationError, match="not the record of an ablation"):
+        main(AblationConfig(record=path))
+    with pytest.raises(ValueError, match="--seeds 2, --epochs 5 given with --record"):
+        AblationConfig(record=path, epochs=5, seeds=2)
 
 
 def test_nothing_is_trained_where_it_cannot_be_published(tmp_path: Path):

@@ -3,11 +3,13 @@
     python training/ablation.py
     python training/ablation.py v2-b0 --data cifar10 --epochs 20 --image-sizes 32 48 64 --jobs 4
     python training/ablation.py tiny --image-sizes 16 24 32 --flags="--optimizer.learning-rate 0.02"
+    python training/ablation.py --record reports/published/DAY-DEVICE/ablation-digits.json --publish
 
 schedules: sizes that rise, that are fixed, or in random order, with regularisation that follows the
 size or is constant (Tan and Le 2021, Tables 12 and 13). magnitudes: RandAugment's magnitude by
 image size (Table 5). Each training is a run of training/run.py; a seed is a round of all of them.
-Started again, the command goes on where it was interrupted.
+Started again, the command goes on where it was interrupted. With --record it trains nothing and
+writes the text, the picture and the README's section of a record again.
 """
 
 import logging
@@ -21,8 +23,8 @@ from efficientnet.command import parse_flags, run_command
 from efficientnet.publishing import find_section
 from efficientnet.tables import format_percent
 from training.ablation_plan import AblationConfig, PlannedRun, plan_rounds, plan_rows
-from training.ablation_report import publish, section_name, write_results
-from training.ablation_results import read_result, seconds_left
+from training.ablation_report import publish, section_name, write_files, write_results
+from training.ablation_results import read_record, read_result, seconds_left
 from training.ablation_runs import train_all
 from training.progress import format_seconds
 from training.rundir import is_complete
@@ -34,16 +36,19 @@ def main(config: AblationConfig) -> Path:
     """Train what has not been trained yet; return the results' text.
 
     Raises:
-        AblationError: a run failed, or was trained with other values.
+        AblationError: a run failed, or was trained with other values; --record is no record.
+        FileNotFoundError: --record is not there.
         PublishError: the README has no place for the table; nothing is trained then.
         KeyboardInterrupt: Ctrl-C, after the runs under way have saved what was reached.
     """
+    if config.record is not None:
+        return _write_again(config.record, config)
     if config.publish:
         find_section(config.readme, section_name(config.title))
     planned = plan_rounds(config, plan_rows(config))
     results = {p.directory: read_result(p) for p in planned if is_complete(p.directory)}
     log.info("%d runs, %d of them complete, in %s", len(planned), len(results), config.directory)
-    num_rows = len(planned) // config.seeds
+    num_trainings = len(planned) // config.seeds
     began, trained_s = time.perf_counter(), 0.0
     with tqdm(total=len(planned), initial=len(results), unit="run", disable=None) as bar:
 
@@ -60,7 +65,8 @@ def main(config: AblationConfig) -> Path:
                 f"{format_seconds(left_s)} left",
                 file=sys.stderr,
             )
-            if sum(r.seed == run.seed for r in results.values()) == num_rows:
+            is_whole_round = sum(r.seed == run.seed for r in results.values()) == num_trainings
+            if is_whole_round and len(results) < len(planned):  # the last is written below
                 write_results(config, planned, results)
 
         train_all([p for p in planned if p.directory not in results], config.jobs, on_finished)
@@ -68,6 +74,14 @@ def main(config: AblationConfig) -> Path:
     if config.publish:
         return publish(record, config.readme)
     return config.directory / "ablation.md"
+
+
+def _write_again(path: Path, config: AblationConfig) -> Path:
+    record = read_record(path)
+    if not config.publish:
+        return write_files(record, path.parent, path.stem)
+    find_section(config.readme, section_name(record.name))
+    return publish(record, config.readme)
 
 
 if __name__ == "__main__":

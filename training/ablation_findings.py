@@ -21,6 +21,11 @@ from training.ablation_results import (
     time_saved,
 )
 
+MARGIN = (
+    "Differences, of times too, are taken seed by seed. Their margin is half of the 95 % "
+    "confidence interval of their mean (Student's t): what is not larger cannot be told from none."
+)
+
 # What is compared with what, and which of the paper's tables says by how much.
 COMPARISONS = (
     ("Adaptive regularisation, rising sizes", PROGRESSIVE_ADAPTIVE, PROGRESSIVE),
@@ -31,41 +36,42 @@ COMPARISONS = (
 
 def headline(record: AblationRecord) -> str:
     """Say in one line what came out."""
-    where = f"{record.variant} on {record.data}"
+    where = f"{record.variant} on {record.name}"
     if record.has("schedules"):
         change = difference(record, PROGRESSIVE_ADAPTIVE, FIXED)
-        by = f"by {abs(change.mean):.1f} points"
-        if change.is_within:
-            effect = f"holds top-1 ({_points(change)}, within one deviation)"
-        else:
-            effect = f"raises top-1 {by}" if change.mean > 0 else f"lowers top-1 {by}"
-        saved = time_saved(record, PROGRESSIVE_ADAPTIVE)
-        return f"{where}: {PROGRESSIVE_ADAPTIVE} {effect} in {_less_time(saved)} time than fixed"
+        time = _time_against_fixed(time_saved(record, PROGRESSIVE_ADAPTIVE))
+        if not change.is_certain:
+            return (
+                f"{where}: with {PROGRESSIVE_ADAPTIVE}, top-1 changes by {_points(change)}, which "
+                f"{_seeds(record)} cannot tell from none, {time}"
+            )
+        verb = "raises" if change.mean > 0 else "lowers"
+        by = f"{abs(change.mean):.1f} points"
+        return f"{where}: {PROGRESSIVE_ADAPTIVE} {verb} top-1 by {by} {time}"
     _, trend = magnitude_trend(record)
     words = {
         "shows": "larger images want more RandAugment",
         "is reversed": "larger images want less RandAugment",
     }
-    return f"{where}: {words.get(trend, 'no effect of the image size on the best RandAugment')}"
+    unclear = f"{_seeds(record)} cannot tell whether larger images want more RandAugment"
+    return f"{where}: {words.get(trend, unclear)}"
 
 
 def schedule_findings(record: AblationRecord) -> list[str]:
     """Write what the schedules came to, whichever way it is, each beside the paper's."""
     (old_top1, old_hours), (new_top1, new_hours) = PAPER_B4[FIXED], PAPER_B4[PROGRESSIVE_ADAPTIVE]
     change = difference(record, PROGRESSIVE_ADAPTIVE, FIXED)
-    saved = time_saved(record, PROGRESSIVE_ADAPTIVE)
+    time = _time_against_fixed(time_saved(record, PROGRESSIVE_ADAPTIVE))
     findings = [
-        f"**{PROGRESSIVE_ADAPTIVE}: {_points(change)} {_certainty(change)} in {_less_time(saved)} "
-        f"time than {FIXED}.** The paper (Table 12, EfficientNet-B4): "
-        f"{new_top1 - old_top1:+.1f} points in {_less_time(1 - new_hours / old_hours)} time."
+        f"**{PROGRESSIVE_ADAPTIVE}: {_points(change)} {_certainty(change)} {time}.** The paper "
+        f"(Table 12, EfficientNet-B4): {new_top1 - old_top1:+.1f} points in "
+        f"{_less(100 * (1 - new_hours / old_hours))} time."
     ]
     for title, row, other in COMPARISONS:
         change = difference(record, row, other)
         paper = PAPER_TOP1[row] - PAPER_TOP1[other]
-        if change.is_within:
-            verdict = f"nothing that {record.num_rounds} seeds would show; the paper has"
-        elif change.deviation is None:
-            verdict = "the paper has"
+        if not change.is_certain:
+            verdict = f"nothing that {_seeds(record)} can tell from none; the paper has"
         else:
             verdict = "as in the paper," if change.mean > 0 else "unlike in the paper,"
         findings.append(
@@ -92,8 +98,8 @@ def magnitude_findings(record: AblationRecord) -> list[str]:
     change, trend = magnitude_trend(record)
     paper = [PAPER_MEANS[2][i] - PAPER_MEANS[0][i] for i in (0, 2)]
     return [
-        f"**Best magnitude: {listed}. The paper's trend, that larger images want more, {trend}.** "
-        "There it is 5 at 128 px, 10 at 192 px, 15 at 300 px.",
+        f"**Best magnitude on average: {listed}. The paper's trend, that larger images want more, "
+        f"{trend}.** There it is 5 at 128 px, 10 at 192 px, 15 at 300 px.",
         f"From magnitude {weak:g} to {strong:g}: {_points(gains[0])} {_certainty(gains[0])} at "
         f"{small} px and {_points(gains[1])} {_certainty(gains[1])} at {large} px, which is "
         f"{_points(change)} {_certainty(change)} apart. The paper, from 5 to 15: "
@@ -108,7 +114,7 @@ def setting(record: AblationRecord) -> str:
         f"{e.libraries.get('torch')}, commit {e.git_commit}"
         for e in record.environments
     )
-    rounds = f"{record.num_rounds} seed{'s' * (record.num_rounds > 1)}"
+    rounds = _seeds(record)
     if record.num_rounds < record.num_rounds_planned:
         rounds += f" of the {record.num_rounds_planned} planned"
     at_once = f", {record.jobs} runs at once (their times are less certain)"
@@ -124,11 +130,24 @@ def _points(change: Spread) -> str:
 
 
 def _certainty(change: Spread) -> str:
-    if change.deviation is None:
-        return "(one seed, so no deviation)"
-    side = "within" if change.is_within else "outside"
-    return f"({side} one deviation, {change.deviation:.1f})"
+    if change.margin is None:
+        return "(one seed, so no margin)"
+    side = "outside" if change.is_certain else "within"
+    return f"({side} the margin of {change.margin:.1f})"
 
 
-def _less_time(saved: float) -> str:
-    return f"{abs(100 * saved):.0f} % {'less' if saved >= 0 else 'more'}"
+def _time_against_fixed(saved: Spread) -> str:
+    if saved.margin is None:
+        return f"in {_less(saved.mean)} time than {FIXED} (one seed, so no margin)"
+    margin = f"margin {saved.margin:.0f} %"
+    if saved.is_certain:
+        return f"in {_less(saved.mean)} time ({margin}) than {FIXED}"
+    return f"in about the same time ({_less(saved.mean)}, {margin}) as {FIXED}"
+
+
+def _less(saved_percent: float) -> str:
+    return f"{abs(saved_percent):.0f} % {'less' if saved_percent >= 0 else 'more'}"
+
+
+def _seeds(record: AblationRecord) -> str:
+    return f"{record.num_rounds} seed{'s' * (record.num_rounds > 1)}"

@@ -56,7 +56,7 @@ def draw(record: AblationRecord) -> bytes:
         if record.has("magnitudes"):
             ours, papers = panels
             sizes, magnitudes = record.image_sizes, record.magnitudes
-            title = f"Magnitude by size: {record.variant} on {record.data}"
+            title = f"Magnitude by size: {record.variant} on {record.name}"
             _draw_grid(ours, magnitude_grid(record), sizes, magnitudes, title)
             title = "The paper: ImageNet, Table 5"
             _draw_grid(papers, paper_grid(), PAPER_SIZES, PAPER_MAGNITUDES, title)

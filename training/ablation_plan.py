@@ -2,13 +2,13 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from efficientnet.datasets import DIGITS
+from efficientnet.datasets import data_name
 from efficientnet.errors import PipelineError
 from efficientnet.variants import get_variant
 from training.config import Schedule, TrainConfig
@@ -79,6 +79,10 @@ class AblationConfig:
 
     readme: Path = Path("README.md")
 
+    record: Path | None = None
+    """Train nothing: write text and picture of this record (an ablation.json, or a published one)
+    again, beside it; with --publish where published ones go, and into the README."""
+
     def __post_init__(self) -> None:
         """Check the limits that the runs do not check."""
         get_variant(self.variant)
@@ -86,10 +90,26 @@ class AblationConfig:
             values = getattr(self, name)
             if not values[0] < values[1] < values[2]:
                 raise ValueError(f"{name} are {values}, expected three rising ones")
-        if self.seeds < 1 or self.jobs < 1:
-            raise ValueError("seeds and jobs must be at least 1")
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name} is {getattr(self, name)}, expected at least 1: give another number"
+                )
         if "/" in self.title:
             raise ValueError(f"name is {self.title!r}, expected a file name's part; give --name")
+        if self.record is not None:
+            others = [f for f in fields(self) if f.name not in ("record", "publish", "readme")]
+            values = {f.name: getattr(self, f.name) for f in others}
+            given = [
+                f"--{f.name.replace('_', '-')} {values[f.name]}"
+                for f in others
+                if values[f.name] != f.default
+            ]
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} given with --record, which holds what was trained: "
+                    "give none but --publish and --readme"
+                )
 
     @property
     def title(self) -> str:
@@ -98,8 +118,8 @@ class AblationConfig:
 
     @property
     def data_name(self) -> str:
-        """The data's name, a folder's without its path."""
-        return Path(self.data).name if self.data else DIGITS
+        """The data's name, without a path of this machine."""
+        return data_name(self.data)
 
     @property
     def directory(self) -> Path:
@@ -124,11 +144,17 @@ class Row:
 class PlannedRun:
     """One training."""
 
-    row: Row
+    rows: tuple[Row, ...]
+    """More than one where two experiments have the same training."""
     seed: int
     directory: Path
     arguments: tuple[str, ...]
     """Of training/run.py."""
+
+    @property
+    def row(self) -> Row:
+        """The row that the run is named after."""
+        return self.rows[0]
 
     @property
     def config(self) -> TrainConfig:
@@ -169,8 +195,9 @@ def plan_rows(config: AblationConfig) -> tuple[Row, ...]:
 
     rows: list[Row] = []
     first_size, _, last_size = config.image_sizes
+    schedules: tuple[tuple[str, Schedule, int, dict], ...] = ()
     if config.experiments != "magnitudes":
-        schedules: tuple[tuple[str, Schedule, int, dict], ...] = (
+        schedules = (
             (PROGRESSIVE_ADAPTIVE, "paper", NUM_STAGES, pairs),
             (PROGRESSIVE, "paper", NUM_STAGES, last),
             (FIXED, "fixed", 1, last),
@@ -184,7 +211,11 @@ def plan_rows(config: AblationConfig) -> tuple[Row, ...]:
         for magnitude in config.magnitudes:
             for size in config.image_sizes:
                 regularisation = last | {"randaugment_magnitude": (magnitude, magnitude)}
-                values = flags("fixed", 1, (size, size), regularisation)
+                # One stage has the last size. The flags of fixed, where it is the same training,
+                # let plan_rounds train it once.
+                is_fixed = bool(schedules) and size == last_size and regularisation == last
+                sizes = (first_size if is_fixed else size, size)
+                values = flags("fixed", 1, sizes, regularisation)
                 name = magnitude_row(magnitude, size)
                 rows.append(Row("magnitudes", name, size, values, magnitude))
     for row in rows:
@@ -216,17 +247,22 @@ def magnitude_row(magnitude: float, image_size: int) -> str:
 
 
 def plan_rounds(config: AblationConfig, rows: Sequence[Row]) -> list[PlannedRun]:
-    """Lay out all runs: all rows of a seed before those of the next.
+    """Lay out all runs: all rows of a seed before those of the next. Rows of equal flags share one.
 
     Each round begins with another row, so that a machine that gets slower or faster favors nobody.
     """
-    folder, stride = config.directory / "runs", -(-len(rows) // config.seeds)
+    same: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        same.setdefault(row.flags, []).append(row)
+    trainings = [tuple(group) for group in same.values()]
+    folder, stride = config.directory / "runs", -(-len(trainings) // config.seeds)
     planned: list[PlannedRun] = []
     for seed in range(config.seeds):
-        shift = seed * stride % len(rows)
-        for row in (*rows[shift:], *rows[:shift]):
+        shift = seed * stride % len(trainings)
+        for group in (*trainings[shift:], *trainings[:shift]):
+            row = group[0]
             name = f"{'-'.join(row.name.replace('+', ' ').split())}-seed{seed}"
             place = ("--seed", str(seed), "--output", str(folder), "--name", name)
             arguments = (config.variant, *row.flags, *place)
-            planned.append(PlannedRun(row, seed, folder / name, arguments))
+            planned.append(PlannedRun(group, seed, folder / name, arguments))
     return planned

@@ -9,7 +9,13 @@ from pathlib import Path
 from efficientnet.atomic import write_bytes, write_text
 from efficientnet.publishing import PUBLISHED, published_directory, write_section
 from efficientnet.tables import NOTHING, Table, format_percent
-from training.ablation_findings import headline, magnitude_findings, schedule_findings, setting
+from training.ablation_findings import (
+    MARGIN,
+    headline,
+    magnitude_findings,
+    schedule_findings,
+    setting,
+)
 from training.ablation_picture import draw
 from training.ablation_plan import (
     FIXED,
@@ -42,7 +48,7 @@ def write_results(
 ) -> AblationRecord:
     """Write ablation.png, .md and, last, .json of the rounds that are complete."""
     record = collect_rounds(config, planned, results)
-    _write_files(record, config.directory, "ablation")
+    write_files(record, config.directory, "ablation")
     return record
 
 
@@ -55,7 +61,7 @@ def publish(record: AblationRecord, readme: Path, published: Path = PUBLISHED) -
     directory = published_directory(record.finished_at, record.environments, published)
     stem = section_name(record.name)
     record = _without_folders(record)
-    _write_files(record, directory, stem)
+    text = write_files(record, directory, stem)
     link = Path(os.path.relpath(directory, readme.parent)).as_posix()
     parts = [f"**{headline(record)}**"]
     if record.has("schedules"):
@@ -64,10 +70,11 @@ def publish(record: AblationRecord, readme: Path, published: Path = PUBLISHED) -
         parts.append(magnitude_findings(record)[0])
     parts.append(f"![Top-1 by schedule, and by magnitude and size]({link}/{stem}.png)")
     parts.append(
-        f"{setting(record)} [All findings]({link}/{stem}.md), [all runs]({link}/{stem}.json)."
+        f"{setting(record)} {MARGIN} [All findings]({link}/{stem}.md), "
+        f"[all runs]({link}/{stem}.json)."
     )
     write_section(readme, stem, "\n\n".join(parts))
-    return directory / f"{stem}.md"
+    return text
 
 
 def _without_folders(record: AblationRecord) -> AblationRecord:
@@ -100,9 +107,10 @@ def to_markdown(record: AblationRecord, picture: str) -> str:
             schedules_table(record).markdown(),
             f"Evaluated at {last} px. Progressive: sizes rise from {first} to {last} px in "
             f"{NUM_STAGES} stages, or as many as there are epochs; random resize: "
-            f"{NUM_RANDOM_STAGES} such sizes in an order drawn by the seed. Adaptive: RandAugment, "
-            "Mixup and dropout go with the size; the others have the last values throughout. "
-            "Pixels: of an image of training, on average, relative to fixed.",
+            f"{NUM_RANDOM_STAGES} such sizes, or as many as there are epochs, in an order drawn by "
+            "the seed. Adaptive: RandAugment, Mixup and dropout go with the size; the others have "
+            "the last values throughout. Pixels: of an image of training, on average, relative to "
+            "fixed.",
         ]
     if record.has("magnitudes"):
         parts += [
@@ -114,9 +122,8 @@ def to_markdown(record: AblationRecord, picture: str) -> str:
     parts += [
         "## How it was measured",
         f"{setting(record)} Top-1: of the averaged weights after the last epoch, mean ± sample "
-        "deviation over the seeds. Differences are taken seed by seed, and it is their deviation "
-        "that they are compared with. Seconds: in training, evaluation excluded. All rows of a "
-        "seed are trained before those of the next, in another order each time.",
+        f"deviation over the seeds. {MARGIN} Seconds: in training, evaluation excluded. All rows "
+        "of a seed are trained before those of the next, in another order each time.",
         f"A run ({example.row}); the flags of all are in the records:",
         f"```\npython training/run.py {record.variant} {shlex.join(example.flags)}\n```",
     ]
@@ -125,12 +132,12 @@ def to_markdown(record: AblationRecord, picture: str) -> str:
 
 def schedules_table(record: AblationRecord) -> Table:
     """Lay out the schedules beside the paper's."""
-    columns = ("schedule", "top-1 %", "against fixed", "training s", "pixels", "time saved")
-    columns += ("paper: Table 13", "paper: Table 12, B4")
+    columns = ("schedule", "top-1 %", "against fixed (margin)", "training s", "pixels")
+    columns += ("time saved % (margin)", "paper: Table 13", "paper: Table 12, B4")
     fixed_pixels = record.of(FIXED)[0].mean_pixels
     rows: list[tuple[str, ...]] = []
     for name in SCHEDULES:
-        runs, saved = record.of(name), time_saved(record, name)
+        runs = record.of(name)
         b4 = PAPER_B4.get(name)
         is_fixed = name == FIXED
         paper = NOTHING if b4 is None else f"{b4[0]} in {b4[1]} h"
@@ -140,15 +147,20 @@ def schedules_table(record: AblationRecord) -> Table:
             (
                 name,
                 spread(points(record, name)).text(),
-                NOTHING if is_fixed else f"{difference(record, name, FIXED).mean:+.1f}",
+                NOTHING if is_fixed else _with_margin(difference(record, name, FIXED), "+.1f"),
                 spread([run.seconds for run in runs]).text(),
                 f"{statistics.fmean(run.mean_pixels for run in runs) / fixed_pixels:.2f}",
-                NOTHING if is_fixed else format_percent(saved, 0),
+                NOTHING if is_fixed else _with_margin(time_saved(record, name), ".0f"),
                 f"{PAPER_TOP1[name]}" if name in PAPER_TOP1 else NOTHING,
                 paper,
             )
         )
     return Table(columns, tuple(rows), frozenset({"schedule"}))
+
+
+def _with_margin(change: Spread, digits: str) -> str:
+    margin = NOTHING if change.margin is None else f"{change.margin:{digits.lstrip('+')}}"
+    return f"{change.mean:{digits}} ({margin})"
 
 
 def magnitudes_table(record: AblationRecord) -> Table:
@@ -180,7 +192,10 @@ def _bold_best(grid: Sequence[Sequence[Spread]], row: int, decimals: int) -> lis
     return cells
 
 
-def _write_files(record: AblationRecord, directory: Path, stem: str) -> None:
+def write_files(record: AblationRecord, directory: Path, stem: str) -> Path:
+    """Write the picture, the text and, last, the record; return the text."""
+    text = directory / f"{stem}.md"
     write_bytes(directory / f"{stem}.png", draw(record))
-    write_text(directory / f"{stem}.md", to_markdown(record, f"{stem}.png"))
+    write_text(text, to_markdown(record, f"{stem}.png"))
     write_text(directory / f"{stem}.json", record.model_dump_json(indent=1) + "\n")
+    return text

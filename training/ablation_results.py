@@ -1,5 +1,6 @@
 """Complete runs -> AblationRecord and the statistics over its seeds; the numbers of the paper."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from scipy import stats
 
 from efficientnet.checkpoint import read_checkpoint
 from efficientnet.environment import EnvironmentRecord
+from efficientnet.errors import first_problem
 from training.ablation_plan import (
     FIXED,
     PROGRESSIVE,
@@ -21,6 +24,7 @@ from training.ablation_plan import (
     AblationError,
     Experiment,
     PlannedRun,
+    Row,
     magnitude_row,
 )
 from training.config import config_to_json
@@ -36,6 +40,7 @@ PAPER_B4 = {FIXED: (82.9, 20.8), PROGRESSIVE_ADAPTIVE: (83.1, 9.4)}
 PAPER_TOP1 = {PROGRESSIVE_ADAPTIVE: 85.1, PROGRESSIVE: 84.3, RANDOM: 83.5, RANDOM_ADAPTIVE: 84.2}
 PAPER_SIZES, PAPER_MAGNITUDES = (128, 192, 300), (5.0, 10.0, 15.0)
 PAPER_MEANS = ((78.3, 81.2, 82.5), (78.0, 81.6, 82.7), (77.7, 81.5, 83.2))
+PAPER_NUM_RUNS = 3
 PAPER_DEVIATIONS = ((0.16, 0.06, 0.05), (0.08, 0.08, 0.08), (0.15, 0.05, 0.09))
 
 
@@ -97,19 +102,45 @@ class Spread:
     mean: float
     deviation: float | None
     """None with one seed."""
+    num_seeds: int
 
     @property
-    def is_within(self) -> bool:
-        """Whether the mean is nearer to 0 than one deviation."""
-        return self.deviation is not None and abs(self.mean) <= self.deviation
+    def margin(self) -> float | None:
+        """Half of the 95 % confidence interval of the mean (Student's t); None with one seed."""
+        if self.deviation is None:
+            return None
+        quantile = float(stats.t.ppf(0.975, self.num_seeds - 1))
+        return quantile * self.deviation / math.sqrt(self.num_seeds)
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the mean can be told from 0: never with one seed."""
+        return self.margin is not None and abs(self.mean) > self.margin
 
     def text(self) -> str:
         """Write both."""
         return f"{self.mean:,.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
 
 
+def read_record(path: Path) -> AblationRecord:
+    """Read an ablation.json.
+
+    Raises:
+        AblationError: the file is no such record.
+        FileNotFoundError: there is no such file.
+    """
+    text = path.read_bytes()
+    try:
+        return AblationRecord.model_validate_json(text)
+    except ValidationError as error:
+        raise AblationError(
+            f"{path} is damaged or not the record of an ablation ({first_problem(error)}); give an "
+            "ablation.json that training/ablation.py wrote"
+        ) from None
+
+
 def read_result(run: PlannedRun) -> RunRecord:
-    """Read what a complete run came to.
+    """Read what a complete run came to, under the first of its rows.
 
     Raises:
         AblationError: the run was trained with other values.
@@ -145,6 +176,11 @@ def read_result(run: PlannedRun) -> RunRecord:
         mean_pixels=statistics.fmean(stage.image_size**2 for stage in stages),
         flags=(*run.row.flags, "--seed", str(run.seed)),
     )
+
+
+def _named(result: RunRecord, row: Row) -> RunRecord:
+    names = {"experiment": row.experiment, "row": row.name, "magnitude": row.magnitude}
+    return result.model_copy(update=names)
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -189,13 +225,14 @@ def collect_rounds(
         environments=tuple(
             {c.environment.model_dump_json(): c.environment for c in checkpoints}.values()
         ),
-        runs=tuple(results[run.directory] for run in shown),
+        runs=tuple(_named(results[run.directory], row) for run in shown for row in run.rows),
     )
 
 
 def spread(values: Sequence[float]) -> Spread:
     """Return mean and sample deviation."""
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), deviation, len(values))
 
 
 def points(record: AblationRecord, row: str) -> list[float]:
@@ -214,10 +251,10 @@ def difference(record: AblationRecord, row: str, other: str) -> Spread:
     return spread(differences(record, row, other))
 
 
-def time_saved(record: AblationRecord, row: str) -> float:
-    """Return the part of the fixed schedule's training time that a row saves."""
-    own, fixed = (statistics.fmean(r.seconds for r in record.of(n)) for n in (row, FIXED))
-    return 1 - own / fixed
+def time_saved(record: AblationRecord, row: str) -> Spread:
+    """Return how much of the fixed schedule's training time a row saves, in %, seed by seed."""
+    pairs = zip(record.of(row), record.of(FIXED), strict=True)
+    return spread([100 * (1 - own.seconds / fixed.seconds) for own, fixed in pairs])
 
 
 def magnitude_trend(record: AblationRecord) -> tuple[Spread, str]:
@@ -232,7 +269,7 @@ def magnitude_trend(record: AblationRecord) -> tuple[Spread, str]:
         for size in (small, large)
     )
     change = spread([b - a for a, b in zip(at_small, at_large, strict=True)])
-    if change.is_within or change.deviation is None:
+    if not change.is_certain:
         return change, "cannot be told"
     return change, "shows" if change.mean > 0 else "is reversed"
 
@@ -248,6 +285,9 @@ def magnitude_grid(record: AblationRecord) -> list[list[Spread]]:
 def paper_grid() -> list[list[Spread]]:
     """Return the same of the paper's Table 5."""
     return [
-        [Spread(mean, deviation) for mean, deviation in zip(means, deviations, strict=True)]
+        [
+            Spread(mean, deviation, PAPER_NUM_RUNS)
+            for mean, deviation in zip(means, deviations, strict=True)
+        ]
         for means, deviations in zip(PAPER_MEANS, PAPER_DEVIATIONS, strict=True)
     ]
