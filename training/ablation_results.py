@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from scipy import stats
@@ -27,11 +26,10 @@ from training.ablation_plan import (
     Row,
     magnitude_row,
 )
-from training.config import config_to_json
+from training.config import changed_values, config_to_json
 from training.metrics import read_metrics
 from training.progressive import plan_stages
 from training.report import REPORT_FILE
-from training.run import FREE_TO_CHANGE
 from training.rundir import CHECKPOINT
 
 # Tan and Le 2021. Table 12: EfficientNet-B4, top-1 and hours. Table 13: top-1. Table 5: top-1 and
@@ -146,15 +144,10 @@ def read_result(run: PlannedRun) -> RunRecord:
         AblationError: the run was trained with other values.
     """
     config = run.config
-    trained = _flat(read_checkpoint(run.directory / CHECKPOINT).train_config)
-    differences = [
-        f"{name} {trained.get(name)} and now {value}"
-        for name, value in _flat(config_to_json(config)).items()
-        if name not in FREE_TO_CHANGE and trained.get(name) != value
-    ]
-    if differences:
+    trained = read_checkpoint(run.directory / CHECKPOINT).train_config
+    if changes := changed_values(trained, config_to_json(config)):
         raise AblationError(
-            f"{run.directory} was trained with {'; '.join(differences)}: give another --name or "
+            f"{run.directory} was trained with {'; '.join(changes)}: give another --name or "
             "--output, or the same values"
         )
     epochs = read_metrics(run.directory)
@@ -181,14 +174,6 @@ def read_result(run: PlannedRun) -> RunRecord:
 def _named(result: RunRecord, row: Row) -> RunRecord:
     names = {"experiment": row.experiment, "row": row.name, "magnitude": row.magnitude}
     return result.model_copy(update=names)
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = value if isinstance(value, dict) else None
-        flat |= {f"{name}.{k}": v for k, v in inner.items()} if inner else {name: value}
-    return flat
 
 
 def seconds_left(planned: Sequence[PlannedRun], results: dict[Path, RunRecord]) -> float:

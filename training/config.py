@@ -15,6 +15,9 @@ Schedule = Literal["paper", "released", "fixed", "random"]
 MAX_RANDAUGMENT_MAGNITUDE = 30.0
 MAX_TRAIN_IMAGE_SIZE = 1024
 
+# What may change when a run is gone on with: it does not change what is computed.
+FREE_TO_CHANGE = ("num_workers", "output", "keep_checkpoints", "checkpoint_every_steps")
+
 
 @dataclass(frozen=True)
 class ProgressiveConfig:
@@ -330,3 +333,22 @@ def config_from_json(values: dict[str, Any]) -> TrainConfig:
         ValueError: a field is missing or has a value that is not allowed.
     """
     return _ADAPTER.validate_python(values)
+
+
+def flat_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Name each value of what config_to_json made by its flag, e.g. `progressive.num_stages`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = value if isinstance(value, dict) else None
+        flat |= {f"{name}.{k}": v for k, v in inner.items()} if inner else {name: value}
+    return flat
+
+
+def changed_values(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Tell what differs between two recipes, as config_to_json makes them, in the results."""
+    before, after = flat_values(begun), flat_values(now)
+    return [
+        f"{name} {before.get(name)} and now {value}"
+        for name, value in after.items()
+        if name not in FREE_TO_CHANGE and before.get(name) != value
+    ]

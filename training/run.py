@@ -28,7 +28,14 @@ import tyro
 from efficientnet.checkpoint import CheckpointError, read_checkpoint
 from efficientnet.command import PROJECT_LOGGERS, parse_flags, run_command
 from efficientnet.variants import get_variant
-from training.config import Schedule, TrainConfig, config_from_json, config_to_json
+from training.config import (
+    Schedule,
+    TrainConfig,
+    changed_values,
+    config_from_json,
+    config_to_json,
+    flat_values,
+)
 from training.data import load_training_data
 from training.distributed import (
     Ranks,
@@ -46,9 +53,6 @@ from training.sampler import StepPlan
 from training.start import load_start, log_start
 from training.state import TrainState, new_state
 from training.trainer import Trainer, device_name
-
-# What may change when a run is gone on with: it does not change what is computed.
-FREE_TO_CHANGE = ("num_workers", "output", "keep_checkpoints", "checkpoint_every_steps")
 
 log = logging.getLogger(__name__)
 
@@ -201,15 +205,9 @@ def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path)
     Raises:
         CheckpointError: the run of this name was begun with other values.
     """
-    before, now = flat_values(begun), flat_values(asked)
-    differences = [
-        f"{name} {before[name]} and now {now[name]}"
-        for name in before
-        if name not in FREE_TO_CHANGE and before[name] != now[name]
-    ]
-    if differences:
+    if changes := changed_values(config_to_json(begun), config_to_json(asked)):
         raise CheckpointError(
-            f"{directory} was begun with {'; '.join(differences)}: give another --name, or "
+            f"{directory} was begun with {'; '.join(changes)}: give another --name, or "
             "the same values"
         )
     return asked
@@ -218,19 +216,8 @@ def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path)
 def log_recipe(config: TrainConfig) -> None:
     """Print every value that decides the run."""
     log.info("recipe %s of %s", config.recipe, config.variant)
-    for name, value in flat_values(config).items():
+    for name, value in flat_values(config_to_json(config)).items():
         log.info("  %-36s %s", name, value)
-
-
-def flat_values(config: TrainConfig) -> dict[str, object]:
-    """Return every value by the name of its flag, e.g. `progressive.num_stages`."""
-    flat: dict[str, object] = {}
-    for name, value in config_to_json(config).items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{part}": part_value for part, part_value in value.items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainState) -> None:
