@@ -9,6 +9,7 @@ from efficientnet.preprocess import PreprocessSpec
 from efficientnet.variants import NetworkOptions
 from training.config import TrainConfig
 from training.distributed import Ranks
+from training.metrics import EpochMetrics
 from training.recipes import digits_recipe
 from training.state import TrainState, new_state
 from training.step import TrainStep
@@ -31,6 +32,24 @@ def small_run(output: Path, **changes: object) -> TrainConfig:
 def with_stages(recipe: TrainConfig, num_stages: int) -> TrainConfig:
     """Return a recipe with another number of stages."""
     return replace(recipe, progressive=replace(recipe.progressive, num_stages=num_stages))
+
+
+def epoch_metrics(number: int, **changes: object) -> EpochMetrics:
+    """Return what an epoch of 11 steps may have come to."""
+    values: dict[str, object] = {
+        "epoch": number,
+        "step": 11 * number,
+        "stage": 1,
+        "image_size": 32,
+        "learning_rate": 0.01,
+        "train_loss": 1.0,
+        "val_loss": 0.5,
+        "top1": 0.5,
+        "top5": 0.99,
+        "images_per_s": 160.0,
+        "elapsed_s": 40.0 * number,
+    }
+    return EpochMetrics.model_validate(values | changes)
 
 
 def step_of(

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_trainings import epoch_metrics
 
 from efficientnet.atomic import write_text
 from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
@@ -45,7 +46,7 @@ from training.ablation_results import (
 )
 from training.ablation_runs import train_all
 from training.config import config_to_json
-from training.metrics import EpochMetrics, write_metrics
+from training.metrics import write_metrics
 from training.progressive import plan_stages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,19 +82,7 @@ def finish(run: PlannedRun, top1: float | None = None) -> None:
     config = run.config
     rate = IMAGES_PER_S.get(run.row.name, 160.0)
     epochs = [
-        EpochMetrics(
-            epoch=epoch,
-            step=11 * epoch,
-            stage=1,
-            image_size=32,
-            learning_rate=0.01,
-            train_loss=1.0,
-            val_loss=0.5,
-            top1=top1_of(run) if top1 is None else top1,
-            top5=0.99,
-            images_per_s=rate * epoch,
-            elapsed_s=999.0,
-        )
+        epoch_metrics(epoch, top1=top1_of(run) if top1 is None else top1, images_per_s=rate * epoch)
         for epoch in (1, 2)
     ]
     record = CheckpointRecord(

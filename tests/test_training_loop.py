@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_trainings import epoch_metrics
 from torch.utils.tensorboard.writer import SummaryWriter
 from training_processes import require_equal, saved_state
 
@@ -14,7 +15,7 @@ from efficientnet.checkpoint import load_checkpoint, read_checkpoint
 from efficientnet.variants import NetworkOptions
 from training import loop, trainer
 from training.loop import StepReport, TrainingError
-from training.metrics import EpochMetrics, draw_curves, read_metrics
+from training.metrics import draw_curves, read_metrics
 from training.optim import WeightAverage, build_optimizer, learning_rate_at
 from training.recipes import digits_recipe, imagenet_recipe
 from training.run import ResumeConfig, main
@@ -139,20 +140,7 @@ def test_a_full_disk_ends_tensorboards_log_and_not_the_training(
 
 
 def test_curves_are_drawn_of_any_number_of_stages(tmp_path: Path):
-    epoch = EpochMetrics(
-        epoch=1,
-        step=1,
-        stage=1,
-        image_size=32,
-        learning_rate=0.1,
-        train_loss=1.0,
-        val_loss=1.0,
-        top1=0.5,
-        top5=0.9,
-        images_per_s=1.0,
-        elapsed_s=1.0,
-    )
-    epochs = [epoch.model_copy(update={"stage": i, "elapsed_s": 60.0 * i}) for i in range(1, 31)]
+    epochs = [epoch_metrics(number, stage=number) for number in range(1, 31)]
     assert draw_curves(tmp_path, epochs, "thirty stages").is_file()
 
 

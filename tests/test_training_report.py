@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_trainings import epoch_metrics
 
 from efficientnet.environment import current_environment
 from training.loop import Evaluation
-from training.metrics import EpochMetrics
 from training.progressive import plan_stages
 from training.recipes import digits_recipe
 from training.report import (
@@ -20,22 +20,6 @@ from training.report import (
 )
 
 CONFUSION = ((30, 5, 1), (2, 33, 1), (0, 0, 12))
-
-
-def epoch(number: int, top1: float) -> EpochMetrics:
-    return EpochMetrics(
-        epoch=number,
-        step=11 * number,
-        stage=1,
-        image_size=16,
-        learning_rate=0.01,
-        train_loss=1.0,
-        val_loss=0.5,
-        top1=top1,
-        top5=1.0,
-        images_per_s=500.0,
-        elapsed_s=40.0 * number,
-    )
 
 
 def report_of(
@@ -66,7 +50,7 @@ def report_of(
         84,
         stages,
         evaluations,
-        [epoch(i + 1, top1) for i, top1 in enumerate(top1s)],
+        [epoch_metrics(i + 1, top1=top1) for i, top1 in enumerate(top1s)],
         current_environment(),
         "the CPU",
         world_size,
