@@ -57,6 +57,27 @@ class OutputSpec(_Frozen):
     """Number of classes."""
 
 
+class StaticProgram(_Frozen):
+    """One of several files of a program, each for calls of one batch size."""
+
+    batch_size: int = Field(ge=1)
+    file: str
+
+
+class Binding(_Frozen):
+    """What a program was built for and runs on alone; it is refused elsewhere."""
+
+    library: str
+    """Python package, e.g. tensorrt."""
+    version: str
+    compute_capability: str | None
+    """Of the GPU, e.g. 9.0; None where the program takes any that the library does."""
+    device: str
+    """Name of the GPU, or of the instruction set of a CPU."""
+    rebuild: str
+    """Command that makes it again on another machine."""
+
+
 class BuildRecord(_Frozen):
     """How the program was made."""
 
@@ -72,6 +93,8 @@ class ParityTolerances(_Frozen):
 
     max_abs_logit_error: float
     min_top1_agreement: float = Field(ge=0, le=1)
+    flip_margin: float = 0.0
+    """Another top-1 class counts where the reference's two best logits differ by more than this."""
 
 
 class ParityRecord(_Frozen):
@@ -81,7 +104,48 @@ class ParityRecord(_Frozen):
     max_abs_logit_error: float
     mean_abs_logit_error: float
     top1_agreement: float = Field(ge=0, le=1)
+    """Share of images with the same top-1 class, or one that is as good within flip_margin."""
+    num_flips: int = 0
+    """Images with another top-1 class, whatever the margin."""
     tolerances: ParityTolerances
+
+
+class BlockCost(_Frozen):
+    """What quantising one block alone does to the logits."""
+
+    block: str
+    """Name of the module in model.py."""
+    logit_error: float
+    """Root of the mean squared change, relative to the standard deviation of the logits."""
+
+
+class QuantizationRecord(_Frozen):
+    """How ranges were chosen, and which blocks stay in a higher precision."""
+
+    method: str
+    num_calibration_images: int
+    calibration_sha256: str
+    """Of calibration.json, which holds the images' hashes."""
+    kept_precision: Precision
+    """Of the blocks that are not quantised."""
+    kept_blocks: tuple[str, ...]
+    ranking: tuple[BlockCost, ...] = ()
+    """All blocks, the costliest first; empty where nothing had to be kept."""
+
+
+class AccuracyGate(_Frozen):
+    """Top-1 lost against the eager float32 model, on the same held-out images."""
+
+    num_images: int
+    reference_top1: float = Field(ge=0, le=1)
+    top1: float = Field(ge=0, le=1)
+    drop: float
+    """Fraction of the images; negative where the artifact is better."""
+    drop_low: float
+    drop_high: float
+    """95 % confidence interval of the drop, paired (Agresti and Min 2005)."""
+    max_drop: float
+    dataset_sha256: str
 
 
 class ArtifactManifest(_Frozen):
@@ -91,8 +155,16 @@ class ArtifactManifest(_Frozen):
     variant: str
     runtime: str
     precision: Precision
+    provider: str | None = None
+    """ONNX Runtime's execution provider; None for other runtimes, and for its CPU provider."""
     program_file: str
     program_sha256: str
+    other_files: dict[str, str] = {}
+    """The program's other files -> their SHA-256."""
+    static_programs: tuple[StaticProgram, ...] = ()
+    """Where there is a file for each batch size, program_file among them; else empty."""
+    static_batches: tuple[int, ...] = ()
+    """Batch sizes that a program of one file is prepared for with fixed shapes when it is opened."""
     checkpoint_sha256: str
     """SHA-256 of the checkpoint's weights."""
     input: InputSpec
@@ -104,7 +176,13 @@ class ArtifactManifest(_Frozen):
     data: str
     """What the network was trained on; accuracy and benchmarks take its val images."""
     build: BuildRecord
-    parity: ParityRecord
+    binding: Binding | None = None
+    """None where the program runs on any machine that has the runtime."""
+    quantization: QuantizationRecord | None = None
+    gate: AccuracyGate | None = None
+    """Of quantised programs."""
+    parity: ParityRecord | None
+    """None: built on a machine that cannot run it, not checked yet, and refused until it is."""
     size_bytes: int
     flops_per_image: int
     """Floating-point operations of convolutions and classifier: two for each multiply-add."""
@@ -137,11 +215,15 @@ def write_manifest(directory: Path, manifest: ArtifactManifest) -> None:
     write_text(directory / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 
-def read_artifact(directory: Path) -> ArtifactManifest:
+def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactManifest:
     """Read manifest.json and check that the program is the one it speaks of.
 
+    Args:
+        directory: the artifact.
+        allow_unchecked: whether a program that was never compared with its model is accepted.
+
     Raises:
-        ArtifactError: no artifact there, another format, or damaged.
+        ArtifactError: no artifact there, another format, damaged, or not checked.
     """
     path = directory / MANIFEST_FILE
     if not path.is_file():
@@ -160,13 +242,20 @@ def read_artifact(directory: Path) -> ArtifactManifest:
         manifest = ArtifactManifest.model_validate_json(text)
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged or not ours: {first_problem(error)}") from None
-    program = directory / manifest.program_file
-    if program.parent != directory or not program.is_file():
-        raise ArtifactError(f"{directory} has no program {manifest.program_file}: it is not whole")
-    found_sha256 = sha256_of_file(program)
-    if found_sha256 != manifest.program_sha256:
+    hashes = {manifest.program_file: manifest.program_sha256, **manifest.other_files}
+    for name, sha256 in hashes.items():
+        file = directory / name
+        if file.parent != directory or not file.is_file():
+            raise ArtifactError(f"{directory} has no program {name}: it is not whole")
+        found_sha256 = sha256_of_file(file)
+        if found_sha256 != sha256:
+            raise ArtifactError(
+                f"{file} is damaged: its SHA-256 is {found_sha256[:12]}, "
+                f"{MANIFEST_FILE} says {sha256[:12]}; export the checkpoint again"
+            )
+    if manifest.parity is None and not allow_unchecked:
         raise ArtifactError(
-            f"{program} is damaged: its SHA-256 is {found_sha256[:12]}, "
-            f"{MANIFEST_FILE} says {manifest.program_sha256[:12]}; export the checkpoint again"
+            f"{directory} was built where it could not run, and was never compared with its model: "
+            f"run 'python export/parity.py {directory}' on the machine it is for"
         )
     return manifest

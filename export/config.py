@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from efficientnet.precision import Precision
+
 MIN_PARITY_IMAGES = 64
+MIN_CALIBRATION_IMAGES = 64
+MIN_GATE_IMAGES = 100
+
+# The last maps have 1/32 of the image's height; below, their kernels would see nothing but padding.
+MIN_IMAGE_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -16,22 +23,73 @@ class ExportConfig:
     output: Path | None = None
     """Artifact directory; None = artifacts/<variant>/<runtime>-<precision>."""
 
-    data: str | None = None
-    """Held-out images for the parity check, where the training data has moved: a folder or tar
-    shards, as in training/run.py; None = what the checkpoint was trained on."""
+    precision: Precision = "fp32"
+    """Number format that the convolutions compute in."""
 
-    max_batch_size: int = 64
-    """Most images per call, at least 1."""
+    batch: tuple[int, int, int] = (1, 1, 64)
+    """Fewest images in a call, those that the program is tuned for, most images."""
+
+    batches: tuple[int, ...] | None = None
+    """Batch sizes with fixed shapes, each prepared on its own; None = the middle one of --batch."""
+
+    size: int | None = None
+    """Height and width of the images in pixels, at least 32; None = the checkpoint's."""
+
+    data: str | None = None
+    """Images for parity, calibration and the accuracy gate, where the training data has moved: a
+    folder or tar shards, as in training/run.py; None = what the checkpoint was trained on."""
 
     num_parity_images: int = 128
     """Held-out images that the artifact is compared on, at least 64."""
 
+    num_calibration_images: int = 256
+    """Training images that the ranges of int8 and fp8 are chosen by, at least 64."""
+
+    num_gate_images: int | None = 2000
+    """Held-out images that the accuracy gate of int8 and fp8 takes at most, at least 100; None =
+    all."""
+
+    max_drop: float = 0.5
+    """Points of top-1 that int8 and fp8 may lose on them."""
+
+    seed: int = 0
+    """Draws the calibration images."""
+
     def __post_init__(self) -> None:
         """Check the limits."""
-        if self.max_batch_size < 1:
-            raise ValueError(f"--max-batch-size is {self.max_batch_size}, expected at least 1")
-        if self.num_parity_images < MIN_PARITY_IMAGES:
+        low, opt, high = self.batch
+        if not 1 <= low <= opt <= high:
             raise ValueError(
-                f"--num-parity-images is {self.num_parity_images}, "
-                f"expected at least {MIN_PARITY_IMAGES}"
+                f"--batch is {low} {opt} {high}, expected 1 <= MIN <= OPT <= MAX, e.g. 1 1 64"
             )
+        if self.batches is not None and (not self.batches or min(self.batches) < 1):
+            raise ValueError(f"--batches is {list(self.batches)}, expected sizes of at least 1")
+        if self.size is not None and self.size < MIN_IMAGE_SIZE:
+            raise ValueError(
+                f"--size is {self.size}, expected at least {MIN_IMAGE_SIZE}: the last maps have "
+                "1/32 of the image's height, and there would be nothing but padding in them"
+            )
+        if self.max_drop < 0:
+            raise ValueError(f"--max-drop is {self.max_drop:g}, expected at least 0 points")
+        for flag, value, least in (
+            ("--num-parity-images", self.num_parity_images, MIN_PARITY_IMAGES),
+            ("--num-calibration-images", self.num_calibration_images, MIN_CALIBRATION_IMAGES),
+            ("--num-gate-images", self.num_gate_images, MIN_GATE_IMAGES),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{flag} is {value}, expected at least {least}")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether ranges are needed, and the accuracy gate decides."""
+        return self.precision in ("int8", "fp8")
+
+    @property
+    def static_batches(self) -> tuple[int, ...]:
+        """Batch sizes that get fixed shapes, ascending."""
+        return tuple(sorted(set(self.batches or (self.batch[1],))))
+
+    @property
+    def max_batch_size(self) -> int:
+        """Most images of a call."""
+        return max(self.batches) if self.batches else self.batch[2]

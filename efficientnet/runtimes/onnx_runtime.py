@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
-from efficientnet.artifact import ArtifactError, read_artifact
+from efficientnet.artifact import ArtifactError, ArtifactManifest
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 
 PROVIDER = "CPUExecutionProvider"
@@ -38,11 +38,10 @@ class OnnxRuntime:
         return np.asarray(logits, dtype=np.float32)
 
 
-def open_directory(directory: Path, num_threads: int) -> OnnxRuntime:
+def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> OnnxRuntime:
     """Open an ONNX Runtime artifact.
 
     Raises:
-        ArtifactError: damaged, or ONNX Runtime refuses it.
+        ArtifactError: ONNX Runtime refuses it.
     """
-    manifest = read_artifact(directory)
     return OnnxRuntime(directory / manifest.program_file, info_of_artifact(manifest), num_threads)

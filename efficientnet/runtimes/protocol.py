@@ -1,9 +1,10 @@
 """The contract of all runtimes, and open_runtime: a directory -> a Runtime."""
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,17 @@ from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest
 from efficientnet.environment import num_usable_cores
 from efficientnet.preprocess import PreprocessSpec
 
-# Runtime's name -> the module that opens it with `open_directory(directory, num_threads)`. A module
-# is imported only when it is asked for, so that none of these libraries is needed by the others.
+# Runtime's name -> the module that opens it: `open_program(directory, manifest, num_threads)` for an
+# artifact, `open_directory(directory, num_threads)` for a checkpoint. A module is imported only when
+# it is asked for, so that none of these libraries is needed by the others.
 RUNTIME_MODULES = {
     "torch": "efficientnet.runtimes.torch_runtime",
     "onnxruntime": "efficientnet.runtimes.onnx_runtime",
+    "openvino": "efficientnet.runtimes.openvino_runtime",
+    "tensorrt": "efficientnet.runtimes.tensorrt_runtime",
+    "tensorrt-rtx": "efficientnet.runtimes.tensorrt_runtime",
+    "torch-tensorrt": "efficientnet.runtimes.torch_trt_runtime",
+    "aoti": "efficientnet.runtimes.aoti_runtime",
 }
 
 
@@ -81,7 +88,7 @@ def check_images(images: NDArray[np.float32], info: ProgramInfo) -> None:
     if info.max_batch_size is not None and not 1 <= len(images) <= info.max_batch_size:
         raise ValueError(
             f"a batch of {len(images)} images, the program takes 1 to {info.max_batch_size}; "
-            "split the batch or export with a larger --max-batch-size"
+            "split the batch or export with a larger maximum: --batch 1 1 N"
         )
 
 
@@ -93,36 +100,51 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
         num_threads: CPU threads of a call; None = one per usable core.
 
     Raises:
-        ArtifactError: neither, damaged, or its runtime is not installed.
+        ArtifactError: neither, damaged, never checked, built for another machine, or its runtime is
+            not installed.
         CheckpointError: a damaged checkpoint.
     """
     directory = Path(path)
-    num_threads = num_threads or num_usable_cores()
     if (directory / MANIFEST_FILE).is_file():
-        # The manifest names the runtime; it is read whole, with its hashes, by the runtime itself.
-        name = _runtime_name(directory)
-    elif (directory / "checkpoint.json").is_file():
-        name = "torch"
-    else:
-        raise ArtifactError(
-            f"{directory} holds neither a {MANIFEST_FILE} (artifact) "
-            "nor a checkpoint.json (checkpoint)"
-        )
-    try:
-        module = importlib.import_module(RUNTIME_MODULES[name])
-    except ImportError as error:
-        raise ArtifactError(
-            f"{directory} needs the runtime '{name}', which cannot be imported here ({error}); "
-            "run 'make setup', or install the extra of pyproject.toml that holds it"
-        ) from error
-    return module.open_directory(directory, num_threads)
+        return open_program(directory, read_artifact(directory), num_threads)
+    if (directory / "checkpoint.json").is_file():
+        threads = num_threads or num_usable_cores()
+        return _import_runtime("torch", directory).open_directory(directory, threads)
+    raise ArtifactError(
+        f"{directory} holds neither a {MANIFEST_FILE} (artifact) "
+        "nor a checkpoint.json (checkpoint)"
+    )
 
 
-def _runtime_name(directory: Path) -> str:
-    name = read_artifact(directory).runtime
+def open_program(
+    directory: Path, manifest: ArtifactManifest, num_threads: int | None = None
+) -> Runtime:
+    """Open the program that a manifest describes, whether or not it was checked.
+
+    Raises:
+        ArtifactError: built for another machine, or its runtime is not installed.
+    """
+    name = manifest.runtime
     if name not in RUNTIME_MODULES:
         raise ArtifactError(
             f"{directory} is for the runtime '{name}', "
             f"this program knows: {', '.join(RUNTIME_MODULES)}"
         )
-    return name
+    threads = num_threads or num_usable_cores()
+    return _import_runtime(name, directory).open_program(directory, manifest, threads)
+
+
+def smallest_that_takes(batch_size: int, sizes: Iterable[int]) -> int | None:
+    """Return the smallest of the sizes that holds a batch; None when all are smaller."""
+    return min((size for size in sizes if size >= batch_size), default=None)
+
+
+def _import_runtime(name: str, directory: Path) -> Any:
+    try:
+        return importlib.import_module(RUNTIME_MODULES[name])
+    # A library without its driver fails with an OSError.
+    except (ImportError, OSError) as error:
+        raise ArtifactError(
+            f"{directory} needs the runtime '{name}', which cannot be imported here ({error}); "
+            "run 'make setup', or install the extra of pyproject.toml that holds it"
+        ) from error

@@ -1,0 +1,120 @@
+"""Training images -> the ranges of a graph's tensors, and calibration.json, which names the images."""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import helper
+from tqdm import tqdm
+
+from efficientnet.atomic import write_text
+from efficientnet.datasets import Sample
+from efficientnet.environment import num_usable_cores
+from efficientnet.errors import PipelineError
+from export.config import MIN_CALIBRATION_IMAGES, ExportConfig
+from export.graph import INPUT_NAME
+from export.source import Source, batches_of
+
+CALIBRATION_FILE = "calibration.json"
+
+Ranges = dict[str, tuple[float, float]]
+
+log = logging.getLogger(__name__)
+
+
+class CalibrationError(PipelineError):
+    """Too few images to choose ranges by, or ranges that are no numbers."""
+
+
+def choose_samples(source: Source, config: ExportConfig) -> list[Sample]:
+    """Draw the calibration images from the training images; held-out ones have no part in it.
+
+    Raises:
+        CalibrationError: there are fewer than --num-calibration-images.
+    """
+    train = source.dataset.train
+    if len(train) < config.num_calibration_images:
+        raise CalibrationError(
+            f"there are {len(train)} training images in {source.dataset.source}, calibration needs "
+            f"{config.num_calibration_images}; give the training data with --data, or lower "
+            f"--num-calibration-images (at least {MIN_CALIBRATION_IMAGES})"
+        )
+    return random.Random(config.seed).sample(list(train), config.num_calibration_images)
+
+
+def images_of(source: Source, samples: Sequence[Sample]) -> Iterator[NDArray[np.float32]]:
+    """Give the samples' preprocessed images in batches, with a progress bar."""
+    with tqdm(
+        total=len(samples), desc="calibrating", unit="img", disable=None, leave=False
+    ) as bar:
+        for images in batches_of(samples, source.preprocess):
+            yield images
+            bar.update(len(images))
+
+
+def write_calibration(
+    directory: Path, samples: Sequence[Sample], config: ExportConfig, method: str
+) -> str:
+    """Write calibration.json; return its SHA-256."""
+    content = {
+        "method": method,
+        "num_images": len(samples),
+        "seed": config.seed,
+        "images": {s.name: hashlib.sha256(s.read()).hexdigest() for s in samples},
+    }
+    text = json.dumps(content, indent=1) + "\n"
+    write_text(directory / CALIBRATION_FILE, text)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def collect_ranges(
+    graph: onnx.ModelProto, tensors: Sequence[str], batches: Iterable[NDArray[np.float32]]
+) -> Ranges:
+    """Run a float32 graph and return the smallest and largest value of each tensor.
+
+    The mean over batches of a batch's smallest and largest: one odd image does not widen the range
+    for all others. Zero is always inside, since padding adds zeros.
+
+    Raises:
+        CalibrationError: a value is not finite.
+    """
+    probe = onnx.ModelProto()
+    probe.CopyFrom(graph)
+    known = {value.name for value in probe.graph.output}
+    probe.graph.output.extend(
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in tensors
+        if name not in known and name != INPUT_NAME
+    )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = num_usable_cores()
+    session = ort.InferenceSession(
+        probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [name for name in tensors if name != INPUT_NAME]
+    lows: dict[str, list[float]] = {name: [] for name in tensors}
+    highs: dict[str, list[float]] = {name: [] for name in tensors}
+    for images in batches:
+        values = dict(zip(names, session.run(names, {INPUT_NAME: images}), strict=True))
+        for name in tensors:
+            value = images if name == INPUT_NAME else np.asarray(values[name])
+            lows[name].append(float(value.min()))
+            highs[name].append(float(value.max()))
+    ranges = {
+        name: (min(0.0, float(np.mean(lows[name]))), max(0.0, float(np.mean(highs[name]))))
+        for name in tensors
+    }
+    for name, bounds in ranges.items():
+        if not np.isfinite(bounds).all():
+            raise CalibrationError(
+                f"the values of {name} are not finite ({bounds[0]} to {bounds[1]}): "
+                "the checkpoint's weights are damaged, or its preprocessing is not the network's"
+            )
+    return ranges

@@ -1,0 +1,195 @@
+"""A quantised program and its model on the same held-out images -> how much top-1 it loses.
+
+Where it loses too much, the blocks that cost most are kept in a higher precision, as few as will do.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from efficientnet.artifact import AccuracyGate, ArtifactManifest, BlockCost
+from efficientnet.datasets import SAMPLE_PHOTOS, sha256_of_samples
+from efficientnet.errors import PipelineError
+from efficientnet.runtimes import Runtime
+from efficientnet.runtimes.protocol import open_program
+from export.config import MIN_GATE_IMAGES, ExportConfig
+from export.sensitivity import rank_blocks
+from export.source import Source, batches_of, spread
+
+Z_95 = 1.96
+
+log = logging.getLogger(__name__)
+
+
+class GateError(PipelineError):
+    """A quantised program that loses too much, whatever is kept in a higher precision."""
+
+
+class Attempt(NamedTuple):
+    """A program that was built, in a directory of its own."""
+
+    directory: Path
+    manifest: ArtifactManifest
+
+
+class Gate:
+    """Holds the images, and what the eager model answers to them, over several programs.
+
+    Raises:
+        GateError: the images have no labels, or there are fewer than 100.
+    """
+
+    def __init__(self, source: Source, num_images: int | None, max_drop: float) -> None:
+        if source.dataset.source == SAMPLE_PHOTOS:
+            raise GateError(
+                "the accuracy gate needs images with labels, and these weights came without; give "
+                "--data FOLDER with one folder of images for each class"
+            )
+        samples = source.dataset.val
+        if len(samples) < MIN_GATE_IMAGES:
+            raise GateError(
+                f"there are {len(samples)} held-out images, the accuracy gate needs "
+                f"{MIN_GATE_IMAGES}; add images to val, or give others with --data"
+            )
+        self._samples = spread(samples, num_images or len(samples))
+        self._source = source
+        self._max_drop = max_drop
+        self._labels = np.asarray([sample.label for sample in self._samples])
+        self._sha256 = sha256_of_samples(self._samples)
+        self._reference = self._is_right(source.answer, "the eager model")
+
+    def measure(self, runtime: Runtime) -> AccuracyGate:
+        """Classify all images with a program."""
+        right = self._is_right(runtime.infer, f"{runtime.info.runtime} {runtime.info.precision}")
+        drop, low, high = paired_drop(self._reference, right)
+        return AccuracyGate(
+            num_images=len(right),
+            reference_top1=float(self._reference.mean()),
+            top1=float(right.mean()),
+            drop=drop,
+            drop_low=low,
+            drop_high=high,
+            max_drop=self._max_drop,
+            dataset_sha256=self._sha256,
+        )
+
+    def _is_right(
+        self, infer: Callable[[NDArray[np.float32]], NDArray[np.float32]], who: str
+    ) -> NDArray[np.bool_]:
+        answers: list[NDArray[np.intp]] = []
+        with tqdm(
+            total=len(self._samples), desc=f"top-1 of {who}", unit="img", disable=None, leave=False
+        ) as bar:
+            for images in batches_of(self._samples, self._source.preprocess):
+                answers.append(infer(images).argmax(axis=1))
+                bar.update(len(images))
+        return np.concatenate(answers) == self._labels
+
+
+def paired_drop(
+    reference: NDArray[np.bool_], found: NDArray[np.bool_]
+) -> tuple[float, float, float]:
+    """Return the share of images lost, and its 95 % confidence interval.
+
+    Both were asked the same images, so only those count that one of them has right and the other
+    wrong. Interval: Agresti and Min 2005, "Simple improved confidence intervals for comparing
+    matched proportions": half an image is added to each of the four cells.
+
+    Args:
+        reference: whether each image was right before, [N].
+        found: and after, [N].
+    """
+    lost, won = int((reference & ~found).sum()), int((found & ~reference).sum())
+    num_images = len(reference)
+    b, c, n = lost + 0.5, won + 0.5, num_images + 2
+    center = (b - c) / n
+    half = Z_95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    return (lost - won) / num_images, center - half, center + half
+
+
+def keep_within_drop(
+    source: Source,
+    config: ExportConfig,
+    attempt: Callable[[tuple[str, ...]], Attempt],
+) -> Attempt:
+    """Keep the fewest blocks in a higher precision with which the program is within --max-drop.
+
+    Blocks are taken in the order of what quantising each alone does to the logits, and the number
+    is found by halving, so about log2(blocks) programs are built.
+
+    Args:
+        source: the model and the images.
+        config: --max-drop, --num-gate-images.
+        attempt: builds a program with the blocks that are named in a higher precision.
+
+    Raises:
+        GateError: no number of blocks is enough.
+    """
+    gate = Gate(source, config.num_gate_images, config.max_drop / 100)
+
+    def tried(kept: tuple[str, ...]) -> Attempt:
+        directory, manifest = attempt(kept)
+        found = gate.measure(open_program(directory, manifest))
+        log.info("%s%s", f"{len(kept)} blocks kept: " if kept else "", describe(found))
+        return Attempt(directory, manifest.model_copy(update={"gate": found}))
+
+    first = tried(())
+    if is_passed(first):
+        return first
+    log.info("more is lost than %g points: which blocks cost most?", config.max_drop)
+    ranking = rank_blocks(source, config)
+    log.info("%s", ranking_text(ranking))
+    names = tuple(cost.block for cost in ranking)
+    best = tried(names)
+    if not is_passed(best):
+        raise GateError(
+            f"the artifact is refused: with all {len(names)} blocks kept in a higher precision it "
+            f"still loses {100 * (best.manifest.gate.drop if best.manifest.gate else 1):.2f} points of top-1, at most {config.max_drop:g} "
+            "may be lost; export in fp32, or allow more with --max-drop"
+        )
+    too_few, enough = 0, len(names)
+    while enough - too_few > 1:
+        count = (too_few + enough) // 2
+        candidate = tried(names[:count])
+        if is_passed(candidate):
+            best, enough = candidate, count
+        else:
+            too_few = count
+    quantization = best.manifest.quantization
+    assert quantization is not None
+    quantization = quantization.model_copy(update={"ranking": tuple(ranking)})
+    manifest = best.manifest.model_copy(update={"quantization": quantization})
+    return Attempt(best.directory, manifest)
+
+
+def is_passed(attempt: Attempt) -> bool:
+    """Whether no more is lost than may be."""
+    gate = attempt.manifest.gate
+    assert gate is not None
+    return gate.drop <= gate.max_drop
+
+
+def describe(gate: AccuracyGate) -> str:
+    """Write what was lost, with its interval, in one line."""
+    text = (
+        f"top-1 {gate.top1:.2%} on {gate.num_images} held-out images, {gate.reference_top1:.2%} "
+        f"of the eager model: {100 * gate.drop:+.2f} points lost (95 % interval "
+        f"{100 * gate.drop_low:+.2f} to {100 * gate.drop_high:+.2f}, at most "
+        f"{100 * gate.max_drop:g})"
+    )
+    if gate.drop <= gate.max_drop < gate.drop_high:
+        text += "; so many images cannot tell that no more is lost, take more: --num-gate-images"
+    return text
+
+
+def ranking_text(ranking: list[BlockCost]) -> str:
+    """List the blocks, the costliest first, with the change of the logits."""
+    lines = [f"{cost.logit_error:8.4f}  {cost.block}" for cost in ranking]
+    return "\n".join(["change of the logits by quantising one block alone, in deviations:", *lines])
+

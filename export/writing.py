@@ -1,0 +1,179 @@
+"""What a runtime's builder made -> an artifact, once it has answered like the eager model."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from efficientnet.artifact import (
+    ArtifactManifest,
+    BatchRange,
+    Binding,
+    BuildRecord,
+    InputSpec,
+    OutputSpec,
+    QuantizationRecord,
+    StaticProgram,
+    new_artifact_directory,
+    write_manifest,
+)
+from efficientnet.atomic import sha256_of_file
+from efficientnet.environment import current_environment
+from efficientnet.runtimes.protocol import open_program
+from export.agreement import compare_logits, require_parity, run_in_batches, tolerances_for
+from export.config import ExportConfig
+from export.gate import Attempt, keep_within_drop
+from export.graph import INPUT_NAME, OUTPUT_NAME
+from export.source import Source
+
+BUILD_LOG = "build.log"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a builder left in the artifact's directory."""
+
+    program_file: str
+    weight_bytes: int
+    other_files: tuple[str, ...] = ()
+    static_programs: tuple[StaticProgram, ...] = ()
+    """Where there is a file for each batch size, program_file among them."""
+    static_batches: tuple[int, ...] = ()
+    """Of a program of one file: the sizes that its runtime prepares when it opens it."""
+    log: tuple[str, ...] = ()
+    """Lines for build.log."""
+    provider: str | None = None
+    opset: int | None = None
+    target_device: str = "cpu"
+    binding: Binding | None = None
+    quantization: QuantizationRecord | None = None
+
+
+# Fills an empty directory; the names of the blocks that stay in a higher precision are given to it.
+Builder = Callable[[Path, tuple[str, ...]], Built]
+
+
+def default_output(config: ExportConfig, source: Source, name: str) -> Path:
+    """Return --output, or artifacts/<variant>/<name>-<precision>."""
+    return config.output or Path("artifacts") / source.variant / f"{name}-{config.precision}"
+
+
+def write_checked_artifact(
+    source: Source,
+    config: ExportConfig,
+    output: Path,
+    runtime: str,
+    build: Builder,
+    can_run_here: bool = True,
+) -> Path:
+    """Build in a hidden directory, check, write the manifest, and only then take `output`'s place.
+
+    A program that cannot run here is written without parity, and refused until it was checked.
+
+    Raises:
+        ParityError: the program does not answer like the eager model; nothing is written.
+        GateError: a quantised program loses more than --max-drop; nothing is written.
+    """
+    started = time.perf_counter()
+    with new_artifact_directory(output) as directory:
+
+        def attempt(kept: tuple[str, ...]) -> Attempt:
+            tried = directory / f"attempt-{len(kept)}"
+            tried.mkdir()
+            built = build(tried, kept)
+            lines = "".join(f"{line}\n" for line in built.log)
+            (tried / BUILD_LOG).write_text(lines, encoding="utf-8")
+            return Attempt(tried, _manifest(source, config, tried, runtime, built))
+
+        if config.is_quantized and can_run_here:
+            tried, manifest = keep_within_drop(source, config, attempt)
+        else:
+            tried, manifest = attempt(())
+        for file in tried.iterdir():
+            file.rename(directory / file.name)
+        for other in directory.glob("attempt-*"):
+            shutil.rmtree(other)
+        if can_run_here:
+            manifest = check_parity(source, directory, manifest)
+        else:
+            log.info(
+                "not checked: it cannot run here, and is refused until "
+                "'python export/parity.py %s' has compared it on the machine it is for",
+                output,
+            )
+        seconds = time.perf_counter() - started
+        build_record = manifest.build.model_copy(update={"seconds": seconds})
+        write_manifest(directory, manifest.model_copy(update={"build": build_record}))
+    return output
+
+
+def check_parity(source: Source, directory: Path, manifest: ArtifactManifest) -> ArtifactManifest:
+    """Compare a program with the eager model; return the manifest with what was found.
+
+    Raises:
+        ParityError: the difference exceeds what its precision may.
+    """
+    runtime = open_program(directory, manifest)
+    tolerances = tolerances_for(manifest.precision, source.parity_logits)
+    found = run_in_batches(runtime, source.parity_images)
+    parity = compare_logits(found, source.parity_logits, tolerances)
+    line = (
+        f"parity on {parity.num_images} held-out images: "
+        f"largest logit error {parity.max_abs_logit_error:.1e} "
+        f"(at most {tolerances.max_abs_logit_error:.0e}), "
+        f"top-1 agreement {parity.top1_agreement:.1%}, {parity.num_flips} other top-1 classes"
+    )
+    log.info("%s", line)
+    with (directory / BUILD_LOG).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    require_parity(parity)
+    return manifest.model_copy(update={"parity": parity})
+
+
+def _manifest(
+    source: Source, config: ExportConfig, directory: Path, runtime: str, built: Built
+) -> ArtifactManifest:
+    low, opt, _ = config.batch
+    names = (built.program_file, *built.other_files)
+    statics = [program.batch_size for program in built.static_programs]
+    highest = max(statics) if statics else config.max_batch_size
+    return ArtifactManifest(
+        variant=source.variant,
+        runtime=runtime,
+        precision=config.precision,
+        provider=built.provider,
+        program_file=built.program_file,
+        program_sha256=sha256_of_file(directory / built.program_file),
+        other_files={name: sha256_of_file(directory / name) for name in built.other_files},
+        static_programs=built.static_programs,
+        static_batches=built.static_batches,
+        checkpoint_sha256=source.record.weights_sha256,
+        input=InputSpec(
+            name=INPUT_NAME,
+            dtype="float32",
+            layout="NCHW",
+            shape=(3, source.image_size, source.image_size),
+            batch=BatchRange(min=1 if statics else min(low, highest), opt=min(opt, highest), max=highest),
+        ),
+        output=OutputSpec(name=OUTPUT_NAME, dtype="float32", shape=(source.record.num_classes,)),
+        preprocess=source.preprocess,
+        class_names=source.record.class_names,
+        data=source.record.data,
+        build=BuildRecord(
+            environment=current_environment(),
+            opset=built.opset,
+            target_device=built.target_device,
+            compute_capability=built.binding.compute_capability if built.binding else None,
+            seconds=0.0,
+        ),
+        binding=built.binding,
+        quantization=built.quantization,
+        parity=None,
+        size_bytes=sum((directory / name).stat().st_size for name in names),
+        flops_per_image=source.cost.flops,
+        weight_bytes=built.weight_bytes,
+    )
