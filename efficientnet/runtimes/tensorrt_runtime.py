@@ -1,0 +1,368 @@
+"""A TensorRT artifact -> TensorRT or TensorRT-RTX on the GPU, replayed as CUDA graphs.
+
+TensorRT comes without type information: in this file and in export/trt*.py `Any` stands for its
+modules and objects, and for nothing else. tests/tensorrt_names.txt lists all that is used of them.
+"""
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
+from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
+
+# Runtime's name -> Python package.
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+PROBLEMS = ("INTERNAL_ERROR", "ERROR")
+
+log = logging.getLogger(__name__)
+
+
+class Gpu(NamedTuple):
+    """The GPU that CUDA gives this process first."""
+
+    name: str
+    compute_capability: str
+
+
+class Message(NamedTuple):
+    """What a library said in its log."""
+
+    severity: str
+    """VERBOSE, INFO, WARNING, ERROR or INTERNAL_ERROR."""
+    text: str
+
+
+class Messages:
+    """What a library has said since it was last asked for."""
+
+    def __init__(self) -> None:
+        self._kept: list[Message] = []
+
+    def add(self, message: Message) -> None:
+        """Keep one more."""
+        self._kept.append(message)
+
+    def take(self) -> list[Message]:
+        """Return what there is and forget it."""
+        taken, self._kept = self._kept, []
+        return taken
+
+    def take_problems(self) -> str:
+        """Return the errors in one line, and forget all else."""
+        texts = dict.fromkeys(m.text for m in self.take() if m.severity in PROBLEMS)
+        return "; ".join(texts) or "it gives no reason"
+
+
+class Profile(NamedTuple):
+    """A range of batch sizes that an engine has kernels for."""
+
+    engine: Any
+    index: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch size whose calls are one graph launch."""
+
+    context: Any
+    graph: torch.cuda.CUDAGraph
+
+
+class TensorRTRuntime:
+    """Runs one engine with its profiles, or several with fixed shapes; not for several threads at once.
+
+    For each batch size there is an execution context of its own with its CUDA graph, since a graph
+    holds a context's state, and all share one scratch memory and the buffers of images and logits.
+    A batch size is prepared when it is first seen, the smallest and largest ones when it is opened.
+    """
+
+    def __init__(
+        self, trt: Any, engines: Sequence[Any], manifest: ArtifactManifest, info: ProgramInfo
+    ) -> None:
+        self.info = info
+        self.use_graphs = True
+        """Whether calls replay graphs; else they enqueue kernel by kernel, for comparison."""
+        self._trt = trt
+        self._names = manifest.input.name, manifest.output.name
+        self._profiles = [p for engine in engines for p in _profiles_of(engine, self._names[0])]
+        self._prepared: dict[int, _Prepared] = {}
+        self._stream = torch.cuda.Stream()
+        shape, batch = manifest.input.shape, manifest.input.batch
+        num_classes = manifest.output.shape[0]
+        try:
+            self._images = torch.zeros(batch.max, *shape, device="cuda")
+            self._logits = torch.zeros(batch.max, num_classes, device="cuda")
+            self._host_images = torch.zeros(batch.max, *shape, pin_memory=True)
+            self._host_logits = torch.zeros(batch.max, num_classes, pin_memory=True)
+            self._scratch = _new_scratch(self._profiles)
+        except torch.OutOfMemoryError as error:
+            raise ArtifactError(_no_room(batch.max, error)) from error
+        torch.cuda.synchronize()
+        sizes = {p.low for p in self._profiles} | {p.high for p in self._profiles}
+        for size in sorted(sizes | {batch.min, batch.opt, batch.max}):
+            self._prepare(size)
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See Runtime.infer. A batch that no profile takes is filled up; what fills it is ignored."""
+        check_images(images, self.info)
+        num_images = len(images)
+        prepared = self._prepare(num_images)
+        np.copyto(self._host_images.numpy()[:num_images], images)
+        with torch.cuda.stream(self._stream):
+            self._images[:num_images].copy_(self._host_images[:num_images], non_blocking=True)
+            if self.use_graphs:
+                prepared.graph.replay()
+            else:
+                self._enqueue(prepared.context)
+            self._host_logits[:num_images].copy_(self._logits[:num_images], non_blocking=True)
+        self._stream.synchronize()
+        return self._host_logits[:num_images].numpy().copy()
+
+    def _prepare(self, num_images: int) -> _Prepared:
+        profile, size = choose_profile(num_images, self._profiles)
+        if size not in self._prepared:
+            with torch.cuda.stream(self._stream):
+                context = self._new_context(profile, size)
+                # Kernels are loaded and shapes told in the first call, neither of which can be
+                # captured.
+                self._enqueue(context)
+                self._stream.synchronize()
+            self._prepared[size] = _Prepared(context, self._capture(context, size))
+        return self._prepared[size]
+
+    def _new_context(self, profile: Profile, size: int) -> Any:
+        engine: Any = profile.engine
+        context: Any = _create_context(self._trt, engine)
+        if context is None:
+            raise ArtifactError(_no_room(size, messages_of(self._trt).take_problems()))
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        stream = self._stream.cuda_stream
+        images, logits = self._names
+        is_ready = (
+            context.set_optimization_profile_async(profile.index, stream)
+            and context.set_input_shape(images, (size, *self._images.shape[1:]))
+            and context.set_tensor_address(images, self._images.data_ptr())
+            and context.set_tensor_address(logits, self._logits.data_ptr())
+        )
+        if not is_ready:
+            self._refuse(f"cannot be prepared for batches of {size}")
+        return context
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream.cuda_stream):
+            self._refuse("failed")
+
+    def _capture(self, context: Any, size: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the GPU meanwhile, e.g. a service that opens a second program.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._enqueue(context)
+        except RuntimeError as error:
+            said = messages_of(self._trt).take_problems()
+            raise ArtifactError(
+                f"the engine's calls with {size} images cannot be captured as a CUDA graph: "
+                f"{error} ({said})"
+            ) from error
+        return graph
+
+    def _refuse(self, what: str) -> None:
+        said = messages_of(self._trt).take_problems()
+        raise ArtifactError(f"the engine of {self.info.variant} {what}: {said}")
+
+
+def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> TensorRTRuntime:
+    """Open a TensorRT artifact on the machine that it was built for.
+
+    Raises:
+        ArtifactError: another machine or version, no GPU, the library is not installed, or it
+            refuses the engine.
+    """
+    try:
+        trt: Any = import_package(manifest.runtime)
+    # Its Python part without its libraries fails with an OSError.
+    except (ImportError, OSError) as error:
+        raise ArtifactError(
+            f"{directory} needs {PACKAGES[manifest.runtime]}, which cannot be imported here "
+            f"({error}); install the version that built it: "
+            f"{manifest.binding.version if manifest.binding else 'unknown'}"
+        ) from error
+    require_same_machine(directory, manifest.binding, trt.__version__, current_gpu())
+    files = [program.file for program in manifest.static_programs] or [manifest.program_file]
+    engines: list[Any] = [deserialize(trt, directory / file, manifest.binding) for file in files]
+    return TensorRTRuntime(trt, engines, manifest, info_of_artifact(manifest))
+
+
+def import_package(runtime: str) -> Any:
+    """Import the package of a runtime."""
+    return importlib.import_module(PACKAGES[runtime])
+
+
+def current_gpu() -> Gpu | None:
+    """Ask the driver for the GPU; None where no driver answers, or none that torch can use.
+
+    TensorRT makes objects without a driver, too, that fail when they are used: so this comes first.
+    """
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
+
+
+def why_no_gpu() -> str:
+    """Say what is missing where current_gpu finds none."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"no driver that CUDA {torch.version.cuda} works with answers"
+
+
+def require_same_machine(
+    directory: Path, binding: Binding | None, version: str, gpu: Gpu | None
+) -> None:
+    """Check that an engine was built for this version and GPU; it is never rebuilt silently.
+
+    Args:
+        directory: the artifact, for messages.
+        binding: what its manifest says.
+        version: of the library that is here.
+        gpu: that is here; None where there is none.
+
+    Raises:
+        ArtifactError: it was not.
+    """
+    if binding is None:
+        raise ArtifactError(
+            f"{directory}/manifest.json does not say what the engine was built for: it is "
+            "damaged; make it again with 'python export/trt.py'"
+        )
+    if version != binding.version:
+        raise ArtifactError(
+            f"{directory} was built by {binding.library} {binding.version}, here is {version}, "
+            f"and an engine runs on the version that built it: install that one, or run "
+            f"'{binding.rebuild}' here"
+        )
+    if gpu is None:
+        raise ArtifactError(
+            f"{directory} runs on an NVIDIA GPU ({binding.device}), and none answers here: "
+            f"{why_no_gpu()}; 'python export/ort.py' makes an artifact for the CPU"
+        )
+    built_for = binding.compute_capability
+    if built_for is not None and gpu.compute_capability not in built_for.split():
+        raise ArtifactError(
+            f"{directory} was built for compute capability {built_for} ({binding.device}), this "
+            f"device is {gpu.compute_capability} ({gpu.name}): run '{binding.rebuild}' here"
+        )
+    if built_for is not None and len(built_for.split()) == 1 and gpu.name != binding.device:
+        log.warning(
+            "%s was tuned on %s, this is %s: it runs, perhaps slower than one that is built here",
+            directory,
+            binding.device,
+            gpu.name,
+        )
+
+
+def deserialize(trt: Any, file: Path, binding: Binding | None) -> Any:
+    """Load an engine.
+
+    Raises:
+        ArtifactError: the library refuses it.
+    """
+    messages = messages_of(trt)
+    messages.take()
+    runtime: Any = trt.Runtime(logger_of(trt))
+    engine: Any = runtime.deserialize_cuda_engine(file.read_bytes())
+    if engine is None:
+        raise ArtifactError(
+            f"{trt.__name__} {trt.__version__} refuses {file}: {messages.take_problems()}; make it "
+            f"again: {binding.rebuild if binding else 'python export/trt.py'}"
+        )
+    return engine
+
+
+def choose_profile(num_images: int, profiles: Sequence[Profile]) -> tuple[Profile, int]:
+    """Choose the profile for a batch, and the batch size that it is given.
+
+    The one that needs the least filling up; of several the one that is made for the fewest sizes,
+    because its kernels know most.
+    """
+    taking = [p for p in profiles if num_images <= p.high]
+    best = min(taking, key=lambda p: (max(num_images, p.low), p.high - p.low))
+    return best, max(num_images, best.low)
+
+
+@cache
+def _collector(trt: Any) -> tuple[Any, Messages]:
+    # A library keeps the first logger that it is given for the whole process.
+    messages = Messages()
+
+    class Collector(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            messages.add(Message(severity.name, msg))
+
+    return Collector(), messages
+
+
+def logger_of(trt: Any) -> Any:
+    """Return the logger that all objects of a library get."""
+    return _collector(trt)[0]
+
+
+def messages_of(trt: Any) -> Messages:
+    """Return what a library says."""
+    return _collector(trt)[1]
+
+
+def _profiles_of(engine: Any, input_name: str) -> list[Profile]:
+    batch_size = engine.get_tensor_shape(input_name)[0]
+    if batch_size > 0:
+        return [Profile(engine, 0, batch_size, batch_size)]
+    profiles: list[Profile] = []
+    for index in range(engine.num_optimization_profiles):
+        low, _, high = engine.get_tensor_profile_shape(input_name, index)
+        profiles.append(Profile(engine, index, low[0], high[0]))
+    return profiles
+
+
+def _new_scratch(profiles: Sequence[Profile]) -> torch.Tensor:
+    sizes = [_scratch_bytes(profile.engine, profile.index) for profile in profiles]
+    return torch.empty(max([1, *sizes]), dtype=torch.uint8, device="cuda")
+
+
+def _scratch_bytes(engine: Any, index: int) -> int:
+    return engine.get_device_memory_size_for_profile_v2(index)
+
+
+def _create_context(trt: Any, engine: Any) -> Any:
+    strategy: Any = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if trt.__name__ != PACKAGES["tensorrt-rtx"]:
+        return engine.create_execution_context(strategy)
+    # TensorRT-RTX compiles kernels for a shape when it first sees it, and by default in the
+    # background: a graph would capture those that fill in meanwhile.
+    settings: Any = engine.create_runtime_config()
+    settings.set_execution_context_allocation_strategy(strategy)
+    eager: Any = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    settings.dynamic_shapes_kernel_specialization_strategy = eager
+    return engine.create_execution_context(settings)
+
+
+def _no_room(batch_size: int, reason: object) -> str:
+    first = str(reason).partition("\n")[0]
+    return (
+        f"the GPU has no room for batches of {batch_size} images ({first}); "
+        "end what else uses it, or export with a smaller maximum: --batch 1 1 N"
+    )

@@ -1,0 +1,249 @@
+"""A model and a precision -> the ONNX graph that computes in it: cast, or with Q/DQ nodes.
+
+Two runtimes read int8 graphs, and their kernels want different ones (see SCHEMES).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from efficientnet.artifact import QuantizationRecord
+from export.calibration import (
+    Ranges,
+    choose_samples,
+    collect_ranges,
+    images_of,
+    write_calibration,
+)
+from export.config import ExportConfig
+from export.graph import (
+    INPUT_NAME,
+    OPSETS,
+    FloatPrecision,
+    check_graph,
+    export_onnx,
+    is_within,
+    remove_unused_constants,
+)
+from export.source import Source
+
+FP8_LARGEST = 448.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a runtime's 8-bit kernels take."""
+
+    activation_type: int
+    """TensorProto type of maps."""
+    weight_type: int
+    is_symmetric: bool
+    """Whether zero is stored as zero in maps, too."""
+    has_quantized_bias: bool
+    """Whether biases are int32 behind a DequantizeLinear."""
+    quantizes_activation_functions: bool
+    """Whether SiLU, and the scaling by a gate, compute in 8 bits."""
+    rounds_for_all: bool
+    """Whether whoever reads a rounded map reads it rounded, or only what computes in 8 bits."""
+    weight_levels: int = 127
+    """Largest magnitude of a weight."""
+
+
+# ONNX Runtime's x86 kernels multiply unsigned maps by signed weights; a convolution is an integer
+# one only where its bias is int32 and its output is quantised. TensorRT wants signed values on both
+# sides with zero at zero, and refuses int32 biases; it fuses what follows the convolution itself.
+SCHEMES = {
+    "onnxruntime": Scheme(TensorProto.UINT8, TensorProto.INT8, False, True, True, True),
+    "tensorrt": Scheme(TensorProto.INT8, TensorProto.INT8, True, False, False, False),
+    "tensorrt-fp8": Scheme(
+        TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FN, True, False, False, False
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TypedGraph:
+    """A graph that computes in the precision asked for, and how its ranges were chosen."""
+
+    model: onnx.ModelProto
+    opset: int
+    quantization: QuantizationRecord | None = None
+
+
+def typed_graph(
+    source: Source, config: ExportConfig, kept: Sequence[str], scheme: str, directory: Path
+) -> TypedGraph:
+    """Export the graph of a precision; of int8 and fp8 with ranges from training images.
+
+    Args:
+        source: the model and its images.
+        config: precision, number of calibration images, seed.
+        kept: blocks that stay in float32.
+        scheme: a key of SCHEMES; for float precisions not used.
+        directory: where calibration.json is written.
+
+    Raises:
+        GraphError: the graph has not the form it must have.
+        CalibrationError: too few training images.
+    """
+    if config.precision in ("int8", "fp8"):
+        graph = export_onnx(source.model, source.image_size)
+        samples = choose_samples(source, config)
+        chosen = SCHEMES[scheme]
+        method = "mean over batches of the smallest and largest value of each map"
+        sha256 = write_calibration(directory, samples, config, method)
+        tensors = tensors_to_quantize(graph, kept, chosen)
+        ranges = collect_ranges(graph, tensors, images_of(source, samples))
+        insert_quantization(graph, ranges, kept, chosen)
+        check_graph(graph)
+        quantization = QuantizationRecord(
+            method=f"{scheme}: {method}",
+            num_calibration_images=len(samples),
+            calibration_sha256=sha256,
+            kept_precision="fp32",
+            kept_blocks=tuple(kept),
+        )
+        return TypedGraph(graph, OPSETS["fp32"], quantization)
+    precision: FloatPrecision = config.precision
+    return TypedGraph(
+        export_onnx(source.model, source.image_size, precision), OPSETS[precision]
+    )
+
+
+def tensors_to_quantize(
+    graph: onnx.ModelProto, kept: Sequence[str], scheme: Scheme
+) -> list[str]:
+    """Return the maps that are rounded to 8 bits, in the order of the graph.
+
+    Inputs of convolutions and of residual additions; with `quantizes_activation_functions` also
+    what comes out of convolutions, SiLU, additions and the scaling by a gate, so that all between
+    two convolutions is 8 bits wide. Squeeze-excite's own layers, of one pixel, stay in float32: they
+    take no time and decide about whole channels. So do the blocks in `kept`, and the classifier.
+    """
+    wanted: dict[str, None] = {}
+    for node in graph.graph.node:
+        if not is_quantized(node, kept):
+            continue
+        if node.op_type == "Conv":
+            wanted[node.input[0]] = None
+        elif node.op_type == "Add":
+            wanted.update(dict.fromkeys(node.input))
+        if scheme.quantizes_activation_functions:
+            if node.op_type != "Conv":
+                wanted.update(dict.fromkeys(node.input))
+            wanted[node.output[0]] = None
+    return list(wanted)
+
+
+def is_quantized(node: onnx.NodeProto, kept: Sequence[str]) -> bool:
+    """Whether a node works on 8-bit maps."""
+    if ".gate." in node.name or node.op_type not in ("Conv", "Add", "Mul", "Sigmoid"):
+        return False
+    return not any(is_within(node.name, block) for block in kept)
+
+
+def insert_quantization(
+    graph: onnx.ModelProto, ranges: Ranges, kept: Sequence[str], scheme: Scheme
+) -> None:
+    """Round maps and weights to 8 bits with QuantizeLinear and DequantizeLinear nodes, in place.
+
+    Weights are symmetric with a scale for each output channel (one for all of them in fp8).
+
+    Args:
+        graph: in float32.
+        ranges: of the maps that are rounded.
+        kept: blocks whose convolutions stay in float32.
+        scheme: what the runtime takes.
+    """
+    constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+    scales = {tensor: _map_scale(bounds, scheme) for tensor, bounds in ranges.items()}
+    nodes: list[onnx.NodeProto] = []
+
+    def dequantize(name: str, axis: int | None = None) -> str:
+        inputs = [f"{name}/quantized", f"{name}/scale"]
+        if axis is None:
+            inputs.append(f"{name}/zero_point")
+        attributes = {} if axis is None else {"axis": axis}
+        output = f"{name}/DequantizeLinear"
+        nodes.append(
+            helper.make_node("DequantizeLinear", inputs, [output], output, **attributes)
+        )
+        return output
+
+    def round_map(tensor: str) -> None:
+        scale, zero = scales[tensor]
+        store(f"{tensor}/scale", scale, TensorProto.FLOAT)
+        store(f"{tensor}/zero_point", zero, scheme.activation_type)
+        inputs = [tensor, f"{tensor}/scale", f"{tensor}/zero_point"]
+        name = f"{tensor}/QuantizeLinear"
+        nodes.append(helper.make_node("QuantizeLinear", inputs, [f"{tensor}/quantized"], name))
+        dequantize(tensor)
+
+    def round_constant(name: str, values: NDArray[Any], scale: NDArray[Any], kind: int) -> str:
+        store(f"{name}/quantized", values, kind)
+        store(f"{name}/scale", scale, TensorProto.FLOAT)
+        if scale.ndim == 0:
+            store(f"{name}/zero_point", np.zeros((), np.float32), kind)
+        return dequantize(name, axis=0 if scale.ndim else None)
+
+    def store(name: str, values: NDArray[Any], kind: int) -> None:
+        dtype = helper.tensor_dtype_to_np_dtype(kind)
+        graph.graph.initializer.append(numpy_helper.from_array(values.astype(dtype), name))
+
+    old = list(graph.graph.node)
+    if INPUT_NAME in ranges:
+        round_map(INPUT_NAME)
+    for node in old:
+        if node.op_type == "Conv" and is_quantized(node, kept):
+            (map_scale, _), prefix = scales[node.input[0]], node.name
+            stored, scale = _round_weights(numpy_helper.to_array(constants[node.input[1]]), scheme)
+            node.input[1] = round_constant(f"{prefix}/weight", stored, scale, scheme.weight_type)
+            if scheme.has_quantized_bias:
+                bias_scale = (scale * map_scale).astype(np.float32)
+                bias = numpy_helper.to_array(constants[node.input[2]]) / bias_scale
+                node.input[2] = round_constant(
+                    f"{prefix}/bias", np.round(bias), bias_scale, TensorProto.INT32
+                )
+        for index, tensor in enumerate(node.input):
+            if tensor in ranges and (scheme.rounds_for_all or is_quantized(node, kept)):
+                node.input[index] = f"{tensor}/DequantizeLinear"
+        nodes.append(node)
+        for tensor in node.output:
+            if tensor in ranges:
+                round_map(tensor)
+    del graph.graph.node[:]
+    graph.graph.node.extend(nodes)
+    remove_unused_constants(graph.graph)
+
+
+def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[NDArray[Any], NDArray[Any]]:
+    # Scale and zero point.
+    low, high = bounds
+    largest = max(-low, high, 1e-8)
+    if scheme.activation_type == TensorProto.FLOAT8E4M3FN:
+        return np.float32(largest / FP8_LARGEST), np.zeros((), np.float32)
+    if scheme.is_symmetric:
+        return np.float32(largest / 127), np.zeros((), np.float32)
+    scale = np.float32(max(high - low, 1e-8) / 255)
+    return scale, np.float32(np.clip(np.round(-low / scale), 0, 255))
+
+
+def _round_weights(
+    weight: NDArray[np.float32], scheme: Scheme
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    # Values and scale: of each output channel, or of all in fp8.
+    if scheme.weight_type == TensorProto.FLOAT8E4M3FN:
+        scale = np.float32(max(float(np.abs(weight).max()), 1e-8) / FP8_LARGEST)
+        return weight / scale, scale
+    largest = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), 1e-8)
+    scale = (largest / scheme.weight_levels).astype(np.float32)
+    return np.round(weight / scale[:, None, None, None]), scale
