@@ -308,16 +308,20 @@ def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) ->
     batch size may be symbolic, channels, height and width not. The result is a new tensor.
 
     Args:
-        x: [N, C, H, W], float16, bfloat16 or float32, on CUDA, channels_last.
+        x: [N, C, H, W], float16, bfloat16 or float32, on CUDA. To be channels_last, as the result
+            is; otherwise it is copied first.
         w1: [S, C], contiguous, and of x's dtype as all weights.
         b1: [S].
         w2: [C, S], contiguous.
         b2: [C].
 
     Raises:
-        ValueError: another device, dtype, shape or memory format.
+        ValueError: another device, dtype or shape.
     """
     _check_arguments(x, w1, b1, w2, b2)
+    # Nothing is copied where it has that format. To refuse others would refuse torch.export: it
+    # traces with cuDNN off (torch/export/_trace.py), and convolutions then claim contiguous maps.
+    x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, memory_format=torch.channels_last)
     if x.device.type == "meta":
         return out
@@ -359,7 +363,7 @@ class TritonSqueezeExcite(nn.Module):
         self.fc1, self.fc2 = module.fc1, module.fc2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N, C, H, W] on CUDA, channels_last, to a new tensor of the same shape."""
+        """Map [N, C, H, W] on CUDA to a new tensor of the same shape, channels_last."""
         assert self.fc1.bias is not None and self.fc2.bias is not None
         return squeeze_excite(
             x,
@@ -432,11 +436,8 @@ def _check_arguments(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) 
             "use efficientnet.model.SqueezeExcite here"
         )
     _check_dtype(x.dtype)
-    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"x is {list(x.shape)} with strides {list(x.stride())}, expected [N, C, H, W] in "
-            "channels_last; move model and images with .to(memory_format=torch.channels_last)"
-        )
+    if x.dim() != 4:
+        raise ValueError(f"x is {list(x.shape)}, expected [N, C, H, W]; add the missing axes")
     channels, squeezed = x.shape[1], w1.shape[0]
     expected = {"w1": [squeezed, channels], "b1": [squeezed], "w2": [channels, squeezed]}
     for name, weight in {"w1": w1, "b1": b1, "w2": w2, "b2": b2}.items():

@@ -1,44 +1,112 @@
-"""Checkpoint -> ONNX Runtime artifact, checked against the eager model.
+"""Checkpoint -> ONNX Runtime artifact for its CPU, CUDA or TensorRT provider, checked.
 
 python export/ort.py
-python export/ort.py --precision int8
-python export/ort.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --batch 1 1 128
+python export/ort.py --precision int8 --max-drop 0.5
+python export/ort.py --provider cuda --precision fp16 --batches 1 16
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import torch
 
+from efficientnet.artifact import Binding
 from efficientnet.command import parse_flags, run_command
+from efficientnet.devices import has_vnni
+from efficientnet.runtimes.onnx_runtime import PROVIDERS, require_provider
 from export.config import ExportConfig
-from export.graph import OPSET, count_ops, count_weight_bytes, export_onnx
+from export.graph import count_ops, count_weight_bytes
+from export.precision import typed_graph
 from export.source import load_source
 from export.writing import Built, default_output, write_checked_artifact
 
 PROGRAM_FILE = "model.onnx"
 
+OUTPUT_NAMES = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-cuda",
+    "tensorrt": "onnxruntime-tensorrt",
+}
+
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class OrtConfig(ExportConfig):
+    """Settings of an export to ONNX Runtime."""
+
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    """What executes the graph; cuda and tensorrt need onnxruntime-gpu."""
+
+    def __post_init__(self) -> None:
+        """Check the limits, and what each provider computes in."""
+        super().__post_init__()
+        allowed = {
+            "cpu": ("fp32", "fp16", "int8"),
+            "cuda": ("fp32", "fp16"),
+            "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
+        }[self.provider]
+        if self.precision not in allowed:
+            raise ValueError(
+                f"--precision is {self.precision}, for which ONNX Runtime's {self.provider} "
+                f"provider has no convolution; expected {', '.join(allowed)}"
+                + ("; OpenVINO has bf16: python export/ov.py" if self.precision == "bf16" else "")
+            )
+
+
 def main(config: ExportConfig) -> Path:
+    """Export, check and write the artifact; return its directory.
+
+    Raises:
+        ArtifactError: the provider is not there.
+        CheckpointError, GraphError, CalibrationError, GateError, ParityError: see load_source,
+            export_onnx, choose_samples and write_checked_artifact.
+    """
+    provider = config.provider if isinstance(config, OrtConfig) else "cpu"
+    require_provider(PROVIDERS[provider])
     source = load_source(config)
-    output = default_output(config, source, "onnxruntime")
+    output = default_output(config, source, OUTPUT_NAMES[provider])
+    # Without VNNI two products are added up in 16 bits, where weights of 8 bits would overflow.
+    scheme = {"cpu": "onnxruntime" if has_vnni() else "onnxruntime-7-bits"}.get(provider, "tensorrt")
+    if config.precision == "fp16" and provider == "cpu":
+        log.info("the CPU provider computes fp16 in fp32: the file is half as large, not faster")
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
-        log.info("export %s at %d px to ONNX, opset %d", source.variant, source.image_size, OPSET)
-        graph = export_onnx(source.model, source.image_size)
-        onnx.save(graph, directory / PROGRAM_FILE)
-        lines = (
-            f"exported by torch {torch.__version__}, onnx {onnx.__version__}, opset {OPSET}",
-            "graph: " + ", ".join(f"{op} {n}" for op, n in count_ops(graph).most_common()),
+        log.info("export %s at %d px to ONNX", source.variant, source.image_size)
+        typed = typed_graph(source, config, kept, scheme, directory)
+        onnx.save(typed.model, directory / PROGRAM_FILE)
+        graph = ", ".join(f"{op} {n}" for op, n in count_ops(typed.model).most_common())
+        is_bound = scheme == "onnxruntime" and config.precision == "int8"
+        return Built(
+            PROGRAM_FILE,
+            count_weight_bytes(typed.model),
+            log=(
+                f"exported by torch {torch.__version__}, onnx {onnx.__version__}, "
+                f"opset {typed.opset}",
+                f"graph: {graph}",
+            ),
+            static_batches=() if provider == "cpu" else config.static_batches,
+            provider=None if provider == "cpu" else PROVIDERS[provider],
+            opset=typed.opset,
+            target_device="cpu" if provider == "cpu" else "cuda",
+            binding=_VNNI if is_bound else None,
+            quantization=typed.quantization,
         )
-        return Built(PROGRAM_FILE, count_weight_bytes(graph), log=lines, opset=OPSET)
 
     return write_checked_artifact(source, config, output, "onnxruntime", build)
 
 
+_VNNI = Binding(
+    library="onnxruntime",
+    version="",
+    compute_capability=None,
+    device="VNNI",
+    rebuild="python export/ort.py --precision int8",
+)
+
+
 if __name__ == "__main__":
-    run_command(lambda: parse_flags(ExportConfig, __doc__), main)
+    run_command(lambda: parse_flags(OrtConfig, __doc__), main)

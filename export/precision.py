@@ -61,8 +61,12 @@ class Scheme:
 # ONNX Runtime's x86 kernels multiply unsigned maps by signed weights; a convolution is an integer
 # one only where its bias is int32 and its output is quantised. TensorRT wants signed values on both
 # sides with zero at zero, and refuses int32 biases; it fuses what follows the convolution itself.
+# Without VNNI its kernels add two products of 8 bits up in 16: weights of 7 bits cannot overflow.
 SCHEMES = {
     "onnxruntime": Scheme(TensorProto.UINT8, TensorProto.INT8, False, True, True, True),
+    "onnxruntime-7-bits": Scheme(
+        TensorProto.UINT8, TensorProto.INT8, False, True, True, True, weight_levels=63
+    ),
     "tensorrt": Scheme(TensorProto.INT8, TensorProto.INT8, True, False, False, False),
     "tensorrt-fp8": Scheme(
         TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FN, True, False, False, False

@@ -6,11 +6,12 @@ modules and objects, and for nothing else. tests/tensorrt_names.txt lists all th
 
 import importlib
 import logging
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -23,6 +24,12 @@ from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_ar
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 PROBLEMS = ("INTERNAL_ERROR", "ERROR")
+
+# Of what is said at the lowest level, which is a thousand times more than the rest: the layers that
+# a builder has made, with the number formats that they compute in.
+LAYER_LISTS = ("Layers:", "Engine Layer Information:")
+
+MAX_MESSAGES = 10_000
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +50,20 @@ class Message(NamedTuple):
 
 
 class Messages:
-    """What a library has said since it was last asked for."""
+    """The newest of what a library has said since it was last asked for."""
 
     def __init__(self) -> None:
-        self._kept: list[Message] = []
+        self._kept: deque[Message] = deque(maxlen=MAX_MESSAGES)
 
     def add(self, message: Message) -> None:
-        """Keep one more."""
-        self._kept.append(message)
+        """Keep a message, unless it is one of the many that nobody reads."""
+        if message.severity != "VERBOSE" or message.text.startswith(LAYER_LISTS):
+            self._kept.append(message)
 
     def take(self) -> list[Message]:
         """Return what there is and forget it."""
-        taken, self._kept = self._kept, []
+        taken = list(self._kept)
+        self._kept.clear()
         return taken
 
     def take_problems(self) -> str:
@@ -67,7 +76,7 @@ class Profile(NamedTuple):
     """A range of batch sizes that an engine has kernels for."""
 
     engine: Any
-    index: int
+    number: int
     low: int
     high: int
 
@@ -81,7 +90,7 @@ class _Prepared:
 
 
 class TensorRTRuntime:
-    """Runs one engine with its profiles, or several with fixed shapes; not for several threads at once.
+    """Runs one engine with its profiles, or several with fixed shapes; for one thread at a time.
 
     For each batch size there is an execution context of its own with its CUDA graph, since a graph
     holds a context's state, and all share one scratch memory and the buffers of images and logits.
@@ -115,7 +124,7 @@ class TensorRTRuntime:
             self._prepare(size)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See Runtime.infer. A batch that no profile takes is filled up; what fills it is ignored."""
+        """See Runtime.infer. A batch is filled up to one that there are kernels for."""
         check_images(images, self.info)
         num_images = len(images)
         prepared = self._prepare(num_images)
@@ -151,7 +160,7 @@ class TensorRTRuntime:
         stream = self._stream.cuda_stream
         images, logits = self._names
         is_ready = (
-            context.set_optimization_profile_async(profile.index, stream)
+            context.set_optimization_profile_async(profile.number, stream)
             and context.set_input_shape(images, (size, *self._images.shape[1:]))
             and context.set_tensor_address(images, self._images.data_ptr())
             and context.set_tensor_address(logits, self._logits.data_ptr())
@@ -178,7 +187,7 @@ class TensorRTRuntime:
             ) from error
         return graph
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         said = messages_of(self._trt).take_problems()
         raise ArtifactError(f"the engine of {self.info.variant} {what}: {said}")
 
@@ -339,7 +348,7 @@ def _profiles_of(engine: Any, input_name: str) -> list[Profile]:
 
 
 def _new_scratch(profiles: Sequence[Profile]) -> torch.Tensor:
-    sizes = [_scratch_bytes(profile.engine, profile.index) for profile in profiles]
+    sizes = [_scratch_bytes(profile.engine, profile.number) for profile in profiles]
     return torch.empty(max([1, *sizes]), dtype=torch.uint8, device="cuda")
 
 
