@@ -282,8 +282,9 @@ def plan_launch(
     # keep the map the larger part.
     fitting = num_positions // max(BLOCK_POSITIONS, 2 * squeezed)
     num_slices = max(1, min(fitting, MAX_PARTS // num_blocks))
-    # Rounded up to whole positions, fewer slices may hold them all; none may be empty.
-    num_slices = triton.cdiv(num_positions, triton.cdiv(num_positions, num_slices))
+    # Fewer, where that fills blocks of positions.
+    num_blocks_per_slice = triton.cdiv(num_positions, num_slices * BLOCK_POSITIONS)
+    num_slices = triton.cdiv(num_positions, num_blocks_per_slice * BLOCK_POSITIONS)
     images_per_group = max(1, GROUP_BYTES // (channels * num_positions * bytes_per_value))
     return LaunchPlan(num_slices, num_blocks * num_slices, images_per_group)
 
@@ -332,7 +333,9 @@ def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) ->
     partials = torch.empty(
         (num_images, plan.num_parts, squeezed), dtype=torch.float32, device=x.device
     )
-    wrap_triton(squeeze_excite_kernel)[(2 * num_images * plan.num_parts,)](
+    # Before torch 2.14 wrap_triton refuses what the interpreter runs.
+    kernel = squeeze_excite_kernel if IS_INTERPRETED else wrap_triton(squeeze_excite_kernel)
+    kernel[(2 * num_images * plan.num_parts,)](
         x,
         w1,
         b1,

@@ -27,9 +27,7 @@ class ParityError(PipelineError):
     """An artifact that does not answer like the model it was made of."""
 
 
-def tolerances_for(
-    precision: Precision, reference: NDArray[np.float32]
-) -> ParityTolerances:
+def tolerances_for(precision: Precision, reference: NDArray[np.float32]) -> ParityTolerances:
     """Return what a precision may differ by from the eager model's logits [N, num_classes].
 
     A different top-1 class counts when the reference prefers its own by more than the flip margin:

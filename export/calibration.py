@@ -1,4 +1,4 @@
-"""Training images -> the ranges of a graph's tensors, and calibration.json, which names the images."""
+"""Training images -> the ranges of a graph's maps; calibration.json, which names the images."""
 
 import hashlib
 import json
@@ -51,9 +51,7 @@ def choose_samples(source: Source, config: ExportConfig) -> list[Sample]:
 
 def images_of(source: Source, samples: Sequence[Sample]) -> Iterator[NDArray[np.float32]]:
     """Give the samples' preprocessed images in batches, with a progress bar."""
-    with tqdm(
-        total=len(samples), desc="calibrating", unit="img", disable=None, leave=False
-    ) as bar:
+    with tqdm(total=len(samples), desc="calibrating", unit="img", disable=None, leave=False) as bar:
         for images in batches_of(samples, source.preprocess):
             yield images
             bar.update(len(images))

@@ -1,6 +1,6 @@
-"""A quantised program and its model on the same held-out images -> how much top-1 it loses.
+"""Quantised program and eager model, the same held-out images -> how much top-1 is lost.
 
-Where it loses too much, the blocks that cost most are kept in a higher precision, as few as will do.
+Where it loses too much, the blocks that cost most are kept in a higher precision, as few as do.
 """
 
 import logging
@@ -150,8 +150,8 @@ def keep_within_drop(
     if not is_passed(best):
         raise GateError(
             f"the artifact is refused: with all {len(names)} blocks kept in a higher precision it "
-            f"still loses {100 * (best.manifest.gate.drop if best.manifest.gate else 1):.2f} points of top-1, at most {config.max_drop:g} "
-            "may be lost; export in fp32, or allow more with --max-drop"
+            f"still loses too much: {describe(gate_of(best))}; export in fp32, or allow more with "
+            "--max-drop"
         )
     too_few, enough = 0, len(names)
     while enough - too_few > 1:
@@ -170,9 +170,15 @@ def keep_within_drop(
 
 def is_passed(attempt: Attempt) -> bool:
     """Whether no more is lost than may be."""
+    gate = gate_of(attempt)
+    return gate.drop <= gate.max_drop
+
+
+def gate_of(attempt: Attempt) -> AccuracyGate:
+    """Return what was measured of a program."""
     gate = attempt.manifest.gate
     assert gate is not None
-    return gate.drop <= gate.max_drop
+    return gate
 
 
 def describe(gate: AccuracyGate) -> str:
@@ -192,4 +198,3 @@ def ranking_text(ranking: list[BlockCost]) -> str:
     """List the blocks, the costliest first, with the change of the logits."""
     lines = [f"{cost.logit_error:8.4f}  {cost.block}" for cost in ranking]
     return "\n".join(["change of the logits by quantising one block alone, in deviations:", *lines])
-

@@ -70,7 +70,9 @@ def main(config: ExportConfig) -> Path:
     source = load_source(config)
     output = default_output(config, source, OUTPUT_NAMES[provider])
     # Without VNNI two products are added up in 16 bits, where weights of 8 bits would overflow.
-    scheme = {"cpu": "onnxruntime" if has_vnni() else "onnxruntime-7-bits"}.get(provider, "tensorrt")
+    scheme = {"cpu": "onnxruntime" if has_vnni() else "onnxruntime-7-bits"}.get(
+        provider, "tensorrt"
+    )
     if config.precision == "fp16" and provider == "cpu":
         log.info("the CPU provider computes fp16 in fp32: the file is half as large, not faster")
 

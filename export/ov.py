@@ -1,7 +1,7 @@
 """Checkpoint -> OpenVINO artifact for CPUs, checked against the eager model.
 
 python export/ov.py --precision int8
-python export/ov.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --precision bf16 --batches 1 16
+python export/ov.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --batches 1 16
 """
 
 import logging
@@ -75,7 +75,9 @@ def main(config: OpenVinoConfig) -> Path:
         ov.save_model(model, directory / PROGRAM_FILE, compress_to_fp16=False)
         return Built(
             PROGRAM_FILE,
-            (directory / WEIGHTS_FILE).stat().st_size if quantization else count_weight_bytes(graph),
+            (directory / WEIGHTS_FILE).stat().st_size
+            if quantization
+            else count_weight_bytes(graph),
             other_files=(WEIGHTS_FILE,),
             static_batches=config.static_batches,
             log=(f"OpenVINO {ov.__version__}, nncf {nncf.__version__}, opset {OPSET}",),

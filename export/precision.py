@@ -36,6 +36,9 @@ from export.source import Source
 
 FP8_LARGEST = 448.0
 
+# Zero or more axes, numpy's scalars included.
+Array = Any
+
 log = logging.getLogger(__name__)
 
 
@@ -118,20 +121,16 @@ def typed_graph(
         )
         return TypedGraph(graph, OPSETS["fp32"], quantization)
     precision: FloatPrecision = config.precision
-    return TypedGraph(
-        export_onnx(source.model, source.image_size, precision), OPSETS[precision]
-    )
+    return TypedGraph(export_onnx(source.model, source.image_size, precision), OPSETS[precision])
 
 
-def tensors_to_quantize(
-    graph: onnx.ModelProto, kept: Sequence[str], scheme: Scheme
-) -> list[str]:
+def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Scheme) -> list[str]:
     """Return the maps that are rounded to 8 bits, in the order of the graph.
 
-    Inputs of convolutions and of residual additions; with `quantizes_activation_functions` also
+    Inputs of convolutions and residual additions; with `quantizes_activation_functions` also
     what comes out of convolutions, SiLU, additions and the scaling by a gate, so that all between
-    two convolutions is 8 bits wide. Squeeze-excite's own layers, of one pixel, stay in float32: they
-    take no time and decide about whole channels. So do the blocks in `kept`, and the classifier.
+    two convolutions is 8 bits wide. Squeeze-excite's own layers, of one pixel, stay in float32:
+    they take no time and decide about whole channels. So do the classifier and blocks in `kept`.
     """
     wanted: dict[str, None] = {}
     for node in graph.graph.node:
@@ -176,11 +175,9 @@ def insert_quantization(
         inputs = [f"{name}/quantized", f"{name}/scale"]
         if axis is None:
             inputs.append(f"{name}/zero_point")
-        attributes = {} if axis is None else {"axis": axis}
+        attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
         output = f"{name}/DequantizeLinear"
-        nodes.append(
-            helper.make_node("DequantizeLinear", inputs, [output], output, **attributes)
-        )
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [output], output, **attributes))
         return output
 
     def round_map(tensor: str) -> None:
@@ -192,14 +189,14 @@ def insert_quantization(
         nodes.append(helper.make_node("QuantizeLinear", inputs, [f"{tensor}/quantized"], name))
         dequantize(tensor)
 
-    def round_constant(name: str, values: NDArray[Any], scale: NDArray[Any], kind: int) -> str:
+    def round_constant(name: str, values: Array, scale: Array, kind: int) -> str:
         store(f"{name}/quantized", values, kind)
         store(f"{name}/scale", scale, TensorProto.FLOAT)
         if scale.ndim == 0:
             store(f"{name}/zero_point", np.zeros((), np.float32), kind)
         return dequantize(name, axis=0 if scale.ndim else None)
 
-    def store(name: str, values: NDArray[Any], kind: int) -> None:
+    def store(name: str, values: Array, kind: int) -> None:
         dtype = helper.tensor_dtype_to_np_dtype(kind)
         graph.graph.initializer.append(numpy_helper.from_array(values.astype(dtype), name))
 
@@ -229,7 +226,7 @@ def insert_quantization(
     remove_unused_constants(graph.graph)
 
 
-def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[NDArray[Any], NDArray[Any]]:
+def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[Array, Array]:
     # Scale and zero point.
     low, high = bounds
     largest = max(-low, high, 1e-8)
@@ -241,9 +238,7 @@ def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[NDArray[Any
     return scale, np.float32(np.clip(np.round(-low / scale), 0, 255))
 
 
-def _round_weights(
-    weight: NDArray[np.float32], scheme: Scheme
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _round_weights(weight: NDArray[np.float32], scheme: Scheme) -> tuple[Array, Array]:
     # Values and scale: of each output channel, or of all in fp8.
     if scheme.weight_type == TensorProto.FLOAT8E4M3FN:
         scale = np.float32(max(float(np.abs(weight).max()), 1e-8) / FP8_LARGEST)

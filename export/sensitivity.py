@@ -1,4 +1,4 @@
-"""A network and some images -> its blocks, ranked by what quantising each alone does to the logits."""
+"""Network and images -> its blocks, ranked by what quantising each alone does to the logits."""
 
 import logging
 from collections.abc import Generator
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def rank_blocks(source: Source, config: ExportConfig) -> list[BlockCost]:
-    """Quantise one block after the other, with the rest in float32; the costliest block comes first.
+    """Quantise one block after the other, the rest in float32; the costliest comes first.
 
     Simulated in torch, so that the ranking does not depend on a runtime: weights for each output
     channel, the convolutions' inputs for each map, both in 8 bits.

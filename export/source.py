@@ -1,4 +1,4 @@
-"""Checkpoint and flags -> what all exports start from: the model, its images, what it must answer."""
+"""Checkpoint and flags -> what exports start from: the model, its images and its answers."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -98,10 +98,16 @@ def build_engine(
                 f"{messages.take_problems()}"
             )
     said = messages.take()
+    # Cache and monitor are the builder's only as long as they are held here.
+    cache: Any = None
     if settings.timing_cache:
-        said += _use_timing_cache(trt, config, settings.timing_cache)
+        cache = _read_timing_cache(trt, config, settings.timing_cache)
     started = time.perf_counter()
-    serialized: Any = _build(trt, builder, network, config, name)
+    stopping = threading.Event()
+    with tqdm(desc=name, unit="step", disable=None, leave=False) as bar:
+        monitor: Any = _new_monitor(trt, bar, stopping)
+        config.progress_monitor = monitor
+        serialized: Any = _build(builder, network, config, stopping)
     seconds = time.perf_counter() - started
     if serialized is None:
         raise TensorRTError(
@@ -109,7 +115,6 @@ def build_engine(
         )
     said += messages.take()
     if settings.timing_cache:
-        cache: Any = config.get_timing_cache()
         write_bytes(settings.timing_cache, bytes(cache.serialize()))
     summary = f"{name}: {network.num_layers} layers of the graph, {seconds:.1f} s"
     return Engine(bytes(serialized), seconds, (summary, *map(_line, said)))
@@ -184,34 +189,29 @@ def _new_config(trt: Any, builder: Any, settings: BuildSettings) -> Any:
     return config
 
 
-def _use_timing_cache(trt: Any, config: Any, path: Path) -> list[Message]:
+def _read_timing_cache(trt: Any, config: Any, path: Path) -> Any:
     data = path.read_bytes() if path.is_file() else b""
     cache: Any = config.create_timing_cache(data)
     is_taken = cache is not None and config.set_timing_cache(cache, False)
-    said = messages_of(trt).take()
     # Some versions give an empty cache for one that they cannot read, and say so in the log alone.
-    problems = [m.text for m in said if m.severity != "INFO" and "timing cache" in m.text.lower()]
-    if data and (problems or not is_taken):
+    problems = [m for m in messages_of(trt).take() if m.severity != "INFO"]
+    said = [m.text for m in problems if "cache" in m.text.lower()]
+    if data and (said or not is_taken):
         log.info(
             "%s is not of this version and GPU, it is started anew: %s",
             path,
-            "; ".join(problems) or "it was refused",
+            "; ".join(said) or "it was refused",
         )
-        fresh: Any = config.create_timing_cache(b"")
-        config.set_timing_cache(fresh, False)
-    return said
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
 
 
-def _build(trt: Any, builder: Any, network: Any, config: Any, name: str) -> Any:
+def _build(builder: Any, network: Any, config: Any, stopping: threading.Event) -> Any:
     # Python sees Ctrl-C in its main thread only, and not while that is inside the builder, for
     # minutes: so the builder works in a second thread, and is told at its next step. An exception
     # in a monitor's method would not do, as the library swallows it.
-    with (
-        tqdm(desc=name, unit="step", disable=None, leave=False) as bar,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        stopping = threading.Event()
-        config.progress_monitor = _new_monitor(trt, bar, stopping)
+    with ThreadPoolExecutor(1) as pool:
         try:
             return pool.submit(builder.build_serialized_network, network, config).result()
         except KeyboardInterrupt:

@@ -69,10 +69,12 @@ def write_checked_artifact(
     runtime: str,
     build: Builder,
     can_run_here: bool = True,
+    is_judged: bool = True,
 ) -> Path:
     """Build in a hidden directory, check, write the manifest, and only then take `output`'s place.
 
     A program that cannot run here is written without parity, and refused until it was checked.
+    One that others made of the checkpoint (`is_judged` False) is compared, but not refused.
 
     Raises:
         ParityError: the program does not answer like the eager model; nothing is written.
@@ -89,7 +91,7 @@ def write_checked_artifact(
             (tried / BUILD_LOG).write_text(lines, encoding="utf-8")
             return Attempt(tried, _manifest(source, config, tried, runtime, built))
 
-        if config.is_quantized and can_run_here:
+        if config.is_quantized and can_run_here and is_judged:
             tried, manifest = keep_within_drop(source, config, attempt)
         else:
             tried, manifest = attempt(())
@@ -98,7 +100,7 @@ def write_checked_artifact(
         for other in directory.glob("attempt-*"):
             shutil.rmtree(other)
         if can_run_here:
-            manifest = check_parity(source, directory, manifest)
+            manifest = check_parity(source, directory, manifest, is_judged)
         else:
             log.info(
                 "not checked: it cannot run here, and is refused until "
@@ -111,7 +113,9 @@ def write_checked_artifact(
     return output
 
 
-def check_parity(source: Source, directory: Path, manifest: ArtifactManifest) -> ArtifactManifest:
+def check_parity(
+    source: Source, directory: Path, manifest: ArtifactManifest, is_judged: bool = True
+) -> ArtifactManifest:
     """Compare a program with the eager model; return the manifest with what was found.
 
     Raises:
@@ -130,7 +134,8 @@ def check_parity(source: Source, directory: Path, manifest: ArtifactManifest) ->
     log.info("%s", line)
     with (directory / BUILD_LOG).open("a", encoding="utf-8") as file:
         file.write(line + "\n")
-    require_parity(parity)
+    if is_judged:
+        require_parity(parity)
     return manifest.model_copy(update={"parity": parity})
 
 
@@ -157,7 +162,9 @@ def _manifest(
             dtype="float32",
             layout="NCHW",
             shape=(3, source.image_size, source.image_size),
-            batch=BatchRange(min=1 if statics else min(low, highest), opt=min(opt, highest), max=highest),
+            batch=BatchRange(
+                min=1 if statics else min(low, highest), opt=min(opt, highest), max=highest
+            ),
         ),
         output=OutputSpec(name=OUTPUT_NAME, dtype="float32", shape=(source.record.num_classes,)),
         preprocess=source.preprocess,

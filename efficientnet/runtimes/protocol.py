@@ -111,8 +111,7 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
         threads = num_threads or num_usable_cores()
         return _import_runtime("torch", directory).open_directory(directory, threads)
     raise ArtifactError(
-        f"{directory} holds neither a {MANIFEST_FILE} (artifact) "
-        "nor a checkpoint.json (checkpoint)"
+        f"{directory} holds neither a {MANIFEST_FILE} (artifact) nor a checkpoint.json (checkpoint)"
     )
 
 

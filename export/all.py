@@ -1,0 +1,317 @@
+"""Checkpoint -> every artifact that this machine can make, one table of them, and the default.
+
+python export/all.py
+python export/all.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --only ort ov
+"""
+
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
+from efficientnet.atomic import point_link
+from efficientnet.command import parse_flags, run_command
+from efficientnet.datasets import SAMPLE_PHOTOS
+from efficientnet.errors import PipelineError
+from efficientnet.precision import Precision
+from efficientnet.records import LatencyRecord, read_records
+from efficientnet.runtimes import open_runtime
+from efficientnet.tables import NOTHING, Table, format_bytes, format_ms, format_percent
+from export.config import ExportConfig
+from export.gate import Gate
+from export.source import Source, load_source
+
+ROOT = Path(__file__).resolve().parent.parent
+
+DEFAULT_LINK = "default"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One export command with its flags."""
+
+    command: str
+    name: str
+    """First part of the artifact's directory."""
+    precision: Precision
+    flags: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """As people write it."""
+        return f"{self.name} {self.precision}"
+
+
+CANDIDATES = (
+    Candidate("ort", "onnxruntime", "fp32"),
+    Candidate("ort", "onnxruntime", "fp16"),
+    Candidate("ort", "onnxruntime", "int8"),
+    Candidate("ov", "openvino", "fp32"),
+    Candidate("ov", "openvino", "bf16"),
+    Candidate("ov", "openvino", "int8"),
+    Candidate("aoti", "aoti", "fp32"),
+    Candidate("aoti", "aoti", "bf16"),
+    Candidate("aoti", "aoti-cuda", "fp16", ("--device", "cuda")),
+    Candidate("ort", "onnxruntime-cuda", "fp16", ("--provider", "cuda")),
+    Candidate("ort", "onnxruntime-tensorrt", "fp16", ("--provider", "tensorrt")),
+    Candidate("torch_trt", "torch-tensorrt", "fp16"),
+    Candidate("trt", "tensorrt", "fp16"),
+    Candidate("trt", "tensorrt", "int8"),
+    Candidate("trt", "tensorrt", "fp8"),
+    Candidate("trt", "tensorrt-rtx", "fp16", ("--flavor", "rtx")),
+)
+
+RUNTIMES = tuple(dict.fromkeys(candidate.command for candidate in CANDIDATES))
+
+
+@dataclass(frozen=True)
+class AllConfig(ExportConfig):
+    """Settings of all exports; --precision is not used."""
+
+    only: tuple[str, ...] = ()
+    """Commands to run, of ort ov aoti torch_trt trt; none = all."""
+
+    seconds: float = 4.0
+    """Measured time of each artifact at batch 1."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        unknown = sorted(set(self.only) - set(RUNTIMES))
+        if unknown:
+            raise ValueError(f"--only is {' '.join(unknown)}, expected of {', '.join(RUNTIMES)}")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        if self.output is not None:
+            raise ValueError("--output is one artifact's; all of them go to artifacts/<variant>")
+
+
+class Line(BaseModel):
+    """One row of the table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    precision: Precision
+    artifact: str | None
+    size_bytes: int | None = None
+    max_abs_logit_error: float | None = None
+    top1: float | None = None
+    drop: float | None = None
+    p50_ms: float | None = None
+    kept_blocks: int = 0
+    left_out: str | None = None
+    """Why there is no artifact, or none that can be run here."""
+
+
+class Summary(BaseModel):
+    """The table as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lines: tuple[Line, ...]
+    default: str | None
+    notes: tuple[str, ...]
+
+
+def main(config: AllConfig) -> Summary:
+    """Run every export in a process of its own, measure what came out, and point to the fastest.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+        PipelineError: not one artifact could be made.
+    """
+    source = load_source(config)
+    folder = Path("artifacts") / source.variant
+    lines: list[Line] = []
+    chosen = [c for c in CANDIDATES if not config.only or c.command in config.only]
+    for number, candidate in enumerate(chosen, start=1):
+        log.info("[%d of %d] %s", number, len(chosen), candidate.title)
+        lines.append(_export(candidate, source, config, folder))
+    if not any(line.artifact for line in lines):
+        raise PipelineError("not one artifact could be made: see the reasons above")
+    lines = _with_top1(lines, source, config)
+    lines = _with_latency(lines, config)
+    default, notes = choose_default(lines)
+    if default is not None:
+        point_link(folder / DEFAULT_LINK, Path(Path(default).name))
+    log.info("%s", table_of(lines, default).aligned_text())
+    for note in notes:
+        log.info("%s", note)
+    return Summary(lines=tuple(lines), default=default, notes=tuple(notes))
+
+
+def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
+    """Return the fastest artifact, and what is worth saying of the others.
+
+    An int8 or fp8 artifact is slower than one of more bits on some devices; it is said then.
+    """
+    timed = [line for line in lines if line.artifact is not None and line.p50_ms is not None]
+    if not timed:
+        return None, []
+    fastest = min(timed, key=lambda line: line.p50_ms or 0.0)
+    notes = [f"the default is {fastest.name} {fastest.precision}: {fastest.artifact}"]
+    for line in timed:
+        wider = [
+            other
+            for other in timed
+            if other.name == line.name and other.precision in ("bf16", "fp16", "fp32")
+        ]
+        if line.precision in ("int8", "fp8") and wider:
+            best = min(wider, key=lambda other: other.p50_ms or 0.0)
+            assert line.p50_ms is not None and best.p50_ms is not None
+            if line.p50_ms > best.p50_ms:
+                notes.append(
+                    f"{line.name} {line.precision} is slower here than {best.precision} "
+                    f"({line.p50_ms:.1f} ms against {best.p50_ms:.1f} ms): not worth its rounding"
+                )
+    return fastest.artifact, notes
+
+
+def table_of(lines: list[Line], default: str | None) -> Table:
+    """Lay the artifacts out, then what was left out with the reason."""
+    columns = (
+        "runtime",
+        "precision",
+        "on disk",
+        "logit error",
+        "top-1",
+        "change",
+        "p50 ms",
+        "default",
+        "left out because",
+    )
+    rows = [
+        (
+            line.name,
+            line.precision,
+            NOTHING if line.size_bytes is None else format_bytes(line.size_bytes),
+            NOTHING if line.max_abs_logit_error is None else f"{line.max_abs_logit_error:.1e}",
+            NOTHING if line.top1 is None else format_percent(line.top1, 2),
+            NOTHING if line.drop is None else f"{-100 * line.drop:+.2f}",
+            format_ms(line.p50_ms),
+            "yes" if line.artifact is not None and line.artifact == default else "",
+            line.left_out or "",
+        )
+        for line in lines
+    ]
+    return Table(columns, tuple(rows), frozenset({columns[0], columns[1], columns[7], columns[8]}))
+
+
+def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Path) -> Line:
+    output = folder / f"{candidate.name}-{candidate.precision}"
+    command = [
+        *(sys.executable, str(ROOT / "export" / f"{candidate.command}.py")),
+        *("--checkpoint", str(source.checkpoint), "--output", str(output)),
+        *("--precision", candidate.precision, *candidate.flags, *_shared_flags(config)),
+    ]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stderr is not None and run.stdout is not None
+        text = ""
+        for text_line in run.stderr:
+            text += text_line
+            sys.stderr.write(f"    {text_line}")
+        run.stdout.read()
+    if run.returncode != 0:
+        reason = reason_of(text) or f"it ended with exit code {run.returncode}, see its log above"
+        return Line(
+            name=candidate.name, precision=candidate.precision, artifact=None, left_out=reason
+        )
+    manifest = read_artifact(output, allow_unchecked=True)
+    return _line(candidate, output, manifest)
+
+
+def reason_of(text: str) -> str:
+    """Return the message of a command that failed, in one line."""
+    found = re.search(r"^error: (.*)", text, re.M)
+    if found:
+        return found.group(1)
+    # A wrong flag's box: its words without the frame.
+    inner = re.findall(r"^│ (.*?)\s*│$", text, re.M)
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(inner).partition(" ───")[0])
+
+
+def _line(candidate: Candidate, output: Path, manifest: ArtifactManifest) -> Line:
+    quantization = manifest.quantization
+    return Line(
+        name=candidate.name,
+        precision=candidate.precision,
+        artifact=str(output),
+        size_bytes=manifest.size_bytes,
+        max_abs_logit_error=manifest.parity.max_abs_logit_error if manifest.parity else None,
+        kept_blocks=len(quantization.kept_blocks) if quantization else 0,
+        left_out=None if manifest.parity else "built here, to be checked where it can run",
+    )
+
+
+def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Line]:
+    if source.dataset.source == SAMPLE_PHOTOS:
+        return lines
+    gate = Gate(source, config.num_gate_images, config.max_drop / 100)
+    measured: list[Line] = []
+    for line in lines:
+        if line.artifact is not None and line.left_out is None:
+            path = Path(line.artifact)
+            found: AccuracyGate = read_artifact(path).gate or gate.measure(open_runtime(path))
+            line = line.model_copy(update={"top1": found.top1, "drop": found.drop})
+        measured.append(line)
+    return measured
+
+
+def _with_latency(lines: list[Line], config: AllConfig) -> list[Line]:
+    # Another stage's command: stages meet on disk.
+    paths = [line.artifact for line in lines if line.artifact and not line.left_out]
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "latency.jsonl"
+        command = [
+            *(sys.executable, str(ROOT / "perf" / "latency.py"), *paths),
+            *("--output", str(records), "--seconds", str(config.seconds), "--batches", "1"),
+            *(("--data", config.data) if config.data else ()),
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise PipelineError("perf/latency.py failed: see its message above")
+        found = {
+            record.program_sha256: record.p50_ms
+            for record in read_records(records, LatencyRecord)
+            if record.scenario == "single_stream"
+        }
+    return [
+        line.model_copy(
+            update={"p50_ms": found.get(read_artifact(Path(line.artifact)).program_sha256)}
+        )
+        if line.artifact and not line.left_out
+        else line
+        for line in lines
+    ]
+
+
+def _shared_flags(config: AllConfig) -> list[str]:
+    flags = [
+        *("--num-parity-images", str(config.num_parity_images)),
+        *("--num-calibration-images", str(config.num_calibration_images)),
+        *("--num-gate-images", str(config.num_gate_images)),
+        *("--max-drop", str(config.max_drop), "--seed", str(config.seed)),
+        *("--batch", *map(str, config.batch)),
+    ]
+    if config.batches is not None:
+        flags += ["--batches", *map(str, config.batches)]
+    if config.size is not None:
+        flags += ["--size", str(config.size)]
+    if config.data is not None:
+        flags += ["--data", config.data]
+    return flags
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(AllConfig, __doc__), main)

@@ -1,0 +1,287 @@
+"""Checkpoint -> what the stock tools make of it by their front doors, and our times beside theirs.
+
+The stock artifacts: torch.onnx.export's file as it is, run by ONNX Runtime and by OpenVINO in its
+default precision; what ONNX Runtime's quantize_static and NNCF's quantize make of that file.
+
+python export/stock.py artifacts/v2-s/openvino-int8 artifacts/v2-s/onnxruntime-int8
+"""
+
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+import onnx
+import openvino as ov
+import torch
+import tyro
+from numpy.typing import NDArray
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from pydantic import BaseModel, ConfigDict
+
+from efficientnet.artifact import QuantizationRecord, read_artifact
+from efficientnet.command import parse_flags, run_command
+from efficientnet.errors import PipelineError
+from efficientnet.records import LatencyRecord, read_records
+from efficientnet.runtimes.openvino_runtime import DEVICE
+from efficientnet.tables import Table, format_ms, format_ratio
+from export.calibration import choose_samples, images_of, write_calibration
+from export.config import ExportConfig
+from export.graph import INPUT_NAME, OUTPUT_NAME, count_weight_bytes
+from export.source import Source, load_source
+from export.writing import Builder, Built, write_checked_artifact
+
+ROOT = Path(__file__).resolve().parent.parent
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StockConfig(ExportConfig):
+    """Settings of the comparison."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Our artifacts of the same checkpoint and size; none = only make the stock ones."""
+
+    seconds: float = 10.0
+    """Measured time of each program."""
+
+    turns: int = 8
+    """Turns that this time is split into."""
+
+    batch_size: int = 1
+    """Images in a call."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        if self.size is not None:
+            raise ValueError(
+                "--size is not taken here: the eager model is measured at its checkpoint's size, "
+                "and all others must have the same"
+            )
+
+
+class Ratio(BaseModel):
+    """Our time over another's: median of the ratios within a turn, and their range."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    program: str
+    p50_ms: float | None
+    other: str
+    ratio: float
+    low: float
+    high: float
+
+
+class Comparison(BaseModel):
+    """All ratios of one run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: int
+    image_size: int
+    ratios: tuple[Ratio, ...]
+
+
+def main(config: StockConfig) -> Comparison | str:
+    """Make the stock artifacts and measure all programs in turns.
+
+    Raises:
+        CheckpointError, CalibrationError: see load_source and choose_samples.
+        PipelineError: the measurement failed.
+    """
+    source = load_source(config)
+    folder = (config.output or Path("artifacts") / source.variant) / "stock"
+    stock = make_stock_artifacts(source, config, folder)
+    if not config.paths:
+        return "\n".join(map(str, stock))
+    records = measure([source.checkpoint, *stock, *config.paths], config)
+    ratios: list[Ratio] = []
+    for path in config.paths:
+        own = records[read_artifact(path).program_sha256]
+        for name, other in [
+            ("eager", records[source.record.weights_sha256]),
+            *((p.name, records[read_artifact(p).program_sha256]) for p in stock),
+        ]:
+            pairs = zip(own.turn_p50_ms, other.turn_p50_ms, strict=True)
+            shares = sorted(a / b for a, b in pairs)
+            ratios.append(
+                Ratio(
+                    program=str(path),
+                    p50_ms=own.p50_ms,
+                    other=name,
+                    ratio=statistics.median(shares),
+                    low=shares[0],
+                    high=shares[-1],
+                )
+            )
+    log.info("%s", table_of(ratios).aligned_text())
+    return Comparison(
+        batch_size=config.batch_size, image_size=source.image_size, ratios=tuple(ratios)
+    )
+
+
+def make_stock_artifacts(source: Source, config: StockConfig, folder: Path) -> list[Path]:
+    """Write the stock tools' artifacts; their parity is recorded, but refuses none of them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "plain.onnx"
+        export_plainly(source, plain)
+        samples = choose_samples(source, config)
+        images = [
+            image for batch in images_of(source, samples) for image in np.split(batch, len(batch))
+        ]
+        has_bf16 = "BF16" in ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+        float_precision = "bf16" if has_bf16 else "fp32"
+
+        def record(directory: Path, method: str) -> QuantizationRecord:
+            return QuantizationRecord(
+                method=method,
+                num_calibration_images=len(samples),
+                calibration_sha256=write_calibration(directory, samples, config, method),
+                kept_precision=float_precision,
+                kept_blocks=(),
+            )
+
+        def onnxruntime_fp32(directory: Path, _: tuple[str, ...]) -> Built:
+            (directory / "model.onnx").write_bytes(plain.read_bytes())
+            return Built("model.onnx", count_weight_bytes(onnx.load(plain)))
+
+        def onnxruntime_int8(directory: Path, _: tuple[str, ...]) -> Built:
+            prepared = Path(scratch) / "prepared.onnx"
+            quant_pre_process(str(plain), str(prepared))
+            quantize_static(
+                str(prepared),
+                str(directory / "model.onnx"),
+                _Reader(images),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            weight_bytes = count_weight_bytes(onnx.load(directory / "model.onnx"))
+            quantization = record(directory, "onnxruntime quantize_static, U8S8, per channel")
+            return Built("model.onnx", weight_bytes, quantization=quantization)
+
+        def openvino_float(directory: Path, _: tuple[str, ...]) -> Built:
+            return _save(ov.Core().read_model(plain), directory, config, None)
+
+        def openvino_int8(directory: Path, _: tuple[str, ...]) -> Built:
+            dataset = nncf.Dataset([{INPUT_NAME: image} for image in images])
+            model: Any = nncf.quantize(
+                ov.Core().read_model(plain),
+                dataset,
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(images),
+            )
+            return _save(model, directory, config, record(directory, "nncf.quantize, mixed"))
+
+        tools: list[tuple[str, str, Builder]] = [
+            ("onnxruntime", "fp32", onnxruntime_fp32),
+            ("onnxruntime", "int8", onnxruntime_int8),
+            ("openvino", float_precision, openvino_float),
+            ("openvino", "int8", openvino_int8),
+        ]
+        made: list[Path] = []
+        for runtime, precision, build in tools:
+            log.info("stock %s %s", runtime, precision)
+            own: ExportConfig = replace(config, precision=precision)
+            output = folder / f"stock-{runtime}-{precision}"
+            made.append(
+                write_checked_artifact(source, own, output, runtime, build, is_judged=False)
+            )
+        return made
+
+
+def export_plainly(source: Source, path: Path) -> None:
+    """Write what torch.onnx.export makes of the model, with a free batch and no other change."""
+    torch.onnx.export(
+        source.model,
+        (torch.zeros(2, 3, source.image_size, source.image_size),),
+        path,
+        dynamo=True,
+        input_names=[INPUT_NAME],
+        output_names=[OUTPUT_NAME],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        external_data=False,
+        verbose=False,
+    )
+
+
+def measure(paths: Sequence[Path], config: StockConfig) -> dict[str, LatencyRecord]:
+    """Measure all programs with perf/latency.py; return the records by the programs' hashes.
+
+    Raises:
+        PipelineError: the command failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "latency.jsonl"
+        command = [
+            *(sys.executable, str(ROOT / "perf" / "latency.py"), *map(str, paths)),
+            *("--output", str(records), "--seconds", str(config.seconds)),
+            *("--turns", str(config.turns), "--batches", str(config.batch_size)),
+            *(("--data", config.data) if config.data else ()),
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise PipelineError("perf/latency.py failed: see its message above")
+        return {
+            record.program_sha256: record
+            for record in read_records(records, LatencyRecord)
+            if record.batch_size == config.batch_size and record.scenario == "offline"
+        }
+
+
+def table_of(ratios: Sequence[Ratio]) -> Table:
+    """Lay the ratios out: ours by row, the others by column."""
+    others = list(dict.fromkeys(ratio.other for ratio in ratios))
+    rows: list[tuple[str, ...]] = []
+    for program in dict.fromkeys(ratio.program for ratio in ratios):
+        own = {ratio.other: ratio for ratio in ratios if ratio.program == program}
+        cells = [
+            f"{format_ratio(r.ratio)} ({format_ratio(r.low)} to {format_ratio(r.high)})"
+            for r in (own[other] for other in others)
+        ]
+        rows.append((program, format_ms(own[others[0]].p50_ms), *cells))
+    columns = ("ours / theirs", "p50 ms", *others)
+    return Table(columns, tuple(rows), frozenset(columns[:1]))
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, images: Sequence[NDArray[np.float32]]) -> None:
+        self._images: Iterator[NDArray[np.float32]] = iter(images)
+
+    def get_next(self) -> Any:
+        image = next(self._images, None)
+        return None if image is None else {INPUT_NAME: image}
+
+
+def _save(
+    model: ov.Model, directory: Path, config: ExportConfig, quantization: QuantizationRecord | None
+) -> Built:
+    ov.save_model(model, directory / "model.xml", compress_to_fp16=False)
+    return Built(
+        "model.xml",
+        (directory / "model.bin").stat().st_size,
+        other_files=("model.bin",),
+        static_batches=config.static_batches,
+        quantization=quantization,
+    )
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(StockConfig, __doc__), main)

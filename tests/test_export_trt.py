@@ -1,0 +1,571 @@
+import ast
+import functools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+
+from efficientnet.artifact import ArtifactError, Binding, read_artifact
+from efficientnet.checkpoint import load_checkpoint, save_checkpoint
+from efficientnet.command import parse_flags
+from efficientnet.datasets import load_dataset
+from efficientnet.model import build_model
+from efficientnet.preprocess import preprocess
+from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.protocol import open_program
+from efficientnet.runtimes.tensorrt_runtime import (
+    Gpu,
+    Profile,
+    choose_profile,
+    deserialize,
+    require_same_machine,
+)
+from efficientnet.variants import VARIANTS
+from export import trt
+from export.trt import TrtConfig, find_target, rebuild_command, require_precision, require_supported
+from export.trt_build import (
+    BuildSettings,
+    TensorRTError,
+    _build,
+    build_engine,
+    fix_batch,
+    profiles_for,
+    read_layers,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, ROOT / "export/trt.py", "--flavor", "rtx"]
+
+H100 = Gpu("NVIDIA H100", "9.0")
+V100 = Gpu("Tesla V100-SXM2-16GB", "7.0")
+
+# The number formats that TensorRT-RTX's builder says its convolutions read, by the precision.
+FORMATS = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16", "int8": "Int8"}
+
+
+def rtx_config(checkpoint: Path, output: Path, **changes: Any) -> TrtConfig:
+    return TrtConfig(checkpoint=checkpoint, output=output, flavor="rtx", **changes)
+
+
+@pytest.fixture(scope="module")
+def rtx() -> Any:
+    return pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+
+@pytest.fixture(scope="module")
+def fp16_artifact(rtx: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+    output = tmp_path_factory.mktemp("artifacts") / "tensorrt-rtx-fp16"
+    return trt.main(rtx_config(tiny_checkpoint, output, batch=(1, 4, 16)))
+
+
+@pytest.fixture
+def no_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU answers here")
+
+
+def small_graph(operator: str = "Relu") -> onnx.ModelProto:
+    shape = ["batch", 3, 8, 8]
+    node = helper.make_node(operator, ["images"], ["logits"], name="features.0/strange")
+    graph = helper.make_graph(
+        [node],
+        "small",
+        [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, shape)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_the_portable_artifact_is_unchecked_and_says_what_it_is_for(fp16_artifact: Path):
+    with pytest.raises(ArtifactError, match=r"was never compared .* export/parity\.py"):
+        open_runtime(fp16_artifact)
+    manifest = read_artifact(fp16_artifact, allow_unchecked=True)
+    assert (manifest.runtime, manifest.precision) == ("tensorrt-rtx", "fp16")
+    assert manifest.parity is None and manifest.binding is not None
+    assert manifest.binding.library == "tensorrt_rtx"
+    assert manifest.binding.compute_capability is None
+    assert "8.0 and later" in manifest.binding.device == manifest.build.target_device
+    assert {path.name for path in fp16_artifact.iterdir()} == {
+        "build.log",
+        "manifest.json",
+        "model.engine",
+    }
+
+
+def test_the_builder_computes_in_the_precision_asked_for(fp16_artifact: Path):
+    formats = convolution_formats(fp16_artifact)
+    assert formats == {"Half"}
+
+
+def test_a_range_has_kernels_of_its_own_for_the_smallest_batch(fp16_artifact: Path):
+    log = (fp16_artifact / "build.log").read_text()
+    assert "Dimensions: [-1,3,32,32]" in log and "Dimensions: [1,3,32,32]" in log
+
+
+def test_int8_has_an_engine_for_each_batch_size(rtx: Any, tiny_checkpoint: Path, tmp_path: Path):
+    output = tmp_path / "int8"
+    config = rtx_config(
+        tiny_checkpoint,
+        output,
+        precision="int8",
+        batches=(8, 1),
+        num_calibration_images=64,
+        compute_capability=("8.6", "8.9"),
+    )
+    assert trt.main(config) == output
+    manifest = read_artifact(output, allow_unchecked=True)
+    assert [(p.batch_size, p.file) for p in manifest.static_programs] == [
+        (1, "model-b1.engine"),
+        (8, "model-b8.engine"),
+    ]
+    assert manifest.input.batch.max == 8
+    assert manifest.quantization is not None and (output / "calibration.json").is_file()
+    assert manifest.binding is not None and manifest.binding.compute_capability == "8.6 8.9"
+    assert "Int8" in convolution_formats(output)
+
+
+def convolution_formats(artifact: Path) -> set[str]:
+    # Of the first input of what the builder's list calls a correlation.
+    lines = (artifact / "build.log").read_text().splitlines()
+    layers = [line for line in lines if "LayerType: correlation" in line]
+    assert layers
+    return {line.partition("Datatype: ")[2].partition(",")[0] for line in layers}
+
+
+def test_a_graph_that_the_parser_refuses_is_told_with_its_node(rtx: Any):
+    profiles = profiles_for((1, 1, 4))
+    with pytest.raises(TensorRTError, match=r"refuses the graph of x:\n.*NoSuchOp.*features\.0"):
+        build_engine(rtx, small_graph("NoSuchOp"), profiles, BuildSettings(), "x")
+
+
+def test_what_the_builder_refuses_is_told_with_its_reason(rtx: Any, no_gpu: None):
+    settings = BuildSettings(compute_capabilities=("CURRENT",))
+    with pytest.raises(TensorRTError, match="cannot build x: .*CUDA driver"):
+        build_engine(rtx, small_graph(), profiles_for((1, 1, 4)), settings, "x")
+
+
+def test_settings_reach_the_builder(rtx: Any):
+    settings = BuildSettings(optimization_level=1, workspace_mib=64, uses_tf32=False)
+    built = build_engine(rtx, small_graph(), profiles_for((2, 2, 2)), settings, "x")
+    assert len(built.data) > 1000 and built.log[0].startswith("x: 1 layers")
+
+
+def test_a_fixed_batch_leaves_the_graph_as_it_was():
+    graph = small_graph()
+    fixed = fix_batch(graph, 4)
+    dims = [
+        value.type.tensor_type.shape.dim[0] for value in (*fixed.graph.input, *fixed.graph.output)
+    ]
+    assert [dim.dim_value for dim in dims] == [4, 4]
+    assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_a_foreign_engine_is_refused_with_the_command_that_makes_it(rtx: Any, tmp_path: Path):
+    file = tmp_path / "model.engine"
+    file.write_bytes(b"not an engine" * 100)
+    with pytest.raises(
+        ArtifactError, match=r"refuses .*model\.engine: .*; make it again: python x"
+    ):
+        deserialize(rtx, file, binding_for(rebuild="python x"))
+
+
+def test_a_damaged_engine_is_found_by_its_hash(fp16_artifact: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in fp16_artifact.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    program = copy / "model.engine"
+    program.write_bytes(program.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"model\.engine is damaged"):
+        read_artifact(copy, allow_unchecked=True)
+
+
+def test_without_a_gpu_an_engine_is_refused(fp16_artifact: Path, no_gpu: None):
+    manifest = read_artifact(fp16_artifact, allow_unchecked=True)
+    with pytest.raises(ArtifactError, match="runs on an NVIDIA GPU .*, and none answers here"):
+        open_program(fp16_artifact, manifest)
+
+
+def test_an_engine_of_a_library_that_is_not_here_names_it(fp16_artifact: Path):
+    try:
+        __import__("tensorrt")
+    except (ImportError, OSError):
+        pass
+    else:
+        pytest.skip("TensorRT is installed")
+    manifest = read_artifact(fp16_artifact, allow_unchecked=True)
+    with pytest.raises(ArtifactError, match="needs tensorrt, which cannot be imported"):
+        open_program(fp16_artifact, manifest.model_copy(update={"runtime": "tensorrt"}))
+
+
+def binding_for(**changes: Any) -> Binding:
+    known = {
+        "library": "tensorrt",
+        "version": "11.1.0.106",
+        "compute_capability": "9.0",
+        "device": "NVIDIA H100",
+        "rebuild": "python export/trt.py --precision int8",
+    }
+    return Binding(**known | changes)
+
+
+@pytest.mark.parametrize(
+    ("binding", "version", "gpu", "reason"),
+    [
+        (binding_for(), "11.4.0.106", H100, r"built by tensorrt 11\.1\.0\.106, here is 11\.4"),
+        (binding_for(), "11.1.0.106", Gpu("A10", "8.6"), r"capability 9\.0 .*is 8\.6 \(A10\)"),
+        (binding_for(compute_capability="8.6 8.9"), "11.1.0.106", H100, r"capability 8\.6 8\.9"),
+        (binding_for(), "11.1.0.106", None, "runs on an NVIDIA GPU"),
+        (None, "11.1.0.106", H100, "does not say what the engine was built for"),
+    ],
+)
+def test_an_engine_of_another_machine_is_refused(
+    binding: Binding | None, version: str, gpu: Gpu | None, reason: str
+):
+    with pytest.raises(ArtifactError, match=reason) as refusal:
+        require_same_machine(Path("artifacts/x"), binding, version, gpu)
+    command = "python export/ort.py" if gpu is None else "python export/trt.py"
+    assert command in str(refusal.value)
+    if binding is not None and gpu is not None:
+        assert "run 'python export/trt.py --precision int8' here" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("binding", "gpu"),
+    [
+        (binding_for(), H100),
+        (binding_for(compute_capability=None, device="any"), H100),
+        (binding_for(compute_capability="8.6 9.0", device="two"), H100),
+    ],
+)
+def test_an_engine_of_this_machine_is_taken(binding: Binding, gpu: Gpu):
+    require_same_machine(Path("artifacts/x"), binding, "11.1.0.106", gpu)
+
+
+def test_a_gpu_of_another_name_is_warned_of(caplog: pytest.LogCaptureFixture):
+    other = Gpu("NVIDIA H200", "9.0")
+    require_same_machine(Path("artifacts/x"), binding_for(), "11.1.0.106", other)
+    assert "was tuned on NVIDIA H100, this is NVIDIA H200" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "reason"),
+    [
+        ("11.4.0.106", V100, r"no kernels for Tesla V100.*pip install tensorrt-cu12==10\.4\.0"),
+        ("10.5.0", V100, r"10\.4 is the last"),
+        ("8.6.1", H100, r"expected 10\.0 or newer"),
+        ("10.4.0", Gpu("GTX 1080", "6.1"), r"GTX 1080 has compute capability 6\.1"),
+    ],
+)
+def test_a_version_without_kernels_for_the_gpu_is_refused(version: str, gpu: Gpu, reason: str):
+    with pytest.raises(TensorRTError, match=reason):
+        require_supported(version, gpu)
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu"), [("10.4.0", V100), ("11.4.0.106", H100), ("11.4.0.106", Gpu("T4", "7.5"))]
+)
+def test_a_version_with_kernels_for_the_gpu_is_taken(version: str, gpu: Gpu):
+    require_supported(version, gpu)
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpu"),
+    [("bf16", V100), ("bf16", Gpu("T4", "7.5")), ("fp8", Gpu("A100", "8.0")), ("int8", V100)],
+)
+def test_a_precision_that_the_gpu_lacks_names_the_gpu(precision: Any, gpu: Gpu):
+    with pytest.raises(TensorRTError, match=f"{gpu.name}: compute capability .* {precision}"):
+        require_precision(precision, (gpu.compute_capability,), gpu)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"precision": "bf16", "compute_capability": ("7.5", "8.6")}, "7.5 does not compute in"),
+        ({"precision": "fp8"}, "8.0 does not compute in fp8"),
+        ({"compute_capability": ("5.2",)}, r"5\.2; it offers 7\.5 8\.0 .*portable"),
+    ],
+)
+def test_rtx_refuses_gpus_that_it_cannot_build_for(
+    rtx: Any, no_gpu: None, changes: Any, reason: str
+):
+    with pytest.raises(TensorRTError, match=reason):
+        find_target(TrtConfig(flavor="rtx", **changes))
+
+
+def test_tensorrt_without_a_gpu_is_refused_before_any_work(no_gpu: None):
+    with pytest.raises(TensorRTError, match="no NVIDIA GPU answers here"):
+        trt.main(TrtConfig(checkpoint=Path("nowhere")))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"compute_capability": ("8.6",)}, {"optimization_level": 6}, {"workspace_mib": 0}],
+)
+def test_settings_that_cannot_be_are_wrong_usage(changes: Any):
+    with pytest.raises(ValueError, match="--"):
+        TrtConfig(**changes)
+
+
+def test_the_rebuild_command_has_the_same_settings():
+    config = TrtConfig(
+        checkpoint=Path("runs/a b/checkpoint"),
+        precision="int8",
+        batches=(1, 8),
+        flavor="rtx",
+        compute_capability=("8.6", "8.9"),
+        size=64,
+    )
+    command = shlex.split(rebuild_command(config))
+    assert command[:2] == ["python", "export/trt.py"]
+    assert parse_flags(TrtConfig, None, command[2:]) == config
+
+
+@pytest.mark.parametrize(
+    ("num_images", "chosen"), [(1, (1, 1)), (2, (0, 2)), (5, (2, 8)), (8, (2, 8)), (9, (0, 9))]
+)
+def test_the_profile_made_for_the_fewest_sizes_is_chosen(num_images: int, chosen: tuple[int, int]):
+    profiles = [Profile(None, 0, 6, 64), Profile(None, 1, 1, 1), Profile(None, 2, 8, 8)]
+    if num_images in (2, 9):
+        profiles[0] = Profile(None, 0, 1, 64)
+    if num_images == 5:
+        profiles[0] = Profile(None, 0, 16, 64)
+    profile, size = choose_profile(num_images, profiles)
+    assert (profile.number, size) == chosen
+
+
+@pytest.mark.parametrize(
+    ("low", "opt", "high", "count"), [(1, 1, 64, 2), (1, 16, 64, 2), (4, 4, 4, 1)]
+)
+def test_the_smallest_batch_has_a_profile_of_its_own(low: int, opt: int, high: int, count: int):
+    whole, *alone = profiles_for((low, opt, high))
+    assert (whole.min, whole.opt, whole.max) == (low, opt, high)
+    assert [(p.min, p.opt, p.max) for p in alone] == [(low, low, low)] * (count - 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"Layers": ["conv"], "Bindings": ["images", "logits"]}',
+        '{"Layers": [{"Name": "conv"}], "I/O Tensors": [{"Name": "images"}, {"Name": "logits"}]}',
+    ],
+)
+def test_the_inspectors_of_10_and_11_are_read_alike(text: str):
+    assert read_layers(text) == {
+        "layers": [{"Name": "conv"}],
+        "io_tensors": [{"Name": "images"}, {"Name": "logits"}],
+    }
+
+
+def test_an_interrupt_ends_a_build_at_its_next_step():
+    stopping = threading.Event()
+
+    class EndlessBuilder:
+        def build_serialized_network(self, network: object, config: object) -> None:
+            end = time.monotonic() + 20
+            while not stopping.is_set() and time.monotonic() < end:
+                time.sleep(0.01)
+
+    interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        _build(EndlessBuilder(), None, SimpleNamespace(), stopping)
+    interrupt.join()
+    assert stopping.is_set() and time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_a_build_that_is_killed_leaves_no_artifact(
+    rtx: Any, tiny_checkpoint: Path, tmp_path: Path, ending: signal.Signals
+):
+    output = tmp_path / "artifact"
+    batches = [str(2**n) for n in range(9)]
+    command = [*COMMAND, "--checkpoint", tiny_checkpoint, "--output", output, "--batches", *batches]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("build model-b2.engine"):
+                process.send_signal(ending)
+    assert process.returncode in (-ending, 130)
+    assert not output.exists()
+    if ending == signal.SIGINT:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_two_builds_in_one_place_leave_one_whole_artifact(
+    rtx: Any, tiny_checkpoint: Path, tmp_path: Path
+):
+    output = tmp_path / "artifact"
+    command = [
+        *COMMAND,
+        "--checkpoint",
+        tiny_checkpoint,
+        "--output",
+        output,
+        "--batch",
+        "1",
+        "1",
+        "1",
+    ]
+    builds = [
+        subprocess.Popen([*command, "--seed", seed], stderr=subprocess.PIPE, text=True)
+        for seed in ("0", "1")
+    ]
+    said = [build.communicate(timeout=300)[1] for build in builds]
+    assert [build.returncode for build in builds] == [0, 0], said
+    assert read_artifact(output, allow_unchecked=True).variant == "tiny"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_every_name_that_is_used_of_tensorrt_was_looked_up():
+    listed = listed_names()
+    sources = [
+        ROOT / "efficientnet/runtimes/tensorrt_runtime.py",
+        *(ROOT / "export").glob("trt*.py"),
+    ]
+    used = set().union(*(names_used(path.read_text()) for path in sources))
+    assert used == {name.rpartition(".")[2] for name in listed}
+
+
+def test_every_listed_name_is_there(rtx: Any):
+    for name in listed_names():
+        functools.reduce(getattr, name.split("."), rtx)
+
+
+def listed_names() -> list[str]:
+    lines = (ROOT / "tests/tensorrt_names.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def names_used(source: str) -> set[str]:
+    """Find the attributes of what is annotated with Any, and of what comes out of those."""
+    nodes = list(ast.walk(ast.parse(source)))
+    held = {n.arg for n in nodes if isinstance(n, ast.arg) and is_any(n.annotation)}
+    held |= {
+        last_name(n.target) for n in nodes if isinstance(n, ast.AnnAssign) and is_any(n.annotation)
+    }
+
+    def is_theirs(node: ast.AST) -> bool:
+        match node:
+            case ast.Name(id=name):
+                return name in held
+            case ast.Attribute(value=value, attr=name):
+                return name in held or is_theirs(value)
+            case ast.Call(func=value) | ast.Subscript(value=value):
+                return is_theirs(value)
+        return False
+
+    used = {n.attr for n in nodes if isinstance(n, ast.Attribute) and is_theirs(n.value)}
+    for node in nodes:
+        if isinstance(node, ast.ClassDef) and any(map(is_theirs, node.bases)):
+            used |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    return {name for name in used if not name.startswith("__")}
+
+
+def is_any(annotation: ast.expr | None) -> bool:
+    return isinstance(annotation, ast.Name) and annotation.id == "Any"
+
+
+def last_name(target: ast.expr) -> str:
+    assert isinstance(target, ast.Name | ast.Attribute)
+    return target.id if isinstance(target, ast.Name) else target.attr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("variant", ["b0", "v2-s", "v2-m", "v2-l"])
+def test_rtx_parses_and_builds_every_variant(
+    rtx: Any, tiny_checkpoint: Path, tmp_path: Path, variant: str, precision: Any
+):
+    _, record = load_checkpoint(tiny_checkpoint)
+    torch.manual_seed(0)
+    weights = build_model(VARIANTS[variant], num_classes=10).state_dict()
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(
+        checkpoint, weights, record.model_copy(update={"variant": variant}), train_state=None
+    )
+    changes = {"precision": precision, "size": 64, "num_calibration_images": 64}
+    output = trt.main(rtx_config(checkpoint, tmp_path / "artifact", **changes))
+    manifest = read_artifact(output, allow_unchecked=True)
+    assert manifest.variant == variant
+    assert FORMATS[precision] in convolution_formats(output)
+
+
+@pytest.fixture(scope="module")
+def gpu_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("tensorrt", reason="TensorRT is not installed")
+    output = tmp_path_factory.mktemp("artifacts") / "tensorrt-fp16"
+    return trt.main(TrtConfig(checkpoint=tiny_checkpoint, output=output, batch=(1, 4, 16)))
+
+
+def digits(num_images: int) -> np.ndarray:
+    from conftest import TINY_PREPROCESS
+
+    samples = load_dataset("digits").val[:num_images]
+    return np.stack([preprocess(sample.read(), TINY_PREPROCESS) for sample in samples])
+
+
+@pytest.mark.gpu
+def test_an_fp16_engine_answers_like_the_model(gpu_artifact: Path):
+    manifest = read_artifact(gpu_artifact)
+    assert manifest.parity is not None and manifest.parity.top1_agreement == 1.0
+    assert (gpu_artifact / "layers.json").is_file()
+
+
+@pytest.mark.gpu
+def test_a_graph_replayed_equals_kernels_enqueued(gpu_artifact: Path):
+    runtime = open_runtime(gpu_artifact)
+    images = digits(16)
+    for num_images in (1, 4, 7, 16, 1):
+        runtime.use_graphs = True  # type: ignore[attr-defined]
+        replayed = runtime.infer(images[:num_images])
+        runtime.use_graphs = False  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(replayed, runtime.infer(images[:num_images]))
+
+
+@pytest.mark.gpu
+def test_a_second_build_takes_the_timing_cache(gpu_artifact: Path, tiny_checkpoint: Path):
+    (cache,) = gpu_artifact.parent.glob(".timing-cache-tensorrt-*")
+    cache.write_bytes(b"of another library")
+    output = gpu_artifact.parent / "again"
+    trt.main(TrtConfig(checkpoint=tiny_checkpoint, output=output, batch=(1, 1, 1)))
+    assert cache.stat().st_size > 100
+
+
+@pytest.mark.gpu
+def test_batches_are_filled_up_to_the_next_engine(
+    gpu_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+):
+    output = tmp_path / "static"
+    trt.main(TrtConfig(checkpoint=tiny_checkpoint, output=output, batches=(4, 8)))
+    images = digits(8)
+    runtime = open_runtime(output)
+    expected = runtime.infer(images)
+    for num_images in (1, 3, 4, 5, 8):
+        found = runtime.infer(images[:num_images])
+        assert found.shape == (num_images, 10)
+        np.testing.assert_allclose(found, expected[:num_images], atol=0.05)
+
+
+@pytest.mark.gpu
+def test_an_engine_of_another_gpu_is_refused_when_opened(gpu_artifact: Path):
+    manifest = read_artifact(gpu_artifact)
+    assert manifest.binding is not None
+    foreign = manifest.binding.model_copy(update={"compute_capability": "1.0"})
+    with pytest.raises(ArtifactError, match=r"was built for compute capability 1\.0"):
+        open_program(gpu_artifact, manifest.model_copy(update={"binding": foreign}))
