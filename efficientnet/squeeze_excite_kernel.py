@@ -37,7 +37,7 @@ of a GPU: waiting, and any measurement of speed.
 
 # ruff: noqa: N803 - Triton writes compile-time arguments in capitals.
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -333,8 +333,8 @@ def squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) ->
     partials = torch.empty(
         (num_images, plan.num_parts, squeezed), dtype=torch.float32, device=x.device
     )
-    # Before torch 2.14 wrap_triton refuses what the interpreter runs.
-    kernel = squeeze_excite_kernel if IS_INTERPRETED else wrap_triton(squeeze_excite_kernel)
+    # Older versions of wrap_triton refuse what the interpreter runs.
+    kernel: Any = squeeze_excite_kernel if IS_INTERPRETED else wrap_triton(squeeze_excite_kernel)
     kernel[(2 * num_images * plan.num_parts,)](
         x,
         w1,

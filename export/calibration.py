@@ -83,6 +83,8 @@ def collect_ranges(
     Raises:
         CalibrationError: a value is not finite.
     """
+    if not tensors:
+        return {}
     probe = onnx.ModelProto()
     probe.CopyFrom(graph)
     known = {value.name for value in probe.graph.output}
@@ -105,14 +107,13 @@ def collect_ranges(
             value = images if name == INPUT_NAME else np.asarray(values[name])
             lows[name].append(float(value.min()))
             highs[name].append(float(value.max()))
-    ranges = {
-        name: (min(0.0, float(np.mean(lows[name]))), max(0.0, float(np.mean(highs[name]))))
-        for name in tensors
-    }
-    for name, bounds in ranges.items():
+    ranges: Ranges = {}
+    for name in tensors:
+        bounds = float(np.mean(lows[name])), float(np.mean(highs[name]))
         if not np.isfinite(bounds).all():
             raise CalibrationError(
                 f"the values of {name} are not finite ({bounds[0]} to {bounds[1]}): "
                 "the checkpoint's weights are damaged, or its preprocessing is not the network's"
             )
+        ranges[name] = min(0.0, bounds[0]), max(0.0, bounds[1])
     return ranges

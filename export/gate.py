@@ -17,9 +17,7 @@ from efficientnet.artifact import AccuracyGate, ArtifactManifest, BlockCost
 from efficientnet.datasets import SAMPLE_PHOTOS, sha256_of_samples
 from efficientnet.errors import PipelineError
 from efficientnet.runtimes import Runtime
-from efficientnet.runtimes.protocol import open_program
-from export.config import MIN_GATE_IMAGES, ExportConfig
-from export.sensitivity import rank_blocks
+from export.config import MIN_GATE_IMAGES
 from export.source import Source, batches_of, spread
 
 Z_95 = 1.96
@@ -114,36 +112,35 @@ def paired_drop(
 
 
 def keep_within_drop(
-    source: Source,
-    config: ExportConfig,
     attempt: Callable[[tuple[str, ...]], Attempt],
+    measure: Callable[[Attempt], AccuracyGate],
+    rank: Callable[[], list[BlockCost]],
 ) -> Attempt:
-    """Keep the fewest blocks in a higher precision with which the program is within --max-drop.
+    """Keep the fewest blocks in a higher precision with which no more is lost than may be.
 
     Blocks are taken in the order of what quantising each alone does to the logits, and the number
     is found by halving, so about log2(blocks) programs are built.
 
     Args:
-        source: the model and the images.
-        config: --max-drop, --num-gate-images.
         attempt: builds a program with the blocks that are named in a higher precision.
+        measure: what a program loses.
+        rank: the blocks, the costliest first; called when something has to be kept.
 
     Raises:
         GateError: no number of blocks is enough.
     """
-    gate = Gate(source, config.num_gate_images, config.max_drop / 100)
 
     def tried(kept: tuple[str, ...]) -> Attempt:
-        directory, manifest = attempt(kept)
-        found = gate.measure(open_program(directory, manifest))
+        built = attempt(kept)
+        found = measure(built)
         log.info("%s%s", f"{len(kept)} blocks kept: " if kept else "", describe(found))
-        return Attempt(directory, manifest.model_copy(update={"gate": found}))
+        return built._replace(manifest=built.manifest.model_copy(update={"gate": found}))
 
     first = tried(())
     if is_passed(first):
         return first
-    log.info("more is lost than %g points: which blocks cost most?", config.max_drop)
-    ranking = rank_blocks(source, config)
+    log.info("that is too much: which blocks cost most?")
+    ranking = rank()
     log.info("%s", ranking_text(ranking))
     names = tuple(cost.block for cost in ranking)
     best = tried(names)

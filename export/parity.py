@@ -1,83 +1,186 @@
-"""Artifact and eager float32 model on the same held-out images -> ParityRecord, or a refusal."""
+"""Artifacts -> each step from the eager model to them compared, and the first that breaks named.
 
-from collections.abc import Sequence
+python export/parity.py artifacts/v2-s/onnxruntime-int8
+python export/parity.py artifacts/v2-s/* --layers --checkpoint runs/latest/checkpoint
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
+An artifact that was built where it could not run is accepted by all once it has passed here.
+"""
 
-from efficientnet.artifact import ParityRecord, ParityTolerances
-from efficientnet.datasets import Sample
-from efficientnet.errors import PipelineError
-from efficientnet.preprocess import PreprocessSpec, preprocess
-from efficientnet.runtimes import Runtime
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 
-# float32 against float32: only the order of additions differs, about 1e-5 for logits around 10.
-FP32_TOLERANCES = ParityTolerances(max_abs_logit_error=1e-3, min_top1_agreement=1.0)
+import tyro
+from pydantic import BaseModel, ConfigDict
 
-BATCH_SIZE = 16
+from efficientnet.artifact import ArtifactError, ArtifactManifest, read_artifact, write_manifest
+from efficientnet.checkpoint import RECORD_FILE, CheckpointError
+from efficientnet.command import parse_flags, run_command
+from efficientnet.environment import EnvironmentRecord, current_environment
+from efficientnet.runtimes.protocol import open_program
+from export.agreement import ParityError
+from export.config import ExportConfig
+from export.gate import Gate, describe
+from export.ladder import LadderRecord, climb, report_of
+from export.source import Source, load_source
+
+FORMAT_VERSION = 1
+
+GATE = "accuracy gate"
+
+log = logging.getLogger(__name__)
 
 
-class ParityError(PipelineError):
-    """An artifact that does not answer like the model it was made of."""
+@dataclass(frozen=True)
+class ParityConfig:
+    """Settings of a comparison."""
+
+    artifacts: tyro.conf.Positional[tuple[Path, ...]]
+    """Artifact directories."""
+
+    checkpoint: Path | None = None
+    """Checkpoint that all of them were made of; None = found under runs/ by its hash."""
+
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what the checkpoint was trained on."""
+
+    num_images: int = 128
+    """Held-out images that are compared, at least 64."""
+
+    layers: bool = False
+    """Compare also layer by layer: the first rung that breaks, or the artifact when none does."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not self.artifacts:
+            raise ValueError("no artifact is named, expected e.g. artifacts/v2-s/onnxruntime-fp32")
+        if self.num_images < 64:
+            raise ValueError(f"--num-images is {self.num_images}, expected at least 64")
 
 
-def choose_images(
-    samples: Sequence[Sample], num_images: int, spec: PreprocessSpec
-) -> NDArray[np.float32]:
-    """Preprocess `num_images` held-out images, evenly spread over the samples.
+class ParityReport(BaseModel):
+    """The ladders of all artifacts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    environment: EnvironmentRecord
+    ladders: tuple[LadderRecord, ...]
+
+
+def main(config: ParityConfig) -> ParityReport:
+    """Compare all artifacts; when one breaks, the JSON is printed all the same.
 
     Raises:
-        ValueError: there are fewer samples.
+        ParityError: an artifact breaks.
+        ArtifactError: damaged, of another checkpoint, or its runtime is not here.
+        CheckpointError: not found, or damaged.
+        GateError: a quantised artifact is to be completed, and there are no labelled images.
     """
-    if len(samples) < num_images:
-        raise ValueError(
-            f"there are {len(samples)} held-out images, the parity check needs {num_images}; "
-            "add images to val, or lower --num-parity-images (at least 64)"
+    # All of them before the first is compared: a wrong path is told at once.
+    manifests = {path: read_artifact(path, allow_unchecked=True) for path in config.artifacts}
+    checkpoints = {
+        path: config.checkpoint or find_checkpoint(path, manifest.checkpoint_sha256)
+        for path, manifest in manifests.items()
+    }
+    sources: dict[tuple[Path, int], Source] = {}
+    ladders: list[LadderRecord] = []
+    for path, manifest in manifests.items():
+        size = manifest.preprocess.image_size
+        key = (checkpoints[path], size)
+        if key not in sources:
+            sources[key] = load_source(
+                ExportConfig(
+                    checkpoint=checkpoints[path],
+                    size=size,
+                    data=config.data,
+                    num_parity_images=config.num_images,
+                )
+            )
+        source = sources[key]
+        require_made_of(source, path, manifest)
+        ladder = climb(source, path, manifest, config.layers)
+        if manifest.parity is None and ladder.first_broken is None:
+            ladder = complete(source, path, manifest, ladder)
+        if manifest.parity is None and not ladder.is_completed:
+            log.info("%s stays as it is: not checked, and refused", path)
+        log.info("%s", report_of(ladder))
+        ladders.append(ladder)
+    report = ParityReport(environment=current_environment(), ladders=tuple(ladders))
+    broken = [
+        f"{ladder.artifact} at {ladder.first_broken}" for ladder in ladders if ladder.first_broken
+    ]
+    if broken:
+        print(report.model_dump_json())
+        raise ParityError(
+            f"{len(broken)} of {len(ladders)} artifacts do not answer like the eager model: "
+            f"{'; '.join(broken)}"
         )
-    chosen = [samples[i * len(samples) // num_images] for i in range(num_images)]
-    return np.stack([preprocess(sample.read(), spec) for sample in chosen])
+    return report
 
 
-def measure_parity(
-    model: nn.Module, runtime: Runtime, images: NDArray[np.float32], tolerances: ParityTolerances
-) -> ParityRecord:
-    """Compare the runtime's logits with those of the eager model.
-
-    The first image is given to the runtime alone and the others in batches, so that both ways of
-    calling it are checked.
+def find_checkpoint(artifact: Path, weights_sha256: str, runs: Path = Path("runs")) -> Path:
+    """Find the checkpoint that an artifact was made of.
 
     Raises:
-        ParityError: the difference exceeds the tolerances.
+        CheckpointError: no run has it.
     """
-    with torch.inference_mode():
-        batches = torch.from_numpy(images).split(BATCH_SIZE)
-        expected = torch.cat([model(batch) for batch in batches]).numpy()
-    step = min(BATCH_SIZE, runtime.info.max_batch_size or BATCH_SIZE)
-    starts = [0, *range(1, len(images), step)]
-    parts = [images[a:b] for a, b in zip(starts, [*starts[1:], len(images)], strict=True)]
-    found = np.concatenate([runtime.infer(part) for part in parts])
-    errors = np.abs(found.astype(np.float64) - expected)
-    # A NaN would pass every comparison below; it counts as an infinite error.
-    errors = np.where(np.isfinite(errors), errors, np.inf)
-    agreement = found.argmax(axis=1) == expected.argmax(axis=1)
-    record = ParityRecord(
-        num_images=len(images),
-        max_abs_logit_error=float(errors.max()),
-        mean_abs_logit_error=float(errors.mean()),
-        top1_agreement=float(agreement.mean()),
-        tolerances=tolerances,
+    found = list(runs.rglob(RECORD_FILE))
+    for record in sorted(found):
+        try:
+            sha256 = json.loads(record.read_text(encoding="utf-8")).get("weights_sha256")
+        # Of the damaged ones there, none is asked for.
+        except (ValueError, AttributeError):
+            continue
+        if sha256 == weights_sha256:
+            return record.parent
+    raise CheckpointError(
+        f"{artifact} was made of weights with SHA-256 {weights_sha256[:12]}, and none of the "
+        f"{len(found)} checkpoints under {runs.resolve()} has them: give it with --checkpoint"
     )
-    if record.max_abs_logit_error > tolerances.max_abs_logit_error:
-        raise ParityError(
-            f"the artifact is refused: its largest logit error is {record.max_abs_logit_error:.2e} "
-            f"on {len(images)} images, at most {tolerances.max_abs_logit_error:.0e} is allowed"
+
+
+def require_made_of(source: Source, artifact: Path, manifest: ArtifactManifest) -> None:
+    """Check that an artifact is of the checkpoint that it will be compared with.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    if manifest.checkpoint_sha256 != source.record.weights_sha256:
+        raise ArtifactError(
+            f"{artifact} was made of another checkpoint: of weights with SHA-256 "
+            f"{manifest.checkpoint_sha256[:12]}, and {source.checkpoint} has "
+            f"{source.record.weights_sha256[:12]}; give that one with --checkpoint"
         )
-    if record.top1_agreement < tolerances.min_top1_agreement:
-        raise ParityError(
-            f"the artifact is refused: {int((~agreement).sum())} of {len(images)} images have "
-            f"another top-1 class than with the eager model, "
-            f"at least {tolerances.min_top1_agreement:.1%} must agree"
+    if manifest.preprocess != source.preprocess:
+        raise ArtifactError(
+            f"{artifact} wants its images preprocessed otherwise than {source.checkpoint}; "
+            "export the checkpoint again"
         )
-    return record
+
+
+def complete(
+    source: Source, artifact: Path, manifest: ArtifactManifest, ladder: LadderRecord
+) -> LadderRecord:
+    """Write what was found into the manifest of an artifact that passed, so that all accept it.
+
+    int8 and fp8 must pass the accuracy gate before; one that does not stays as it is.
+    """
+    gate = manifest.gate
+    if manifest.precision in ("int8", "fp8") and gate is None:
+        limits = ExportConfig()
+        checker = Gate(source, limits.num_gate_images, limits.max_drop / 100)
+        gate = checker.measure(open_program(artifact, manifest))
+        log.info("%s", describe(gate))
+        if gate.drop > gate.max_drop:
+            return ladder.model_copy(update={"gate": gate, "first_broken": GATE})
+    update = {"parity": ladder.rungs[-1].parity, "gate": gate}
+    write_manifest(artifact, manifest.model_copy(update=update))
+    log.info("%s was not checked before: it passed, and is accepted from now on", artifact)
+    return ladder.model_copy(update={"gate": gate, "is_completed": True})
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(ParityConfig, __doc__), main)

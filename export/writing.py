@@ -24,8 +24,9 @@ from efficientnet.environment import current_environment
 from efficientnet.runtimes.protocol import open_program
 from export.agreement import compare_logits, require_parity, run_in_batches, tolerances_for
 from export.config import ExportConfig
-from export.gate import Attempt, keep_within_drop
+from export.gate import Attempt, Gate, keep_within_drop
 from export.graph import INPUT_NAME, OUTPUT_NAME
+from export.sensitivity import rank_blocks
 from export.source import Source
 
 BUILD_LOG = "build.log"
@@ -92,7 +93,12 @@ def write_checked_artifact(
             return Attempt(tried, _manifest(source, config, tried, runtime, built))
 
         if config.is_quantized and can_run_here and is_judged:
-            tried, manifest = keep_within_drop(source, config, attempt)
+            gate = Gate(source, config.num_gate_images, config.max_drop / 100)
+            tried, manifest = keep_within_drop(
+                attempt,
+                lambda built: gate.measure(open_program(*built)),
+                lambda: rank_blocks(source, config),
+            )
         else:
             tried, manifest = attempt(())
         for file in tried.iterdir():

@@ -1,7 +1,8 @@
 """A TensorRT artifact -> TensorRT or TensorRT-RTX on the GPU, replayed as CUDA graphs.
 
-TensorRT comes without type information: in this file and in export/trt*.py `Any` stands for its
-modules and objects, and for nothing else. tests/tensorrt_names.txt lists all that is used of them.
+TensorRT comes without type information: here and in export/trt.py, trt_build.py and trt_target.py
+`Any` stands for its modules and objects, and for nothing else; tests/tensorrt_names.txt lists all
+that is used of them.
 """
 
 import importlib

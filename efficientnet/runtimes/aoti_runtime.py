@@ -1,0 +1,177 @@
+"""An AOTInductor artifact -> code compiled for this processor, or for this GPU as CUDA graphs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
+from efficientnet.precision import Precision
+from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program
+from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
+from efficientnet.runtimes.tensorrt_runtime import current_gpu, why_no_gpu
+
+# The name that torch gives to the only model of a package.
+MODEL_NAME = "model"
+
+# A processor with none of these computes in float32 and rounds: several times slower than fp32.
+CPU_EXTENSIONS: dict[Precision, tuple[str, ...]] = {
+    "bf16": ("avx512_bf16", "amx_bf16"),
+    "fp16": ("avx512_fp16", "amx_fp16"),
+}
+
+
+class AotiRuntime:
+    """Runs compiled programs on the CPU; not for several threads at once.
+
+    Args:
+        static: programs for one batch size each; a batch is filled up to the next of them.
+        any_size: the program for all batch sizes, where there are no static ones.
+        manifest: of the artifact.
+    """
+
+    def __init__(
+        self, static: Mapping[int, Program], any_size: Program | None, manifest: ArtifactManifest
+    ) -> None:
+        self.info = info_of_artifact(manifest)
+        self._static = static
+        self._any_size = any_size
+
+    @torch.inference_mode()
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See Runtime.infer."""
+        check_images(images, self.info)
+        num_images = len(images)
+        size = smallest_that_takes(num_images, self._static) or num_images
+        program = self._static.get(size, self._any_size)
+        assert program is not None
+        if size > num_images:
+            images = np.concatenate(
+                [images, np.zeros((size - num_images, *images.shape[1:]), np.float32)]
+            )
+        # Compiled code takes the strides that it was compiled for as given.
+        logits = program(torch.from_numpy(np.ascontiguousarray(images))).numpy()
+        return logits if size == num_images else logits[:num_images].copy()
+
+
+def open_program(
+    directory: Path, manifest: ArtifactManifest, num_threads: int
+) -> AotiRuntime | CudaGraphRuntime:
+    """Open an AOTInductor artifact; sets the number of threads of the whole process.
+
+    Raises:
+        ArtifactError: built for another version, processor or GPU, or torch refuses it.
+    """
+    binding = manifest.binding
+    if binding is None:
+        raise ArtifactError(
+            f"{directory}/manifest.json does not say what the program was compiled for: it is "
+            "damaged; make it again with 'python export/aoti.py'"
+        )
+    require_same_torch(directory, binding)
+    if binding.compute_capability is None:
+        require_same_processor(directory, binding, manifest.precision)
+    else:
+        require_same_gpu(directory, binding)
+    torch.set_num_threads(num_threads)
+    is_captured = binding.compute_capability is not None
+    files = {p.batch_size: p.file for p in manifest.static_programs}
+    static = {size: load_package(directory / file, is_captured) for size, file in files.items()}
+    any_size = None if static else load_package(directory / manifest.program_file, is_captured)
+    return (CudaGraphRuntime if is_captured else AotiRuntime)(static, any_size, manifest)
+
+
+def load_package(file: Path, is_captured: bool) -> Program:
+    """Load a compiled package.
+
+    Args:
+        file: the package.
+        is_captured: whether its calls become CUDA graphs; locks and events would get into them.
+
+    Raises:
+        ArtifactError: torch refuses it.
+    """
+    # `torch._inductor.aoti_load_package` is this and a comparison of processors, for which it runs
+    # the C++ compiler (8 s and more) and fills inductor's cache: a service has neither. The
+    # comparison is require_same_processor here.
+    loader_class: Any = torch._C._aoti.AOTIModelPackageLoader
+    try:
+        loader: Any = loader_class(str(file), MODEL_NAME, is_captured, 1, -1)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"torch {torch.__version__} cannot load {file}: {str(error).partition(chr(10))[0]}; "
+            "export the checkpoint again here"
+        ) from error
+
+    def program(images: Tensor) -> Tensor:
+        (logits,) = loader.boxed_run([images])
+        return logits
+
+    return program
+
+
+def missing_extensions(precision: Precision) -> str | None:
+    """Say what this processor has not that a precision needs; None when it computes in it."""
+    wanted = CPU_EXTENSIONS.get(precision, ())
+    found = torch.cpu.get_capabilities()
+    if not wanted or any(found.get(name) for name in wanted):
+        return None
+    return " or ".join(wanted)
+
+
+def require_same_torch(directory: Path, binding: Binding) -> None:
+    """Check that a program was compiled by the torch that is here.
+
+    Raises:
+        ArtifactError: it was not.
+    """
+    if binding.version != torch.__version__:
+        raise ArtifactError(
+            f"{directory} was compiled by torch {binding.version}, here is {torch.__version__}, and "
+            f"compiled code runs in the version that made it: install that one, or run "
+            f"'{binding.rebuild}' here"
+        )
+
+
+def require_same_processor(directory: Path, binding: Binding, precision: Precision) -> None:
+    """Check that a program was compiled for this processor's instructions.
+
+    Raises:
+        ArtifactError: it was not.
+    """
+    found = torch.backends.cpu.get_cpu_capability()
+    if binding.device != found:
+        raise ArtifactError(
+            f"{directory} was compiled for processors with {binding.device}, this one has {found}: "
+            f"run '{binding.rebuild}' here"
+        )
+    missing = missing_extensions(precision)
+    if missing is not None:
+        raise ArtifactError(
+            f"{directory} computes in {precision}, for which this processor has no instructions "
+            f"({missing}): export in fp32 here"
+        )
+
+
+def require_same_gpu(directory: Path, binding: Binding) -> None:
+    """Check that a program was compiled for the GPU that is here.
+
+    Raises:
+        ArtifactError: it was not, or there is none.
+    """
+    gpu = current_gpu()
+    if gpu is None:
+        raise ArtifactError(
+            f"{directory} runs on an NVIDIA GPU ({binding.device}), and none answers here: "
+            f"{why_no_gpu()}; 'python export/ort.py' makes an artifact for the CPU"
+        )
+    if gpu.compute_capability != binding.compute_capability:
+        raise ArtifactError(
+            f"{directory} was compiled for compute capability {binding.compute_capability} "
+            f"({binding.device}), this device is {gpu.compute_capability} ({gpu.name}): run "
+            f"'{binding.rebuild}' here"
+        )

@@ -1,0 +1,106 @@
+"""Programs on the GPU -> images to logits, a batch size's calls being one launch of a CUDA graph."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from efficientnet.artifact import ArtifactError, ArtifactManifest
+from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
+
+# Maps images [N, 3, H, W] to logits [N, num_classes], both float32 on the GPU.
+Program = Callable[[Tensor], Tensor]
+
+# The first calls choose kernels and load them, neither of which can be captured.
+NUM_WARMUPS = 3
+
+
+class CudaGraphRuntime:
+    """Replays programs from fixed buffers; not for several threads at once.
+
+    Images and logits are copied through pinned memory. A batch size is captured when it is first
+    seen, the smallest and the largest one when the program is opened.
+
+    Args:
+        static: programs for one batch size each; a batch is filled up to the next of them.
+        any_size: the program for all batch sizes, where there are no static ones.
+        manifest: of the artifact.
+    """
+
+    def __init__(
+        self, static: Mapping[int, Program], any_size: Program | None, manifest: ArtifactManifest
+    ) -> None:
+        self.info = info_of_artifact(manifest)
+        self._static = static
+        self._any_size = any_size
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._stream = torch.cuda.Stream()
+        # Graphs run one after the other, and what they leave is copied out of their memory before
+        # they end: so they may all use the same.
+        self._memory = torch.cuda.graph_pool_handle()
+        shape, batch = manifest.input.shape, manifest.input.batch
+        num_classes = manifest.output.shape[0]
+        try:
+            self._images = torch.zeros(batch.max, *shape, device="cuda")
+            self._logits = torch.zeros(batch.max, num_classes, device="cuda")
+            self._host_images = torch.zeros(batch.max, *shape, pin_memory=True)
+            self._host_logits = torch.zeros(batch.max, num_classes, pin_memory=True)
+            torch.cuda.synchronize()
+            for size in sorted(self._static or {batch.min, batch.max}):
+                self._graph_of(size)
+        except torch.OutOfMemoryError as error:
+            first = str(error).partition("\n")[0]
+            raise ArtifactError(
+                f"the GPU has no room for batches of {batch.max} images ({first}); end what else "
+                "uses it, or export with a smaller maximum: --batch 1 1 N"
+            ) from error
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See Runtime.infer."""
+        check_images(images, self.info)
+        num_images = len(images)
+        graph = self._graph_of(smallest_that_takes(num_images, self._static) or num_images)
+        np.copyto(self._host_images.numpy()[:num_images], images)
+        with torch.cuda.stream(self._stream):
+            self._images[:num_images].copy_(self._host_images[:num_images], non_blocking=True)
+            graph.replay()
+            self._host_logits[:num_images].copy_(self._logits[:num_images], non_blocking=True)
+        self._stream.synchronize()
+        return self._host_logits[:num_images].numpy().copy()
+
+    def _graph_of(self, size: int) -> torch.cuda.CUDAGraph:
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        return self._graphs[size]
+
+    def _capture(self, size: int) -> torch.cuda.CUDAGraph:
+        program = self._static.get(size, self._any_size)
+        assert program is not None
+        images, logits = self._images[:size], self._logits[:size]
+        graph = torch.cuda.CUDAGraph()
+        # cuDNN's convolutions of float32 would compute in TF32 by themselves.
+        uses_tf32 = self.info.precision != "fp32"
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=uses_tf32):
+            with torch.cuda.stream(self._stream):
+                for _ in range(NUM_WARMUPS):
+                    logits.copy_(program(images))
+            self._stream.synchronize()
+            try:
+                # Other threads may use the GPU meanwhile, e.g. a service that opens a second one.
+                with torch.cuda.graph(
+                    graph,
+                    pool=self._memory,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ):
+                    logits.copy_(program(images))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise ArtifactError(
+                    f"calls of {self.info.variant} with {size} images cannot be captured as a CUDA "
+                    f"graph: {error}"
+                ) from error
+        return graph

@@ -1,0 +1,387 @@
+"""An artifact -> its ladder: each step from the eager model to it, compared on held-out images.
+
+Eager model -> batch norm folded -> ONNX graph in float32 -> ONNX graph in the artifact's precision
+-> the artifact. The first rung that answers differently tells which step is at fault.
+"""
+
+import copy
+import importlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+from pydantic import BaseModel, ConfigDict
+
+from efficientnet.artifact import (
+    AccuracyGate,
+    ArtifactManifest,
+    ParityRecord,
+    ParityTolerances,
+)
+from efficientnet.model import EfficientNet
+from efficientnet.precision import Precision
+from efficientnet.runtimes.protocol import open_program
+from efficientnet.tables import NOTHING, Table, format_percent
+from export.agreement import (
+    BATCH_SIZE,
+    compare_logits,
+    problem_of,
+    run_in_batches,
+    tolerances_for,
+)
+from export.calibration import CALIBRATION_FILE, CalibrationError
+from export.config import ExportConfig
+from export.graph import INPUT_NAME, export_onnx, fold_batch_norm
+from export.layers import (
+    NUM_IMAGES,
+    LayersRecord,
+    Show,
+    compare_layers,
+    open_session,
+    show_model,
+    show_onnx,
+    tables_of,
+)
+from export.precision import typed_graph
+from export.source import Source
+
+# Folding batch norm changes the function only by rounding the folded weights to float32. That is
+# what is limited here, computed in float64 on both sides: in float32 the order of additions alone
+# moves the logits by more, and would hide it (V2-B0 with logits up to 3.6: 1.4e-7 by the fold,
+# 1.7e-6 in all).
+FOLD_TOLERANCE = 1e-5
+
+# It is a matter of the weights more than of the images, and CPUs are slow in float64.
+NUM_FOLD_IMAGES = 16
+
+REFERENCE = "eager fp32"
+
+Array = NDArray[np.floating]
+
+log = logging.getLogger(__name__)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RungRecord(_Frozen):
+    """One step, compared with the eager model."""
+
+    name: str
+    parity: ParityRecord | None = None
+    """None where it was skipped. Errors that are not finite are null in JSON."""
+    problem: str | None = None
+    """What exceeds the tolerances; None when nothing does."""
+    skipped: str | None = None
+    """Why it could not be run here."""
+
+
+class LadderRecord(_Frozen):
+    """All steps of one artifact."""
+
+    artifact: str
+    """Its directory."""
+    program_sha256: str
+    checkpoint_sha256: str
+    variant: str
+    runtime: str
+    precision: Precision
+    image_size: int
+    """Pixels."""
+    rungs: tuple[RungRecord, ...]
+    """From the eager model's side to the artifact, which is the last."""
+    first_broken: str | None
+    """Name of the first that breaks; None when none does."""
+    layers: LayersRecord | None = None
+    """With --layers."""
+    gate: AccuracyGate | None = None
+    """Of a quantised artifact that was not checked before."""
+    is_completed: bool = False
+    """Whether the artifact was not checked before, passed, and is accepted by all from now on."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step that can be run."""
+
+    name: str
+    precision: Precision
+    images: NDArray[np.float32]
+    expected: Array
+    """The eager model's logits for them."""
+    tolerances: ParityTolerances
+    answer: Callable[[NDArray[np.float32]], Array]
+    show: Show | None
+    """None where nobody can look inside."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that cannot be run here."""
+
+    name: str
+    reason: str
+
+
+def climb(
+    source: Source, directory: Path, manifest: ArtifactManifest, wants_layers: bool
+) -> LadderRecord:
+    """Compare every step with the eager model, and with `wants_layers` the layers of the first bad.
+
+    All steps are run, also those after one that breaks: each starts at the checkpoint again.
+
+    Raises:
+        ArtifactError: the artifact cannot be opened here.
+    """
+    records: list[RungRecord] = []
+    # The last rung that lets one look inside, up to the one that breaks.
+    shown: tuple[Rung, NDArray[np.intp]] | None = None
+    first_broken: str | None = None
+    last = REFERENCE
+    for rung in rungs_of(source, directory, manifest):
+        if isinstance(rung, Skipped):
+            records.append(RungRecord(name=rung.name, skipped=rung.reason))
+            continue
+        found = rung.answer(rung.images)
+        parity = compare_logits(found, rung.expected, rung.tolerances)
+        problem = problem_of(parity)
+        records.append(RungRecord(name=rung.name, parity=parity, problem=problem))
+        log.info("%s: %s", rung.name, problem or "agrees")
+        if first_broken is None:
+            last = rung.name
+            if rung.show is not None:
+                shown = rung, _worst_images(found, rung.expected)
+            if problem is not None:
+                first_broken = rung.name
+    layers = None
+    if wants_layers and shown is not None:
+        rung, worst = shown
+        note = None
+        if rung.name != last:
+            note = f"{last} shows nothing of its inside, or other than it runs: see {rung.name}"
+        assert rung.show is not None
+        images = rung.images[worst[:NUM_IMAGES]]
+        layers = compare_layers(source.model, rung.show, images, rung.precision, rung.name, note)
+    return LadderRecord(
+        artifact=str(directory),
+        program_sha256=manifest.program_sha256,
+        checkpoint_sha256=manifest.checkpoint_sha256,
+        variant=manifest.variant,
+        runtime=manifest.runtime,
+        precision=manifest.precision,
+        image_size=source.image_size,
+        rungs=tuple(records),
+        first_broken=first_broken,
+        layers=layers,
+    )
+
+
+def rungs_of(
+    source: Source, directory: Path, manifest: ArtifactManifest
+) -> Iterator[Rung | Skipped]:
+    """Make the steps one after the other, the artifact last.
+
+    Raises:
+        ArtifactError: the artifact cannot be opened here; before anything else is done.
+    """
+    runtime = open_program(directory, manifest)
+
+    def rung(
+        name: str,
+        precision: Precision,
+        answer: Callable[[NDArray[np.float32]], Array],
+        show: Show | None,
+    ) -> Rung:
+        logits = source.parity_logits
+        tolerances = tolerances_for(precision, logits)
+        return Rung(name, precision, source.parity_images, logits, tolerances, answer, show)
+
+    folded = fold_batch_norm(source.model)
+    yield _fold_rung(source, folded)
+    yield rung(
+        "batch norm folded, fp32",
+        "fp32",
+        partial(_answer_of_model, folded),
+        partial(show_model, folded),
+    )
+    graph = export_onnx(source.model, source.image_size)
+    # ONNX Runtime without its graph optimisations executes what is written, node by node: this rung
+    # is about the export alone. What an optimiser makes of it belongs to the artifact's rung.
+    yield rung(
+        "ONNX fp32, not optimized",
+        "fp32",
+        _answer_of_graph(graph),
+        partial(show_onnx, graph, False),
+    )
+    made = _graph_of_artifact(source, directory, manifest)
+    if isinstance(made, Skipped):
+        yield made
+    elif made is not None:
+        name, typed = made
+        try:
+            yield rung(
+                name, manifest.precision, _answer_of_graph(typed), partial(show_onnx, typed, False)
+            )
+        except NoKernel as error:
+            yield Skipped(name, f"ONNX Runtime's CPU provider cannot run it: {error}")
+    provider = f" ({manifest.provider})" if manifest.provider else ""
+    yield rung(
+        f"{manifest.runtime}{provider} {manifest.precision}",
+        manifest.precision,
+        partial(run_in_batches, runtime),
+        _show_of_artifact(directory, manifest),
+    )
+
+
+def table_of(record: LadderRecord) -> Table:
+    """Lay the steps out, one a row."""
+    columns = (
+        "rung",
+        "largest error",
+        "mean error",
+        "allowed",
+        "top-1 agreement",
+        "flips",
+        "that count",
+        "verdict",
+    )
+    rows = [(REFERENCE, *(NOTHING,) * 6, "the reference")]
+    for rung in record.rungs:
+        parity = rung.parity
+        if parity is None:
+            rows.append((rung.name, *(NOTHING,) * 6, f"skipped: {rung.skipped}"))
+            continue
+        num_counted = round((1 - parity.top1_agreement) * parity.num_images)
+        rows.append(
+            (
+                rung.name,
+                f"{parity.max_abs_logit_error:.1e}",
+                f"{parity.mean_abs_logit_error:.1e}",
+                f"{parity.tolerances.max_abs_logit_error:.1e}",
+                format_percent(1 - parity.num_flips / parity.num_images),
+                str(parity.num_flips),
+                str(num_counted),
+                "agrees" if rung.problem is None else "breaks",
+            )
+        )
+    return Table(columns, tuple(rows), frozenset({"rung", "verdict"}))
+
+
+def report_of(record: LadderRecord) -> str:
+    """Write the table, which rung is the first to break, and the layers."""
+    lines = [
+        f"{record.artifact}: logits against the eager model's",
+        table_of(record).aligned_text(),
+    ]
+    artifact = record.rungs[-1].parity
+    if artifact is not None and any(r.parity and r.parity.num_flips for r in record.rungs):
+        lines.append(
+            "a flip counts where the eager model prefers its own class by more than "
+            f"{artifact.tolerances.flip_margin:.1e} (for the artifact)"
+        )
+    broken = next((r for r in record.rungs if r.name == record.first_broken), None)
+    if broken is not None:
+        lines.append(f"the first rung that breaks: {broken.name}: {broken.problem}")
+    if record.layers is not None:
+        lines.append(tables_of(record.layers))
+    return "\n".join(lines)
+
+
+def _fold_rung(source: Source, folded: EfficientNet) -> Rung:
+    step = max(1, len(source.parity_images) // NUM_FOLD_IMAGES)
+    images = source.parity_images[::step][:NUM_FOLD_IMAGES]
+    return Rung(
+        "batch norm folded, in float64",
+        "fp32",
+        images,
+        _answer_of_model(copy.deepcopy(source.model).double(), images.astype(np.float64)),
+        ParityTolerances(
+            max_abs_logit_error=FOLD_TOLERANCE, min_top1_agreement=1.0, flip_margin=FOLD_TOLERANCE
+        ),
+        lambda x: _answer_of_model(copy.deepcopy(folded).double(), x.astype(np.float64)),
+        partial(show_model, folded),
+    )
+
+
+def _graph_of_artifact(
+    source: Source, directory: Path, manifest: ArtifactManifest
+) -> tuple[str, onnx.ModelProto] | Skipped | None:
+    # The graph that the artifact's runtime is given; None where it is the float32 one.
+    precision = manifest.precision
+    is_file = manifest.runtime == "onnxruntime"
+    name = f"{manifest.program_file}, not optimized" if is_file else f"ONNX {precision}"
+    if precision == "bf16" and manifest.runtime != "openvino":
+        return Skipped(name, "ONNX Runtime's CPU provider has no convolution in bf16")
+    if is_file:
+        return name, onnx.load(directory / manifest.program_file)
+    if precision == "fp32" or manifest.runtime == "openvino":
+        return None
+    if precision == "fp16":
+        return name, export_onnx(source.model, source.image_size, "fp16")
+    quantization = manifest.quantization
+    if quantization is None:
+        return Skipped(name, "manifest.json does not tell how the ranges were chosen")
+    try:
+        seed = json.loads((directory / CALIBRATION_FILE).read_text(encoding="utf-8"))["seed"]
+        config = ExportConfig(
+            precision=precision,
+            num_calibration_images=quantization.num_calibration_images,
+            seed=seed,
+        )
+        scheme = "tensorrt-fp8" if precision == "fp8" else "tensorrt"
+        with tempfile.TemporaryDirectory() as folder:
+            typed = typed_graph(source, config, quantization.kept_blocks, scheme, Path(folder))
+    except (FileNotFoundError, CalibrationError) as error:
+        return Skipped(name, f"the calibration cannot be repeated: {error}")
+    assert typed.quantization is not None
+    if typed.quantization.calibration_sha256 != quantization.calibration_sha256:
+        return Skipped(name, "the images that it was calibrated with are not here")
+    return name, typed.model
+
+
+def _show_of_artifact(directory: Path, manifest: ArtifactManifest) -> Show | None:
+    # TensorRT and compiled torch programs fuse other layers when some are made outputs, by which a
+    # fault can vanish (NVIDIA/TensorRT#4338), or have no layers left.
+    program = directory / manifest.program_file
+    if manifest.runtime == "onnxruntime" and manifest.provider is None:
+        return partial(show_onnx, onnx.load(program), True)
+    if manifest.runtime == "openvino":
+        quantization = manifest.quantization
+        precision = quantization.kept_precision if quantization else manifest.precision
+        # Imported only for its artifacts, so that OpenVINO is not needed by the others.
+        return partial(
+            importlib.import_module("export.ov_layers").show_openvino, program, precision
+        )
+    return None
+
+
+def _answer_of_model(model: EfficientNet, images: Array) -> Array:
+    with torch.inference_mode():
+        batches = torch.from_numpy(images).split(BATCH_SIZE)
+        return torch.cat([model(batch) for batch in batches]).numpy()
+
+
+def _answer_of_graph(graph: onnx.ModelProto) -> Callable[[NDArray[np.float32]], Array]:
+    session = open_session(graph, is_optimized=False)
+
+    def answer(images: NDArray[np.float32]) -> Array:
+        starts = range(0, len(images), BATCH_SIZE)
+        batches = [session.run(None, {INPUT_NAME: images[i : i + BATCH_SIZE]})[0] for i in starts]
+        return np.concatenate([np.asarray(batch, dtype=np.float32) for batch in batches])
+
+    return answer
+
+
+def _worst_images(found: Array, expected: Array) -> NDArray[np.intp]:
+    errors = np.nan_to_num(np.abs(found.astype(np.float64) - expected), nan=np.inf).max(axis=1)
+    return np.argsort(-errors, kind="stable")

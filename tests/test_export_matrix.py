@@ -1,0 +1,212 @@
+"""Every runtime that runs here in every precision, on a network that has learned something."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino as ov
+import pytest
+
+from efficientnet.artifact import ArtifactError, read_artifact
+from efficientnet.devices import has_vnni
+from efficientnet.runtimes import open_runtime
+from export import ort
+from export import ov as openvino_export
+from export.agreement import compare_logits, tolerances_for
+from export.config import ExportConfig
+from export.ort import OrtConfig
+from export.ov import OpenVinoConfig
+from export.source import Source, load_source
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPABILITIES = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+SMALL = {"num_parity_images": 64, "num_calibration_images": 64, "batch": (1, 1, 16)}
+
+# 360 held-out digits: one of them is 0.28 points.
+MAX_DROP = 1.2
+
+
+@pytest.fixture(scope="module")
+def source(trained_checkpoint: Path) -> Source:
+    return load_source(ExportConfig(checkpoint=trained_checkpoint, num_parity_images=128))
+
+
+def export(kind: str, checkpoint: Path, output: Path, precision: str) -> Path:
+    if kind == "onnxruntime":
+        return ort.main(
+            OrtConfig(checkpoint, output, precision, max_drop=MAX_DROP, **SMALL)  # type: ignore
+        )
+    return openvino_export.main(
+        OpenVinoConfig(checkpoint, output, precision, max_drop=MAX_DROP, **SMALL)  # type: ignore
+    )
+
+
+MATRIX = [
+    ("onnxruntime", "fp32"),
+    ("onnxruntime", "fp16"),
+    ("onnxruntime", "int8"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "fp16"),
+    ("openvino", "int8"),
+]
+
+
+@pytest.mark.parametrize(("kind", "precision"), MATRIX)
+def test_an_artifact_answers_like_the_trained_network(
+    source: Source, tmp_path: Path, kind: str, precision: str
+):
+    if kind == "openvino" and precision != "int8" and precision.upper() not in CAPABILITIES:
+        with pytest.raises(ArtifactError, match=f"computes in {precision}, and this processor"):
+            export(kind, source.checkpoint, tmp_path / "artifact", precision)
+        assert not list(tmp_path.iterdir())
+        return
+    artifact = export(kind, source.checkpoint, tmp_path / "artifact", precision)
+    manifest = read_artifact(artifact)
+    assert (manifest.runtime, manifest.precision) == (kind, precision)
+    logits = open_runtime(artifact).infer(source.parity_images[:16])
+    record = compare_logits(
+        logits, source.parity_logits[:16], tolerances_for(manifest.precision, source.parity_logits)
+    )
+    assert record.top1_agreement >= 0.9 and np.isfinite(logits).all()
+    if precision in ("int8",):
+        assert manifest.gate is not None and manifest.quantization is not None
+        assert manifest.gate.num_images == 360
+        assert manifest.gate.drop <= MAX_DROP / 100
+        assert json.loads((artifact / "calibration.json").read_text())["num_images"] == 64
+    else:
+        assert manifest.gate is None
+    # A batch size that nothing was prepared for, and the largest.
+    for size in (3, 16):
+        more = open_runtime(artifact).infer(source.parity_images[:size])
+        np.testing.assert_allclose(more[0], logits[0], atol=0.05 * float(logits.std()) + 1e-4)
+    with pytest.raises(ValueError, match="a batch of 17 images, the program takes 1 to 16"):
+        open_runtime(artifact).infer(source.parity_images[:17])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_onnx_files_load_in_other_tools(trained_checkpoint: Path, tmp_path: Path, precision):
+    artifact = export("onnxruntime", trained_checkpoint, tmp_path / "artifact", precision)
+    onnx.checker.check_model(onnx.load(artifact / "model.onnx"), full_check=True)
+    model = ov.Core().read_model(artifact / "model.onnx")
+    images = np.zeros((2, 3, 32, 32), np.float32)
+    (logits,) = ov.compile_model(model, "CPU")([images]).values()
+    expected = open_runtime(artifact).infer(images)
+    assert np.abs(logits - expected).max() < 0.2 * max(1.0, float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("size", [32, 33, 47])
+def test_any_size_from_32_pixels_can_be_exported(trained_checkpoint: Path, tmp_path, size: int):
+    config = OrtConfig(trained_checkpoint, tmp_path / "a", size=size, **SMALL)  # type: ignore
+    manifest = read_artifact(ort.main(config))
+    assert manifest.input.shape == (3, size, size)
+    assert manifest.preprocess.image_size == size
+
+
+def test_a_size_below_32_pixels_is_refused():
+    with pytest.raises(ValueError, match="--size is 31, expected at least 32"):
+        OrtConfig(size=31)
+
+
+@pytest.mark.parametrize("batch", [(0, 1, 2), (2, 1, 4), (1, 5, 4)])
+def test_a_batch_range_out_of_order_is_refused(batch: tuple[int, int, int]):
+    with pytest.raises(ValueError, match="expected 1 <= MIN <= OPT <= MAX"):
+        OrtConfig(batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("provider", "precision"), [("cpu", "bf16"), ("cpu", "fp8"), ("cuda", "int8")]
+)
+def test_a_precision_that_a_provider_has_no_kernels_for_is_refused(provider, precision):
+    with pytest.raises(ValueError, match="has no convolution"):
+        OrtConfig(provider=provider, precision=precision)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_is_an_error_and_not_the_cpu(
+    tiny_checkpoint: Path, tmp_path: Path, provider
+):
+    config = OrtConfig(tiny_checkpoint, tmp_path / "a", "fp16", provider=provider)
+    with pytest.raises(ArtifactError, match="pip install onnxruntime-gpu"):
+        ort.main(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_for_another_provider_is_refused(tiny_artifact: Path, tmp_path: Path):
+    copy = shutil.copytree(tiny_artifact, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["provider"] = "CUDAExecutionProvider"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="has no CUDAExecutionProvider"):
+        open_runtime(copy)
+
+
+@pytest.mark.skipif(has_vnni(), reason="this processor has VNNI")
+def test_weights_for_vnni_are_refused_without_it(tiny_artifact: Path, tmp_path: Path):
+    copy = shutil.copytree(tiny_artifact, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["binding"] = {
+        "library": "onnxruntime",
+        "version": "",
+        "compute_capability": None,
+        "device": "VNNI",
+        "rebuild": "python export/ort.py --precision int8",
+    }
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"run here: 'python export/ort.py --precision int8'"):
+        open_runtime(copy)
+
+
+def test_a_lost_or_damaged_weights_file_is_found(trained_checkpoint: Path, tmp_path: Path):
+    artifact = export("openvino", trained_checkpoint, tmp_path / "artifact", "fp32")
+    weights = artifact / "model.bin"
+    data = bytearray(weights.read_bytes())
+    data[100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"model\.bin is damaged"):
+        open_runtime(artifact)
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"has no program model\.bin"):
+        open_runtime(artifact)
+
+
+def test_a_killed_export_leaves_the_older_artifact_whole(tiny_checkpoint: Path, tmp_path: Path):
+    output = tmp_path / "artifact"
+    command = [
+        *(sys.executable, str(ROOT / "export/ort.py"), "--checkpoint", str(tiny_checkpoint)),
+        *("--output", str(output), "--num-parity-images", "64"),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    before = read_artifact(output).build
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:  # in the middle of the work
+            if line.startswith("export tiny"):
+                break
+        run.send_signal(signal.SIGKILL)
+    assert read_artifact(output).build == before
+    subprocess.run(command, check=True, capture_output=True)
+    assert read_artifact(output).build != before
+
+
+def test_two_exports_into_one_place_end_with_one_whole_artifact(
+    tiny_checkpoint: Path, tmp_path: Path
+):
+    output = tmp_path / "artifact"
+    command = [
+        *(sys.executable, str(ROOT / "export/ort.py"), "--checkpoint", str(tiny_checkpoint)),
+        *("--output", str(output), "--num-parity-images", "64"),
+    ]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    deadline = time.monotonic() + 240
+    codes = [run.wait(timeout=deadline - time.monotonic()) for run in runs]
+    messages = [run.communicate()[1] for run in runs]
+    assert 0 in codes and all("Traceback" not in message for message in messages)
+    assert read_artifact(output).parity is not None

@@ -1,0 +1,274 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from efficientnet.artifact import AccuracyGate, BlockCost, QuantizationRecord, read_artifact
+from efficientnet.datasets import Dataset, load_dataset
+from export.calibration import (
+    CALIBRATION_FILE,
+    CalibrationError,
+    choose_samples,
+    collect_ranges,
+    images_of,
+    write_calibration,
+)
+from export.config import ExportConfig
+from export.gate import Attempt, Gate, GateError, keep_within_drop, paired_drop
+from export.graph import count_ops, export_onnx, is_within
+from export.precision import SCHEMES, insert_quantization, tensors_to_quantize
+from export.sensitivity import named_blocks, rank_blocks
+from export.source import Source, load_source
+
+BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
+
+
+@pytest.fixture(scope="module")
+def source(trained_checkpoint: Path) -> Source:
+    return load_source(ExportConfig(checkpoint=trained_checkpoint, num_parity_images=64))
+
+
+@pytest.fixture(scope="module")
+def config() -> ExportConfig:
+    return ExportConfig(precision="int8", num_calibration_images=64)
+
+
+def quantized(source: Source, config: ExportConfig, scheme: str, kept: tuple[str, ...] = ()):
+    graph = export_onnx(source.model, source.image_size)
+    samples = choose_samples(source, config)
+    tensors = tensors_to_quantize(graph, kept, SCHEMES[scheme])
+    ranges = collect_ranges(graph, tensors, images_of(source, samples))
+    insert_quantization(graph, ranges, kept, SCHEMES[scheme])
+    return graph
+
+
+@pytest.mark.parametrize("scheme", ["onnxruntime", "onnxruntime-7-bits", "tensorrt"])
+def test_an_int8_graph_answers_nearly_like_the_model(
+    source: Source, config: ExportConfig, scheme: str
+):
+    graph = quantized(source, config, scheme)
+    onnx.checker.check_model(graph, full_check=True)
+    options = onnxruntime.SessionOptions()
+    # As it is written: fused kernels without VNNI add up in 16 bits.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
+    (logits,) = session.run(None, {"images": source.parity_images})
+    error = np.abs(logits - source.parity_logits).max() / source.parity_logits.std()
+    assert 1e-4 < error < 0.5
+    same = (logits.argmax(axis=1) == source.parity_logits.argmax(axis=1)).mean()
+    assert same >= 0.95
+
+
+def test_each_runtime_gets_the_number_types_of_its_kernels(source: Source, config: ExportConfig):
+    def types(scheme: str) -> tuple[set[int], set[int]]:
+        graph = quantized(source, config, scheme).graph
+        kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        maps = {kinds[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
+        constants = {
+            kinds[n.input[0]]
+            for n in graph.node
+            if n.op_type == "DequantizeLinear" and n.input[0] in kinds
+        }
+        return maps, constants
+
+    tensor = onnx.TensorProto
+    assert types("onnxruntime") == ({tensor.UINT8}, {tensor.INT8, tensor.INT32})
+    assert types("tensorrt") == ({tensor.INT8}, {tensor.INT8})
+    assert types("tensorrt-fp8") == ({tensor.FLOAT8E4M3FN}, {tensor.FLOAT8E4M3FN})
+
+
+def test_tensorrt_gets_both_inputs_of_a_residual_addition_in_8_bits(
+    source: Source, config: ExportConfig
+):
+    graph = quantized(source, config, "tensorrt").graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    additions = [node for node in graph.node if node.op_type == "Add"]
+    assert len(additions) == 4
+    for node in additions:
+        assert [makers[name] for name in node.input] == ["DequantizeLinear"] * 2
+
+
+def test_squeeze_excite_and_the_classifier_stay_in_float32(source: Source, config: ExportConfig):
+    graph = quantized(source, config, "onnxruntime").graph
+    constants = {t.name: t.data_type for t in graph.initializer}
+    layers = [n for n in graph.node if n.op_type in ("Conv", "Gemm")]
+    gates = [n for n in layers if n.op_type == "Gemm" or ".gate." in n.name]
+    assert len(gates) == 9
+    for node in gates:
+        for name in node.input[1:]:
+            if name in constants:
+                assert constants[name] == onnx.TensorProto.FLOAT
+
+
+def test_weights_of_7_bits_cannot_overflow_16_bits(source: Source, config: ExportConfig):
+    graph = quantized(source, config, "onnxruntime-7-bits").graph
+    weights = [
+        onnx.numpy_helper.to_array(t)
+        for t in graph.initializer
+        if t.data_type == onnx.TensorProto.INT8
+    ]
+    assert max(int(np.abs(w).max()) for w in weights) == 63
+    assert 2 * 255 * 63 < 2**15
+
+
+def test_kept_blocks_have_float32_weights(source: Source, config: ExportConfig):
+    graph = quantized(source, config, "onnxruntime", kept=("features.2.0",)).graph
+    kept = [n for n in graph.node if n.op_type == "Conv" and is_within(n.name, "features.2.0")]
+    others = [n for n in graph.node if n.op_type == "Conv" and is_within(n.name, "features.2.1")]
+    assert kept and others
+    assert not any("DequantizeLinear" in n.input[1] for n in kept)
+    assert all("DequantizeLinear" in n.input[1] for n in others)
+
+
+def test_with_all_blocks_kept_nothing_is_quantised(source: Source, config: ExportConfig):
+    every = tuple(name for name, _ in named_blocks(source.model))
+    assert count_ops(quantized(source, config, "onnxruntime", every))["QuantizeLinear"] == 0
+
+
+def test_a_block_is_not_taken_for_one_whose_name_starts_alike():
+    assert is_within("features.1.1.block.0/Conv", "features.1.1")
+    assert is_within("features.1.1/Add", "features.1.1")
+    assert not is_within("features.1.10.block.0/Conv", "features.1.1")
+
+
+def test_calibration_takes_training_images_only_and_names_them(
+    source: Source, config: ExportConfig, tmp_path: Path
+):
+    samples = choose_samples(source, config)
+    held_out = {sample.name for sample in source.dataset.val}
+    assert len(samples) == 64 and not held_out & {sample.name for sample in samples}
+    assert samples == choose_samples(source, config)
+    assert samples != choose_samples(source, replace(config, seed=1))
+    write_calibration(tmp_path, samples, config, "a method")
+    content = json.loads((tmp_path / CALIBRATION_FILE).read_text())
+    assert content["num_images"] == 64 and content["seed"] == 0
+    assert set(content["images"]) == {sample.name for sample in samples}
+    assert all(len(sha256) == 64 for sha256 in content["images"].values())
+
+
+def test_too_few_training_images_are_an_error(source: Source, config: ExportConfig):
+    few = replace(source, dataset=replace(source.dataset, train=source.dataset.train[:63]))
+    with pytest.raises(CalibrationError, match="there are 63 training images"):
+        choose_samples(few, config)
+
+
+def test_fewer_than_64_calibration_images_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="expected at least 64"):
+        ExportConfig(num_calibration_images=63)
+
+
+def test_ranges_that_are_no_numbers_are_an_error(source: Source, config: ExportConfig):
+    graph = export_onnx(source.model, source.image_size)
+    images = np.full((2, 3, 32, 32), np.nan, np.float32)
+    with pytest.raises(CalibrationError, match="are not finite"):
+        collect_ranges(graph, ["features.0.0/Conv"], [images])
+
+
+def test_a_drop_is_that_of_the_images_that_changed():
+    before = np.array([True] * 90 + [False] * 10)
+    after = before.copy()
+    after[:3] = False
+    after[95] = True
+    drop, low, high = paired_drop(before, after)
+    assert drop == pytest.approx(0.02)
+    assert low < 0.02 < high
+    assert paired_drop(before, before)[0] == 0.0
+
+
+def test_more_images_narrow_the_interval():
+    before = np.ones(100, bool)
+    after = before.copy()
+    after[:2] = False
+    _, low, high = paired_drop(before, after)
+    _, low_many, high_many = paired_drop(np.tile(before, 100), np.tile(after, 100))
+    assert high_many - low_many < (high - low) / 5
+    assert 0 < low_many < 0.02 < high_many
+
+
+def test_every_block_is_ranked_by_what_it_does_to_the_logits(source: Source, config: ExportConfig):
+    before = source.answer(source.parity_images[:8])
+    ranking = rank_blocks(source, config)
+    names = [name for name, _ in named_blocks(source.model)]
+    assert sorted(cost.block for cost in ranking) == sorted(names)
+    errors = [cost.logit_error for cost in ranking]
+    assert errors == sorted(errors, reverse=True) and errors[-1] > 0
+    np.testing.assert_array_equal(source.answer(source.parity_images[:8]), before)
+
+
+def test_a_block_with_one_huge_weight_in_each_channel_is_the_costliest(
+    source: Source, config: ExportConfig
+):
+    torch.manual_seed(0)
+    broken = load_source(ExportConfig(checkpoint=source.checkpoint, num_parity_images=64))
+    block = dict(named_blocks(broken.model))["features.3.1"]
+    conv = next(m for m in block.modules() if isinstance(m, torch.nn.Conv2d))
+    with torch.no_grad():
+        # All other weights of the channel round to zero.
+        conv.weight[:, 0] *= 1000
+    assert rank_blocks(broken, config)[0].block == "features.3.1"
+
+
+def fake_gate(drop: float) -> AccuracyGate:
+    return AccuracyGate(
+        num_images=1000,
+        reference_top1=0.9,
+        top1=0.9 - drop,
+        drop=drop,
+        drop_low=drop - 0.01,
+        drop_high=drop + 0.01,
+        max_drop=0.005,
+        dataset_sha256="",
+    )
+
+
+@pytest.mark.parametrize("needed", range(9))
+def test_as_few_blocks_as_will_do_are_kept(tiny_artifact: Path, tmp_path: Path, needed: int):
+    names = [f"features.{i}" for i in range(8)]
+    quantization = QuantizationRecord(
+        method="",
+        num_calibration_images=64,
+        calibration_sha256="",
+        kept_precision="fp32",
+        kept_blocks=(),
+    )
+    manifest = read_artifact(tiny_artifact).model_copy(update={"quantization": quantization})
+    built: list[tuple[str, ...]] = []
+
+    def attempt(kept: tuple[str, ...]) -> Attempt:
+        built.append(kept)
+        return Attempt(tmp_path / str(len(kept)), manifest)
+
+    found = keep_within_drop(
+        attempt,
+        lambda tried: fake_gate(0.0 if int(tried.directory.name) >= needed else 0.02),
+        lambda: [BlockCost(block=name, logit_error=1.0) for name in names],
+    )
+    assert int(found.directory.name) == needed
+    assert found.manifest.gate is not None and found.manifest.gate.drop == 0.0
+    assert len(built) <= 5 and tuple(names[:needed]) in built
+    assert found.manifest.quantization is not None
+    assert len(found.manifest.quantization.ranking) == (8 if needed else 0)
+
+
+def test_a_program_that_loses_too_much_with_all_blocks_kept_is_refused(
+    tiny_artifact: Path, tmp_path: Path
+):
+    manifest = read_artifact(tiny_artifact)
+    with pytest.raises(GateError, match="with all 1 blocks kept"):
+        keep_within_drop(
+            lambda kept: Attempt(tmp_path, manifest),
+            lambda built: fake_gate(0.02),
+            lambda: [BlockCost(block="features.0", logit_error=1.0)],
+        )
+
+
+def test_images_without_labels_are_no_use_to_the_gate(source: Source):
+    photos = load_dataset("sample-photos", is_split=False)
+    dataset = Dataset(photos.source, source.record.class_names, (), photos.val)
+    with pytest.raises(GateError, match="needs images with labels"):
+        Gate(replace(source, dataset=dataset), None, 0.005)
