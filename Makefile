@@ -5,7 +5,7 @@ PORT ?= 3000
 # The hardware extra follows from whether a GPU answers; ONNX Runtime's two packages exclude each other.
 HARDWARE := $(if $(shell nvidia-smi --list-gpus 2>/dev/null),gpu,cpu)
 OTHER_ORT := $(if $(filter gpu,$(HARDWARE)),onnxruntime,onnxruntime-gpu)
-EXTRAS := train,export,serve,dev,$(HARDWARE)
+EXTRAS := train,export,serve,dev,rtx,$(HARDWARE)
 INSTALLED := .venv/.installed-$(HARDWARE)
 RUN := .venv/bin/python
 
@@ -50,8 +50,8 @@ check: setup  ## format, lint, types, import contracts
 train: setup  ## train EfficientNetV2-S on the embedded digits
 	$(RUN) training/run.py v2-s
 
-export: setup  ## export the newest complete run
-	$(RUN) export/ort.py
+export: setup  ## export the newest complete run to all that this machine can make, in one table
+	$(RUN) export/all.py
 
 perf: setup  ## measure the newest run and its artifacts, write the report
 	$(RUN) perf/accuracy.py

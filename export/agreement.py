@@ -14,10 +14,14 @@ BATCH_SIZE = 16
 # is a share of a value's size, and it adds up over some hundred layers:
 #   fp16  2^-11 a rounding; 2e-3 to 6e-3 seen on trained networks
 #   bf16  2^-8, eight times fp16's; up to 5e-2 seen
-#   int8  2^-8 of a channel's or a map's range, not of the value; up to 0.5 seen on images that the
-#         network is unsure of. What is lost by it is measured in top-1, by the accuracy gate
+#   int8  2^-8 of a channel's or a map's range, not of the value; and an image with larger values
+#         than the calibration images is cut off: 3.7 seen, on an image that stays in its class.
+#         So this finds broken programs only; what is lost is measured in top-1, by the gate
 #   fp8   2^-4 of a value, with a scale for each map
-RELATIVE_TOLERANCE: dict[Precision, float] = {"fp16": 0.05, "bf16": 0.25, "int8": 1.5, "fp8": 1.5}
+RELATIVE_TOLERANCE: dict[Precision, float] = {"fp16": 0.05, "bf16": 0.25, "int8": 6.0, "fp8": 6.0}
+
+# Of int8 and fp8, in the same unit: the reference is unsure of images with a smaller margin.
+QUANTIZED_FLIP_MARGIN = 0.5
 
 # float32 against float32: only the order of additions differs, about 1e-5 for logits around 10.
 FP32_TOLERANCE = 1e-3
@@ -32,7 +36,8 @@ def tolerances_for(precision: Precision, reference: NDArray[np.float32]) -> Pari
 
     A different top-1 class counts when the reference prefers its own by more than the flip margin:
     the allowed error of one logit, so that both must be off by half of it. No such flip is
-    allowed, but for int8 and fp8 one image in a hundred: there the accuracy gate decides.
+    allowed; of int8 and fp8 three images in a hundred are, for which half a standard deviation is
+    the margin: there the accuracy gate decides.
     """
     if precision == "fp32":
         error = FP32_TOLERANCE
@@ -41,8 +46,8 @@ def tolerances_for(precision: Precision, reference: NDArray[np.float32]) -> Pari
     is_quantized = precision in ("int8", "fp8")
     return ParityTolerances(
         max_abs_logit_error=error,
-        min_top1_agreement=0.99 if is_quantized else 1.0,
-        flip_margin=error / 2 if is_quantized else error,
+        min_top1_agreement=0.97 if is_quantized else 1.0,
+        flip_margin=QUANTIZED_FLIP_MARGIN * float(reference.std()) if is_quantized else error,
     )
 
 

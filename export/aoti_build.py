@@ -54,16 +54,14 @@ class CompileSettings:
     @property
     def inductor(self) -> dict[str, Any]:
         """Options of torch._inductor.config."""
-        # Precompiled headers pay from the second program of a cache on.
-        options: dict[str, Any] = {"aot_inductor.precompile_headers": False}
-        if self.device == "cpu":
-            options |= {
-                "freezing": True,
-                # By default the number of threads of this machine is compiled in.
-                "cpp.dynamic_threads": True,
-                "cpp.march": ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability()),
-            }
-        return options
+        if self.device == "cuda":
+            return {}
+        return {
+            "freezing": True,
+            # By default the number of threads of this machine is compiled in.
+            "cpp.dynamic_threads": True,
+            "cpp.march": ARCHITECTURES.get(torch.backends.cpu.get_cpu_capability()),
+        }
 
 
 class Program(nn.Module):
@@ -71,7 +69,7 @@ class Program(nn.Module):
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network = network.to(dtype=dtype, memory_format=torch.channels_last)
+        self.network = network.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor:

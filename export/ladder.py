@@ -9,9 +9,9 @@ import importlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -133,114 +133,106 @@ class Skipped:
     reason: str
 
 
-def climb(
-    source: Source, directory: Path, manifest: ArtifactManifest, wants_layers: bool
-) -> LadderRecord:
-    """Compare every step with the eager model, and with `wants_layers` the layers of the first bad.
+@dataclass(frozen=True)
+class Step:
+    """A rung that was compared."""
 
-    All steps are run, also those after one that breaks: each starts at the checkpoint again.
-
-    Raises:
-        ArtifactError: the artifact cannot be opened here.
-    """
-    records: list[RungRecord] = []
-    # The last rung that lets one look inside, up to the one that breaks.
-    shown: tuple[Rung, NDArray[np.intp]] | None = None
-    first_broken: str | None = None
-    last = REFERENCE
-    for rung in rungs_of(source, directory, manifest):
-        if isinstance(rung, Skipped):
-            records.append(RungRecord(name=rung.name, skipped=rung.reason))
-            continue
-        found = rung.answer(rung.images)
-        parity = compare_logits(found, rung.expected, rung.tolerances)
-        problem = problem_of(parity)
-        records.append(RungRecord(name=rung.name, parity=parity, problem=problem))
-        log.info("%s: %s", rung.name, problem or "agrees")
-        if first_broken is None:
-            last = rung.name
-            if rung.show is not None:
-                shown = rung, _worst_images(found, rung.expected)
-            if problem is not None:
-                first_broken = rung.name
-    layers = None
-    if wants_layers and shown is not None:
-        rung, worst = shown
-        note = None
-        if rung.name != last:
-            note = f"{last} shows nothing of its inside, or other than it runs: see {rung.name}"
-        assert rung.show is not None
-        images = rung.images[worst[:NUM_IMAGES]]
-        layers = compare_layers(source.model, rung.show, images, rung.precision, rung.name, note)
-    return LadderRecord(
-        artifact=str(directory),
-        program_sha256=manifest.program_sha256,
-        checkpoint_sha256=manifest.checkpoint_sha256,
-        variant=manifest.variant,
-        runtime=manifest.runtime,
-        precision=manifest.precision,
-        image_size=source.image_size,
-        rungs=tuple(records),
-        first_broken=first_broken,
-        layers=layers,
-    )
+    record: RungRecord
+    rung: Rung | None = None
+    """None where it was skipped."""
+    worst: NDArray[np.intp] | None = None
+    """Indices of its images, the largest logit error first."""
 
 
-def rungs_of(
-    source: Source, directory: Path, manifest: ArtifactManifest
-) -> Iterator[Rung | Skipped]:
-    """Make the steps one after the other, the artifact last.
+class Ladder:
+    """The steps from one checkpoint; those that its artifacts share are run once."""
 
-    Raises:
-        ArtifactError: the artifact cannot be opened here; before anything else is done.
-    """
-    runtime = open_program(directory, manifest)
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
-    def rung(
+    def climb(
+        self, directory: Path, manifest: ArtifactManifest, wants_layers: bool = False
+    ) -> LadderRecord:
+        """Compare every step with the eager model; with `wants_layers` look into the first bad one.
+
+        All steps are run, also those after one that breaks: each starts at the checkpoint again.
+
+        Raises:
+            ArtifactError: the artifact cannot be opened here; before anything else is done.
+        """
+        source, runtime = self._source, open_program(directory, manifest)
+        steps = [*self._shared]
+        graph = _graph_of_artifact(source, directory, manifest)
+        if graph is not None:
+            steps.append(self._compare_graph(graph, manifest.precision))
+        provider = f" ({manifest.provider})" if manifest.provider else ""
+        artifact = self._rung(
+            f"{manifest.runtime}{provider} {manifest.precision}",
+            manifest.precision,
+            partial(run_in_batches, runtime),
+            _show_of_artifact(directory, manifest),
+        )
+        steps.append(_compare(artifact))
+        broken = next((i for i, step in enumerate(steps) if step.record.problem), None)
+        seen = steps if broken is None else steps[: broken + 1]
+        return LadderRecord(
+            artifact=str(directory),
+            program_sha256=manifest.program_sha256,
+            checkpoint_sha256=manifest.checkpoint_sha256,
+            variant=manifest.variant,
+            runtime=manifest.runtime,
+            precision=manifest.precision,
+            image_size=source.image_size,
+            rungs=tuple(step.record for step in steps),
+            first_broken=None if broken is None else steps[broken].record.name,
+            layers=_compare_layers(source.model, seen) if wants_layers else None,
+        )
+
+    @cached_property
+    def _shared(self) -> tuple[Step, ...]:
+        source = self._source
+        folded = fold_batch_norm(source.model)
+        steps = [
+            _compare(_fold_rung(source, folded)),
+            _compare(
+                self._rung(
+                    "batch norm folded, fp32",
+                    "fp32",
+                    partial(_answer_of_model, folded),
+                    partial(show_model, folded),
+                )
+            ),
+        ]
+        # ONNX Runtime without its graph optimisations executes what is written, node by node: this
+        # rung is about the export alone. What an optimiser makes of it is the artifact's matter.
+        graph = export_onnx(source.model, source.image_size)
+        steps.append(self._compare_graph(("ONNX fp32, not optimized", graph), "fp32"))
+        return tuple(steps)
+
+    def _compare_graph(
+        self, named: tuple[str, onnx.ModelProto] | Skipped, precision: Precision
+    ) -> Step:
+        if isinstance(named, Skipped):
+            return Step(RungRecord(name=named.name, skipped=named.reason))
+        name, graph = named
+        try:
+            answer = _answer_of_graph(graph)
+        except NoKernel as error:
+            reason = f"ONNX Runtime's CPU provider cannot run it: {error}"
+            return Step(RungRecord(name=name, skipped=reason))
+        return _compare(self._rung(name, precision, answer, partial(show_onnx, graph, False)))
+
+    def _rung(
+        self,
         name: str,
         precision: Precision,
         answer: Callable[[NDArray[np.float32]], Array],
         show: Show | None,
     ) -> Rung:
-        logits = source.parity_logits
+        logits = self._source.parity_logits
         tolerances = tolerances_for(precision, logits)
-        return Rung(name, precision, source.parity_images, logits, tolerances, answer, show)
-
-    folded = fold_batch_norm(source.model)
-    yield _fold_rung(source, folded)
-    yield rung(
-        "batch norm folded, fp32",
-        "fp32",
-        partial(_answer_of_model, folded),
-        partial(show_model, folded),
-    )
-    graph = export_onnx(source.model, source.image_size)
-    # ONNX Runtime without its graph optimisations executes what is written, node by node: this rung
-    # is about the export alone. What an optimiser makes of it belongs to the artifact's rung.
-    yield rung(
-        "ONNX fp32, not optimized",
-        "fp32",
-        _answer_of_graph(graph),
-        partial(show_onnx, graph, False),
-    )
-    made = _graph_of_artifact(source, directory, manifest)
-    if isinstance(made, Skipped):
-        yield made
-    elif made is not None:
-        name, typed = made
-        try:
-            yield rung(
-                name, manifest.precision, _answer_of_graph(typed), partial(show_onnx, typed, False)
-            )
-        except NoKernel as error:
-            yield Skipped(name, f"ONNX Runtime's CPU provider cannot run it: {error}")
-    provider = f" ({manifest.provider})" if manifest.provider else ""
-    yield rung(
-        f"{manifest.runtime}{provider} {manifest.precision}",
-        manifest.precision,
-        partial(run_in_batches, runtime),
-        _show_of_artifact(directory, manifest),
-    )
+        images = self._source.parity_images
+        return Rung(name, precision, images, logits, tolerances, answer, show)
 
 
 def table_of(record: LadderRecord) -> Table:
@@ -295,6 +287,28 @@ def report_of(record: LadderRecord) -> str:
     if record.layers is not None:
         lines.append(tables_of(record.layers))
     return "\n".join(lines)
+
+
+def _compare(rung: Rung) -> Step:
+    found = rung.answer(rung.images)
+    parity = compare_logits(found, rung.expected, rung.tolerances)
+    problem = problem_of(parity)
+    log.info("%s: %s", rung.name, problem or "agrees")
+    errors = np.nan_to_num(np.abs(found.astype(np.float64) - rung.expected), nan=np.inf)
+    worst = np.argsort(-errors.max(axis=1), kind="stable")
+    return Step(RungRecord(name=rung.name, parity=parity, problem=problem), rung, worst)
+
+
+def _compare_layers(model: EfficientNet, steps: Sequence[Step]) -> LayersRecord:
+    # Of the last step, or of the last before it that lets one look inside.
+    step = next(step for step in reversed(steps) if step.rung and step.rung.show)
+    rung, worst, last = step.rung, step.worst, steps[-1].record.name
+    assert rung is not None and rung.show is not None and worst is not None
+    note = None
+    if rung.name != last:
+        note = f"{last} does not show what its layers put out; these are of the nearest that does"
+    images = rung.images[worst[:NUM_IMAGES]]
+    return compare_layers(model, rung.show, images, rung.precision, rung.name, note)
 
 
 def _fold_rung(source: Source, folded: EfficientNet) -> Rung:
@@ -380,8 +394,3 @@ def _answer_of_graph(graph: onnx.ModelProto) -> Callable[[NDArray[np.float32]], 
         return np.concatenate([np.asarray(batch, dtype=np.float32) for batch in batches])
 
     return answer
-
-
-def _worst_images(found: Array, expected: Array) -> NDArray[np.intp]:
-    errors = np.nan_to_num(np.abs(found.astype(np.float64) - expected), nan=np.inf).max(axis=1)
-    return np.argsort(-errors, kind="stable")

@@ -22,7 +22,7 @@ from efficientnet.runtimes.protocol import open_program
 from export.agreement import ParityError
 from export.config import ExportConfig
 from export.gate import Gate, describe
-from export.ladder import LadderRecord, climb, report_of
+from export.ladder import Ladder, LadderRecord, report_of
 from export.source import Source, load_source
 
 FORMAT_VERSION = 1
@@ -85,13 +85,13 @@ def main(config: ParityConfig) -> ParityReport:
         path: config.checkpoint or find_checkpoint(path, manifest.checkpoint_sha256)
         for path, manifest in manifests.items()
     }
-    sources: dict[tuple[Path, int], Source] = {}
+    by_source: dict[tuple[Path, int], tuple[Source, Ladder]] = {}
     ladders: list[LadderRecord] = []
     for path, manifest in manifests.items():
         size = manifest.preprocess.image_size
         key = (checkpoints[path], size)
-        if key not in sources:
-            sources[key] = load_source(
+        if key not in by_source:
+            source = load_source(
                 ExportConfig(
                     checkpoint=checkpoints[path],
                     size=size,
@@ -99,9 +99,10 @@ def main(config: ParityConfig) -> ParityReport:
                     num_parity_images=config.num_images,
                 )
             )
-        source = sources[key]
+            by_source[key] = source, Ladder(source)
+        source, steps = by_source[key]
         require_made_of(source, path, manifest)
-        ladder = climb(source, path, manifest, config.layers)
+        ladder = steps.climb(path, manifest, config.layers)
         if manifest.parity is None and ladder.first_broken is None:
             ladder = complete(source, path, manifest, ladder)
         if manifest.parity is None and not ladder.is_completed:

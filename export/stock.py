@@ -8,8 +8,6 @@ python export/stock.py artifacts/v2-s/openvino-int8 artifacts/v2-s/onnxruntime-i
 
 import logging
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,17 +32,14 @@ from pydantic import BaseModel, ConfigDict
 
 from efficientnet.artifact import QuantizationRecord, read_artifact
 from efficientnet.command import parse_flags, run_command
-from efficientnet.errors import PipelineError
-from efficientnet.records import LatencyRecord, read_records
 from efficientnet.runtimes.openvino_runtime import DEVICE
 from efficientnet.tables import Table, format_ms, format_ratio
 from export.calibration import choose_samples, images_of, write_calibration
 from export.config import ExportConfig
 from export.graph import INPUT_NAME, OUTPUT_NAME, count_weight_bytes
+from export.measuring import measure
 from export.source import Source, load_source
 from export.writing import Builder, Built, write_checked_artifact
-
-ROOT = Path(__file__).resolve().parent.parent
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +105,8 @@ def main(config: StockConfig) -> Comparison | str:
     stock = make_stock_artifacts(source, config, folder)
     if not config.paths:
         return "\n".join(map(str, stock))
-    records = measure([source.checkpoint, *stock, *config.paths], config)
+    paths = [source.checkpoint, *stock, *config.paths]
+    records = measure(paths, config.seconds, config.turns, config.batch_size, config.data)
     ratios: list[Ratio] = []
     for path in config.paths:
         own = records[read_artifact(path).program_sha256]
@@ -220,30 +216,6 @@ def export_plainly(source: Source, path: Path) -> None:
         external_data=False,
         verbose=False,
     )
-
-
-def measure(paths: Sequence[Path], config: StockConfig) -> dict[str, LatencyRecord]:
-    """Measure all programs with perf/latency.py; return the records by the programs' hashes.
-
-    Raises:
-        PipelineError: the command failed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder) / "latency.jsonl"
-        command = [
-            *(sys.executable, str(ROOT / "perf" / "latency.py"), *map(str, paths)),
-            *("--output", str(records), "--seconds", str(config.seconds)),
-            *("--turns", str(config.turns), "--batches", str(config.batch_size)),
-            *(("--data", config.data) if config.data else ()),
-        ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode != 0:
-            raise PipelineError("perf/latency.py failed: see its message above")
-        return {
-            record.program_sha256: record
-            for record in read_records(records, LatencyRecord)
-            if record.batch_size == config.batch_size and record.scenario == "offline"
-        }
 
 
 def table_of(ratios: Sequence[Ratio]) -> Table:

@@ -125,7 +125,7 @@ def _batch_size(program: Program, asked: int | None) -> int:
     if most is not None and asked > most:
         raise ValueError(
             f"--batch-size is {asked}, {program.path} takes at most {most} images in a call; "
-            "lower it, or export with a larger --max-batch-size"
+            "lower it, or export with a larger --batch"
         )
     return asked
 

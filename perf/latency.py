@@ -149,7 +149,7 @@ def choose_batch_sizes(program: Program, asked: Sequence[int]) -> tuple[int, ...
     if not taken:
         raise ValueError(
             f"{program.path} takes at most {most} images in a call, --batches are "
-            f"{', '.join(map(str, sizes))}; add a smaller one, or export with --max-batch-size"
+            f"{', '.join(map(str, sizes))}; add a smaller one, or export with a larger --batch"
         )
     if len(taken) < len(sizes):
         left_out = ", ".join(str(size) for size in sizes if size not in taken)

@@ -156,7 +156,8 @@ class _Parent(BaseModel):
 def _artifacts_of(checkpoint_sha256: str, artifacts: Path) -> list[Path]:
     found: list[Path] = []
     for manifest in sorted(artifacts.glob(f"*/*/{MANIFEST_FILE}")):
-        if manifest.parent.name.startswith("."):
+        # Not one that is being built, and not the link to the default a second time.
+        if manifest.parent.name.startswith(".") or manifest.parent.is_symlink():
             continue
         try:
             parent = _Parent.model_validate_json(manifest.read_bytes())

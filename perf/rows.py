@@ -18,6 +18,9 @@ RUNTIME_TITLES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+    "torch-tensorrt": "torch-tensorrt",
+    "aoti": "AOTInductor",
 }
 
 # Twice what two windows of a warm-up may differ by.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
 from efficientnet.precision import Precision
-from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program
+from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
-from efficientnet.runtimes.tensorrt_runtime import current_gpu, why_no_gpu
+from efficientnet.runtimes.tensorrt_runtime import current_gpu
 
 # The name that torch gives to the only model of a package.
 MODEL_NAME = "model"
@@ -76,7 +76,7 @@ def open_program(
     if binding.compute_capability is None:
         require_same_processor(directory, binding, manifest.precision)
     else:
-        require_same_gpu(directory, binding)
+        require_same_gpu(directory, binding, current_gpu())
     torch.set_num_threads(num_threads)
     is_captured = binding.compute_capability is not None
     files = {p.batch_size: p.file for p in manifest.static_programs}
@@ -98,7 +98,7 @@ def load_package(file: Path, is_captured: bool) -> Program:
     # `torch._inductor.aoti_load_package` is this and a comparison of processors, for which it runs
     # the C++ compiler (8 s and more) and fills inductor's cache: a service has neither. The
     # comparison is require_same_processor here.
-    loader_class: Any = torch._C._aoti.AOTIModelPackageLoader
+    loader_class: Any = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportAttributeAccessIssue]
     try:
         loader: Any = loader_class(str(file), MODEL_NAME, is_captured, 1, -1)
     except RuntimeError as error:
@@ -131,8 +131,8 @@ def require_same_torch(directory: Path, binding: Binding) -> None:
     """
     if binding.version != torch.__version__:
         raise ArtifactError(
-            f"{directory} was compiled by torch {binding.version}, here is {torch.__version__}, and "
-            f"compiled code runs in the version that made it: install that one, or run "
+            f"{directory} was compiled by torch {binding.version}, here is {torch.__version__}, "
+            f"and compiled code runs in the version that made it: install that one, or run "
             f"'{binding.rebuild}' here"
         )
 
@@ -154,24 +154,4 @@ def require_same_processor(directory: Path, binding: Binding, precision: Precisi
         raise ArtifactError(
             f"{directory} computes in {precision}, for which this processor has no instructions "
             f"({missing}): export in fp32 here"
-        )
-
-
-def require_same_gpu(directory: Path, binding: Binding) -> None:
-    """Check that a program was compiled for the GPU that is here.
-
-    Raises:
-        ArtifactError: it was not, or there is none.
-    """
-    gpu = current_gpu()
-    if gpu is None:
-        raise ArtifactError(
-            f"{directory} runs on an NVIDIA GPU ({binding.device}), and none answers here: "
-            f"{why_no_gpu()}; 'python export/ort.py' makes an artifact for the CPU"
-        )
-    if gpu.compute_capability != binding.compute_capability:
-        raise ArtifactError(
-            f"{directory} was compiled for compute capability {binding.compute_capability} "
-            f"({binding.device}), this device is {gpu.compute_capability} ({gpu.name}): run "
-            f"'{binding.rebuild}' here"
         )

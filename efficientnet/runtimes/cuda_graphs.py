@@ -1,14 +1,16 @@
-"""Programs on the GPU -> images to logits, a batch size's calls being one launch of a CUDA graph."""
+"""Programs on the GPU -> a runtime that replays a CUDA graph for each batch size."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest
+from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
+from efficientnet.runtimes.tensorrt_runtime import Gpu, why_no_gpu
 
 # Maps images [N, 3, H, W] to logits [N, num_classes], both float32 on the GPU.
 Program = Callable[[Tensor], Tensor]
@@ -104,3 +106,27 @@ class CudaGraphRuntime:
                     f"graph: {error}"
                 ) from error
         return graph
+
+
+def require_same_gpu(directory: Path, binding: Binding, gpu: Gpu | None) -> None:
+    """Check that a program was built for the GPU that is here.
+
+    Args:
+        directory: the artifact, for messages.
+        binding: what its manifest says.
+        gpu: that is here; None where there is none.
+
+    Raises:
+        ArtifactError: it was not, or there is none.
+    """
+    if gpu is None:
+        raise ArtifactError(
+            f"{directory} runs on an NVIDIA GPU ({binding.device}), and none answers here: "
+            f"{why_no_gpu()}; 'python export/ort.py' makes an artifact for the CPU"
+        )
+    if gpu.compute_capability != binding.compute_capability:
+        raise ArtifactError(
+            f"{directory} was built for compute capability {binding.compute_capability} "
+            f"({binding.device}), this device is {gpu.compute_capability} ({gpu.name}): run "
+            f"'{binding.rebuild}' here"
+        )

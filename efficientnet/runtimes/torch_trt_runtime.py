@@ -1,0 +1,87 @@
+"""A torch-tensorrt artifact -> its engines inside torch, on the GPU, replayed as CUDA graphs.
+
+torch-tensorrt comes without type information that a checker here could read, since it cannot be
+imported without a GPU: `Any` stands for its module and for nothing else.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efficientnet.artifact import ArtifactError, ArtifactManifest
+from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
+from efficientnet.runtimes.tensorrt_runtime import current_gpu
+
+PACKAGE = "torch_tensorrt"
+
+# torch-tensorrt puts TensorRT or TensorRT-RTX there, whichever it is built for.
+TENSORRT = "tensorrt"
+
+
+def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> CudaGraphRuntime:
+    """Open a torch-tensorrt artifact on the machine that it was built for.
+
+    Raises:
+        ArtifactError: another machine or version, no GPU, the library is not installed, or it
+            refuses the program.
+    """
+    binding = manifest.binding
+    if binding is None:
+        raise ArtifactError(
+            f"{directory}/manifest.json does not say what the engine was built for: it is "
+            "damaged; make it again with 'python export/torch_trt.py'"
+        )
+    # The library asks the driver when it is imported, so the GPU comes first.
+    require_same_gpu(directory, binding, current_gpu())
+    try:
+        torch_tensorrt = import_torch_tensorrt()
+    # Its Python part without its libraries fails with an OSError.
+    except (ImportError, OSError) as error:
+        raise ArtifactError(
+            f"{directory} needs {PACKAGE}, which cannot be imported here ({error}); install the "
+            f"version that built it: {binding.version}"
+        ) from error
+    found = version_of(torch_tensorrt)
+    if found != binding.version:
+        raise ArtifactError(
+            f"{directory} was built by {binding.library} {binding.version}, here is {found}, and "
+            f"an engine runs on the version that built it: install that one, or run "
+            f"'{binding.rebuild}' here"
+        )
+    files = {p.batch_size: p.file for p in manifest.static_programs}
+    static = {size: load(torch_tensorrt, directory / file) for size, file in files.items()}
+    any_size = None if static else load(torch_tensorrt, directory / manifest.program_file)
+    torch.set_num_threads(num_threads)
+    return CudaGraphRuntime(static, any_size, manifest)
+
+
+def import_torch_tensorrt() -> Any:
+    """Import the library; there must be a GPU."""
+    return importlib.import_module(PACKAGE)
+
+
+def version_of(torch_tensorrt: Any) -> str:
+    """Write all versions that a saved program depends on."""
+    tensorrt: Any = importlib.import_module(TENSORRT)
+    return (
+        f"{torch_tensorrt.__version__} with torch {torch.__version__} and TensorRT "
+        f"{tensorrt.__version__}"
+    )
+
+
+def load(torch_tensorrt: Any, file: Path) -> Program:
+    """Load a saved program.
+
+    Raises:
+        ArtifactError: the library refuses it.
+    """
+    try:
+        return torch_tensorrt.load(str(file)).module()
+    # It tries two formats and says ValueError when neither fits.
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError(
+            f"torch-tensorrt {torch_tensorrt.__version__} cannot load {file}: {error}; make it "
+            "again with 'python export/torch_trt.py'"
+        ) from error

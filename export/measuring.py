@@ -1,0 +1,150 @@
+"""Programs of one checkpoint -> their times, measured in turns by processes of their own."""
+
+import gc
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from efficientnet.environment import num_usable_cores
+from efficientnet.errors import PipelineError
+from efficientnet.records import LatencyRecord, read_records
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+# The first calls of a turn find the caches and the threads as another process left them.
+SETTLING_FRACTION = 0.05
+
+
+def measure(
+    paths: Sequence[Path], seconds: float, turns: int, batch_size: int, data: str | None
+) -> dict[str, LatencyRecord]:
+    """Measure all programs with perf/latency.py; return the records by the programs' hashes.
+
+    Args:
+        paths: artifact and checkpoint directories.
+        seconds: measured time of each.
+        turns: that this time is split into.
+        batch_size: images in a call.
+        data: held-out images; None = those of what each was trained on.
+
+    Raises:
+        PipelineError: the command failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        records = Path(folder) / "latency.jsonl"
+        # Another stage's command: stages meet on disk.
+        command = [
+            *(sys.executable, str(ROOT / "perf" / "latency.py"), *map(str, paths)),
+            *("--output", str(records), "--seconds", str(seconds)),
+            *("--turns", str(turns), "--batches", str(batch_size)),
+            *(("--data", data) if data else ()),
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise PipelineError("perf/latency.py failed: see its message above")
+        return {
+            record.program_sha256: record
+            for record in read_records(records, LatencyRecord)
+            if record.batch_size == batch_size and record.scenario == "offline"
+        }
+
+
+def measure_callables(
+    openers: Mapping[str, Callable[[], Infer]],
+    images: NDArray[np.float32],
+    seconds: float,
+    turns: int,
+) -> dict[str, tuple[float, ...]]:
+    """Measure what is no artifact, image by image; return the median call of each turn in ms.
+
+    Args:
+        openers: by name, what opens a program in a process of its own; to be pickled.
+        images: [N, 3, H, W], which the calls rotate through.
+        seconds: measured time of each, without a first turn that does not count.
+        turns: that this time is split into.
+
+    Raises:
+        PipelineError: a process died.
+    """
+    medians: dict[str, list[float]] = {name: [] for name in openers}
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(_Contender(name, opener, images))
+            for name, opener in openers.items()
+        }
+        for contender in contenders.values():
+            contender.ask(seconds / turns)
+        for turn in range(turns):
+            # There and back: a machine that gets slower or faster meanwhile favors nobody.
+            order = list(openers) if turn % 2 == 0 else list(openers)[::-1]
+            for name in order:
+                medians[name].append(contenders[name].ask(seconds / turns))
+    return {name: tuple(values) for name, values in medians.items()}
+
+
+class _Contender:
+    # A process that computes only when it is asked to.
+    def __init__(self, name: str, opener: Callable[[], Infer], images: NDArray[np.float32]) -> None:
+        self._name = name
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_contend, args=(theirs, opener), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._connection.send(images)
+
+    def __enter__(self) -> "_Contender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def ask(self, seconds: float) -> float:
+        """Let it compute for some seconds; return the median of a call in ms."""
+        try:
+            self._connection.send(seconds)
+            return self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise PipelineError(
+                f"the process that measures {self._name} died: see its message above"
+            ) from None
+
+
+def _contend(connection: Connection, opener: Callable[[], Infer]) -> None:
+    torch.set_num_threads(num_usable_cores())
+    images: NDArray[np.float32] = connection.recv()
+    infer = opener()
+    gc.disable()
+    while True:
+        connection.send(_median_call_ms(infer, images, connection.recv()))
+
+
+def _median_call_ms(infer: Infer, images: NDArray[np.float32], seconds: float) -> float:
+    samples_ns: list[int] = []
+    started = time.perf_counter_ns()
+    settled, end = (started + round(s * 1e9) for s in (seconds * SETTLING_FRACTION, seconds))
+    number, before = 0, started
+    while before < end or not samples_ns:
+        index = number % len(images)
+        before = time.perf_counter_ns()
+        infer(images[index : index + 1])
+        after = time.perf_counter_ns()
+        if number > 0 and before >= settled:
+            samples_ns.append(after - before)
+        number, before = number + 1, after
+    return statistics.median(samples_ns) / 1e6

@@ -1,0 +1,207 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_PREPROCESS
+
+from efficientnet.artifact import ArtifactError, read_artifact
+from efficientnet.datasets import load_dataset
+from efficientnet.preprocess import preprocess
+from efficientnet.runtimes import Runtime, open_runtime
+from efficientnet.runtimes.aoti_runtime import missing_extensions
+from export import aoti
+from export.aoti import AotiConfig
+from export.aoti_build import AotiError
+
+COMMAND = [sys.executable, "export/aoti.py"]
+
+STATIC_BATCH = 4
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def digits(num_images: int) -> np.ndarray:
+    samples = load_dataset("digits").val[:num_images]
+    return np.stack([preprocess(sample.read(), TINY_PREPROCESS) for sample in samples])
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("aoti") / "tiny"
+    return aoti.main(AotiConfig(checkpoint=tiny_checkpoint, output=output))
+
+
+@pytest.fixture(scope="module")
+def runtime(artifact: Path) -> Runtime:
+    return open_runtime(artifact)
+
+
+def copy_with_binding(artifact: Path, directory: Path, **changes: str) -> Path:
+    shutil.copytree(artifact, directory)
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["binding"] |= changes
+    path.write_text(json.dumps(manifest))
+    return directory
+
+
+def test_the_program_answers_like_the_checkpoint(runtime: Runtime, tiny_checkpoint: Path):
+    images = digits(32)
+    expected = open_runtime(tiny_checkpoint).infer(images)
+    np.testing.assert_allclose(runtime.infer(images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
+def test_one_program_takes_all_batch_sizes(runtime: Runtime, batch_size: int):
+    logits = runtime.infer(digits(batch_size))
+    assert logits.shape == (batch_size, 10) and logits.dtype == np.float32
+
+
+def test_a_batch_above_the_maximum_is_refused(runtime: Runtime):
+    with pytest.raises(ValueError, match="a batch of 65 images, the program takes 1 to 64"):
+        runtime.infer(np.zeros((65, 3, 32, 32), np.float32))
+
+
+def test_logits_belong_to_the_caller(runtime: Runtime):
+    images = digits(4)
+    first = runtime.infer(images)
+    kept = first.copy()
+    runtime.infer(images[::-1].copy())
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_images_that_are_not_contiguous_are_read_in_their_order(runtime: Runtime):
+    images = digits(4)
+    np.testing.assert_array_equal(runtime.infer(images[::-1]), runtime.infer(images)[::-1])
+
+
+def test_the_manifest_says_what_the_program_runs_on(artifact: Path):
+    manifest = read_artifact(artifact)
+    binding = manifest.binding
+    assert binding is not None
+    assert (binding.library, binding.version) == ("torch", torch.__version__)
+    assert binding.device == torch.backends.cpu.get_cpu_capability()
+    assert binding.compute_capability is None
+    assert manifest.parity is not None and manifest.parity.top1_agreement == 1.0
+
+
+def test_nothing_but_the_artifact_is_left(artifact: Path):
+    assert {path.name for path in artifact.iterdir()} == {"model.pt2", "manifest.json", "build.log"}
+    assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
+
+
+def test_another_torch_is_refused_with_the_command_to_run(artifact: Path, tmp_path: Path):
+    other = copy_with_binding(artifact, tmp_path / "other", version="2.99.0")
+    with pytest.raises(ArtifactError, match="by torch 2.99.0, here is.*python export/aoti.py"):
+        open_runtime(other)
+
+
+def test_another_instruction_set_is_refused_with_the_command_to_run(artifact: Path, tmp_path: Path):
+    other = copy_with_binding(artifact, tmp_path / "other", device="AVX1024")
+    with pytest.raises(ArtifactError, match="with AVX1024, this one has.*python export/aoti.py"):
+        open_runtime(other)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_a_program_for_a_gpu_is_refused_without_one(artifact: Path, tmp_path: Path):
+    other = copy_with_binding(
+        artifact, tmp_path / "other", compute_capability="9.0", device="NVIDIA H100"
+    )
+    with pytest.raises(ArtifactError, match=r"NVIDIA H100.*none answers here"):
+        open_runtime(other)
+
+
+def test_no_compiler_is_told_before_work_starts(tiny_checkpoint: Path, tmp_path: Path):
+    output = tmp_path / "artifact"
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"}
+    answer = subprocess.run(
+        [*COMMAND, "--checkpoint", str(tiny_checkpoint), "--output", str(output)],
+        env=environment | {"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 1, answer.stderr
+    assert "error: there is no C++ compiler here" in answer.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("precision", "instead"), [("int8", "export/ov.py --precision int8"), ("fp8", "export/trt.py")]
+)
+def test_8_bit_formats_are_refused_with_the_command_that_makes_them(precision, instead: str):
+    with pytest.raises(ValueError, match=instead):
+        AotiConfig(precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_format_that_the_processor_lacks_is_refused(precision, tiny_checkpoint: Path):
+    if missing_extensions(precision) is None:
+        pytest.skip(f"this processor computes in {precision}")
+    config = AotiConfig(checkpoint=tiny_checkpoint, precision=precision, device="cpu")
+    with pytest.raises(AotiError, match=f"no instructions for {precision}"):
+        aoti.main(config)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_no_gpu_is_told_before_work_starts(tiny_checkpoint: Path):
+    with pytest.raises(AotiError, match="no NVIDIA GPU answers here.*--device cpu"):
+        aoti.main(AotiConfig(checkpoint=tiny_checkpoint, device="cuda"))
+
+
+@pytest.mark.slow
+def test_after_an_interrupted_build_nothing_is_left_and_the_next_one_works(
+    tiny_checkpoint: Path, tmp_path: Path
+):
+    output = tmp_path / "artifact"
+    flags = ["--checkpoint", str(tiny_checkpoint), "--output", str(output)]
+    command = [*COMMAND, *flags, "--batches", str(STATIC_BATCH)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("compile model") for line in process.stderr)
+        assert list(tmp_path.iterdir()) and not output.exists()
+        process.send_signal(signal.SIGINT)
+        process.stderr.read()
+    assert process.returncode == 130
+    assert not list(tmp_path.iterdir())
+
+    subprocess.run(command, check=True)
+    assert (output / f"model-b{STATIC_BATCH}.pt2").is_file()
+    images = digits(STATIC_BATCH)
+    expected = open_runtime(tiny_checkpoint).infer(images)
+    opened = open_runtime(output)
+    for num_images in (1, 3, STATIC_BATCH):
+        found = opened.infer(images[:num_images])
+        np.testing.assert_allclose(found, expected[:num_images], atol=1e-4)
+    with pytest.raises(ValueError, match="a batch of 5 images, the program takes 1 to 4"):
+        opened.infer(digits(5))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("batches", [None, (1, 4)])
+def test_a_program_for_the_gpu_answers_like_the_checkpoint(
+    batches: tuple[int, ...] | None, fused: bool, tiny_checkpoint: Path, tmp_path: Path
+):
+    config = AotiConfig(
+        checkpoint=tiny_checkpoint,
+        output=tmp_path / "artifact",
+        device="cuda",
+        precision="fp16",
+        batches=batches,
+        fused_squeeze_excite=fused,
+    )
+    opened = open_runtime(aoti.main(config))
+    images = digits(4)
+    expected = open_runtime(tiny_checkpoint).infer(images)
+    for num_images in (1, 3, 4, 1):
+        found = opened.infer(images[:num_images])
+        np.testing.assert_allclose(found, expected[:num_images], atol=0.05 * expected.std())

@@ -1,0 +1,317 @@
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+from onnx import numpy_helper
+
+from efficientnet.artifact import (
+    ArtifactError,
+    ArtifactManifest,
+    read_artifact,
+    write_manifest,
+)
+from efficientnet.atomic import sha256_of_file
+from efficientnet.checkpoint import CheckpointError
+from efficientnet.command import parse_flags
+from efficientnet.model import EfficientNet
+from efficientnet.runtimes import open_runtime
+from export import ladder, ort, ov, parity
+from export.config import ExportConfig
+from export.graph import fold_batch_norm
+from export.ladder import Ladder, Skipped
+from export.layers import first_above, layers_by_block, relative_error
+from export.parity import GATE, ParityConfig, ParityReport, complete, find_checkpoint
+from export.precision import typed_graph
+from export.source import Source, batches_of, load_source
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CHANGED_BLOCK = "features.3.0"
+CHANGED_LAYER = "features.3.0.block.1.0/Conv"
+
+
+@pytest.fixture(scope="module")
+def source(tiny_checkpoint: Path) -> Source:
+    return load_source(ExportConfig(checkpoint=tiny_checkpoint, num_parity_images=64))
+
+
+@pytest.fixture(scope="module")
+def artifacts(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    half = ort.OrtConfig(checkpoint=tiny_checkpoint, output=folder / "half", precision="fp16")
+    other = ov.OpenVinoConfig(checkpoint=tiny_checkpoint, output=folder / "openvino")
+    return {
+        "onnxruntime fp32": tiny_artifact,
+        "onnxruntime fp16": ort.main(half),
+        "openvino fp32": ov.main(other),
+    }
+
+
+@pytest.fixture(scope="module")
+def report(tiny_checkpoint: Path, artifacts: dict[str, Path]) -> ParityReport:
+    paths = tuple(artifacts.values())
+    return parity.main(ParityConfig(paths, checkpoint=tiny_checkpoint, num_images=64, layers=True))
+
+
+def test_every_rung_of_a_faithful_artifact_agrees(report: ParityReport):
+    rungs = {record.rungs[-1].name: record.rungs for record in report.ladders}
+    assert list(rungs) == ["onnxruntime fp32", "onnxruntime fp16", "openvino fp32"]
+    for record in report.ladders:
+        assert record.first_broken is None
+        assert all(rung.parity and rung.problem is None for rung in record.rungs)
+    folds = ["batch norm folded, in float64", "batch norm folded, fp32"]
+    exported = [*folds, "ONNX fp32, not optimized"]
+    names = {last: [rung.name for rung in own[:-1]] for last, own in rungs.items()}
+    assert names["onnxruntime fp16"] == [*exported, "model.onnx, not optimized"]
+    assert names["openvino fp32"] == exported
+
+
+def test_folding_itself_changes_the_logits_by_less_than_1e_5(report: ParityReport):
+    fold = report.ladders[0].rungs[0].parity
+    assert fold is not None and fold.tolerances.max_abs_logit_error == 1e-5
+    assert 0 < fold.max_abs_logit_error < 1e-6
+
+
+def test_layers_of_each_runtime_are_those_of_the_eager_model(report: ParityReport, source: Source):
+    blocks = list(layers_by_block(source.model))
+    for record, largest in zip(report.ladders, (1e-5, 5e-3, 1e-5), strict=True):
+        assert record.layers is not None
+        assert record.layers.rung == record.rungs[-1].name
+        assert [error.name for error in record.layers.blocks] == blocks
+        assert all(0 < error.error < largest for error in record.layers.blocks)
+        assert record.layers.layers and not record.layers.is_above_bound
+
+
+def test_layers_have_the_names_of_the_nodes(source: Source, tiny_artifact: Path):
+    graph = onnx.load(tiny_artifact / "model.onnx").graph
+    nodes = {node.output[0] for node in graph.node if node.op_type != "Reshape"}
+    assert {name for names in layers_by_block(source.model).values() for name in names} == nodes
+
+
+def test_the_command_names_the_broken_rung_and_layer_and_prints_json_last(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
+):
+    broken = perturbed(tiny_artifact, tmp_path / "broken")
+    done = run("--checkpoint", tiny_checkpoint, "--num-images", 64, "--layers", broken)
+    assert done.returncode == 1
+    assert f"error: 1 of 1 artifacts do not answer like the eager model: {broken}" in done.stderr
+    assert f"block {CHANGED_BLOCK}, layer {CHANGED_LAYER}: the first above 0.0001" in done.stderr
+    assert "Traceback" not in done.stderr
+    (bad,) = ParityReport.model_validate_json(done.stdout.splitlines()[-1]).ladders
+    assert bad.first_broken == "model.onnx, not optimized"
+    assert [rung.problem is None for rung in bad.rungs] == [True, True, True, False, False]
+    assert bad.layers is not None and bad.layers.layer == CHANGED_LAYER
+
+
+def test_a_changed_weight_of_an_openvino_program_is_found(
+    source: Source, artifacts: dict[str, Path], tmp_path: Path
+):
+    directory = tmp_path / "broken"
+    shutil.copytree(artifacts["openvino fp32"], directory)
+    model = ov.read_fused(
+        with_changed_weight(onnx.load(artifacts["onnxruntime fp32"] / "model.onnx"))
+    )
+    openvino.save_model(model, directory / ov.PROGRAM_FILE, compress_to_fp16=False)
+    manifest = rehashed(directory)
+    record = Ladder(source).climb(directory, manifest, wants_layers=True)
+    assert record.first_broken == "openvino fp32"
+    assert record.layers is not None
+    assert (record.layers.block, record.layers.layer) == (CHANGED_BLOCK, CHANGED_LAYER)
+
+
+def test_a_wrong_fold_is_found_before_anything_is_exported(
+    source: Source, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fold_wrongly(model: EfficientNet) -> EfficientNet:
+        folded = fold_batch_norm(model)
+        layer = folded.get_submodule("features.2.0.block.0.0")
+        layer.bias.data *= 1.02  # type: ignore
+        return folded
+
+    monkeypatch.setattr(ladder, "fold_batch_norm", fold_wrongly)
+    record = Ladder(source).climb(tiny_artifact, read_artifact(tiny_artifact), wants_layers=True)
+    assert record.first_broken == "batch norm folded, in float64"
+    assert record.layers is not None
+    assert record.layers.layer == "features.2.0.block.0.0/Conv"
+
+
+def test_an_unchecked_artifact_that_passes_is_completed(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
+):
+    directory = unchecked(tiny_artifact, tmp_path / "unchecked")
+    with pytest.raises(ArtifactError, match="never compared"):
+        open_runtime(directory)
+    report = parity.main(ParityConfig((directory,), checkpoint=tiny_checkpoint, num_images=64))
+    assert report.ladders[0].is_completed
+    found = read_artifact(directory)
+    assert found.parity == report.ladders[0].rungs[-1].parity
+    assert found.parity is not None and found.parity.num_images == 64
+    assert open_runtime(directory).info.precision == "fp32"
+
+
+def test_an_unchecked_artifact_that_breaks_is_left_as_it_is(
+    tiny_checkpoint: Path,
+    tiny_artifact: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    directory = unchecked(perturbed(tiny_artifact, tmp_path / "broken"), tmp_path / "unchecked")
+    before = (directory / "manifest.json").read_bytes()
+    with pytest.raises(parity.ParityError, match="1 of 1 artifacts"):
+        parity.main(ParityConfig((directory,), checkpoint=tiny_checkpoint, num_images=64))
+    assert not json.loads(capsys.readouterr().out)["ladders"][0]["is_completed"]
+    assert (directory / "manifest.json").read_bytes() == before
+    with pytest.raises(ArtifactError, match="never compared"):
+        open_runtime(directory)
+
+
+def test_an_unchecked_quantised_artifact_must_pass_the_accuracy_gate(
+    source: Source, report: ParityReport, tiny_artifact: Path, tmp_path: Path
+):
+    val = source.dataset.val
+    batches = batches_of(val, source.preprocess)
+    answers = [int(label) for batch in batches for label in source.answer(batch).argmax(axis=1)]
+    right = tuple(replace(s, label=label) for s, label in zip(val, answers, strict=True))
+    easy = replace(source, dataset=replace(source.dataset, val=right))
+    for name, is_good in (("good", True), ("bad", False)):
+        program = tiny_artifact if is_good else perturbed(tiny_artifact, tmp_path / "broken")
+        directory = unchecked(program, tmp_path / name, precision="int8")
+        manifest = read_artifact(directory, allow_unchecked=True)
+        done = complete(easy, directory, manifest, report.ladders[0])
+        assert done.is_completed == is_good
+        assert done.first_broken == (None if is_good else GATE)
+        assert done.gate is not None and (done.gate.drop == 0.0) == is_good
+        kept = read_artifact(directory, allow_unchecked=True)
+        assert (kept.parity is not None) == (kept.gate is not None) == is_good
+
+
+def test_what_the_cpu_provider_cannot_run_is_skipped_with_the_reason(
+    source: Source, tiny_artifact: Path
+):
+    manifest = read_artifact(tiny_artifact)
+    made = graph_of(source, tiny_artifact, manifest, runtime="tensorrt", precision="bf16")
+    assert isinstance(made, Skipped) and "no convolution in bf16" in made.reason
+
+
+def test_the_graph_of_a_quantised_engine_is_made_again_by_its_calibration(
+    source: Source, tiny_artifact: Path, tmp_path: Path
+):
+    config = ExportConfig(precision="int8", num_calibration_images=64, seed=3)
+    typed = typed_graph(source, config, (CHANGED_BLOCK,), "tensorrt", tmp_path)
+    manifest = read_artifact(tiny_artifact).model_copy(update={"quantization": typed.quantization})
+    made = graph_of(source, tmp_path, manifest, runtime="tensorrt", precision="int8")
+    assert isinstance(made, tuple) and made[1] == typed.model
+    elsewhere = graph_of(source, tiny_artifact, manifest, runtime="tensorrt", precision="int8")
+    assert isinstance(elsewhere, Skipped) and "cannot be repeated" in elsewhere.reason
+
+
+def test_the_first_layer_above_the_bound_is_named_or_the_largest_rise():
+    assert first_above({"a": 0.1, "b": 0.6, "c": 0.9}, 0.5) == "b"
+    assert first_above({"a": 0.1, "b": 0.15, "c": 0.3}, 0.5) == "c"
+
+
+def test_a_map_that_is_not_finite_differs_without_end():
+    assert relative_error(np.float16([1, np.inf]), np.float32([1, 2])) == float("inf")
+    assert relative_error(np.float16([1, np.nan]), np.float32([1, 2])) == float("inf")
+    assert relative_error(np.float32([1, 2]), np.float32([1, 2])) == 0.0
+
+
+def test_a_damaged_artifact_is_refused_in_one_line(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
+):
+    shutil.copytree(tiny_artifact, tmp_path / "damaged")
+    with (tmp_path / "damaged" / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ArtifactError, match=r"model\.onnx is damaged"):
+        parity.main(ParityConfig((tmp_path / "damaged",), checkpoint=tiny_checkpoint))
+
+
+def test_an_artifact_of_another_checkpoint_is_refused(
+    tiny_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
+):
+    directory = tmp_path / "other"
+    shutil.copytree(tiny_artifact, directory)
+    manifest = read_artifact(directory)
+    write_manifest(directory, manifest.model_copy(update={"checkpoint_sha256": "0" * 64}))
+    with pytest.raises(ArtifactError, match="was made of another checkpoint"):
+        parity.main(ParityConfig((directory,), checkpoint=tiny_checkpoint))
+
+
+def test_a_runtime_that_is_not_here_is_said(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
+):
+    directory = tmp_path / "engine"
+    shutil.copytree(tiny_artifact, directory)
+    manifest = read_artifact(directory).model_copy(update={"runtime": "torch-tensorrt"})
+    write_manifest(directory, manifest)
+    with pytest.raises(ArtifactError, match="torch-tensorrt"):
+        parity.main(ParityConfig((directory,), checkpoint=tiny_checkpoint, num_images=64))
+
+
+def test_the_checkpoint_is_found_by_its_hash(tiny_checkpoint: Path, tmp_path: Path):
+    (tmp_path / "runs" / "broken" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "runs" / "broken" / "checkpoint" / "checkpoint.json").write_text("{")
+    kept = tmp_path / "runs" / "tiny" / "checkpoints" / "step-1"
+    shutil.copytree(tiny_checkpoint, kept)
+    sha256 = json.loads((kept / "checkpoint.json").read_text())["weights_sha256"]
+    artifact = Path("artifacts/tiny/x")
+    assert find_checkpoint(artifact, sha256, tmp_path / "runs") == kept
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* --checkpoint"):
+        find_checkpoint(artifact, "0" * 64, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("arguments", [[], ["artifact", "--num-images", "63"]])
+def test_wrong_usage_is_told_before_any_work(arguments: list[str]):
+    with pytest.raises((SystemExit, ValueError)):
+        parse_flags(ParityConfig, None, arguments)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "export/parity.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def perturbed(artifact: Path, directory: Path) -> Path:
+    shutil.copytree(artifact, directory)
+    path = directory / "model.onnx"
+    onnx.save(with_changed_weight(onnx.load(path)), path)
+    rehashed(directory)
+    return directory
+
+
+def with_changed_weight(graph: onnx.ModelProto) -> onnx.ModelProto:
+    (node,) = [node for node in graph.graph.node if node.name == CHANGED_LAYER]
+    (tensor,) = [t for t in graph.graph.initializer if t.name == node.input[1]]
+    weight = numpy_helper.to_array(tensor).copy()
+    weight[0, 0, 1, 1] += 50
+    tensor.CopyFrom(numpy_helper.from_array(weight, tensor.name))
+    return graph
+
+
+def rehashed(directory: Path) -> ArtifactManifest:
+    manifest = ArtifactManifest.model_validate_json((directory / "manifest.json").read_text())
+    hashes = {name: sha256_of_file(directory / name) for name in manifest.other_files}
+    program = sha256_of_file(directory / manifest.program_file)
+    manifest = manifest.model_copy(update={"program_sha256": program, "other_files": hashes})
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def unchecked(artifact: Path, directory: Path, **changes: object) -> Path:
+    shutil.copytree(artifact, directory)
+    manifest = read_artifact(directory)
+    write_manifest(directory, manifest.model_copy(update={"parity": None, **changes}))
+    return directory
+
+
+def graph_of(source: Source, directory: Path, manifest: ArtifactManifest, **changes: object):
+    return ladder._graph_of_artifact(source, directory, manifest.model_copy(update=changes))
