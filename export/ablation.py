@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,7 +45,7 @@ from efficientnet.checkpoint import load_checkpoint
 from efficientnet.command import parse_flags, run_command
 from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.errors import PipelineError
-from efficientnet.model import EfficientNet
+from efficientnet.model import EfficientNet, ResidualBlock, SiLU, SqueezeExcite
 from efficientnet.publishing import find_section, published_directory, write_section
 from efficientnet.runtimes.protocol import RUNTIME_MODULES
 from efficientnet.runtimes.tensorrt_runtime import current_gpu, why_no_gpu
@@ -310,7 +310,7 @@ def measure_eager(runtime: RuntimeName, source: Source, config: AblationConfig) 
         batches = [images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE)]
         logits = np.concatenate([model(batch) for batch in batches])
         error = float(np.abs(logits.astype(np.float64) - source.parity_logits).max())
-        executed = executed_by_torch(model, images[:1], count_parts(source))
+        executed = executed_by_torch(model, images[:1], count_parts(source.model))
         rows.append(_row(runtime, form, turns[form], turns["nothing"], error, executed))
     return rows
 
@@ -365,12 +365,13 @@ def model_in_form(model: EfficientNet, form: Form, device: str = "cpu") -> nn.Mo
     return network
 
 
+@cache
 def graph_in_form(model: EfficientNet, image_size: int, form: Form) -> onnx.ModelProto:
     """Export one of the forms to ONNX, with a free batch.
 
     torch's exporter folds batch norm by itself (the rewriter of onnxscript 0.7 does), so that
     'nothing' would have none: of its optimizer only what concerns constants and shapes is done
-    here, in both forms that export_onnx does not make.
+    here, in both forms that export_onnx does not make. Not to be changed: several runtimes get it.
     """
     if form == "fused":
         return export_onnx(model, image_size)
@@ -438,10 +439,17 @@ def _is_sigmoid(node: onnx.NodeProto | None) -> onnx.NodeProto | None:
     return node if node is not None and node.op_type == "Sigmoid" else None
 
 
-def count_parts(source: Source) -> dict[str, int]:
-    """Count the parts of the network, whatever its form."""
-    found = find_parts(export_onnx(source.model, source.image_size).graph)
-    return {part: len(nodes) for part, nodes in found.items()}
+def count_parts(model: EfficientNet) -> dict[str, int]:
+    """Count the parts of a network as it is written."""
+    modules = list(model.modules())
+    num_gates = sum(isinstance(m, SqueezeExcite) for m in modules)
+    return {
+        RESIDUAL: sum(isinstance(m, ResidualBlock) and m.has_residual for m in modules),
+        GATE_SIGMOID: num_gates,
+        GATE_MUL: num_gates,
+        # Each gate has one inside that is a function and no module.
+        SILU: sum(isinstance(m, SiLU) for m in modules) + num_gates,
+    }
 
 
 def executed_of(
@@ -640,7 +648,7 @@ def make_onnxruntime(source: Source, config: AblationConfig, form: Form, output:
         return Built("model.onnx", count_weight_bytes(graph), log=(ops_line(graph),), opset=OPSET)
 
     artifact = _write(source, config, output, "onnxruntime", build)
-    image, totals = source.parity_images[:1], count_parts(source)
+    image, totals = source.parity_images[:1], count_parts(source.model)
     return Made(artifact, executed_by_onnxruntime(artifact / "model.onnx", image, totals))
 
 
@@ -701,7 +709,7 @@ def make_aoti(
         )
 
     artifact = _write(source, config, output, "aoti", build)
-    return Made(artifact, executed_by_inductor(artifact / "model.pt2", count_parts(source)))
+    return Made(artifact, executed_by_inductor(artifact / "model.pt2", count_parts(source.model)))
 
 
 def make_tensorrt(source: Source, config: AblationConfig, form: Form, output: Path) -> Made:
@@ -765,12 +773,12 @@ def ops_line(graph: onnx.ModelProto) -> str:
 
 def table_of(rows: Sequence[FormRecord]) -> Table:
     """Lay out the forms of each runtime; a runtime that is not here gets one line."""
-    columns = ("runtime", "form", "p50 ms", "ratio", "range", "gain", "logit error", "executed")
+    columns = ("runtime", "form", "p50 ms", "ratio", "range", "logit error", "executed", "gain")
     lines: list[tuple[str, ...]] = []
     for row in rows:
         if row.reason is not None:
             if row.form == "nothing":
-                lines.append((row.runtime, "all", *[NOTHING] * 3, row.verdict, *[NOTHING] * 2))
+                lines.append((row.runtime, "all", *[NOTHING] * 5, row.verdict))
             continue
         assert row.max_abs_logit_error is not None and row.executed is not None
         low, high = min(row.turn_ratios), max(row.turn_ratios)
@@ -782,9 +790,9 @@ def table_of(rows: Sequence[FormRecord]) -> Table:
                 format_ms(row.p50_ms),
                 format_ratio(statistics.median(row.turn_ratios)),
                 NOTHING if is_base else f"{format_ratio(low)} to {format_ratio(high)}",
-                row.verdict or NOTHING,
                 f"{row.max_abs_logit_error:.1e}",
                 str(row.executed.num_nodes),
+                row.verdict or NOTHING,
             )
         )
     return Table(columns, tuple(lines), frozenset({"runtime", "form", "gain"}))

@@ -8,7 +8,6 @@ import logging
 import re
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +19,18 @@ from efficientnet.command import parse_flags, run_command
 from efficientnet.datasets import SAMPLE_PHOTOS
 from efficientnet.errors import PipelineError
 from efficientnet.precision import Precision
-from efficientnet.records import LatencyRecord, read_records
 from efficientnet.runtimes import open_runtime
 from efficientnet.tables import NOTHING, Table, format_bytes, format_ms, format_percent
 from export.config import ExportConfig
 from export.gate import Gate
+from export.measuring import measure
 from export.source import Source, load_source
 
 ROOT = Path(__file__).resolve().parent.parent
 
 DEFAULT_LINK = "default"
+
+NUM_TURNS = 6
 
 log = logging.getLogger(__name__)
 
@@ -269,23 +270,9 @@ def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Lin
 
 
 def _with_latency(lines: list[Line], config: AllConfig) -> list[Line]:
-    # Another stage's command: stages meet on disk.
-    paths = [line.artifact for line in lines if line.artifact and not line.left_out]
-    with tempfile.TemporaryDirectory() as folder:
-        records = Path(folder) / "latency.jsonl"
-        command = [
-            *(sys.executable, str(ROOT / "perf" / "latency.py"), *paths),
-            *("--output", str(records), "--seconds", str(config.seconds), "--batches", "1"),
-            *(("--data", config.data) if config.data else ()),
-        ]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode != 0:
-            raise PipelineError("perf/latency.py failed: see its message above")
-        found = {
-            record.program_sha256: record.p50_ms
-            for record in read_records(records, LatencyRecord)
-            if record.scenario == "single_stream"
-        }
+    paths = [Path(line.artifact) for line in lines if line.artifact and not line.left_out]
+    records = measure(paths, config.seconds, NUM_TURNS, config.batch[1], config.data)
+    found = {sha256: record.p50_ms for sha256, record in records.items()}
     return [
         line.model_copy(
             update={"p50_ms": found.get(read_artifact(Path(line.artifact)).program_sha256)}

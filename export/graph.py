@@ -28,6 +28,8 @@ OPSETS: dict[FloatPrecision, int] = {"fp32": OPSET, "fp16": OPSET, "bf16": 22}
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 INPUT_NAME = "images"
+# The images in the graph's own float format, where that is not float32.
+CAST_INPUT_NAME = "network/Cast"
 OUTPUT_NAME = "logits"
 
 

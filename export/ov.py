@@ -1,31 +1,44 @@
 """Checkpoint -> OpenVINO artifact for CPUs, checked against the eager model.
 
-python export/ov.py --precision int8
+python export/ov.py --precision int8 --search
 python export/ov.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --batches 1 16
 """
 
+import itertools
 import logging
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import nncf
 import onnx
 import openvino as ov
 from openvino._offline_transformations import apply_moc_transformations
 
-from efficientnet.artifact import QuantizationRecord
+from efficientnet.artifact import QuantizationRecord, read_artifact
+from efficientnet.atomic import replaced_directory, sha256_of_file
 from efficientnet.command import parse_flags, run_command
 from efficientnet.runtimes.openvino_runtime import DEVICE, require_capability
 from export.calibration import choose_samples, images_of, write_calibration
 from export.config import ExportConfig
+from export.gate import GateError
 from export.graph import INPUT_NAME, OPSET, count_weight_bytes, export_onnx
+from export.measuring import measure
 from export.source import Source, load_source
 from export.writing import Built, default_output, write_checked_artifact
 
 PROGRAM_FILE = "model.xml"
 WEIGHTS_FILE = "model.bin"
+
+Activations = Literal["asymmetric", "symmetric"]
+Depthwise = Literal["int8", "float"]
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
+DEPTHWISE: tuple[Depthwise, ...] = get_args(Depthwise)
+
+SEARCH_SECONDS = 4.0
+SEARCH_TURNS = 8
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +47,16 @@ log = logging.getLogger(__name__)
 class OpenVinoConfig(ExportConfig):
     """Settings of an export to OpenVINO."""
 
-    activations: Literal["asymmetric", "symmetric"] = "asymmetric"
+    activations: Activations = "asymmetric"
     """How int8 maps are rounded: asymmetric keeps all 256 levels after SiLU, which is hardly ever
     below zero; symmetric kernels are sometimes faster."""
+
+    depthwise: Depthwise = "int8"
+    """What depthwise convolutions compute in, in an int8 artifact."""
+
+    search: bool = False
+    """Of int8: build with both kinds of activations and of depthwise convolutions, and keep the
+    fastest on this machine that is within --max-drop."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -46,6 +66,8 @@ class OpenVinoConfig(ExportConfig):
                 "--precision is fp8, which no CPU that OpenVINO runs on computes in; "
                 "expected fp32, bf16, fp16 or int8"
             )
+        if self.search and self.precision != "int8":
+            raise ValueError(f"--search is for --precision int8, which is {self.precision}")
 
 
 def main(config: OpenVinoConfig) -> Path:
@@ -56,6 +78,8 @@ def main(config: OpenVinoConfig) -> Path:
         CheckpointError, GraphError, CalibrationError, GateError, ParityError: see load_source,
             export_onnx, choose_samples and write_checked_artifact.
     """
+    if config.search:
+        return fastest_within_drop(config)
     float_precision = config.precision
     if config.precision == "int8":
         has_bf16 = "BF16" in ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
@@ -71,8 +95,7 @@ def main(config: OpenVinoConfig) -> Path:
         if config.precision == "int8":
             model, quantization = quantize(model, source, config, kept, directory)
             quantization = quantization.model_copy(update={"kept_precision": float_precision})
-        # float32 weights stay float32: by default they would be stored in 16 bits.
-        ov.save_model(model, directory / PROGRAM_FILE, compress_to_fp16=False)
+        save(model, directory)
         return Built(
             PROGRAM_FILE,
             (directory / WEIGHTS_FILE).stat().st_size
@@ -88,6 +111,43 @@ def main(config: OpenVinoConfig) -> Path:
     return write_checked_artifact(source, config, output, "openvino", build)
 
 
+def fastest_within_drop(config: OpenVinoConfig) -> Path:
+    """Build every kind of int8 artifact, measure them in turns, and write the fastest.
+
+    Raises:
+        GateError: all of them lose more than --max-drop.
+    """
+    source = load_source(config)
+    output = default_output(config, source, "openvino")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".search-") as folder:
+        found: list[Path] = []
+        for activations, depthwise in itertools.product(ACTIVATIONS, DEPTHWISE):
+            log.info("%s activations, depthwise convolutions in %s", activations, depthwise)
+            variant = replace(
+                config,
+                search=False,
+                activations=activations,
+                depthwise=depthwise,
+                output=Path(folder) / f"{activations}-{depthwise}",
+            )
+            try:
+                found.append(main(variant))
+            except GateError as error:
+                log.info("left out: %s", error)
+        if not found:
+            raise GateError("no kind of int8 artifact is within --max-drop; export in fp32")
+        records = measure(found, SEARCH_SECONDS, SEARCH_TURNS, config.batch[1], config.data)
+        times = {path: records[read_artifact(path).program_sha256].mean_ms for path in found}
+        for path in sorted(found, key=lambda path: times[path]):
+            log.info("%8.2f ms  %s", times[path], path.name)
+        best = min(found, key=lambda path: times[path])
+        with replaced_directory(output) as fresh:
+            for file in best.iterdir():
+                file.rename(fresh / file.name)
+    return output
+
+
 def read_fused(graph: onnx.ModelProto) -> ov.Model:
     """Read an ONNX graph with Sigmoid and Mul joined to Swish.
 
@@ -100,6 +160,19 @@ def read_fused(graph: onnx.ModelProto) -> ov.Model:
     return model
 
 
+def save(model: ov.Model, directory: Path) -> None:
+    """Write model.bin, and model.xml with the hash of model.bin in it.
+
+    The weights alone tell two networks of one architecture apart; with their hash the program file
+    has a hash of its own, by which records find each other.
+    """
+    program = directory / PROGRAM_FILE
+    # float32 weights stay float32: by default they would be stored in 16 bits.
+    ov.save_model(model, program, compress_to_fp16=False)
+    model.set_rt_info(sha256_of_file(directory / WEIGHTS_FILE), ["weights_sha256"])
+    ov.save_model(model, program, compress_to_fp16=False)
+
+
 def quantize(
     model: ov.Model,
     source: Source,
@@ -109,7 +182,10 @@ def quantize(
 ) -> tuple[ov.Model, QuantizationRecord]:
     """Quantise to int8 with NNCF, all but the blocks in `kept`."""
     samples = choose_samples(source, config)
-    method = f"nncf {nncf.__version__}, {config.activations} activations"
+    method = (
+        f"nncf {nncf.__version__}, {config.activations} activations, "
+        f"depthwise convolutions in {config.depthwise}"
+    )
     sha256 = write_calibration(directory, samples, config, method)
     preset = "mixed" if config.activations == "asymmetric" else "performance"
     patterns = [rf"{block.replace('.', '[.]')}([./].*)?" for block in kept]
@@ -119,7 +195,11 @@ def quantize(
         nncf.Dataset([{INPUT_NAME: image} for image in images]),
         preset=nncf.QuantizationPreset(preset),
         subset_size=len(samples),
-        ignored_scope=nncf.IgnoredScope(patterns=patterns, validate=False) if kept else None,
+        ignored_scope=nncf.IgnoredScope(
+            patterns=patterns,
+            types=["GroupConvolution"] if config.depthwise == "float" else [],
+            validate=False,
+        ),
     )
     return quantized, QuantizationRecord(
         method=method,

@@ -24,6 +24,7 @@ from export.calibration import (
 )
 from export.config import ExportConfig
 from export.graph import (
+    CAST_INPUT_NAME,
     INPUT_NAME,
     OPSETS,
     FloatPrecision,
@@ -57,6 +58,8 @@ class Scheme:
     """Whether SiLU, and the scaling by a gate, compute in 8 bits."""
     rounds_for_all: bool
     """Whether whoever reads a rounded map reads it rounded, or only what computes in 8 bits."""
+    float_precision: FloatPrecision = "fp32"
+    """Of all that is not rounded to 8 bits."""
     weight_levels: int = 127
     """Largest magnitude of a weight."""
 
@@ -70,9 +73,9 @@ SCHEMES = {
     "onnxruntime-7-bits": Scheme(
         TensorProto.UINT8, TensorProto.INT8, False, True, True, True, weight_levels=63
     ),
-    "tensorrt": Scheme(TensorProto.INT8, TensorProto.INT8, True, False, False, False),
+    "tensorrt": Scheme(TensorProto.INT8, TensorProto.INT8, True, False, False, False, "fp16"),
     "tensorrt-fp8": Scheme(
-        TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FN, True, False, False, False
+        TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FN, True, False, False, False, "fp16"
     ),
 }
 
@@ -103,20 +106,25 @@ def typed_graph(
         CalibrationError: too few training images.
     """
     if config.precision in ("int8", "fp8"):
-        graph = export_onnx(source.model, source.image_size)
-        samples = choose_samples(source, config)
         chosen = SCHEMES[scheme]
+        graph = export_onnx(source.model, source.image_size, chosen.float_precision)
+        samples = choose_samples(source, config)
         method = "mean over batches of the smallest and largest value of each map"
         sha256 = write_calibration(directory, samples, config, method)
         tensors = tensors_to_quantize(graph, kept, chosen)
-        ranges = collect_ranges(graph, tensors, images_of(source, samples))
+        # Ranges are those of the float32 model, whose maps have the same names; but for the input,
+        # which a graph of 16 bits casts first.
+        plain = export_onnx(source.model, source.image_size)
+        names = [INPUT_NAME if tensor == CAST_INPUT_NAME else tensor for tensor in tensors]
+        found = collect_ranges(plain, names, images_of(source, samples))
+        ranges = {t: found[name] for t, name in zip(tensors, names, strict=True)}
         insert_quantization(graph, ranges, kept, chosen)
         check_graph(graph)
         quantization = QuantizationRecord(
             method=f"{scheme}: {method}",
             num_calibration_images=len(samples),
             calibration_sha256=sha256,
-            kept_precision="fp32",
+            kept_precision=chosen.float_precision,
             kept_blocks=tuple(kept),
         )
         return TypedGraph(graph, OPSETS["fp32"], quantization)
@@ -162,7 +170,7 @@ def insert_quantization(
     Weights are symmetric with a scale for each output channel (one for all of them in fp8).
 
     Args:
-        graph: in float32.
+        graph: in the scheme's float precision.
         ranges: of the maps that are rounded.
         kept: blocks whose convolutions stay in float32.
         scheme: what the runtime takes.
@@ -170,6 +178,7 @@ def insert_quantization(
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
     scales = {tensor: _map_scale(bounds, scheme) for tensor, bounds in ranges.items()}
     nodes: list[onnx.NodeProto] = []
+    float_type = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}[scheme.float_precision]
 
     def dequantize(name: str, axis: int | None = None) -> str:
         inputs = [f"{name}/quantized", f"{name}/scale"]
@@ -182,7 +191,7 @@ def insert_quantization(
 
     def round_map(tensor: str) -> None:
         scale, zero = scales[tensor]
-        store(f"{tensor}/scale", scale, TensorProto.FLOAT)
+        store(f"{tensor}/scale", scale, float_type)
         store(f"{tensor}/zero_point", zero, scheme.activation_type)
         inputs = [tensor, f"{tensor}/scale", f"{tensor}/zero_point"]
         name = f"{tensor}/QuantizeLinear"
@@ -191,7 +200,7 @@ def insert_quantization(
 
     def round_constant(name: str, values: Array, scale: Array, kind: int) -> str:
         store(f"{name}/quantized", values, kind)
-        store(f"{name}/scale", scale, TensorProto.FLOAT)
+        store(f"{name}/scale", scale, float_type)
         if scale.ndim == 0:
             store(f"{name}/zero_point", np.zeros((), np.float32), kind)
         return dequantize(name, axis=0 if scale.ndim else None)

@@ -38,6 +38,7 @@ from export.calibration import choose_samples, images_of, write_calibration
 from export.config import ExportConfig
 from export.graph import INPUT_NAME, OUTPUT_NAME, count_weight_bytes
 from export.measuring import measure
+from export.ov import PROGRAM_FILE, WEIGHTS_FILE, save
 from export.source import Source, load_source
 from export.writing import Builder, Built, write_checked_artifact
 
@@ -245,11 +246,11 @@ class _Reader(CalibrationDataReader):
 def _save(
     model: ov.Model, directory: Path, config: ExportConfig, quantization: QuantizationRecord | None
 ) -> Built:
-    ov.save_model(model, directory / "model.xml", compress_to_fp16=False)
+    save(model, directory)
     return Built(
-        "model.xml",
-        (directory / "model.bin").stat().st_size,
-        other_files=("model.bin",),
+        PROGRAM_FILE,
+        (directory / WEIGHTS_FILE).stat().st_size,
+        other_files=(WEIGHTS_FILE,),
         static_batches=config.static_batches,
         quantization=quantization,
     )

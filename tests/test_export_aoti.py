@@ -99,13 +99,13 @@ def test_nothing_but_the_artifact_is_left(artifact: Path):
 
 def test_another_torch_is_refused_with_the_command_to_run(artifact: Path, tmp_path: Path):
     other = copy_with_binding(artifact, tmp_path / "other", version="2.99.0")
-    with pytest.raises(ArtifactError, match="by torch 2.99.0, here is.*python export/aoti.py"):
+    with pytest.raises(ArtifactError, match=r"by torch 2.99.0, here is.*python export/aoti.py"):
         open_runtime(other)
 
 
 def test_another_instruction_set_is_refused_with_the_command_to_run(artifact: Path, tmp_path: Path):
     other = copy_with_binding(artifact, tmp_path / "other", device="AVX1024")
-    with pytest.raises(ArtifactError, match="with AVX1024, this one has.*python export/aoti.py"):
+    with pytest.raises(ArtifactError, match=r"with AVX1024, this one has.*python export/aoti.py"):
         open_runtime(other)
 
 
@@ -152,7 +152,7 @@ def test_a_format_that_the_processor_lacks_is_refused(precision, tiny_checkpoint
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
 def test_no_gpu_is_told_before_work_starts(tiny_checkpoint: Path):
-    with pytest.raises(AotiError, match="no NVIDIA GPU answers here.*--device cpu"):
+    with pytest.raises(AotiError, match=r"no NVIDIA GPU answers here.*--device cpu"):
         aoti.main(AotiConfig(checkpoint=tiny_checkpoint, device="cuda"))
 
 

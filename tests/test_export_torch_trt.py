@@ -26,33 +26,33 @@ def artifact_for(directory: Path, like: Path, binding: dict[str, str] | None) ->
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
 def test_no_gpu_is_told_before_work_starts(tmp_path: Path):
     config = TorchTrtConfig(checkpoint=tmp_path / "missing", output=tmp_path / "artifact")
-    with pytest.raises(TorchTensorRTError, match="no NVIDIA GPU answers here.*export/ort.py"):
+    with pytest.raises(TorchTensorRTError, match=r"no NVIDIA GPU answers here.*export/ort.py"):
         torch_trt.main(config)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_8_bit_formats_are_refused_with_the_command_that_makes_them(precision):
-    with pytest.raises(ValueError, match=f"export/trt.py --precision {precision}"):
+    with pytest.raises(ValueError, match=rf"export/trt.py --precision {precision}"):
         TorchTrtConfig(precision=precision)
 
 
 def test_a_v100_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_trt, "current_gpu", lambda: Gpu("Tesla V100", "7.0"))
-    with pytest.raises(TorchTensorRTError, match="Tesla V100.*no release.*tensorrt-cu12==10.4.0"):
+    with pytest.raises(TorchTensorRTError, match=r"Tesla V100.*no release.*tensorrt-cu12==10.4.0"):
         torch_trt.find_gpu("fp16")
 
 
 def test_bf16_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_trt, "current_gpu", lambda: Gpu("Tesla T4", "7.5"))
     assert torch_trt.find_gpu("fp16").name == "Tesla T4"
-    with pytest.raises(TorchTensorRTError, match="7.5 does not compute in bf16.*fp16"):
+    with pytest.raises(TorchTensorRTError, match=r"7.5 does not compute in bf16.*fp16"):
         torch_trt.find_gpu("bf16")
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_trt, "PACKAGE", "torch_tensorrt_that_is_not_here")
-    with pytest.raises(TorchTensorRTError, match="not installed: 'pip install .torch-tensorrt=="):
+    with pytest.raises(TorchTensorRTError, match=r"not installed: 'pip install .torch-tensorrt=="):
         torch_trt.load_package()
 
 
@@ -72,7 +72,7 @@ def test_an_artifact_is_refused_without_a_gpu(tiny_artifact: Path, tmp_path: Pat
         "rebuild": "python export/torch_trt.py",
     }
     artifact = artifact_for(tmp_path / "artifact", tiny_artifact, binding)
-    with pytest.raises(ArtifactError, match="NVIDIA H100.*none answers here"):
+    with pytest.raises(ArtifactError, match=r"NVIDIA H100.*none answers here"):
         open_runtime(artifact)
 
 
