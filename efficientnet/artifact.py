@@ -164,7 +164,7 @@ class ArtifactManifest(_Frozen):
     static_programs: tuple[StaticProgram, ...] = ()
     """Where there is a file for each batch size, program_file among them; else empty."""
     static_batches: tuple[int, ...] = ()
-    """Batch sizes that a program of one file is prepared for with fixed shapes when it is opened."""
+    """Sizes that a program of one file is prepared for with fixed shapes when it is opened."""
     checkpoint_sha256: str
     """SHA-256 of the checkpoint's weights."""
     input: InputSpec

@@ -7,6 +7,8 @@ Three forms of the same network: as it is written; with batch norm folded into t
 and with squeeze-excite in the form that export_onnx gives it as well. For each: latency, agreement
 with the eager model, and how many nodes or kernels the runtime executes. A gain of nothing is
 printed as that.
+
+The rows of CUDA and TensorRT have not run so far, for lack of a GPU.
 """
 
 import copy
@@ -43,6 +45,7 @@ from efficientnet.artifact import Binding, StaticProgram, read_artifact
 from efficientnet.atomic import write_text
 from efficientnet.checkpoint import load_checkpoint
 from efficientnet.command import parse_flags, run_command
+from efficientnet.datasets import data_name
 from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.errors import PipelineError
 from efficientnet.model import EfficientNet, ResidualBlock, SiLU, SqueezeExcite
@@ -262,7 +265,7 @@ def main(config: AblationConfig) -> AblationRecord:
         image_size=source.image_size,
         checkpoint_sha256=source.record.weights_sha256,
         num_parity_images=config.num_parity_images,
-        data=Path(source.dataset.source).name,
+        data=data_name(source.dataset.source),
         seconds=config.seconds,
         environment=current_environment(),
         started_at=started_at,
@@ -687,6 +690,8 @@ def make_aoti(
 
     def build(directory: Path, _: tuple[str, ...]) -> Built:
         log.info("compile %s", FORMS[form])
+        # It tells everyone without a GPU that the CUDA toolkit is not used.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         image = torch.zeros(1, 3, source.image_size, source.image_size, device=device)
         with builder.fresh_cache(dir=str(directory)), torch.no_grad():
             torch._inductor.aoti_compile_and_package(

@@ -142,8 +142,8 @@ def find_target(config: AotiConfig) -> Target:
         if missing is not None:
             raise AotiError(
                 f"this processor has no instructions for {config.precision} ({missing}): it would "
-                "compute in float32 and round; take --precision fp32, or "
-                "'python export/ov.py --precision int8', which is faster"
+                "compute in float32 and round; take --precision fp32, or int8 by "
+                "'python export/ov.py --precision int8'"
             )
         return Target("cpu", torch.backends.cpu.get_cpu_capability(), None)
     if gpu is None:

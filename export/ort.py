@@ -13,7 +13,6 @@ from typing import Literal
 import onnx
 import torch
 
-from efficientnet.artifact import Binding
 from efficientnet.command import parse_flags, run_command
 from efficientnet.devices import has_vnni
 from efficientnet.runtimes.onnx_runtime import PROVIDERS, require_provider
@@ -21,7 +20,7 @@ from export.config import ExportConfig
 from export.graph import count_ops, count_weight_bytes
 from export.precision import typed_graph
 from export.source import load_source
-from export.writing import Built, default_output, write_checked_artifact
+from export.writing import Built, default_output, vnni_binding, write_checked_artifact
 
 PROGRAM_FILE = "model.onnx"
 
@@ -94,20 +93,11 @@ def main(config: ExportConfig) -> Path:
             provider=None if provider == "cpu" else PROVIDERS[provider],
             opset=typed.opset,
             target_device="cpu" if provider == "cpu" else "cuda",
-            binding=_VNNI if is_bound else None,
+            binding=vnni_binding("onnxruntime", "python export/ort.py") if is_bound else None,
             quantization=typed.quantization,
         )
 
     return write_checked_artifact(source, config, output, "onnxruntime", build)
-
-
-_VNNI = Binding(
-    library="onnxruntime",
-    version="",
-    compute_capability=None,
-    device="VNNI",
-    rebuild="python export/ort.py --precision int8",
-)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from openvino._offline_transformations import apply_moc_transformations
 from efficientnet.artifact import QuantizationRecord, read_artifact
 from efficientnet.atomic import replaced_directory, sha256_of_file
 from efficientnet.command import parse_flags, run_command
+from efficientnet.devices import has_vnni
 from efficientnet.runtimes.openvino_runtime import DEVICE, require_capability
 from export.calibration import choose_samples, images_of, write_calibration
 from export.config import ExportConfig
@@ -27,7 +28,7 @@ from export.gate import GateError
 from export.graph import INPUT_NAME, OPSET, count_weight_bytes, export_onnx
 from export.measuring import measure
 from export.source import Source, load_source
-from export.writing import Built, default_output, write_checked_artifact
+from export.writing import Built, default_output, vnni_binding, write_checked_artifact
 
 PROGRAM_FILE = "model.xml"
 WEIGHTS_FILE = "model.bin"
@@ -36,6 +37,9 @@ Activations = Literal["asymmetric", "symmetric"]
 Depthwise = Literal["int8", "float"]
 ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 DEPTHWISE: tuple[Depthwise, ...] = get_args(Depthwise)
+
+# Of one pixel: they take no time, and decide about whole channels.
+SQUEEZE_EXCITE = r".*[.](gate[.]|pool/).*"
 
 SEARCH_SECONDS = 4.0
 SEARCH_TURNS = 8
@@ -106,6 +110,9 @@ def main(config: OpenVinoConfig) -> Path:
             log=(f"OpenVINO {ov.__version__}, nncf {nncf.__version__}, opset {OPSET}",),
             opset=OPSET,
             quantization=quantization,
+            binding=vnni_binding("openvino", "python export/ov.py")
+            if quantization and has_vnni()
+            else None,
         )
 
     return write_checked_artifact(source, config, output, "openvino", build)
@@ -180,7 +187,7 @@ def quantize(
     kept: Sequence[str],
     directory: Path,
 ) -> tuple[ov.Model, QuantizationRecord]:
-    """Quantise to int8 with NNCF, all but the blocks in `kept`."""
+    """Quantise to int8 with NNCF, all but squeeze-excite's layers and the blocks in `kept`."""
     samples = choose_samples(source, config)
     method = (
         f"nncf {nncf.__version__}, {config.activations} activations, "
@@ -188,13 +195,17 @@ def quantize(
     )
     sha256 = write_calibration(directory, samples, config, method)
     preset = "mixed" if config.activations == "asymmetric" else "performance"
-    patterns = [rf"{block.replace('.', '[.]')}([./].*)?" for block in kept]
+    patterns = [SQUEEZE_EXCITE, *(rf"{block.replace('.', '[.]')}([./].*)?" for block in kept)]
     images = [batch[i : i + 1] for batch in images_of(source, samples) for i in range(len(batch))]
     quantized: Any = nncf.quantize(
         model,
         nncf.Dataset([{INPUT_NAME: image} for image in images]),
         preset=nncf.QuantizationPreset(preset),
         subset_size=len(samples),
+        # Without VNNI two products are added up in 16 bits, where weights of 8 bits overflow.
+        advanced_parameters=nncf.AdvancedQuantizationParameters(
+            overflow_fix=nncf.OverflowFix.FIRST_LAYER if has_vnni() else nncf.OverflowFix.ENABLE
+        ),
         ignored_scope=nncf.IgnoredScope(
             patterns=patterns,
             types=["GroupConvolution"] if config.depthwise == "float" else [],

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as shape_settings
 
 from efficientnet.artifact import Binding, StaticProgram
 from efficientnet.command import parse_flags, run_command
@@ -211,7 +212,14 @@ def build_program(
             name=INPUT_NAME,
         )
     example = torch.zeros(num_images, *shape, device="cuda")
-    with torch.no_grad():
+    # Without the second setting torch.export records a range from 1 as one from 2, and so does the
+    # engine: a single image would be refused.
+    with (
+        torch.no_grad(),
+        shape_settings.patch(  # pyright: ignore[reportAttributeAccessIssue]
+            backed_size_oblivious=True
+        ),
+    ):
         exported = torch.export.export(network, (example,), dynamic_shapes=dynamic_shapes)
         compiled: Any = torch_tensorrt.dynamo.compile(
             exported,

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from efficientnet.artifact import (
@@ -21,7 +22,7 @@ from efficientnet.artifact import (
 )
 from efficientnet.atomic import sha256_of_file
 from efficientnet.environment import current_environment
-from efficientnet.runtimes.protocol import open_program
+from efficientnet.runtimes.protocol import VNNI, open_program
 from export.agreement import compare_logits, require_parity, run_in_batches, tolerances_for
 from export.config import ExportConfig
 from export.gate import Attempt, Gate, keep_within_drop
@@ -56,6 +57,17 @@ class Built:
 
 # Fills an empty directory; the names of the blocks that stay in a higher precision are given to it.
 Builder = Callable[[Path, tuple[str, ...]], Built]
+
+
+def vnni_binding(library: str, command: str) -> Binding:
+    """Bind an int8 program whose weights have all 8 bits to processors with VNNI."""
+    return Binding(
+        library=library,
+        version=metadata.version(library),
+        compute_capability=None,
+        device=VNNI,
+        rebuild=f"{command} --precision int8",
+    )
 
 
 def default_output(config: ExportConfig, source: Source, name: str) -> Path:

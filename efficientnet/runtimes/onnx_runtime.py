@@ -12,11 +12,11 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest
-from efficientnet.devices import has_vnni
 from efficientnet.runtimes.protocol import (
     ProgramInfo,
     check_images,
     info_of_artifact,
+    require_processor,
     smallest_that_takes,
 )
 
@@ -164,12 +164,7 @@ def open_program(
             compute something else.
     """
     info = info_of_artifact(manifest)
-    if manifest.binding is not None and not has_vnni():
-        raise ArtifactError(
-            f"{directory} has int8 weights of 8 bits for a processor with VNNI, and this one has "
-            "none: sums would overflow and the answers be wrong; run here: "
-            f"'{manifest.binding.rebuild}'"
-        )
+    require_processor(directory, manifest)
     if manifest.provider is not None:
         return OnnxGpuRuntime(directory, manifest, info, num_threads)
     return OnnxRuntime(directory / manifest.program_file, info, num_threads)

@@ -12,6 +12,7 @@ from efficientnet.runtimes.protocol import (
     ProgramInfo,
     check_images,
     info_of_artifact,
+    require_processor,
 )
 
 DEVICE = "CPU"
@@ -94,6 +95,7 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
     Raises:
         ArtifactError: OpenVINO refuses it, or the processor lacks its precision.
     """
+    require_processor(directory, manifest)
     quantization = manifest.quantization
     return OpenVinoRuntime(
         directory / manifest.program_file,

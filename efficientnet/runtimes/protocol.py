@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest, read_artifact
+from efficientnet.devices import has_vnni
 from efficientnet.environment import num_usable_cores
 from efficientnet.preprocess import PreprocessSpec
 
-# Runtime's name -> the module that opens it: `open_program(directory, manifest, num_threads)` for an
-# artifact, `open_directory(directory, num_threads)` for a checkpoint. A module is imported only when
-# it is asked for, so that none of these libraries is needed by the others.
+# Runtime's name -> the module that opens it: `open_program(directory, manifest, num_threads)` for
+# an artifact, `open_directory(directory, num_threads)` for a checkpoint. A module is imported only
+# when it is asked for, so that none of these libraries is needed by the others.
 RUNTIME_MODULES = {
     "torch": "efficientnet.runtimes.torch_runtime",
     "onnxruntime": "efficientnet.runtimes.onnx_runtime",
@@ -25,6 +26,10 @@ RUNTIME_MODULES = {
     "torch-tensorrt": "efficientnet.runtimes.torch_trt_runtime",
     "aoti": "efficientnet.runtimes.aoti_runtime",
 }
+
+
+# Device of a Binding: weights of 8 bits, which need sums of 32.
+VNNI = "VNNI"
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,20 @@ def open_program(
         )
     threads = num_threads or num_usable_cores()
     return _import_runtime(name, directory).open_program(directory, manifest, threads)
+
+
+def require_processor(directory: Path, manifest: ArtifactManifest) -> None:
+    """Check that a program for the CPU computes on this one what it computed when it was checked.
+
+    Raises:
+        ArtifactError: its int8 weights need VNNI.
+    """
+    if manifest.binding is not None and manifest.binding.device == VNNI and not has_vnni():
+        raise ArtifactError(
+            f"{directory} has int8 weights of 8 bits for a processor with VNNI, and this one has "
+            "none: sums would overflow and the answers be wrong; run here: "
+            f"'{manifest.binding.rebuild}'"
+        )
 
 
 def smallest_that_takes(batch_size: int, sizes: Iterable[int]) -> int | None:
