@@ -6,8 +6,9 @@ Two runtimes read int8 graphs, and their kernels want different ones (see SCHEME
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from efficientnet.artifact import QuantizationRecord
+from efficientnet.datasets import Sample
 from export.calibration import (
     Ranges,
     choose_samples,
@@ -36,6 +38,8 @@ from export.graph import (
 from export.source import Source
 
 FP8_LARGEST = 448.0
+
+METHOD = "mean over batches of the smallest and largest value of each map"
 
 # Zero or more axes, numpy's scalars included.
 Array = Any
@@ -107,22 +111,17 @@ def typed_graph(
     """
     if config.precision in ("int8", "fp8"):
         chosen = SCHEMES[scheme]
-        graph = export_onnx(source.model, source.image_size, chosen.float_precision)
-        samples = choose_samples(source, config)
-        method = "mean over batches of the smallest and largest value of each map"
-        sha256 = write_calibration(directory, samples, config, method)
+        calibrated = _calibrate(source, config, scheme)
+        sha256 = write_calibration(directory, calibrated.samples, config, METHOD)
+        graph = onnx.ModelProto()
+        graph.CopyFrom(calibrated.graph)
         tensors = tensors_to_quantize(graph, kept, chosen)
-        # Ranges are those of the float32 model, whose maps have the same names; but for the input,
-        # which a graph of 16 bits casts first.
-        plain = export_onnx(source.model, source.image_size)
-        names = [INPUT_NAME if tensor == CAST_INPUT_NAME else tensor for tensor in tensors]
-        found = collect_ranges(plain, names, images_of(source, samples))
-        ranges = {t: found[name] for t, name in zip(tensors, names, strict=True)}
+        ranges = {tensor: calibrated.ranges[tensor] for tensor in tensors}
         insert_quantization(graph, ranges, kept, chosen)
         check_graph(graph)
         quantization = QuantizationRecord(
-            method=f"{scheme}: {method}",
-            num_calibration_images=len(samples),
+            method=f"{scheme}: {METHOD}",
+            num_calibration_images=len(calibrated.samples),
             calibration_sha256=sha256,
             kept_precision=chosen.float_precision,
             kept_blocks=tuple(kept),
@@ -130,6 +129,29 @@ def typed_graph(
         return TypedGraph(graph, OPSETS["fp32"], quantization)
     precision: FloatPrecision = config.precision
     return TypedGraph(export_onnx(source.model, source.image_size, precision), OPSETS[precision])
+
+
+class _Calibrated(NamedTuple):
+    graph: onnx.ModelProto
+    samples: tuple[Sample, ...]
+    ranges: Ranges
+
+
+# The accuracy gate asks for several graphs that differ in the blocks that are kept.
+@lru_cache(maxsize=1)
+def _calibrate(source: Source, config: ExportConfig, scheme: str) -> _Calibrated:
+    chosen = SCHEMES[scheme]
+    samples = choose_samples(source, config)
+    graph = export_onnx(source.model, source.image_size, chosen.float_precision)
+    # Ranges are those of the float32 model, whose maps have the same names; but for the input,
+    # which a graph of 16 bits casts first.
+    is_plain = chosen.float_precision == "fp32"
+    plain = graph if is_plain else export_onnx(source.model, source.image_size)
+    tensors = tensors_to_quantize(graph, (), chosen)
+    names = [INPUT_NAME if tensor == CAST_INPUT_NAME else tensor for tensor in tensors]
+    found = collect_ranges(plain, names, images_of(source, samples))
+    ranges = {tensor: found[name] for tensor, name in zip(tensors, names, strict=True)}
+    return _Calibrated(graph, tuple(samples), ranges)
 
 
 def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Scheme) -> list[str]:

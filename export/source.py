@@ -25,7 +25,7 @@ BATCH_SIZE = 16
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """A checkpoint at one image size, with the images that its exports are checked on."""
 
