@@ -9,16 +9,19 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
-from efficientnet.atomic import point_link
+from efficientnet.atomic import point_link, write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.datasets import SAMPLE_PHOTOS
+from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.errors import PipelineError
 from efficientnet.precision import Precision
+from efficientnet.publishing import find_section, published_directory, write_section
 from efficientnet.runtimes import open_runtime
 from efficientnet.tables import NOTHING, Table, format_bytes, format_ms, format_percent
 from export.config import ExportConfig
@@ -29,6 +32,8 @@ from export.source import Source, load_source
 ROOT = Path(__file__).resolve().parent.parent
 
 DEFAULT_LINK = "default"
+
+SECTION = "exports"
 
 NUM_TURNS = 6
 
@@ -83,6 +88,11 @@ class AllConfig(ExportConfig):
     seconds: float = 4.0
     """Measured time of each artifact at batch 1."""
 
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and all tables there into the README."""
+
+    readme: Path = Path("README.md")
+
     def __post_init__(self) -> None:
         """Check the limits."""
         super().__post_init__()
@@ -118,6 +128,10 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    variant: str
+    image_size: int
+    environment: EnvironmentRecord
+    started_at: AwareDatetime
     lines: tuple[Line, ...]
     default: str | None
     notes: tuple[str, ...]
@@ -130,6 +144,9 @@ def main(config: AllConfig) -> Summary:
         CheckpointError: no whole checkpoint.
         PipelineError: not one artifact could be made.
     """
+    started_at = datetime.now(UTC)
+    if config.publish:
+        find_section(config.readme, SECTION)
     source = load_source(config)
     folder = Path("artifacts") / source.variant
     lines: list[Line] = []
@@ -147,7 +164,46 @@ def main(config: AllConfig) -> Summary:
     log.info("%s", table_of(lines, default).aligned_text())
     for note in notes:
         log.info("%s", note)
-    return Summary(lines=tuple(lines), default=default, notes=tuple(notes))
+    summary = Summary(
+        variant=source.variant,
+        image_size=source.image_size,
+        environment=current_environment(),
+        started_at=started_at,
+        lines=tuple(lines),
+        default=default,
+        notes=tuple(notes),
+    )
+    if config.publish:
+        publish(summary, config.readme)
+    return summary
+
+
+def publish(summary: Summary, readme: Path) -> None:
+    """Write a table to its place, and all that stand there into the README.
+
+    Raises:
+        PublishError: the README has no place for them.
+    """
+    folder = published_directory(summary.started_at, [summary.environment])
+    name = f"exports-{summary.variant}-{summary.image_size}px.json"
+    write_text(folder / name, summary.model_dump_json(indent=1) + "\n")
+    files = sorted(folder.glob("exports-*.json"))
+    parts = [section_of(Summary.model_validate_json(file.read_text())) for file in files]
+    write_section(readme, SECTION, "\n\n".join(parts))
+
+
+def section_of(summary: Summary) -> str:
+    """Write a table as Markdown."""
+    table = table_of(list(summary.lines), summary.default).markdown()
+    cpu, cores = summary.environment.cpu, summary.environment.num_cores
+    return "\n\n".join(
+        [
+            f"**{summary.variant}, {summary.image_size} px**",
+            table,
+            f"{cpu}, {cores} cores, {summary.started_at:%Y-%m-%d} UTC.",
+            *(f"- {note}" for note in summary.notes),
+        ]
+    )
 
 
 def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
@@ -236,7 +292,7 @@ def reason_of(text: str) -> str:
     """Return the message of a command that failed, in one line."""
     found = re.search(r"^error: (.*)", text, re.M)
     if found:
-        return found.group(1)
+        return found.group(1).replace(f"{ROOT}/", "")
     # A wrong flag's box: its words without the frame.
     inner = re.findall(r"^│ (.*?)\s*│$", text, re.M)
     return re.sub(r"^Error parsing \w+: ", "", " ".join(inner).partition(" ───")[0])

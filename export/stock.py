@@ -11,6 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,14 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from efficientnet.artifact import QuantizationRecord, read_artifact
+from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
+from efficientnet.devices import cpu_features
+from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
+from efficientnet.publishing import find_section, published_directory, write_section
 from efficientnet.runtimes.openvino_runtime import DEVICE
 from efficientnet.tables import Table, format_ms, format_ratio
 from export.calibration import choose_samples, images_of, write_calibration
@@ -41,6 +46,11 @@ from export.measuring import measure
 from export.ov import PROGRAM_FILE, WEIGHTS_FILE, save
 from export.source import Source, load_source
 from export.writing import Builder, Built, write_checked_artifact
+
+SECTION = "stock"
+
+# What decides which kernels a processor gets.
+CPU_FEATURES = frozenset({"avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8"})
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +70,11 @@ class StockConfig(ExportConfig):
 
     batch_size: int = 1
     """Images in a call."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and all tables there into the README."""
+
+    readme: Path = Path("README.md")
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -89,6 +104,11 @@ class Comparison(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    variant: str
+    num_threads: int
+    environment: EnvironmentRecord
+    cpu_features: tuple[str, ...]
+    started_at: AwareDatetime
     batch_size: int
     image_size: int
     ratios: tuple[Ratio, ...]
@@ -101,6 +121,9 @@ def main(config: StockConfig) -> Comparison | str:
         CheckpointError, CalibrationError: see load_source and choose_samples.
         PipelineError: the measurement failed.
     """
+    started_at = datetime.now(UTC)
+    if config.publish:
+        find_section(config.readme, SECTION)
     source = load_source(config)
     folder = (config.output or Path("artifacts") / source.variant) / "stock"
     stock = make_stock_artifacts(source, config, folder)
@@ -127,9 +150,46 @@ def main(config: StockConfig) -> Comparison | str:
                     high=shares[-1],
                 )
             )
-    log.info("%s", table_of(ratios).aligned_text())
-    return Comparison(
-        batch_size=config.batch_size, image_size=source.image_size, ratios=tuple(ratios)
+    comparison = Comparison(
+        variant=source.variant,
+        num_threads=num_usable_cores(),
+        environment=current_environment(),
+        cpu_features=tuple(sorted(CPU_FEATURES & cpu_features())),
+        started_at=started_at,
+        batch_size=config.batch_size,
+        image_size=source.image_size,
+        ratios=tuple(ratios),
+    )
+    log.info("%s", table_of(comparison).aligned_text())
+    if config.publish:
+        publish(comparison, config.readme)
+    return comparison
+
+
+def publish(comparison: Comparison, readme: Path) -> None:
+    """Write a comparison to its place, and all that stand there into the README.
+
+    Raises:
+        PublishError: the README has no place for them.
+    """
+    folder = published_directory(comparison.started_at, [comparison.environment])
+    c = comparison
+    name = f"stock-{c.variant}-{c.image_size}px-batch-{c.batch_size}.json"
+    write_text(folder / name, comparison.model_dump_json(indent=1) + "\n")
+    files = sorted(folder.glob("stock-*.json"))
+    parts = [section_of(Comparison.model_validate_json(file.read_text())) for file in files]
+    write_section(readme, SECTION, "\n\n".join(parts))
+
+
+def section_of(comparison: Comparison) -> str:
+    """Write a comparison as Markdown."""
+    c, features = comparison, ", ".join(comparison.cpu_features)
+    return (
+        f"**{c.variant}, {c.image_size} px, batch {c.batch_size}**\n\n"
+        f"{table_of(c).markdown()}\n\n"
+        f"{c.environment.cpu} ({features}), {c.num_threads} threads, {c.started_at:%Y-%m-%d} UTC. "
+        "Ours / theirs: median of the ratios of the medians within a turn, and their range; less "
+        "than 1 is faster."
     )
 
 
@@ -219,8 +279,9 @@ def export_plainly(source: Source, path: Path) -> None:
     )
 
 
-def table_of(ratios: Sequence[Ratio]) -> Table:
+def table_of(comparison: Comparison) -> Table:
     """Lay the ratios out: ours by row, the others by column."""
+    ratios = comparison.ratios
     others = list(dict.fromkeys(ratio.other for ratio in ratios))
     rows: list[tuple[str, ...]] = []
     for program in dict.fromkeys(ratio.program for ratio in ratios):
@@ -229,7 +290,7 @@ def table_of(ratios: Sequence[Ratio]) -> Table:
             f"{format_ratio(r.ratio)} ({format_ratio(r.low)} to {format_ratio(r.high)})"
             for r in (own[other] for other in others)
         ]
-        rows.append((program, format_ms(own[others[0]].p50_ms), *cells))
+        rows.append((Path(program).name, format_ms(own[others[0]].p50_ms), *cells))
     columns = ("ours / theirs", "p50 ms", *others)
     return Table(columns, tuple(rows), frozenset(columns[:1]))
 
