@@ -62,16 +62,17 @@ class CompileSettings:
         return {
             # Freezing joins SiLU to the convolutions. It also stores weights in the order that
             # oneDNN asks for, which for a fixed batch is not the one that the joined kernel then
-            # wants: 15 weights of v2-s were reordered in each call, 60 ms each. Milliseconds of one
-            # core (AVX2, best of interleaved calls), v2-b0 at 224 px and v2-s at 384 px:
-            #              v2-b0, 1 image   v2-b0, 8   v2-s, 1
-            #   eager             59.9          358       451
-            #   any batch         41.4          305       376
-            #   any, frozen       43.0          270       370
-            #   fixed             39.5
-            #   fixed, frozen     39.6                    815
-            # Squeeze-excite as 1x1 convolutions instead of products: 40.7; contiguous images
-            # inside: 43.6.
+            # wants: 15 weights of v2-s were reordered in each call, more than half of its time.
+            # Milliseconds of processor time on one core with AVX2, the least of interleaved calls,
+            # a process for each column (v2-b0 at 224 px, v2-s at 384 px):
+            #                   v2-b0, 1 image   v2-b0, 8 images   v2-s, 1 image
+            #   eager                  59.9            358               373
+            #   any batch              41.4            305               318
+            #   any, frozen            43.0            270               307
+            #   fixed                  39.5                              335
+            #   fixed, frozen          39.6                              738
+            # Of v2-b0 and one image, frozen: squeeze-excite as 1x1 convolutions 40.7 against 39.6
+            # with a fixed batch, contiguous images inside 43.6 against 43.0 with any.
             "freezing": not is_static,
             # By default the number of threads of this machine is compiled in.
             "cpp.dynamic_threads": True,
@@ -143,8 +144,10 @@ def compile_programs(
         importlib.import_module(TRITON_SQUEEZE_EXCITE).use_triton_squeeze_excite(network)
     program = Program(network, settings.dtype).eval().to(settings.device)
     lines: list[str] = []
-    # It tells everyone without a GPU that the CUDA toolkit is not used.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # The one tells everyone without a GPU that the CUDA toolkit is not used, the other after an
+    # error that its cache is kept, which is removed with the artifact's unfinished directory.
+    for name in ("torch.utils.cpp_extension", "torch._inductor.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     folder = next(iter(programs)).parent
     try:
         with fresh_cache(dir=str(folder)), torch.no_grad():

@@ -45,6 +45,9 @@ SQUEEZE_EXCITE = r".*[.](gate[.]|pool/).*"
 SEARCH_SECONDS = 4.0
 SEARCH_TURNS = 8
 
+# It would list every layer that is left out.
+logging.getLogger("nncf").setLevel(logging.WARNING)
+
 log = logging.getLogger(__name__)
 
 

@@ -16,35 +16,31 @@ from efficientnet.environment import current_environment
 from efficientnet.errors import PipelineError
 from efficientnet.model import EfficientNet
 from efficientnet.publishing import PublishError
+from efficientnet.runtimes.protocol import RUNTIME_MODULES
 from export import ablation
-from export.ablation import (
-    FORMS,
-    GATE_MUL,
-    GATE_SIGMOID,
-    RESIDUAL,
-    SILU,
-    AblationConfig,
-    AblationRecord,
-    EagerModel,
-    Executed,
-    Fate,
-    FormRecord,
-    count_parts,
+from export.ablation import AblationConfig
+from export.ablation_rows import FormRecord, why_not_here
+from export.ablation_table import AblationRecord, table_of, to_markdown
+from export.executed import (
     executed_by_inductor,
     executed_by_onnxruntime,
     executed_by_openvino,
     executed_by_tensorrt,
     executed_by_torch,
-    find_parts,
-    graph_in_form,
-    model_in_form,
-    open_eager,
-    table_of,
-    to_markdown,
-    why_not_here,
 )
+from export.forms import FORMS, EagerModel, graph_in_form, model_in_form, open_eager
 from export.graph import count_ops
 from export.measuring import measure_callables
+from export.parts import (
+    GATE_MUL,
+    GATE_SIGMOID,
+    RESIDUAL,
+    SILU,
+    Executed,
+    Fate,
+    count_parts,
+    find_parts,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -242,7 +238,7 @@ def test_a_runtime_without_its_device_or_library_gives_a_reason(monkeypatch: pyt
     for runtime in ("torch-cuda", "aoti-cuda", "tensorrt"):
         reason = why_not_here(runtime)  # type: ignore[arg-type]
         assert reason is not None and "no NVIDIA GPU answers here" in reason
-    monkeypatch.setitem(ablation.RUNTIME_MODULES, "openvino", "no_such_library")
+    monkeypatch.setitem(RUNTIME_MODULES, "openvino", "no_such_library")
     assert why_not_here("openvino") == "No module named 'no_such_library'"
     assert why_not_here("onnxruntime") is None
 
@@ -275,24 +271,49 @@ def test_nothing_is_measured_when_the_readme_has_no_place(tiny_checkpoint: Path,
         ablation.main(AblationConfig(tiny_checkpoint, publish=True, readme=readme))
 
 
-def test_the_command_measures_in_turns_and_publishes(tiny_checkpoint: Path, tmp_path: Path):
-    readme = tmp_path / "README.md"
-    readme.write_text("# Title\n\n<!-- fusion: written by a command -->\n<!-- /fusion -->\n")
+def test_what_was_measured_is_published(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    readme = write_readme(tmp_path)
+    found = ablation.main(
+        AblationConfig(
+            tiny_checkpoint,
+            runtimes=("onnxruntime",),
+            seconds=0.1,
+            turns=2,
+            num_parity_images=64,
+            publish=True,
+        )
+    )
+    for line in found.rows:
+        assert line.reason is None and len(line.turn_p50_ms) == 2 and min(line.turn_p50_ms) > 0
+    assert "| onnxruntime | BN folded + SE fused |" in readme.read_text()
+    (published,) = (tmp_path / "reports" / "published").glob("*/fusion.json")
+    assert AblationRecord.model_validate_json(published.read_text()) == found
+    assert published.with_suffix(".md").is_file()
+
+
+@pytest.mark.slow
+def test_the_command_measures_one_runtime_after_the_other(tiny_checkpoint: Path, tmp_path: Path):
+    readme = write_readme(tmp_path)
+    runtimes = ("onnxruntime", "openvino", "tensorrt")
     command = [
         *(sys.executable, str(ROOT / "export" / "ablation.py")),
         *("--checkpoint", str(tiny_checkpoint), "--num-parity-images", "64"),
-        *("--runtimes", "onnxruntime", "openvino", "tensorrt"),
-        *("--seconds", "0.1", "--turns", "2", "--publish"),
+        *("--runtimes", *runtimes, "--seconds", "0.1", "--turns", "2", "--publish"),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = AblationRecord.model_validate_json(done.stdout.splitlines()[-1]).rows
-    assert [(row.runtime, row.form) for row in found] == [
-        (runtime, form) for runtime in ("onnxruntime", "openvino", "tensorrt") for form in FORMS
+    assert [(line.runtime, line.form) for line in found] == [
+        (runtime, form) for runtime in runtimes for form in FORMS
     ]
-    for line in found[:6]:
-        assert line.reason is None and len(line.turn_p50_ms) == 2 and min(line.turn_p50_ms) > 0
-    assert "| onnxruntime | BN folded + SE fused |" in readme.read_text()
-    (published,) = (tmp_path / "reports" / "published").glob("*/fusion.json")
-    assert AblationRecord.model_validate_json(published.read_text()).variant == "tiny"
-    assert published.with_suffix(".md").is_file()
+    assert all(line.reason is None for line in found[:6])
+    assert "| openvino | BN folded + SE fused |" in readme.read_text()
+
+
+def write_readme(folder: Path) -> Path:
+    readme = folder / "README.md"
+    readme.write_text("# Title\n\n<!-- fusion: written by a command -->\n<!-- /fusion -->\n")
+    return readme

@@ -1,0 +1,378 @@
+"""Artifacts -> where the time of a call goes, layer by layer, as the runtime's own profile tells.
+
+Only ONNX Runtime on the CPU and OpenVINO tell. Measuring each layer takes time itself, so the sum
+over the layers stands beside a call without a profile. Several artifacts are measured one after the
+other, and their kinds of layers are set side by side.
+
+    python perf/layers.py artifacts/v2-s/openvino-int8
+    python perf/layers.py artifacts/v2-s/onnxruntime-fp32 artifacts/v2-s/openvino-fp32 --threads 1
+"""
+
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from efficientnet.artifact import ArtifactError, read_artifact
+from efficientnet.command import parse_flags, run_command
+from efficientnet.cost import layer_costs, total_cost
+from efficientnet.devices import CPU_PRECISION, cpu_peak, describe_peak
+from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
+from efficientnet.precision import Precision
+from efficientnet.runtimes import open_runtime
+from efficientnet.tables import NOTHING, Table, format_ms, format_percent, format_rate
+from efficientnet.variants import get_variant
+from perf.inputs import map_inputs, prepare_inputs, rotate
+from perf.layer_profile import (
+    CLASSIFIER,
+    NUM_WARM_UP_CALLS,
+    PROFILERS,
+    Batches,
+    LayerTime,
+    gop_per_s,
+    layer_times,
+    share_of_peak,
+    time_calls,
+)
+from perf.programs import Program, images_for, read_program, require_different_paths
+
+NUM_SLOWEST = 15
+MAX_CALLS = 200
+SEED = 0
+
+WHO_TELLS = "the runtimes that tell the times of layers are onnxruntime on the CPU and openvino"
+
+log = logging.getLogger(__name__)
+
+
+class KindTime(BaseModel):
+    """All layers of one kind."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    ms: float
+    share: float
+    """Of the sum over all layers, 0..1."""
+    num_layers: int
+    operations: int
+    """Of the convolutions or the classifier in them: two for each multiply-add."""
+    gop_per_s: float | None
+    share_of_peak: float | None
+
+
+class ProgramLayers(BaseModel):
+    """One artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    program_sha256: str
+    variant: str
+    runtime: str
+    precision: Precision
+    image_size: int
+    kinds: tuple[KindTime, ...]
+    """The slowest first."""
+    layers: tuple[LayerTime, ...]
+    """In the order in which they run."""
+    layers_ms: float
+    """Sum over the layers."""
+    call_ms: float
+    """Fastest call without a profile."""
+    median_call_ms: float
+    profiled_call_ms: float
+    """Fastest call with one."""
+    operations_per_s: float | None
+    """What the CPU does at most in this precision; None where that is not known."""
+
+
+class LayerTimes(BaseModel):
+    """What one run of the command measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    programs: tuple[ProgramLayers, ...]
+    batch_size: int
+    num_threads: int
+    num_calls: int
+    environment: EnvironmentRecord
+    started_at: AwareDatetime
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """Settings of a measurement."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Artifact directories, of ONNX Runtime on the CPU or of OpenVINO."""
+
+    calls: int = 20
+    """Calls that are timed after the warm-up, 1 to 200; OpenVINO's profile takes rounds of 5."""
+
+    threads: int | None = None
+    """CPU threads of a call; None = one per usable core."""
+
+    batch_size: int = 1
+    """Images in a call, at least 1."""
+
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what each program was trained on."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not self.paths:
+            raise ValueError(
+                "no artifact is named, expected at least one like artifacts/v2-s/openvino-int8"
+            )
+        if not 1 <= self.calls <= MAX_CALLS:
+            raise ValueError(f"--calls is {self.calls}, expected 1 to {MAX_CALLS}")
+        for flag, value in (("--threads", self.threads), ("--batch-size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} is {value}, expected at least 1")
+        require_different_paths(self.paths)
+
+
+def main(config: LayersConfig) -> LayerTimes:
+    """Measure one artifact after the other and log the tables.
+
+    Raises:
+        FileNotFoundError: a path or the data is not there.
+        ArtifactError, CheckpointError: a path is not what it should be, or its runtime does not
+            tell the times of layers; found before any work.
+    """
+    started_at = datetime.now(UTC)
+    programs = [read_profiled(path, config.batch_size) for path in config.paths]
+    num_threads = config.threads or num_usable_cores()
+    log.info(
+        "programs: %d; threads: %d; batch size: %d; calls: %d; machine: %s, %d cores",
+        *(len(programs), num_threads, config.batch_size, config.calls),
+        *(current_environment().cpu, num_usable_cores()),
+    )
+    operations_per_s = None
+    if any(program.precision == CPU_PRECISION for program in programs):
+        # Before the programs are opened: nothing else computes now.
+        peak = cpu_peak(num_threads)
+        operations_per_s = peak.operations_per_s
+        log.info("the CPU's peak in float32: %s", describe_peak(peak))
+    found: list[ProgramLayers] = []
+    for program in programs:
+        own_peak = operations_per_s if program.precision == CPU_PRECISION else None
+        found.append(measure_layers(program, config, num_threads, own_peak))
+        log_tables(found[-1])
+    if len(found) > 1:
+        log.info("\nside by side, ms\n%s", side_by_side_table(found).aligned_text())
+    return LayerTimes(
+        programs=tuple(found),
+        batch_size=config.batch_size,
+        num_threads=num_threads,
+        num_calls=config.calls,
+        environment=current_environment(),
+        started_at=started_at,
+    )
+
+
+def read_profiled(path: Path, batch_size: int) -> Program:
+    """Read an artifact whose runtime tells the times of its layers.
+
+    Raises:
+        FileNotFoundError: no such path.
+        ArtifactError, CheckpointError: not an artifact, damaged, or of another runtime.
+        ValueError: it takes fewer images in a call.
+    """
+    program = read_program(path)
+    if program.runtime == "torch":
+        raise ArtifactError(
+            f"{path} is a checkpoint, and the eager model has no profile that is read here; "
+            f"{WHO_TELLS}: make an artifact of it with 'python export/ort.py' or "
+            "'python export/ov.py'"
+        )
+    provider = read_artifact(path).provider
+    if program.runtime not in PROFILERS or provider is not None:
+        on = f" on {provider}" if provider else ""
+        raise ArtifactError(
+            f"{path} is for the runtime {program.runtime}{on}, whose profile is not read here; "
+            f"{WHO_TELLS}"
+        )
+    if program.max_batch_size is not None and batch_size > program.max_batch_size:
+        raise ValueError(
+            f"{path} takes at most {program.max_batch_size} images in a call, --batch-size is "
+            f"{batch_size}; choose a smaller one, or export with a larger --batch"
+        )
+    return program
+
+
+def measure_layers(
+    program: Program, config: LayersConfig, num_threads: int, operations_per_s: float | None
+) -> ProgramLayers:
+    """Time calls of one artifact without a profile, then its layers with one."""
+    spec, size = program.preprocess, config.batch_size
+    samples = images_for(program, config.data).val
+    inputs = prepare_inputs(samples, spec, size, SEED)
+    with inputs.file:
+        batches = rotate(map_inputs(inputs.file.fileno(), inputs.image_size), size)
+        times_ms = plain_calls(program, batches, num_threads, config.calls)
+        manifest = read_artifact(program.path)
+        profile = PROFILERS[program.runtime](
+            program.path / manifest.program_file, manifest, batches, num_threads, config.calls
+        )
+    costs = layer_costs(
+        get_variant(program.variant),
+        spec.image_size,
+        size,
+        program.precision,
+        len(program.class_names),
+    )
+    layers = layer_times(profile.nodes, costs, manifest.output.name, operations_per_s)
+    expected = total_cost(costs).flops
+    counted = sum(layer.operations for layer in layers)
+    if counted != expected:
+        log.warning(
+            "%s: %s of the operations are in no node that the runtime names",
+            program.path,
+            format_percent(1 - counted / expected),
+        )
+    return ProgramLayers(
+        path=str(program.path),
+        program_sha256=program.program_sha256,
+        variant=program.variant,
+        runtime=program.runtime,
+        precision=program.precision,
+        image_size=spec.image_size,
+        kinds=kind_times(layers, operations_per_s),
+        layers=layers,
+        layers_ms=sum(layer.ms for layer in layers),
+        call_ms=min(times_ms),
+        median_call_ms=statistics.median(times_ms),
+        profiled_call_ms=profile.call_ms,
+        operations_per_s=operations_per_s,
+    )
+
+
+def plain_calls(
+    program: Program, batches: Batches, num_threads: int, num_calls: int
+) -> list[float]:
+    """Return the milliseconds of calls after a warm-up, as latency.py measures them."""
+    runtime = open_runtime(program.path, num_threads)
+
+    def call() -> None:
+        runtime.infer(next(batches))
+
+    return time_calls(call, NUM_WARM_UP_CALLS + num_calls)[NUM_WARM_UP_CALLS:]
+
+
+def kind_times(layers: Sequence[LayerTime], operations_per_s: float | None) -> tuple[KindTime, ...]:
+    """Add the layers of each kind up, the slowest kind first."""
+    total_ms = sum(layer.ms for layer in layers)
+    kinds: list[KindTime] = []
+    for kind in dict.fromkeys(layer.kind for layer in layers):
+        members = [layer for layer in layers if layer.kind == kind]
+        ms, operations = sum(x.ms for x in members), sum(x.operations for x in members)
+        kinds.append(
+            KindTime(
+                kind=kind,
+                ms=ms,
+                share=ms / total_ms,
+                num_layers=len(members),
+                operations=operations,
+                gop_per_s=gop_per_s(operations, ms),
+                share_of_peak=share_of_peak(operations, ms, operations_per_s),
+            )
+        )
+    return tuple(sorted(kinds, key=lambda kind: -kind.ms))
+
+
+def log_tables(program: ProgramLayers) -> None:
+    """Log the kinds, the slowest layers, and the sum beside a call."""
+    log.info("\n%s\n%s", program.path, kinds_table(program).aligned_text())
+    log.info("\nslowest layers\n%s", slowest_table(program).aligned_text())
+    log.info(
+        "\nlayers: %s ms in all; a call: %s ms without a profile (median %s), %s ms with one",
+        format_ms(program.layers_ms),
+        format_ms(program.call_ms),
+        format_ms(program.median_call_ms),
+        format_ms(program.profiled_call_ms),
+    )
+
+
+def kinds_table(program: ProgramLayers) -> Table:
+    """Lay out the sums of the kinds, and of all layers."""
+    rows = [
+        (
+            kind.kind,
+            format_ms(kind.ms),
+            format_percent(kind.share),
+            str(kind.num_layers),
+            *_rates(kind.gop_per_s, kind.share_of_peak),
+        )
+        for kind in program.kinds
+    ]
+    operations = sum(layer.operations for layer in program.layers)
+    rows.append(
+        (
+            "all",
+            format_ms(program.layers_ms),
+            format_percent(1),
+            str(len(program.layers)),
+            *_rates(
+                gop_per_s(operations, program.layers_ms),
+                share_of_peak(operations, program.layers_ms, program.operations_per_s),
+            ),
+        )
+    )
+    columns = ("kind", "ms", "share", "layers", "GOP/s", "of peak")
+    return Table(columns, tuple(rows), frozenset(("kind",)))
+
+
+def slowest_table(program: ProgramLayers) -> Table:
+    """Lay out the layers that take most time."""
+    slowest = sorted(program.layers, key=lambda layer: -layer.ms)[:NUM_SLOWEST]
+    rows = [
+        (
+            _where(layer),
+            layer.kind,
+            layer.kernel,
+            format_ms(layer.ms),
+            format_percent(layer.ms / program.layers_ms),
+            *_rates(layer.gop_per_s, layer.share_of_peak),
+        )
+        for layer in slowest
+    ]
+    columns = ("module", "kind", "kernel", "ms", "share", "GOP/s", "of peak")
+    return Table(columns, tuple(rows), frozenset(columns[:3]))
+
+
+def side_by_side_table(programs: Sequence[ProgramLayers]) -> Table:
+    """Lay out the milliseconds of each kind, a column for each artifact."""
+    times = [{kind.kind: kind.ms for kind in program.kinds} for program in programs]
+    kinds = dict.fromkeys(kind for own in times for kind in own)
+    rows = [(kind, *(format_ms(own.get(kind)) for own in times)) for kind in kinds]
+    rows.append(("all layers", *(format_ms(program.layers_ms) for program in programs)))
+    rows.append(("a call", *(format_ms(program.call_ms) for program in programs)))
+    columns = ("kind", *(program.path for program in programs))
+    return Table(columns, tuple(rows), frozenset(("kind",)))
+
+
+def _rates(rate: float | None, share: float | None) -> tuple[str, str]:
+    return (
+        NOTHING if rate is None else format_rate(rate),
+        NOTHING if share is None else format_percent(share),
+    )
+
+
+def _where(layer: LayerTime) -> str:
+    if layer.module in layer.name or layer.kind == CLASSIFIER:
+        return layer.module or layer.name
+    return f"{layer.name} after {layer.module}"
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(LayersConfig, __doc__), main)

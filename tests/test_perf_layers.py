@@ -1,0 +1,285 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from efficientnet.artifact import ArtifactError, read_artifact, write_manifest
+from efficientnet.cost import layer_costs, network_cost
+from efficientnet.variants import VARIANTS
+from export.ov import OpenVinoConfig
+from export.ov import main as export_openvino
+from perf import layers
+from perf.layer_profile import HALF_MICROSECOND, LayerTime, Node, later_mean_us, layer_times
+from perf.layers import (
+    LayersConfig,
+    LayerTimes,
+    ProgramLayers,
+    kind_times,
+    kinds_table,
+    side_by_side_table,
+    slowest_table,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, str(ROOT / "perf" / "layers.py")]
+
+TINY_COSTS = layer_costs(VARIANTS["tiny"], 32, num_classes=10)
+TINY_FLOPS = network_cost(VARIANTS["tiny"], 32, num_classes=10).flops
+
+CONVOLUTIONS = {"convolution 1x1": 11, "convolution 3x3": 4, "depthwise": 4}
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def rows_of(*nodes: Node, operations_per_s: float | None = None) -> tuple[LayerTime, ...]:
+    return layer_times(nodes, TINY_COSTS, "logits", operations_per_s)
+
+
+def kind_of(name: str, operator: str, *covered: str) -> str:
+    (row,) = rows_of(Node(name, operator, "kernel", 1.0, covered))
+    return row.kind
+
+
+def flops_of(*names: str) -> int:
+    return sum(layer.cost.flops for layer in TINY_COSTS if layer.name in names)
+
+
+@pytest.fixture(scope="module")
+def openvino_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("artifacts") / "openvino-fp32"
+    return export_openvino(
+        OpenVinoConfig(checkpoint=tiny_checkpoint, output=output, num_parity_images=64)
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tiny_artifact: Path, openvino_artifact: Path) -> subprocess.CompletedProcess[str]:
+    """One real run of the command on an artifact of each runtime."""
+    found = run(tiny_artifact, openvino_artifact, "--calls", "6", "--threads", "1")
+    assert found.returncode == 0, found.stderr
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(done: subprocess.CompletedProcess[str]) -> LayerTimes:
+    return LayerTimes.model_validate_json(done.stdout)
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def program(request: pytest.FixtureRequest, measured: LayerTimes) -> ProgramLayers:
+    (found,) = (own for own in measured.programs if own.runtime == request.param)
+    return found
+
+
+def test_the_kinds_add_up_to_all_layers(program: ProgramLayers):
+    assert sum(kind.ms for kind in program.kinds) == pytest.approx(program.layers_ms)
+    assert sum(layer.ms for layer in program.layers) == pytest.approx(program.layers_ms)
+    assert sum(kind.share for kind in program.kinds) == pytest.approx(1)
+    assert sum(kind.num_layers for kind in program.kinds) == len(program.layers)
+    assert min(layer.ms for layer in program.layers) > 0
+    assert min(program.call_ms, program.profiled_call_ms) > 0
+
+
+def test_every_operation_of_the_network_is_in_some_layer(program: ProgramLayers):
+    assert sum(layer.operations for layer in program.layers) == TINY_FLOPS
+    assert sum(kind.operations for kind in program.kinds) == TINY_FLOPS
+
+
+def test_each_convolution_is_found_with_the_operations_of_its_module(program: ProgramLayers):
+    kinds = {kind.kind: kind for kind in program.kinds}
+    assert {name: kinds[name].num_layers for name in CONVOLUTIONS} == CONVOLUTIONS
+    assert kinds["classifier"].num_layers == kinds["pooling"].num_layers == 1
+    assert "squeeze-excite" in kinds and "other" not in kinds
+    by_module = {layer.module: layer for layer in program.layers if layer.kind in CONVOLUTIONS}
+    for layer in TINY_COSTS:
+        if layer.operator.startswith(("conv", "depthwise")):
+            assert by_module[layer.name].operations == layer.cost.flops
+
+
+def test_a_float32_program_has_a_share_of_the_peak(program: ProgramLayers):
+    assert program.operations_per_s
+    for layer in program.layers:
+        if layer.operations:
+            rate = layer.operations / layer.ms / 1e6
+            assert layer.gop_per_s == pytest.approx(rate)
+            assert layer.share_of_peak == pytest.approx(rate * 1e9 / program.operations_per_s)
+        else:
+            assert layer.gop_per_s is None and layer.share_of_peak is None
+
+
+def test_stdout_is_one_json_document_and_the_tables_are_on_stderr(
+    done: subprocess.CompletedProcess[str], tiny_artifact: Path, openvino_artifact: Path
+):
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["num_calls"] == 6
+    for title in ("convolution 1x1", "slowest layers", "without a profile", "side by side"):
+        assert title in done.stderr
+    assert str(tiny_artifact) in done.stderr and str(openvino_artifact) in done.stderr
+
+
+def test_a_batch_without_a_fixed_shape_is_profiled_too(openvino_artifact: Path):
+    done = run(openvino_artifact, "--calls", "1", "--threads", "1", "--batch-size", "3")
+    assert done.returncode == 0, done.stderr
+    (program,) = LayerTimes.model_validate_json(done.stdout).programs
+    assert sum(layer.operations for layer in program.layers) == 3 * TINY_FLOPS
+    assert "side by side" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("first_us", "mean_us", "num_later", "expected"),
+    # 100, then 10 each: 140 / 5 = 28. A mean of 0 tells of less than a microsecond a call.
+    [(100, 28, 4, 10.5), (3, 0, 4, 0.0), (1000, 205, 5, 46.5)],
+)
+def test_the_first_call_is_taken_out_of_a_mean(
+    first_us: int, mean_us: int, num_later: int, expected: float
+):
+    found = later_mean_us(first_us, mean_us, num_later)
+    assert found == pytest.approx(expected + (HALF_MICROSECOND if found else 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "operator", "kind"),
+    [
+        ("features.0.0/Conv_nchwc", "Conv", "convolution 3x3"),
+        ("features.2.0.block.1.0/Conv_token_49", "QLinearConv", "convolution 1x1"),
+        ("features.3.0.block.1.0/Conv/WithoutBiases", "GroupConvolution", "depthwise"),
+        ("features.3.0.block.2.gate.3/Sigmoid_nchwc", "Conv", "squeeze-excite"),
+        ("features.3.0.block.2/Mul/fq_output_0", "QLinearMul", "quantize, dequantize"),
+        ("features.3.0.block.2/Mul", "Subgraph", "squeeze-excite"),
+        ("features.0.2/Mul/QuickGeluFusion/", "QuickGelu", "SiLU"),
+        ("features.3.0.block.1.2/Sigmoid", "QLinearSigmoid", "SiLU"),
+        ("features.2.1/Add", "Add", "addition"),
+        ("images/QuantizeLinear", "QuantizeLinear", "quantize, dequantize"),
+        ("features.0.2/Mul/DequantizeLinear", "DequantizeLinear", "quantize, dequantize"),
+        ("images_abcd_acdb_features.0.0/Conv", "Reorder", "reorder, transpose, cast"),
+        ("avgpool/GlobalAveragePool", "ReduceMean", "pooling"),
+        ("logits_original", "FullyConnected", "classifier"),
+        ("classifier.1/Gemm", "Gemm", "classifier"),
+        ("network/Strange", "Strange", "other"),
+    ],
+)
+def test_kinds_follow_from_names_and_operators(name: str, operator: str, kind: str):
+    assert kind_of(name, operator) == kind
+
+
+def test_an_operation_that_also_rounds_is_not_called_rounding():
+    covered = ("features.3.0.block.2/Mul", "features.3.0.block.2/Mul/fq_output_0")
+    assert kind_of(covered[1], "Subgraph", *covered) == "squeeze-excite"
+    assert kind_of(covered[1], "Subgraph", covered[1]) == "quantize, dequantize"
+
+
+def test_the_operations_of_squeeze_excite_are_shared_by_its_two_layers():
+    gate = "features.3.0.block.2"
+    rows = rows_of(
+        Node(f"{gate}.pool/GlobalAveragePool", "ReduceMean", "", 1.0),
+        Node(f"{gate}.gate.0/Conv", "Convolution", "", 1.0),
+        Node(f"{gate}.gate.2/Conv", "Convolution", "", 1.0),
+        Node(f"{gate}/Mul", "Multiply", "", 1.0),
+    )
+    assert [row.operations for row in rows] == [0, *[flops_of(gate) // 2] * 2, 0]
+
+
+def test_a_node_that_does_two_convolutions_has_the_operations_of_both():
+    names = ("features.3.0.block.0.0", "features.3.0.block.1.0")
+    covered = tuple(f"{name}/Conv" for name in names)
+    rows = rows_of(Node(covered[0], "Convolution", "jit", 2.0, covered), operations_per_s=1e9)
+    assert rows[0].operations == flops_of(*names)
+    assert rows[0].share_of_peak == pytest.approx(flops_of(*names) / 2e6)
+
+
+def test_a_reorder_without_a_module_is_placed_after_the_node_before_it():
+    reorder = Node("ReorderOutput_token_89", "ReorderOutput", "ReorderOutput", 2.0)
+    rows = rows_of(Node("features.0.0/Conv", "Conv", "Conv", 1.0), reorder)
+    assert rows[1].module == "features.0.0"
+    text = slowest_table(make_program(rows)).aligned_text()
+    assert "ReorderOutput_token_89 after features.0.0" in text
+
+
+def make_program(rows: tuple[LayerTime, ...], path: str = "artifact") -> ProgramLayers:
+    return ProgramLayers(
+        path=path,
+        program_sha256="",
+        variant="tiny",
+        runtime="openvino",
+        precision="int8",
+        image_size=32,
+        kinds=kind_times(rows, None),
+        layers=rows,
+        layers_ms=sum(row.ms for row in rows),
+        call_ms=5.0,
+        median_call_ms=6.0,
+        profiled_call_ms=7.0,
+        operations_per_s=None,
+    )
+
+
+def test_the_tables_show_the_slowest_first_and_no_share_of_an_unknown_peak():
+    convolution = Node("features.0.0/Conv", "Convolution", "jit_avx2_I8", 1.0)
+    silu = Node("features.0.2/Mul", "SwishCPU", "jit", 3.0)
+    program = make_program(rows_of(convolution, silu))
+    shown = kinds_table(program)
+    assert [row[0] for row in shown.rows] == ["SiLU", "convolution 3x3", "all"]
+    assert [row[2] for row in shown.rows] == ["75.0 %", "25.0 %", "100.0 %"]
+    assert {row[-1] for row in shown.rows} == {"-"}
+    other = make_program(rows_of(convolution), "other")
+    beside = {row[0]: row[1:] for row in side_by_side_table([program, other]).rows}
+    assert beside["SiLU"] == ("3.00", "-") and beside["all layers"] == ("4.00", "1.00")
+
+
+def test_an_eager_checkpoint_is_refused_with_the_runtimes_that_tell(tiny_checkpoint: Path):
+    with pytest.raises(ArtifactError, match=r"is a checkpoint.*onnxruntime on the CPU.*ov\.py"):
+        layers.main(LayersConfig((tiny_checkpoint,)))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"runtime": "aoti"}, "for the runtime aoti,"),
+        ({"provider": "CUDAExecutionProvider"}, "onnxruntime on CUDAExecutionProvider,"),
+    ],
+)
+def test_other_runtimes_are_refused_before_any_work(
+    change: dict[str, str], found: str, tiny_artifact: Path, tmp_path: Path
+):
+    manifest = read_artifact(tiny_artifact)
+    (tmp_path / manifest.program_file).symlink_to(tiny_artifact / manifest.program_file)
+    write_manifest(tmp_path, manifest.model_copy(update=change))
+    with pytest.raises(ArtifactError, match=f"{found}.*onnxruntime on the CPU and openvino"):
+        layers.main(LayersConfig((tmp_path,)))
+
+
+def test_a_batch_that_is_too_large_is_refused(tiny_artifact: Path):
+    with pytest.raises(ValueError, match="takes at most 64 images in a call, --batch-size is 65"):
+        layers.main(LayersConfig((tiny_artifact,), batch_size=65))
+
+
+def test_a_missing_artifact_ends_the_command_with_one_line(tmp_path: Path):
+    done = run(tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert "does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"calls": 0}, "--calls is 0, expected 1 to 200"),
+        ({"threads": 0}, "--threads is 0, expected at least 1"),
+        ({"batch_size": 0}, "--batch-size is 0, expected at least 1"),
+        ({"paths": (Path("a"), Path("a"))}, "a is given twice"),
+        ({"paths": ()}, "no artifact is named"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        LayersConfig(**{"paths": (Path("a"),), **settings})
+
+
+def test_help_shows_two_invocations():
+    done = run("--help")
+    assert done.returncode == 0 and done.stdout.count("python perf/layers.py") == 2
