@@ -1,11 +1,14 @@
 """Files and directories that appear whole or not at all, and their SHA-256."""
 
+import errno
+import glob
 import hashlib
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -61,29 +64,59 @@ def replaced_directory(path: Path) -> Generator[Path]:
     """Give a directory to fill that takes the place of `path` when the block ends without an error.
 
     The new directory stands beside `path` under a hidden name until then; after an error it is
-    removed and what stood at `path` is untouched. A directory cannot be exchanged for another in
-    one step, so an older one is moved aside first and put back if the second move fails.
+    removed and what stood at `path` is untouched. What a killed process has left is removed by the
+    next one on the same machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex[:8]
+    _remove_left_behind(path)
+    token = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     fresh = path.with_name(f".{path.name}.new-{token}")
     aside = path.with_name(f".{path.name}.old-{token}")
     fresh.mkdir()
     try:
         yield fresh
         _sync(fresh)
-        if path.exists():
-            path.rename(aside)
-        try:
-            fresh.rename(path)
-        except OSError:
-            if aside.exists():
-                aside.rename(path)
-            raise
+        _exchange(fresh, path, aside)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(fresh: Path, path: Path, aside: Path) -> None:
+    # A directory cannot be exchanged for another in one step: the older one is moved aside first,
+    # and put back if the second move fails. Another process may do the same meanwhile.
+    while True:
+        with suppress(FileNotFoundError):
+            path.rename(aside)
+        try:
+            fresh.rename(path)
+            return
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                shutil.rmtree(aside, ignore_errors=True)
+                continue
+            if aside.exists():
+                aside.rename(path)
+            raise
+
+
+def _remove_left_behind(path: Path) -> None:
+    prefix = f".{path.name}.new-{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = left.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync(directory: Path) -> None:

@@ -1,3 +1,7 @@
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +37,29 @@ def test_an_older_directory_is_replaced_whole(tmp_path: Path):
         (fresh / "a.txt").write_text("new")
     assert [p.name for p in target.iterdir()] == ["a.txt"]
     assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_another_process_may_replace_it_meanwhile(tmp_path: Path):
+    target = tmp_path / "made"
+    with replaced_directory(target) as fresh:
+        (fresh / "a.txt").write_text("late")
+        with replaced_directory(target) as sooner:
+            (sooner / "a.txt").write_text("soon")
+    assert (target / "a.txt").read_text() == "late"
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_what_a_killed_process_left_is_removed_but_not_what_a_living_one_fills(tmp_path: Path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    left, living = (tmp_path / f".made.new-{host}-{pid}-0" for pid in (dead.pid, os.getpid()))
+    elsewhere = tmp_path / f".made.new-another-{dead.pid}-0"
+    for path in (left, living, elsewhere):
+        path.mkdir()
+    with replaced_directory(tmp_path / "made") as fresh:
+        (fresh / "a.txt").write_text("new")
+    assert {p.name for p in tmp_path.iterdir()} == {"made", living.name, elsewhere.name}
 
 
 def test_a_text_that_cannot_be_written_leaves_the_older_file(tmp_path: Path):

@@ -1,0 +1,108 @@
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from efficientnet.artifact import read_artifact
+from efficientnet.environment import current_environment
+from export.all import AllConfig, Line, Summary, choose_default, publish, reason_of, table_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def line(name: str, precision: str, p50_ms: float | None, **changes: object) -> Line:
+    values = {"name": name, "precision": precision, "p50_ms": p50_ms}
+    artifact = None if p50_ms is None else f"artifacts/tiny/{name}-{precision}"
+    return Line.model_validate(values | {"artifact": artifact} | changes)
+
+
+def test_the_fastest_artifact_is_the_default():
+    lines = [line("openvino", "fp32", 9.0), line("onnxruntime", "fp32", 8.0)]
+    assert choose_default(lines)[0] == "artifacts/tiny/onnxruntime-fp32"
+    assert choose_default([line("trt", "fp16", None, left_out="no GPU")]) == (None, [])
+
+
+def test_an_int8_artifact_that_is_slower_is_reported_and_not_the_default():
+    lines = [line("openvino", "fp32", 8.0), line("openvino", "int8", 9.5)]
+    default, notes = choose_default(lines)
+    assert default == "artifacts/tiny/openvino-fp32"
+    assert any("openvino int8 is slower here than fp32 (9.5 ms against 8.0 ms)" in n for n in notes)
+    default, notes = choose_default([line("openvino", "fp32", 8.0), line("openvino", "int8", 5.0)])
+    assert default == "artifacts/tiny/openvino-int8" and len(notes) == 1
+
+
+def test_the_table_tells_why_something_was_left_out():
+    lines = [
+        line("openvino", "fp32", 8.0, size_bytes=5_000_000, top1=0.5, drop=0.002),
+        line("tensorrt", "fp16", None, left_out="no NVIDIA GPU answers here"),
+    ]
+    text = table_of(lines, "artifacts/tiny/openvino-fp32").aligned_text()
+    assert "5 MB" in text and "50.00 %" in text and "-0.20" in text and "yes" in text
+    assert "no NVIDIA GPU answers here" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("checkpoint x\nerror: no GPU here; do this\n", "no GPU here; do this"),
+        (
+            "╭─ Value error ─╮\n│ Error parsing OrtConfig: --precision is bf16, for │\n"
+            "│ which there is no kernel    │\n│ ──────── │\n",
+            "--precision is bf16, for which there is no kernel",
+        ),
+        ("Traceback (most recent call last)\n", ""),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_message(text: str, reason: str):
+    assert reason_of(text).strip() == reason
+
+
+def test_a_published_table_stands_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- exports: written by a command -->\n<!-- /exports -->\nafter\n")
+    for variant in ("tiny", "b0"):
+        summary = Summary(
+            variant=variant,
+            image_size=32,
+            environment=current_environment(),
+            started_at=datetime.now(UTC),
+            lines=(line("openvino", "fp32", 8.0),),
+            default=None,
+            notes=("a note",),
+        )
+        publish(summary, readme)
+    text = readme.read_text()
+    assert "**tiny, 32 px**" in text and "**b0, 32 px**" in text and "- a note" in text
+    assert len(list(tmp_path.glob("reports/published/*/exports-*.json"))) == 2
+
+
+def test_an_unknown_command_is_refused():
+    with pytest.raises(ValueError, match="--only is tflite, expected of ort, ov"):
+        AllConfig(only=("tflite",))
+
+
+def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
+    trained_checkpoint: Path, tmp_path: Path
+):
+    command = [
+        *(sys.executable, str(ROOT / "export/all.py"), "--checkpoint", str(trained_checkpoint)),
+        *("--only", "ort", "--seconds", "0.5", "--num-parity-images", "64"),
+        *("--num-calibration-images", "64", "--max-drop", "2"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = Summary.model_validate(json.loads(done.stdout.splitlines()[-1]))
+    by_name = {(one.name, one.precision): one for one in summary.lines}
+    for precision in ("fp32", "fp16", "int8"):
+        one = by_name["onnxruntime", precision]
+        assert one.p50_ms is not None and one.top1 is not None and one.left_out is None
+    assert by_name["onnxruntime", "fp32"].drop == 0.0
+    cuda = by_name["onnxruntime-cuda", "fp16"]
+    assert cuda.artifact is None and "pip install onnxruntime-gpu" in (cuda.left_out or "")
+    assert summary.default is not None
+    link = tmp_path / "artifacts" / "tiny" / "default"
+    assert read_artifact(link) == read_artifact(tmp_path / summary.default)

@@ -1,0 +1,71 @@
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from efficientnet.environment import current_environment
+from export.ov import OpenVinoConfig
+from export.ov import main as export_openvino
+from export.stock import Comparison, Ratio, StockConfig, publish, section_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def comparison(batch_size: int) -> Comparison:
+    ratios = tuple(
+        Ratio(program="a/openvino-int8", p50_ms=10.0, other=other, ratio=r, low=r, high=2 * r)
+        for other, r in (("eager", 0.25), ("stock-openvino-bf16", 0.5))
+    )
+    return Comparison(
+        variant="v2-s",
+        num_threads=2,
+        environment=current_environment(),
+        cpu_features=("avx2",),
+        started_at=datetime.now(UTC),
+        batch_size=batch_size,
+        image_size=384,
+        ratios=ratios,
+    )
+
+
+def test_a_comparison_tells_the_ratios_and_on_what_they_were_measured():
+    text = section_of(comparison(1))
+    assert "| openvino-int8 | 10.0 | 0.25 (0.25 to 0.50) | 0.50 (0.50 to 1.00) |" in text
+    assert "v2-s, 384 px, batch 1" in text and "avx2" in text and "2 threads" in text
+
+
+def test_comparisons_are_published_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- stock: written by a command -->\n<!-- /stock -->\n")
+    publish(comparison(1), readme)
+    publish(comparison(16), readme)
+    assert "batch 1**" in readme.read_text() and "batch 16**" in readme.read_text()
+
+
+def test_another_size_than_the_checkpoints_is_refused():
+    with pytest.raises(ValueError, match="--size is not taken here"):
+        StockConfig(size=64)
+
+
+@pytest.mark.slow
+def test_the_stock_tools_take_turns_with_ours(trained_checkpoint: Path, tmp_path: Path):
+    few = {"num_parity_images": 64, "num_calibration_images": 64}
+    ours = export_openvino(
+        OpenVinoConfig(checkpoint=trained_checkpoint, output=tmp_path / "ours", **few)  # type: ignore
+    )
+    command = [
+        *(sys.executable, str(ROOT / "export/stock.py"), str(ours)),
+        *("--checkpoint", str(trained_checkpoint), "--num-parity-images", "64"),
+        *("--num-calibration-images", "64", "--seconds", "0.5", "--turns", "2"),
+        *("--output", str(tmp_path / "stock")),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = Comparison.model_validate(json.loads(done.stdout.splitlines()[-1]))
+    others = {ratio.other for ratio in found.ratios}
+    assert {"eager", "stock-onnxruntime-fp32", "stock-onnxruntime-int8"} < others
+    assert all(0 < ratio.low <= ratio.ratio <= ratio.high for ratio in found.ratios)
