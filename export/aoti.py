@@ -91,7 +91,7 @@ def main(config: AotiConfig) -> Path:
     compiler = require_compiler()
     log.info("torch %s and %s for %s (%s)", torch.__version__, compiler, target.device, target.name)
     source = load_source(config)
-    output = default_output(config, source, "aoti")
+    output = default_output(config, source, "aoti" if target.device == "cpu" else "aoti-cuda")
     settings = CompileSettings(
         device=target.device,
         dtype=TORCH_TYPES[config.precision],

@@ -11,8 +11,7 @@ checked it on one.
 
 import json
 import logging
-import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from efficientnet.runtimes.tensorrt_runtime import PACKAGES, deserialize
 from export.config import ExportConfig
 from export.graph import count_weight_bytes
 from export.precision import typed_graph
+from export.rebuild import rebuild_command
 from export.source import load_source
 from export.trt_build import (
     BuildSettings,
@@ -82,7 +82,13 @@ class TrtConfig(ExportConfig):
 
 
 def main(config: TrtConfig) -> Path:
-    """Build, check and write the artifact; return its directory."""
+    """Build, check and write the artifact; return its directory.
+
+    Raises:
+        TensorRTError: not installed, no GPU, or one that does not compute in the precision.
+        CheckpointError, GraphError, CalibrationError, GateError, ParityError: see load_source,
+            typed_graph and write_checked_artifact.
+    """
     runtime = "tensorrt" if config.flavor == "tensorrt" else "tensorrt-rtx"
     target = find_target(runtime, config.precision, config.compute_capability)
     version = target.trt.__version__
@@ -101,7 +107,7 @@ def main(config: TrtConfig) -> Path:
         version=version,
         compute_capability=" ".join(target.compute_capabilities) or None,
         device=target.device,
-        rebuild=rebuild_command(config),
+        rebuild=rebuild_command("export/trt.py", config),
     )
     scheme = "tensorrt-fp8" if config.precision == "fp8" else "tensorrt"
 
@@ -180,17 +186,6 @@ def write_layers(trt: Any, directory: Path, files: list[str], binding: Binding) 
         engine: Any = deserialize(trt, directory / file, binding)
         layers[file] = read_layers(layers_of(trt, engine))
     write_text(directory / LAYERS_FILE, json.dumps(layers, indent=1) + "\n")
-
-
-def rebuild_command(config: TrtConfig) -> str:
-    """Write the command line that makes an artifact with the same settings."""
-    words = ["python", "export/trt.py"]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(words)
 
 
 if __name__ == "__main__":
