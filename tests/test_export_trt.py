@@ -34,7 +34,8 @@ from efficientnet.runtimes.tensorrt_runtime import (
 )
 from efficientnet.variants import VARIANTS
 from export import trt
-from export.trt import TrtConfig, rebuild_command
+from export.rebuild import rebuild_command
+from export.trt import TrtConfig
 from export.trt_build import (
     BuildSettings,
     TensorRTError,
@@ -340,7 +341,7 @@ def test_the_rebuild_command_has_the_same_settings():
         compute_capability=("8.6", "8.9"),
         size=64,
     )
-    command = shlex.split(rebuild_command(config))
+    command = shlex.split(rebuild_command("export/trt.py", config))
     assert command[:2] == ["python", "export/trt.py"]
     assert parse_flags(TrtConfig, None, command[2:]) == config
 
