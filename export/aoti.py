@@ -99,12 +99,12 @@ def main(config: AotiConfig) -> Path:
     )
     batches = batches_for(config)
     stem, _, suffix = PROGRAM_FILE.rpartition(".")
-    statics = tuple(
+    static_programs = tuple(
         StaticProgram(batch_size=batch, file=f"{stem}-b{batch}.{suffix}")
         for batch in batches
         if isinstance(batch, int)
     )
-    files = [program.file for program in statics] or [PROGRAM_FILE]
+    files = [program.file for program in static_programs] or [PROGRAM_FILE]
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         programs = {directory / file: batch for file, batch in zip(files, batches, strict=True)}
@@ -115,7 +115,7 @@ def main(config: AotiConfig) -> Path:
             program_file=files[0],
             weight_bytes=weight_bytes_of(source.model, settings.dtype),
             other_files=tuple(files[1:]),
-            static_programs=statics,
+            static_programs=static_programs,
             log=(f"compiled by torch {torch.__version__} and {compiler} for {target.name}", *lines),
             target_device=target.name if target.device == "cuda" else "cpu",
             binding=Binding(

@@ -89,12 +89,12 @@ def main(config: TorchTrtConfig) -> Path:
     output = default_output(config, source, "torch-tensorrt")
     batches = batches_for(config)
     stem, _, suffix = PROGRAM_FILE.rpartition(".")
-    statics = tuple(
+    static_programs = tuple(
         StaticProgram(batch_size=batch, file=f"{stem}-b{batch}.{suffix}")
         for batch in batches
         if isinstance(batch, int)
     )
-    files = [program.file for program in statics] or [PROGRAM_FILE]
+    files = [program.file for program in static_programs] or [PROGRAM_FILE]
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         network = network_for(source, config.precision)
@@ -106,7 +106,7 @@ def main(config: TorchTrtConfig) -> Path:
             program_file=files[0],
             weight_bytes=weight_bytes_of(source.model, TORCH_TYPES[config.precision]),
             other_files=tuple(files[1:]),
-            static_programs=statics,
+            static_programs=static_programs,
             log=(f"built by torch-tensorrt {version} for {gpu.name}",),
             target_device=gpu.name,
             binding=Binding(

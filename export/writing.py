@@ -162,8 +162,8 @@ def _manifest(
 ) -> ArtifactManifest:
     low, opt, _ = config.batch
     names = (built.program_file, *built.other_files)
-    statics = [program.batch_size for program in built.static_programs]
-    highest = max(statics) if statics else config.max_batch_size
+    static_sizes = [program.batch_size for program in built.static_programs]
+    highest = max(static_sizes) if static_sizes else config.max_batch_size
     return ArtifactManifest(
         variant=source.variant,
         runtime=runtime,
@@ -181,7 +181,7 @@ def _manifest(
             layout="NCHW",
             shape=(3, source.image_size, source.image_size),
             batch=BatchRange(
-                min=1 if statics else min(low, highest), opt=min(opt, highest), max=highest
+                min=1 if static_sizes else min(low, highest), opt=min(opt, highest), max=highest
             ),
         ),
         output=OutputSpec(name=OUTPUT_NAME, dtype="float32", shape=(source.record.num_classes,)),

@@ -1,0 +1,141 @@
+"""A checkpoint -> the artifacts that the stock tools make of it by their front doors."""
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+import onnx
+import openvino as ov
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from efficientnet.artifact import QuantizationRecord
+from efficientnet.runtimes.openvino_runtime import DEVICE
+from export.calibration import choose_samples, images_of, write_calibration
+from export.config import ExportConfig
+from export.graph import INPUT_NAME, OUTPUT_NAME, count_weight_bytes
+from export.ov import PROGRAM_FILE, WEIGHTS_FILE, save
+from export.source import Source
+from export.writing import Builder, Built, write_checked_artifact
+
+log = logging.getLogger(__name__)
+
+
+def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> list[Path]:
+    """Write the stock tools' artifacts; their parity is recorded, but refuses none of them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "plain.onnx"
+        export_plainly(source, plain)
+        samples = choose_samples(source, config)
+        images = [
+            image for batch in images_of(source, samples) for image in np.split(batch, len(batch))
+        ]
+        has_bf16 = "BF16" in ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+        float_precision = "bf16" if has_bf16 else "fp32"
+
+        def record(directory: Path, method: str) -> QuantizationRecord:
+            return QuantizationRecord(
+                method=method,
+                num_calibration_images=len(samples),
+                calibration_sha256=write_calibration(directory, samples, config, method),
+                kept_precision=float_precision,
+                kept_blocks=(),
+            )
+
+        def onnxruntime_fp32(directory: Path, _: tuple[str, ...]) -> Built:
+            (directory / "model.onnx").write_bytes(plain.read_bytes())
+            return Built("model.onnx", count_weight_bytes(onnx.load(plain)))
+
+        def onnxruntime_int8(directory: Path, _: tuple[str, ...]) -> Built:
+            prepared = Path(scratch) / "prepared.onnx"
+            quant_pre_process(str(plain), str(prepared))
+            quantize_static(
+                str(prepared),
+                str(directory / "model.onnx"),
+                _Reader(images),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            weight_bytes = count_weight_bytes(onnx.load(directory / "model.onnx"))
+            quantization = record(directory, "onnxruntime quantize_static, U8S8, per channel")
+            return Built("model.onnx", weight_bytes, quantization=quantization)
+
+        def openvino_float(directory: Path, _: tuple[str, ...]) -> Built:
+            return _save(ov.Core().read_model(plain), directory, config, None)
+
+        def openvino_int8(directory: Path, _: tuple[str, ...]) -> Built:
+            dataset = nncf.Dataset([{INPUT_NAME: image} for image in images])
+            model: Any = nncf.quantize(
+                ov.Core().read_model(plain),
+                dataset,
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(images),
+            )
+            return _save(model, directory, config, record(directory, "nncf.quantize, mixed"))
+
+        tools: list[tuple[str, str, Builder]] = [
+            ("onnxruntime", "fp32", onnxruntime_fp32),
+            ("onnxruntime", "int8", onnxruntime_int8),
+            ("openvino", float_precision, openvino_float),
+            ("openvino", "int8", openvino_int8),
+        ]
+        made: list[Path] = []
+        for runtime, precision, build in tools:
+            log.info("stock %s %s", runtime, precision)
+            own: ExportConfig = replace(config, precision=precision)
+            output = folder / f"stock-{runtime}-{precision}"
+            made.append(
+                write_checked_artifact(source, own, output, runtime, build, is_judged=False)
+            )
+        return made
+
+
+def export_plainly(source: Source, path: Path) -> None:
+    """Write what torch.onnx.export makes of the model, with a free batch and no other change."""
+    torch.onnx.export(
+        source.model,
+        (torch.zeros(2, 3, source.image_size, source.image_size),),
+        path,
+        dynamo=True,
+        input_names=[INPUT_NAME],
+        output_names=[OUTPUT_NAME],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        external_data=False,
+        verbose=False,
+    )
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, images: Sequence[NDArray[np.float32]]) -> None:
+        self._images: Iterator[NDArray[np.float32]] = iter(images)
+
+    def get_next(self) -> Any:
+        image = next(self._images, None)
+        return None if image is None else {INPUT_NAME: image}
+
+
+def _save(
+    model: ov.Model, directory: Path, config: ExportConfig, quantization: QuantizationRecord | None
+) -> Built:
+    save(model, directory)
+    return Built(
+        PROGRAM_FILE,
+        (directory / WEIGHTS_FILE).stat().st_size,
+        other_files=(WEIGHTS_FILE,),
+        static_batches=config.static_batches,
+        quantization=quantization,
+    )
