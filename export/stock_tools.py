@@ -1,5 +1,6 @@
 """A checkpoint -> the artifacts that the stock tools make of it by their front doors."""
 
+import copy
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,12 @@ from efficientnet.artifact import QuantizationRecord
 from efficientnet.runtimes.openvino_runtime import DEVICE
 from export.calibration import choose_samples, images_of, write_calibration
 from export.config import ExportConfig
-from export.graph import INPUT_NAME, OUTPUT_NAME, count_weight_bytes
+from export.graph import (
+    INPUT_NAME,
+    OUTPUT_NAME,
+    count_weight_bytes,
+    use_convolutions_in_squeeze_excite,
+)
 from export.ov import PROGRAM_FILE, WEIGHTS_FILE, save
 from export.source import Source
 from export.writing import Builder, Built, write_checked_artifact
@@ -105,9 +111,15 @@ def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> 
 
 
 def export_plainly(source: Source, path: Path) -> None:
-    """Write what torch.onnx.export makes of the model, with a free batch and no other change."""
+    """Write what torch.onnx.export makes of the model, with a free batch and no other change.
+
+    Squeeze-excite has the form in which timm and torchvision publish it, 1x1 convolutions: of
+    the matrix products of model.py NNCF makes no program (an axis that the map has not).
+    """
+    model = copy.deepcopy(source.model)
+    use_convolutions_in_squeeze_excite(model)
     torch.onnx.export(
-        source.model,
+        model,
         (torch.zeros(2, 3, source.image_size, source.image_size),),
         path,
         dynamo=True,
