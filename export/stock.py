@@ -122,7 +122,7 @@ def main(config: StockConfig) -> Comparison | str:
             shares = sorted(a / b for a, b in pairs)
             ratios.append(
                 Ratio(
-                    program=str(path),
+                    program=path.name,
                     p50_ms=own.p50_ms,
                     other=name,
                     ratio=statistics.median(shares),
@@ -184,7 +184,7 @@ def table_of(comparison: Comparison) -> Table:
             f"{format_ratio(r.ratio)} ({format_ratio(r.low)} to {format_ratio(r.high)})"
             for r in (own[other] for other in others)
         ]
-        rows.append((Path(program).name, format_ms(own[others[0]].p50_ms), *cells))
+        rows.append((program, format_ms(own[others[0]].p50_ms), *cells))
     columns = ("ours / theirs", "p50 ms", *others)
     return Table(columns, tuple(rows), frozenset(columns[:1]))
 

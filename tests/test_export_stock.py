@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def comparison(batch_size: int) -> Comparison:
     ratios = tuple(
-        Ratio(program="a/openvino-int8", p50_ms=10.0, other=other, ratio=r, low=r, high=2 * r)
+        Ratio(program="openvino-int8", p50_ms=10.0, other=other, ratio=r, low=r, high=2 * r)
         for other, r in (("eager", 0.25), ("stock-openvino-bf16", 0.5))
     )
     return Comparison(
