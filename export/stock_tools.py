@@ -32,7 +32,7 @@ from export.graph import (
     count_weight_bytes,
     use_convolutions_in_squeeze_excite,
 )
-from export.ov import PROGRAM_FILE, WEIGHTS_FILE, save
+from export.ov_build import PROGRAM_FILE, WEIGHTS_FILE, save
 from export.source import Source
 from export.writing import Builder, Built, write_checked_artifact
 

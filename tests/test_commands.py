@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,24 @@ def test_a_bug_keeps_its_traceback():
     )
     done = run("-c", program)
     assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "library"), [("export/ort.py", "onnxruntime"), ("export/ov.py", "openvino")]
+)
+def test_a_runtime_that_is_not_installed_is_told_in_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, command: str, library: str
+):
+    (tmp_path / f"{library}.py").write_text(f"raise ModuleNotFoundError('No module {library}')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / command), "--checkpoint", str(tiny_checkpoint)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"error: No module {library}: this export needs {library}" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "artifacts").exists()
