@@ -1,7 +1,9 @@
 """Checkpoint -> OpenVINO's files: batch norm folded, SiLU fused, quantised by NNCF."""
 
+import errno
 import itertools
 import logging
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +36,9 @@ DEPTHWISE: tuple[Depthwise, ...] = get_args(Depthwise)
 
 # Of one pixel: they take no time, and decide about whole channels.
 SQUEEZE_EXCITE = r".*[.](gate[.]|pool/).*"
+
+# With less than that left after a failed write, the disk is full.
+LEAST_FREE_BYTES = 1_000_000
 
 SEARCH_SECONDS = 4.0
 SEARCH_TURNS = 8
@@ -144,10 +149,15 @@ def save(model: ov.Model, directory: Path) -> None:
     has a hash of its own, by which records find each other.
     """
     program = directory / PROGRAM_FILE
-    # float32 weights stay float32: by default they would be stored in 16 bits.
-    ov.save_model(model, program, compress_to_fp16=False)
-    model.set_rt_info(sha256_of_file(directory / WEIGHTS_FILE), ["weights_sha256"])
-    ov.save_model(model, program, compress_to_fp16=False)
+    try:
+        # float32 weights stay float32: by default they would be stored in 16 bits.
+        ov.save_model(model, program, compress_to_fp16=False)
+        model.set_rt_info(sha256_of_file(directory / WEIGHTS_FILE), ["weights_sha256"])
+        ov.save_model(model, program, compress_to_fp16=False)
+    except RuntimeError as error:
+        # OpenVINO says "iostream error" only.
+        is_full = shutil.disk_usage(directory).free < LEAST_FREE_BYTES
+        raise OSError(errno.ENOSPC if is_full else errno.EIO, str(error)) from error
 
 
 def quantize(
