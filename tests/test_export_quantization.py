@@ -1,4 +1,5 @@
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,12 @@ from export.calibration import (
     CalibrationError,
     choose_samples,
     collect_ranges,
-    images_of,
     write_calibration,
 )
 from export.config import ExportConfig
 from export.gate import Attempt, Gate, GateError, keep_within_drop, paired_drop
 from export.graph import count_ops, export_onnx, is_within
-from export.precision import SCHEMES, insert_quantization, tensors_to_quantize
+from export.precision import typed_graph
 from export.sensitivity import named_blocks, rank_blocks
 from export.source import Source, load_source
 
@@ -38,13 +38,11 @@ def config() -> ExportConfig:
     return ExportConfig(precision="int8", num_calibration_images=64)
 
 
-def quantized(source: Source, config: ExportConfig, scheme: str, kept: tuple[str, ...] = ()):
-    graph = export_onnx(source.model, source.image_size)
-    samples = choose_samples(source, config)
-    tensors = tensors_to_quantize(graph, kept, SCHEMES[scheme])
-    ranges = collect_ranges(graph, tensors, images_of(source, samples))
-    insert_quantization(graph, ranges, kept, SCHEMES[scheme])
-    return graph
+def quantized(
+    source: Source, config: ExportConfig, scheme: str, kept: tuple[str, ...] = ()
+) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as folder:
+        return typed_graph(source, config, kept, scheme, Path(folder)).model
 
 
 @pytest.mark.parametrize("scheme", ["onnxruntime", "onnxruntime-7-bits", "tensorrt"])
