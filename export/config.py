@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from efficientnet.precision import Precision
+
+Activations = Literal["asymmetric", "symmetric"]
+Depthwise = Literal["int8", "float"]
 
 MIN_PARITY_IMAGES = 64
 MIN_CALIBRATION_IMAGES = 64
@@ -93,3 +97,53 @@ class ExportConfig:
     def max_batch_size(self) -> int:
         """Most images of a call."""
         return max(self.batches) if self.batches else self.batch[2]
+
+
+@dataclass(frozen=True)
+class OrtConfig(ExportConfig):
+    """Settings of an export to ONNX Runtime."""
+
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    """What executes the graph; cuda and tensorrt need onnxruntime-gpu."""
+
+    def __post_init__(self) -> None:
+        """Check the limits, and what each provider computes in."""
+        super().__post_init__()
+        allowed = {
+            "cpu": ("fp32", "fp16", "int8"),
+            "cuda": ("fp32", "fp16"),
+            "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
+        }[self.provider]
+        if self.precision not in allowed:
+            raise ValueError(
+                f"--precision is {self.precision}, for which ONNX Runtime's {self.provider} "
+                f"provider has no convolution; expected {', '.join(allowed)}"
+                + ("; OpenVINO has bf16: python export/ov.py" if self.precision == "bf16" else "")
+            )
+
+
+@dataclass(frozen=True)
+class OpenVinoConfig(ExportConfig):
+    """Settings of an export to OpenVINO."""
+
+    activations: Activations = "asymmetric"
+    """How int8 maps are rounded: asymmetric keeps all 256 levels after SiLU, which is hardly ever
+    below zero; symmetric kernels are sometimes faster."""
+
+    depthwise: Depthwise = "int8"
+    """What depthwise convolutions compute in, in an int8 artifact."""
+
+    search: bool = False
+    """Of int8: build with both kinds of activations and of depthwise convolutions, and keep the
+    fastest on this machine that is within --max-drop."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        if self.precision == "fp8":
+            raise ValueError(
+                "--precision is fp8, which no CPU that OpenVINO runs on computes in; "
+                "expected fp32, bf16, fp16 or int8"
+            )
+        if self.search and self.precision != "int8":
+            raise ValueError(f"--search is for --precision int8, which is {self.precision}")

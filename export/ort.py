@@ -6,36 +6,11 @@ python export/ort.py --provider cuda --precision fp16 --batches 1 16
 """
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from export.config import ExportConfig
-
-
-@dataclass(frozen=True)
-class OrtConfig(ExportConfig):
-    """Settings of an export to ONNX Runtime."""
-
-    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
-    """What executes the graph; cuda and tensorrt need onnxruntime-gpu."""
-
-    def __post_init__(self) -> None:
-        """Check the limits, and what each provider computes in."""
-        super().__post_init__()
-        allowed = {
-            "cpu": ("fp32", "fp16", "int8"),
-            "cuda": ("fp32", "fp16"),
-            "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
-        }[self.provider]
-        if self.precision not in allowed:
-            raise ValueError(
-                f"--precision is {self.precision}, for which ONNX Runtime's {self.provider} "
-                f"provider has no convolution; expected {', '.join(allowed)}"
-                + ("; OpenVINO has bf16: python export/ov.py" if self.precision == "bf16" else "")
-            )
+from export.config import ExportConfig, OrtConfig
 
 
 def main(config: ExportConfig) -> Path:

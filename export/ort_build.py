@@ -8,9 +8,8 @@ import torch
 
 from efficientnet.devices import has_vnni
 from efficientnet.runtimes.onnx_runtime import PROVIDERS, require_provider
-from export.config import ExportConfig
+from export.config import ExportConfig, OrtConfig
 from export.graph import count_ops, count_weight_bytes
-from export.ort import OrtConfig
 from export.precision import typed_graph
 from export.source import load_source
 from export.writing import Built, default_output, vnni_binding, write_checked_artifact

@@ -5,46 +5,11 @@ python export/ov.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --batches
 """
 
 import importlib
-import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from export.config import ExportConfig
-
-Activations = Literal["asymmetric", "symmetric"]
-Depthwise = Literal["int8", "float"]
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OpenVinoConfig(ExportConfig):
-    """Settings of an export to OpenVINO."""
-
-    activations: Activations = "asymmetric"
-    """How int8 maps are rounded: asymmetric keeps all 256 levels after SiLU, which is hardly ever
-    below zero; symmetric kernels are sometimes faster."""
-
-    depthwise: Depthwise = "int8"
-    """What depthwise convolutions compute in, in an int8 artifact."""
-
-    search: bool = False
-    """Of int8: build with both kinds of activations and of depthwise convolutions, and keep the
-    fastest on this machine that is within --max-drop."""
-
-    def __post_init__(self) -> None:
-        """Check the limits."""
-        super().__post_init__()
-        if self.precision == "fp8":
-            raise ValueError(
-                "--precision is fp8, which no CPU that OpenVINO runs on computes in; "
-                "expected fp32, bf16, fp16 or int8"
-            )
-        if self.search and self.precision != "int8":
-            raise ValueError(f"--search is for --precision int8, which is {self.precision}")
+from export.config import OpenVinoConfig
 
 
 def main(config: OpenVinoConfig) -> Path:

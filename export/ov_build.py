@@ -21,10 +21,10 @@ from efficientnet.atomic import replaced_directory, sha256_of_file
 from efficientnet.devices import has_vnni
 from efficientnet.runtimes.openvino_runtime import DEVICE, require_capability
 from export.calibration import choose_samples, images_of, write_calibration
+from export.config import Activations, Depthwise, OpenVinoConfig
 from export.gate import GateError
 from export.graph import INPUT_NAME, OPSET, count_weight_bytes, export_onnx
 from export.measuring import measure
-from export.ov import Activations, Depthwise, OpenVinoConfig
 from export.source import Source, load_source
 from export.writing import Built, default_output, vnni_binding, write_checked_artifact
 

@@ -19,9 +19,7 @@ from efficientnet.runtimes import open_runtime
 from export import ort
 from export import ov as openvino_export
 from export.agreement import compare_logits, tolerances_for
-from export.config import ExportConfig
-from export.ort import OrtConfig
-from export.ov import OpenVinoConfig
+from export.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.source import Source, load_source
 
 ROOT = Path(__file__).resolve().parent.parent

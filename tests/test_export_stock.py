@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from efficientnet.environment import current_environment
-from export.ov import OpenVinoConfig
+from export.config import OpenVinoConfig
 from export.ov import main as export_openvino
 from export.stock import Comparison, Ratio, StockConfig, publish, section_of
 

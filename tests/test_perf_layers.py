@@ -9,7 +9,7 @@ import pytest
 from efficientnet.artifact import ArtifactError, read_artifact, write_manifest
 from efficientnet.cost import layer_costs, network_cost
 from efficientnet.variants import VARIANTS
-from export.ov import OpenVinoConfig
+from export.config import OpenVinoConfig
 from export.ov import main as export_openvino
 from perf import layers
 from perf.layer_profile import HALF_MICROSECOND, LayerTime, Node, later_mean_us, layer_times
