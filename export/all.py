@@ -253,7 +253,7 @@ def table_of(lines: list[Line], default: str | None) -> Table:
             NOTHING if line.size_bytes is None else format_bytes(line.size_bytes),
             NOTHING if line.max_abs_logit_error is None else f"{line.max_abs_logit_error:.1e}",
             NOTHING if line.top1 is None else format_percent(line.top1, 2),
-            NOTHING if line.drop is None else f"{-100 * line.drop:+.2f}",
+            NOTHING if line.drop is None else f"{0.0 - 100 * line.drop:+.2f}",
             format_ms(line.p50_ms),
             "yes" if line.artifact is not None and line.artifact == default else "",
             line.left_out or "",
