@@ -1,7 +1,7 @@
 """Measurements -> their place in reports/published/, and a section of the README."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -54,6 +54,26 @@ def write_section(readme: Path, name: str, body: str) -> None:
     """
     before, after = find_section(readme, name)
     write_text(readme, f"{before}\n{body.strip()}\n\n{after}")
+
+
+def publish_part(
+    path: Path, text: str, readme: Path, name: str, render: Callable[[str], str]
+) -> None:
+    """Write a record, and all of its section that stand beside it into the README.
+
+    Args:
+        path: of the record, called <section>-....json.
+        text: the record as JSON.
+        readme: has the section's marks.
+        name: of the section.
+        render: a record's JSON -> Markdown.
+
+    Raises:
+        PublishError: see find_section.
+    """
+    write_text(path, text + "\n")
+    files = sorted(path.parent.glob(f"{name}-*.json"))
+    write_section(readme, name, "\n\n".join(render(file.read_text()) for file in files))
 
 
 def _slug(environment: EnvironmentRecord) -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
-from efficientnet.atomic import point_link, write_text
+from efficientnet.atomic import point_link
 from efficientnet.command import parse_flags, run_command
 from efficientnet.datasets import SAMPLE_PHOTOS
 from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.errors import PipelineError
 from efficientnet.precision import Precision
-from efficientnet.publishing import find_section, published_directory, write_section
+from efficientnet.publishing import find_section, publish_part, published_directory
 from efficientnet.runtimes import open_runtime
 from efficientnet.tables import NOTHING, Table, format_bytes, format_ms, format_percent
 from export.config import ExportConfig
@@ -186,10 +186,13 @@ def publish(summary: Summary, readme: Path) -> None:
     """
     folder = published_directory(summary.started_at, [summary.environment])
     name = f"exports-{summary.variant}-{summary.image_size}px.json"
-    write_text(folder / name, summary.model_dump_json(indent=1) + "\n")
-    files = sorted(folder.glob("exports-*.json"))
-    parts = [section_of(Summary.model_validate_json(file.read_text())) for file in files]
-    write_section(readme, SECTION, "\n\n".join(parts))
+    publish_part(
+        folder / name,
+        summary.model_dump_json(indent=1),
+        readme,
+        SECTION,
+        lambda text: section_of(Summary.model_validate_json(text)),
+    )
 
 
 def section_of(summary: Summary) -> str:

@@ -16,11 +16,10 @@ import tyro
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from efficientnet.artifact import read_artifact
-from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.devices import cpu_features
 from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
-from efficientnet.publishing import find_section, published_directory, write_section
+from efficientnet.publishing import find_section, publish_part, published_directory
 from efficientnet.tables import Table, format_ms, format_ratio
 from export.config import ExportConfig
 from export.measuring import measure
@@ -155,10 +154,13 @@ def publish(comparison: Comparison, readme: Path) -> None:
     folder = published_directory(comparison.started_at, [comparison.environment])
     c = comparison
     name = f"stock-{c.variant}-{c.image_size}px-batch-{c.batch_size}.json"
-    write_text(folder / name, comparison.model_dump_json(indent=1) + "\n")
-    files = sorted(folder.glob("stock-*.json"))
-    parts = [section_of(Comparison.model_validate_json(file.read_text())) for file in files]
-    write_section(readme, SECTION, "\n\n".join(parts))
+    publish_part(
+        folder / name,
+        comparison.model_dump_json(indent=1),
+        readme,
+        SECTION,
+        lambda text: section_of(Comparison.model_validate_json(text)),
+    )
 
 
 def section_of(comparison: Comparison) -> str:
