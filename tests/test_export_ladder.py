@@ -22,7 +22,7 @@ from efficientnet.checkpoint import CheckpointError
 from efficientnet.command import parse_flags
 from efficientnet.model import EfficientNet
 from efficientnet.runtimes import open_runtime, protocol
-from export import ladder, ort, ov, parity
+from export import ladder, ort, ov, ov_build, parity
 from export.config import ExportConfig
 from export.graph import fold_batch_norm
 from export.ladder import Ladder, Skipped
@@ -117,10 +117,10 @@ def test_a_changed_weight_of_an_openvino_program_is_found(
 ):
     directory = tmp_path / "broken"
     shutil.copytree(artifacts["openvino fp32"], directory)
-    model = ov.read_fused(
+    model = ov_build.read_fused(
         with_changed_weight(onnx.load(artifacts["onnxruntime fp32"] / "model.onnx"))
     )
-    openvino.save_model(model, directory / ov.PROGRAM_FILE, compress_to_fp16=False)
+    openvino.save_model(model, directory / ov_build.PROGRAM_FILE, compress_to_fp16=False)
     manifest = rehashed(directory)
     record = Ladder(source).climb(directory, manifest, wants_layers=True)
     assert record.first_broken == "openvino fp32"
