@@ -127,8 +127,11 @@ class QuantizationRecord(_Frozen):
     calibration_sha256: str
     """Of calibration.json, which holds the images' hashes."""
     kept_precision: Precision
-    """Of the blocks that are not quantised."""
+    """Of what is not quantised."""
     kept_blocks: tuple[str, ...]
+    """For accuracy."""
+    float_layers: tuple[str, ...] = ()
+    """For speed: layers and blocks that this machine computes faster so."""
     ranking: tuple[BlockCost, ...] = ()
     """All blocks, the costliest first; empty where nothing had to be kept."""
 

@@ -7,7 +7,6 @@ from typing import Literal
 from efficientnet.precision import Precision
 
 Activations = Literal["asymmetric", "symmetric"]
-Depthwise = Literal["int8", "float"]
 
 MIN_PARITY_IMAGES = 64
 MIN_CALIBRATION_IMAGES = 64
@@ -100,7 +99,29 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class OrtConfig(ExportConfig):
+class MixedConfig(ExportConfig):
+    """Settings of an export to a runtime that tells what each layer takes."""
+
+    float_layers: tuple[str, ...] = ()
+    """Of int8: layers and blocks that compute in float, by their names in the network
+    (features.1, features.4.0.block.1), whatever the accuracy gate keeps besides."""
+
+    search: bool = False
+    """Of int8: profile all layers in int8 and in float on this machine, let those compute in float
+    that are faster so, and keep the fastest mixture that is within --max-drop."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        for flag, is_given in (("--search", self.search), ("--float-layers", self.float_layers)):
+            if is_given and self.precision != "int8":
+                raise ValueError(f"{flag} is for --precision int8, which is {self.precision}")
+        if self.search and self.float_layers:
+            raise ValueError("--search chooses the --float-layers itself; give one of both")
+
+
+@dataclass(frozen=True)
+class OrtConfig(MixedConfig):
     """Settings of an export to ONNX Runtime."""
 
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
@@ -109,6 +130,11 @@ class OrtConfig(ExportConfig):
     def __post_init__(self) -> None:
         """Check the limits, and what each provider computes in."""
         super().__post_init__()
+        if self.search and self.provider != "cpu":
+            raise ValueError(
+                f"--search is for --provider cpu, whose profile tells what each layer takes; it is "
+                f"{self.provider}"
+            )
         allowed = {
             "cpu": ("fp32", "fp16", "int8"),
             "cuda": ("fp32", "fp16"),
@@ -123,19 +149,13 @@ class OrtConfig(ExportConfig):
 
 
 @dataclass(frozen=True)
-class OpenVinoConfig(ExportConfig):
+class OpenVinoConfig(MixedConfig):
     """Settings of an export to OpenVINO."""
 
-    activations: Activations = "asymmetric"
+    activations: Activations | None = None
     """How int8 maps are rounded: asymmetric keeps all 256 levels after SiLU, which is hardly ever
-    below zero; symmetric kernels are sometimes faster."""
-
-    depthwise: Depthwise = "int8"
-    """What depthwise convolutions compute in, in an int8 artifact."""
-
-    search: bool = False
-    """Of int8: build with both kinds of activations and of depthwise convolutions, and keep the
-    fastest on this machine that is within --max-drop."""
+    below zero; symmetric kernels are sometimes faster. None = asymmetric, and with --search both
+    are tried."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -145,5 +165,3 @@ class OpenVinoConfig(ExportConfig):
                 "--precision is fp8, which no CPU that OpenVINO runs on computes in; "
                 "expected fp32, bf16, fp16 or int8"
             )
-        if self.search and self.precision != "int8":
-            raise ValueError(f"--search is for --precision int8, which is {self.precision}")

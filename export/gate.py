@@ -5,7 +5,8 @@ Where it loses too much, the blocks that cost most are kept in a higher precisio
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from efficientnet.artifact import AccuracyGate, ArtifactManifest, BlockCost
-from efficientnet.datasets import SAMPLE_PHOTOS, sha256_of_samples
+from efficientnet.datasets import SAMPLE_PHOTOS, Sample, sha256_of_samples
 from efficientnet.errors import PipelineError
 from efficientnet.runtimes import Runtime
 from export.config import MIN_GATE_IMAGES
@@ -58,13 +59,13 @@ class Gate:
         self._samples = spread(samples, num_images or len(samples))
         self._source = source
         self._max_drop = max_drop
-        self._labels = np.asarray([sample.label for sample in self._samples])
         self._sha256 = sha256_of_samples(self._samples)
-        self._reference = self._is_right(source.answer, "the eager model")
+        self._reference = _reference(source, len(self._samples))
 
     def measure(self, runtime: Runtime) -> AccuracyGate:
         """Classify all images with a program."""
-        right = self._is_right(runtime.infer, f"{runtime.info.runtime} {runtime.info.precision}")
+        who = f"{runtime.info.runtime} {runtime.info.precision}"
+        right = is_right(self._source, self._samples, runtime.infer, who)
         drop, low, high = paired_drop(self._reference, right)
         return AccuracyGate(
             num_images=len(right),
@@ -77,17 +78,29 @@ class Gate:
             dataset_sha256=self._sha256,
         )
 
-    def _is_right(
-        self, infer: Callable[[NDArray[np.float32]], NDArray[np.float32]], who: str
-    ) -> NDArray[np.bool_]:
-        answers: list[NDArray[np.intp]] = []
-        with tqdm(
-            total=len(self._samples), desc=f"top-1 of {who}", unit="img", disable=None, leave=False
-        ) as bar:
-            for images in batches_of(self._samples, self._source.preprocess):
-                answers.append(infer(images).argmax(axis=1))
-                bar.update(len(images))
-        return np.concatenate(answers) == self._labels
+
+# A search asks it for several artifacts of one checkpoint.
+@lru_cache(maxsize=1)
+def _reference(source: Source, num_images: int) -> NDArray[np.bool_]:
+    samples = spread(source.dataset.val, num_images)
+    return is_right(source, samples, source.answer, "the eager model")
+
+
+def is_right(
+    source: Source,
+    samples: Sequence[Sample],
+    infer: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    who: str,
+) -> NDArray[np.bool_]:
+    """Classify images; return whether each answer is the label, [N]."""
+    answers: list[NDArray[np.intp]] = []
+    with tqdm(
+        total=len(samples), desc=f"top-1 of {who}", unit="img", disable=None, leave=False
+    ) as bar:
+        for images in batches_of(samples, source.preprocess):
+            answers.append(infer(images).argmax(axis=1))
+            bar.update(len(images))
+    return np.concatenate(answers) == np.asarray([sample.label for sample in samples])
 
 
 def paired_drop(

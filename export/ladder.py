@@ -354,7 +354,8 @@ def _graph_of_artifact(
         )
         scheme = "tensorrt-fp8" if precision == "fp8" else "tensorrt"
         with tempfile.TemporaryDirectory() as folder:
-            typed = typed_graph(source, config, quantization.kept_blocks, scheme, Path(folder))
+            in_float = (*quantization.kept_blocks, *quantization.float_layers)
+            typed = typed_graph(source, config, in_float, scheme, Path(folder))
     except (FileNotFoundError, CalibrationError) as error:
         return Skipped(name, f"the calibration cannot be repeated: {error}")
     assert typed.quantization is not None

@@ -1,12 +1,14 @@
 """Programs of one checkpoint -> their times, measured in turns by processes of their own."""
 
 import gc
+import json
 import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
@@ -62,19 +64,52 @@ def measure(
         }
 
 
+def profile_modules(
+    paths: Sequence[Path], num_calls: int, batch_size: int, data: str | None
+) -> list[dict[str, float]]:
+    """Profile artifacts with perf/layers.py; return the ms of each module, one dict a path.
+
+    Args:
+        paths: artifacts of ONNX Runtime on the CPU, or of OpenVINO.
+        num_calls: of which the fastest counts.
+        batch_size: images in a call.
+        data: held-out images; None = those of what each was trained on.
+
+    Raises:
+        PipelineError: the command failed.
+    """
+    command = [
+        *(sys.executable, str(ROOT / "perf" / "layers.py"), *map(str, paths)),
+        *("--calls", str(num_calls), "--batch-size", str(batch_size)),
+        *(("--data", data) if data else ()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PipelineError(f"perf/layers.py failed: {done.stderr}")
+    found: list[dict[str, float]] = []
+    for program in json.loads(done.stdout)["programs"]:
+        times: dict[str, float] = defaultdict(float)
+        for layer in program["layers"]:
+            times[layer["module"]] += layer["ms"]
+        found.append(times)
+    return found
+
+
 def measure_callables(
     openers: Mapping[str, Callable[[], Infer]],
     images: NDArray[np.float32],
     seconds: float,
     turns: int,
+    batch_size: int = 1,
 ) -> dict[str, tuple[float, ...]]:
-    """Measure what is no artifact, image by image; return the median call of each turn in ms.
+    """Measure what opens in a process of its own; return the median call of each turn in ms.
 
     Args:
-        openers: by name, what opens a program in a process of its own; to be pickled.
+        openers: by name, what opens a program; to be pickled.
         images: [N, 3, H, W], which the calls rotate through.
         seconds: measured time of each, without a first turn that does not count.
         turns: that this time is split into.
+        batch_size: images in a call, at most N.
 
     Raises:
         PipelineError: a process died.
@@ -82,7 +117,7 @@ def measure_callables(
     medians: dict[str, list[float]] = {name: [] for name in openers}
     with ExitStack() as stack:
         contenders = {
-            name: stack.enter_context(_Contender(name, opener, images))
+            name: stack.enter_context(_Contender(name, opener, images, batch_size))
             for name, opener in openers.items()
         }
         for contender in contenders.values():
@@ -97,11 +132,14 @@ def measure_callables(
 
 class _Contender:
     # A process that computes only when it is asked to.
-    def __init__(self, name: str, opener: Callable[[], Infer], images: NDArray[np.float32]) -> None:
+    def __init__(
+        self, name: str, opener: Callable[[], Infer], images: NDArray[np.float32], batch_size: int
+    ) -> None:
         self._name = name
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_contend, args=(theirs, opener), daemon=True)
+        arguments = (theirs, opener, batch_size)
+        self._process = context.Process(target=_contend, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self._connection.send(images)
@@ -125,24 +163,27 @@ class _Contender:
             ) from None
 
 
-def _contend(connection: Connection, opener: Callable[[], Infer]) -> None:
+def _contend(connection: Connection, opener: Callable[[], Infer], batch_size: int) -> None:
     torch.set_num_threads(num_usable_cores())
     images: NDArray[np.float32] = connection.recv()
     infer = opener()
     gc.disable()
     while True:
-        connection.send(_median_call_ms(infer, images, connection.recv()))
+        connection.send(_median_call_ms(infer, images, batch_size, connection.recv()))
 
 
-def _median_call_ms(infer: Infer, images: NDArray[np.float32], seconds: float) -> float:
+def _median_call_ms(
+    infer: Infer, images: NDArray[np.float32], batch_size: int, seconds: float
+) -> float:
     samples_ns: list[int] = []
     started = time.perf_counter_ns()
     settled, end = (started + round(s * 1e9) for s in (seconds * SETTLING_FRACTION, seconds))
     number, before = 0, started
     while before < end or not samples_ns:
-        index = number % len(images)
+        start = number * batch_size % (len(images) - batch_size + 1)
+        batch = images[start : start + batch_size]
         before = time.perf_counter_ns()
-        infer(images[index : index + 1])
+        infer(batch)
         after = time.perf_counter_ns()
         if number > 0 and before >= settled:
             samples_ns.append(after - before)

@@ -11,7 +11,8 @@ from efficientnet.runtimes.onnx_runtime import PROVIDERS, require_provider
 from export.config import ExportConfig, OrtConfig
 from export.graph import count_ops, count_weight_bytes
 from export.precision import typed_graph
-from export.source import load_source
+from export.search import fastest_within_drop
+from export.source import Source, load_source
 from export.writing import Built, default_output, vnni_binding, write_checked_artifact
 
 PROGRAM_FILE = "model.onnx"
@@ -33,9 +34,17 @@ def export_onnxruntime(config: ExportConfig) -> Path:
         CheckpointError, GraphError, CalibrationError, GateError, ParityError: see load_source,
             export_onnx, choose_samples and write_checked_artifact.
     """
-    provider = config.provider if isinstance(config, OrtConfig) else "cpu"
-    require_provider(PROVIDERS[provider])
+    require_provider(PROVIDERS[provider_of(config)])
     source = load_source(config)
+    if isinstance(config, OrtConfig) and config.search:
+        output = default_output(config, source, OUTPUT_NAMES["cpu"])
+        return fastest_within_drop(source, {"int8": config}, "fp32", output, write_onnxruntime)
+    return write_onnxruntime(source, config)
+
+
+def write_onnxruntime(source: Source, config: ExportConfig) -> Path:
+    """Export, check and write one artifact; return its directory."""
+    provider = provider_of(config)
     output = default_output(config, source, OUTPUT_NAMES[provider])
     # Without VNNI two products are added up in 16 bits, where weights of 8 bits would overflow.
     scheme = {"cpu": "onnxruntime" if has_vnni() else "onnxruntime-7-bits"}.get(
@@ -67,3 +76,8 @@ def export_onnxruntime(config: ExportConfig) -> Path:
         )
 
     return write_checked_artifact(source, config, output, "onnxruntime", build)
+
+
+def provider_of(config: ExportConfig) -> str:
+    """Return what executes the graph."""
+    return config.provider if isinstance(config, OrtConfig) else "cpu"

@@ -1,10 +1,9 @@
 """Checkpoint -> OpenVINO's files: batch norm folded, SiLU fused, quantised by NNCF."""
 
 import errno
-import itertools
 import logging
+import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,32 +15,25 @@ import openvino as ov
 from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from openvino._offline_transformations import apply_moc_transformations
 
-from efficientnet.artifact import QuantizationRecord, read_artifact
-from efficientnet.atomic import replaced_directory, sha256_of_file
+from efficientnet.artifact import QuantizationRecord
+from efficientnet.atomic import sha256_of_file
 from efficientnet.devices import has_vnni
-from efficientnet.runtimes.openvino_runtime import DEVICE, require_capability
+from efficientnet.runtimes.openvino_runtime import own_precision, require_capability
 from export.calibration import choose_samples, images_of, write_calibration
-from export.config import Activations, Depthwise, OpenVinoConfig
-from export.gate import GateError
+from export.config import Activations, OpenVinoConfig
 from export.graph import INPUT_NAME, OPSET, count_weight_bytes, export_onnx
-from export.measuring import measure
+from export.search import fastest_within_drop
 from export.source import Source, load_source
 from export.writing import Built, default_output, vnni_binding, write_checked_artifact
 
 PROGRAM_FILE = "model.xml"
 WEIGHTS_FILE = "model.bin"
 
-ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
-DEPTHWISE: tuple[Depthwise, ...] = get_args(Depthwise)
-
 # Of one pixel: they take no time, and decide about whole channels.
 SQUEEZE_EXCITE = r".*[.](gate[.]|pool/).*"
 
 # With less than that left after a failed write, the disk is full.
 LEAST_FREE_BYTES = 1_000_000
-
-SEARCH_SECONDS = 4.0
-SEARCH_TURNS = 8
 
 # It would list every layer that is left out.
 logging.getLogger("nncf").setLevel(logging.WARNING)
@@ -57,14 +49,20 @@ def export_openvino(config: OpenVinoConfig) -> Path:
         CheckpointError, GraphError, CalibrationError, GateError, ParityError: see load_source,
             export_onnx, choose_samples and write_checked_artifact.
     """
-    if config.search:
-        return fastest_within_drop(config)
-    float_precision = config.precision
-    if config.precision == "int8":
-        has_bf16 = "BF16" in ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
-        float_precision = "bf16" if has_bf16 else "fp32"
-    require_capability(ov.Core(), float_precision, "the artifact")
+    core = ov.Core()
+    if config.precision != "int8":
+        require_capability(core, config.precision, "the artifact")
     source = load_source(config)
+    if not config.search:
+        return write_openvino(source, config)
+    every = [config.activations] if config.activations else get_args(Activations)
+    kinds = {f"{kind} int8": replace(config, activations=kind) for kind in every}
+    output = default_output(config, source, "openvino")
+    return fastest_within_drop(source, kinds, own_precision(core), output, write_openvino)
+
+
+def write_openvino(source: Source, config: OpenVinoConfig) -> Path:
+    """Export, check and write one artifact; return its directory."""
     output = default_output(config, source, "openvino")
     log.info("export %s at %d px to ONNX, opset %d", source.variant, source.image_size, OPSET)
     graph = export_onnx(source.model, source.image_size)
@@ -73,7 +71,6 @@ def export_openvino(config: OpenVinoConfig) -> Path:
         model, quantization = read_fused(graph), None
         if config.precision == "int8":
             model, quantization = quantize(model, source, config, kept, directory)
-            quantization = quantization.model_copy(update={"kept_precision": float_precision})
         save(model, directory)
         return Built(
             PROGRAM_FILE,
@@ -91,43 +88,6 @@ def export_openvino(config: OpenVinoConfig) -> Path:
         )
 
     return write_checked_artifact(source, config, output, "openvino", build)
-
-
-def fastest_within_drop(config: OpenVinoConfig) -> Path:
-    """Build every kind of int8 artifact, measure them in turns, and write the fastest.
-
-    Raises:
-        GateError: all of them lose more than --max-drop.
-    """
-    source = load_source(config)
-    output = default_output(config, source, "openvino")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".search-") as folder:
-        found: list[Path] = []
-        for activations, depthwise in itertools.product(ACTIVATIONS, DEPTHWISE):
-            log.info("%s activations, depthwise convolutions in %s", activations, depthwise)
-            variant = replace(
-                config,
-                search=False,
-                activations=activations,
-                depthwise=depthwise,
-                output=Path(folder) / f"{activations}-{depthwise}",
-            )
-            try:
-                found.append(export_openvino(variant))
-            except GateError as error:
-                log.info("left out: %s", error)
-        if not found:
-            raise GateError("no kind of int8 artifact is within --max-drop; export in fp32")
-        records = measure(found, SEARCH_SECONDS, SEARCH_TURNS, config.batch[1], config.data)
-        times = {path: records[read_artifact(path).program_sha256].mean_ms for path in found}
-        for path in sorted(found, key=lambda path: times[path]):
-            log.info("%8.2f ms  %s", times[path], path.name)
-        best = min(found, key=lambda path: times[path])
-        with replaced_directory(output) as fresh:
-            for file in best.iterdir():
-                file.rename(fresh / file.name)
-    return output
 
 
 def read_fused(graph: onnx.ModelProto) -> ov.Model:
@@ -167,15 +127,14 @@ def quantize(
     kept: Sequence[str],
     directory: Path,
 ) -> tuple[ov.Model, QuantizationRecord]:
-    """Quantise to int8 with NNCF, all but squeeze-excite's layers and the blocks in `kept`."""
+    """Quantise to int8 with NNCF, all but squeeze-excite, `kept` and the config's float layers."""
     samples = choose_samples(source, config)
-    method = (
-        f"nncf {nncf.__version__}, {config.activations} activations, "
-        f"depthwise convolutions in {config.depthwise}"
-    )
+    activations = config.activations or "asymmetric"
+    method = f"nncf {nncf.__version__}, {activations} activations"
     sha256 = write_calibration(directory, samples, config, method)
-    preset = "mixed" if config.activations == "asymmetric" else "performance"
-    patterns = [SQUEEZE_EXCITE, *(rf"{block.replace('.', '[.]')}([./].*)?" for block in kept)]
+    preset = "mixed" if activations == "asymmetric" else "performance"
+    in_float = (*kept, *config.float_layers)
+    patterns = [SQUEEZE_EXCITE, *(rf"{re.escape(name)}([./].*)?" for name in in_float)]
     images = [batch[i : i + 1] for batch in images_of(source, samples) for i in range(len(batch))]
     quantized: Any = nncf.quantize(
         model,
@@ -192,7 +151,6 @@ def quantize(
         ),
         ignored_scope=nncf.IgnoredScope(
             patterns=patterns,
-            types=["GroupConvolution"] if config.depthwise == "float" else [],
             validate=False,
         ),
     )
@@ -200,6 +158,7 @@ def quantize(
         method=method,
         num_calibration_images=len(samples),
         calibration_sha256=sha256,
-        kept_precision="fp32",
+        kept_precision=own_precision(ov.Core()),
         kept_blocks=tuple(kept),
+        float_layers=config.float_layers,
     )

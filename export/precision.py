@@ -24,7 +24,7 @@ from export.calibration import (
     images_of,
     write_calibration,
 )
-from export.config import ExportConfig
+from export.config import ExportConfig, MixedConfig
 from export.graph import (
     CAST_INPUT_NAME,
     INPUT_NAME,
@@ -101,7 +101,7 @@ def typed_graph(
     Args:
         source: the model and its images.
         config: precision, number of calibration images, seed.
-        kept: blocks that stay in float32.
+        kept: blocks that stay in the scheme's float precision, besides the config's float layers.
         scheme: a key of SCHEMES; for float precisions not used.
         directory: where calibration.json is written.
 
@@ -111,13 +111,19 @@ def typed_graph(
     """
     if config.precision in ("int8", "fp8"):
         chosen = SCHEMES[scheme]
-        calibrated = _calibrate(source, config, scheme)
+        # Of all settings, only these change the ranges.
+        choice = ExportConfig(
+            num_calibration_images=config.num_calibration_images, seed=config.seed
+        )
+        calibrated = _calibrate(source, choice, scheme)
         sha256 = write_calibration(directory, calibrated.samples, config, METHOD)
         graph = onnx.ModelProto()
         graph.CopyFrom(calibrated.graph)
-        tensors = tensors_to_quantize(graph, kept, chosen)
+        float_layers = config.float_layers if isinstance(config, MixedConfig) else ()
+        in_float = (*kept, *float_layers)
+        tensors = tensors_to_quantize(graph, in_float, chosen)
         ranges = {tensor: calibrated.ranges[tensor] for tensor in tensors}
-        insert_quantization(graph, ranges, kept, chosen)
+        insert_quantization(graph, ranges, in_float, chosen)
         check_graph(graph)
         quantization = QuantizationRecord(
             method=f"{scheme}: {METHOD}",
@@ -125,6 +131,7 @@ def typed_graph(
             calibration_sha256=sha256,
             kept_precision=chosen.float_precision,
             kept_blocks=tuple(kept),
+            float_layers=float_layers,
         )
         return TypedGraph(graph, OPSETS["fp32"], quantization)
     precision: FloatPrecision = config.precision
@@ -137,7 +144,7 @@ class _Calibrated(NamedTuple):
     ranges: Ranges
 
 
-# The accuracy gate asks for several graphs that differ in the blocks that are kept.
+# The gate and the search ask for several graphs that differ in what stays in float.
 @lru_cache(maxsize=1)
 def _calibrate(source: Source, config: ExportConfig, scheme: str) -> _Calibrated:
     chosen = SCHEMES[scheme]

@@ -18,7 +18,7 @@ from efficientnet.environment import num_usable_cores
 from efficientnet.model import EfficientNet
 from efficientnet.preprocess import PreprocessSpec, preprocess
 from efficientnet.variants import get_variant
-from export.config import ExportConfig
+from export.config import ExportConfig, MixedConfig
 
 BATCH_SIZE = 16
 
@@ -77,12 +77,14 @@ def load_source(config: ExportConfig) -> Source:
     Raises:
         CheckpointError: no whole checkpoint.
         FileNotFoundError, DatasetError: the data is not there or not the network's.
-        ValueError: too few held-out images.
+        ValueError: too few held-out images, or float layers that the network has not got.
     """
     checkpoint = config.checkpoint or newest_checkpoint()
     chosen = "" if config.checkpoint else " (of the newest complete run)"
     log.info("checkpoint %s%s", checkpoint, chosen)
     model, record = load_checkpoint(checkpoint)
+    if isinstance(config, MixedConfig):
+        _require_layers(model, config.float_layers)
     dataset = load_held_out(record.data, config.data, record.class_names)
     _require_images(dataset.val, config.num_parity_images)
     spec = record.preprocess
@@ -132,3 +134,13 @@ def _require_images(samples: Sequence[Sample], num_images: int) -> None:
             f"there are {len(samples)} held-out images, the parity check needs {num_images}; "
             "add images to val, or lower --num-parity-images (at least 64)"
         )
+
+
+def _require_layers(model: EfficientNet, names: Sequence[str]) -> None:
+    known = {name for name, _ in model.named_modules() if name.startswith("features.")}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"--float-layers names {name}, which the network has not got; expected names like "
+                "features.1 (a stage), features.4.0 (a block) or features.4.0.block.1 (a layer)"
+            )

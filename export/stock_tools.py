@@ -23,7 +23,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from efficientnet.artifact import QuantizationRecord
-from efficientnet.runtimes.openvino_runtime import DEVICE
+from efficientnet.runtimes.openvino_runtime import own_precision
 from export.calibration import choose_samples, images_of, write_calibration
 from export.config import ExportConfig
 from export.graph import (
@@ -48,8 +48,7 @@ def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> 
         images = [
             image for batch in images_of(source, samples) for image in np.split(batch, len(batch))
         ]
-        has_bf16 = "BF16" in ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
-        float_precision = "bf16" if has_bf16 else "fp32"
+        float_precision = own_precision(ov.Core())
 
         def record(directory: Path, method: str) -> QuantizationRecord:
             return QuantizationRecord(

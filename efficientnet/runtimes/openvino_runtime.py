@@ -1,7 +1,7 @@
 """An OpenVINO artifact -> OpenVINO's CPU plugin, in the precision that the manifest names."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openvino as ov
@@ -87,6 +87,11 @@ def require_capability(core: Any, precision: str, what: object) -> None:
             f"{', '.join(sorted(set(found) & set(CAPABILITIES.values())))}); "
             "export in fp32 or int8"
         )
+
+
+def own_precision(core: Any) -> Literal["bf16", "fp32"]:
+    """Return what OpenVINO computes in by default on this processor, whatever the file says."""
+    return "bf16" if "BF16" in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES") else "fp32"
 
 
 def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> OpenVinoRuntime:

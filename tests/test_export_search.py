@@ -1,0 +1,217 @@
+import logging
+from pathlib import Path
+from typing import Any
+
+import onnx
+import openvino
+import pytest
+
+from efficientnet.artifact import read_artifact
+from efficientnet.model import EfficientNet
+from export import ort_build, ov_build, search
+from export.config import ExportConfig, OpenVinoConfig, OrtConfig
+from export.gate import GateError
+from export.graph import is_within
+from export.search import faster_in_float, time_of
+from export.source import Source, load_source
+
+DEPTHWISE = "features.3.0.block.1"
+BLOCK = "features.1.0"
+
+SMALL: dict[str, Any] = {
+    "num_parity_images": 64,
+    "num_calibration_images": 64,
+    "num_gate_images": 100,
+    "max_drop": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def source(trained_checkpoint: Path) -> Source:
+    return load_source(ExportConfig(checkpoint=trained_checkpoint, num_parity_images=64))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(search, "SECONDS", 0.1)
+    monkeypatch.setattr(search, "TURNS", 2)
+    monkeypatch.setattr(search, "NUM_CALLS", 2)
+
+
+def times(model: EfficientNet, **other: float) -> dict[str, float]:
+    modules = [name for name, _ in model.named_modules() if name.endswith(".0") and "block" in name]
+    return dict.fromkeys(modules, 1.0) | {
+        name.replace("_", "."): value for name, value in other.items()
+    }
+
+
+def test_a_layer_is_timed_with_its_silu_and_a_block_with_all_in_it():
+    ms = {"features.1.0.block.0.0": 2.0, "features.1.0.block.0.2": 1.0, "features.1.0": 0.5}
+    assert time_of("features.1.0.block.0", ms) == 3.0
+    assert time_of("features.1.0", ms) == 3.5
+    assert time_of("features.1.0.block", {"features.1.0.blocks": 1.0}) == 0
+
+
+def test_layers_and_blocks_are_chosen_that_gain_more_than_noise(source: Source):
+    in_int8 = times(source.model)
+    layer = f"{DEPTHWISE}.0"
+    assert layer in in_int8
+    assert faster_in_float(source.model, in_int8, in_int8) == {}
+    assert faster_in_float(source.model, in_int8 | {layer: 0.96}, in_int8) == {}
+    # Of its block it is too small a part.
+    assert faster_in_float(source.model, in_int8 | {layer: 0.9}, in_int8) == {
+        "layers": (DEPTHWISE,)
+    }
+    found = faster_in_float(source.model, in_int8 | {layer: 0.1}, in_int8)
+    assert found == {"layers": (DEPTHWISE,), "blocks": ("features.3.0",)}
+
+
+def test_the_same_choice_by_layer_and_by_block_is_built_once(source: Source):
+    in_int8 = times(source.model, features_0_0=1.0)
+    in_float = in_int8 | {"features.0.0": 0.5}
+    assert faster_in_float(source.model, in_float, in_int8) == {"layers": ("features.0",)}
+
+
+def test_layers_in_float_have_float_weights_in_openvino(trained_checkpoint: Path, tmp_path: Path):
+    def in_int8(path: Path) -> set[str]:
+        model = openvino.Core().read_model(path / ov_build.PROGRAM_FILE)
+        found: set[str] = set()
+        for op in model.get_ops():
+            if op.get_type_name() in ("Convolution", "GroupConvolution"):
+                weight = op.input_value(1).get_node()
+                while weight.get_type_name() != "Constant":
+                    weight = weight.input_value(0).get_node()
+                if weight.get_element_type().to_string() == "i8":
+                    found.add(op.get_friendly_name())
+        return found
+
+    def export(name: str, layers: tuple[str, ...]) -> Path:
+        config = OpenVinoConfig(
+            trained_checkpoint, tmp_path / name, "int8", float_layers=layers, **SMALL
+        )
+        return ov_build.export_openvino(config)
+
+    plain, mixed = export("plain", ()), export("mixed", (DEPTHWISE, BLOCK))
+    assert in_int8(plain) - in_int8(mixed) == {
+        name for name in in_int8(plain) if is_within(name, DEPTHWISE) or is_within(name, BLOCK)
+    }
+    assert any(is_within(name, DEPTHWISE) for name in in_int8(plain))
+    record = read_artifact(mixed).quantization
+    assert record is not None and record.float_layers == (DEPTHWISE, BLOCK)
+    assert record.kept_blocks == ()
+
+
+def test_layers_in_float_have_float_weights_in_onnxruntime(
+    trained_checkpoint: Path, tmp_path: Path
+):
+    config = OrtConfig(
+        trained_checkpoint, tmp_path / "mixed", "int8", float_layers=(DEPTHWISE, BLOCK), **SMALL
+    )
+    graph = onnx.load(ort_build.export_onnxruntime(config) / ort_build.PROGRAM_FILE).graph
+    convolutions = [n for n in graph.node if n.op_type == "Conv" and ".gate." not in n.name]
+    in_float = {n.name for n in convolutions if "DequantizeLinear" not in n.input[1]}
+    expected = {
+        n.name for n in convolutions if is_within(n.name, DEPTHWISE) or is_within(n.name, BLOCK)
+    }
+    assert in_float == expected and len(in_float) >= 2
+    record = read_artifact(tmp_path / "mixed").quantization
+    assert record is not None and record.float_layers == (DEPTHWISE, BLOCK)
+
+
+def test_a_search_measures_every_mixture_and_keeps_the_fastest(
+    trained_checkpoint: Path,
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    in_int8 = times(source.model)
+    profiled: list[tuple[Path, ...]] = []
+
+    def profile(paths: tuple[Path, ...], *_: object) -> list[dict[str, float]]:
+        profiled.append(paths)
+        for path in paths:
+            read_artifact(path)
+        return [in_int8 | {f"{DEPTHWISE}.0": 0.1}, in_int8]
+
+    wanted = "symmetric int8, layers in "
+
+    def measure(openers: dict[str, Any], *_: object) -> dict[str, tuple[float, ...]]:
+        for opener in openers.values():
+            opener()(source.parity_images[:1])
+        return {name: (1.0 if name.startswith(wanted) else 2.0,) for name in openers}
+
+    monkeypatch.setattr(search, "profile_modules", profile)
+    monkeypatch.setattr(search, "measure_callables", measure)
+    caplog.set_level(logging.INFO)
+    config = OpenVinoConfig(trained_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
+    best = ov_build.export_openvino(config)
+    assert len(profiled) == 2
+    quantization = read_artifact(best).quantization
+    assert quantization is not None and quantization.float_layers == (DEPTHWISE,)
+    assert "symmetric" in quantization.method.split() and best == tmp_path / "found"
+    assert [path.name for path in tmp_path.iterdir()] == ["found"]
+    assert not (best / "tried").exists()
+    (table,) = [m for m in caplog.messages if "measured in turns" in m]
+    assert len(table.splitlines()) == 2 + 1 + 2 * 3 + 1
+
+
+def test_a_search_with_the_runtimes_own_profile(
+    trained_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    config = OrtConfig(trained_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
+    best = ort_build.export_onnxruntime(config)
+    assert read_artifact(best).precision == "int8"
+    assert "all layers in fp32, to compare with" in caplog.messages
+    assert any("measured in turns, batch 1" in message for message in caplog.messages)
+
+
+def test_nothing_is_written_when_every_mixture_loses_too_much(
+    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(_: Source, config: OpenVinoConfig) -> Path | None:
+        if config.precision == "int8":
+            raise GateError("it loses too much")
+        return config.output
+
+    monkeypatch.setattr(ov_build, "write_openvino", refuse)
+    config = OpenVinoConfig(trained_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
+    with pytest.raises(GateError, match="no kind of int8 artifact is within --max-drop"):
+        ov_build.export_openvino(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        (OrtConfig, {"search": True}, "--search is for --precision int8, which is fp32"),
+        (OrtConfig, {"float_layers": (BLOCK,)}, "--float-layers is for --precision int8"),
+        (
+            OpenVinoConfig,
+            {"precision": "int8", "search": True, "float_layers": (BLOCK,)},
+            "give one of both",
+        ),
+        (
+            OrtConfig,
+            {"precision": "int8", "search": True, "provider": "tensorrt"},
+            "--search is for --provider cpu",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(
+    kind: type[OrtConfig], flags: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        kind(**flags)
+
+
+def test_a_layer_that_is_not_there_is_named_before_work_starts(
+    trained_checkpoint: Path, tmp_path: Path
+):
+    config = OrtConfig(
+        trained_checkpoint, tmp_path / "x", "int8", float_layers=("features.9.block",), **SMALL
+    )
+    with pytest.raises(ValueError, match=r"features\.9\.block, which the network has not got"):
+        ort_build.export_onnxruntime(config)
+    assert list(tmp_path.iterdir()) == []
