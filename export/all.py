@@ -80,7 +80,7 @@ RUNTIMES = tuple(dict.fromkeys(candidate.command for candidate in CANDIDATES))
 
 @dataclass(frozen=True)
 class AllConfig(ExportConfig):
-    """Settings of all exports; --precision is not used."""
+    """Settings of all exports."""
 
     only: tuple[str, ...] = ()
     """Commands to run, of ort ov aoti torch_trt trt; none = all."""
@@ -101,6 +101,11 @@ class AllConfig(ExportConfig):
             raise ValueError(f"--only is {' '.join(unknown)}, expected of {', '.join(RUNTIMES)}")
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        if self.precision != "fp32":
+            raise ValueError(
+                f"--precision is {self.precision}, but all of them are made; "
+                "'python export/ort.py --precision ...' and its sisters make one"
+            )
         if self.output is not None:
             raise ValueError("--output is one artifact's; all of them go to artifacts/<variant>")
 
@@ -161,8 +166,9 @@ def main(config: AllConfig) -> Summary:
     default, notes = choose_default(lines)
     if default is not None:
         point_link(folder / DEFAULT_LINK, Path(Path(default).name))
-    log.info("%s", table_of(lines, default).aligned_text())
-    for note in notes:
+    table = table_of(lines, default)
+    log.info("%s", table.aligned_text())
+    for note in (*table.notes, *notes):
         log.info("%s", note)
     summary = Summary(
         variant=source.variant,
@@ -237,7 +243,7 @@ def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
 
 
 def table_of(lines: list[Line], default: str | None) -> Table:
-    """Lay the artifacts out, then what was left out with the reason."""
+    """Lay the artifacts out; reasons why one was left out are notes, each told once."""
     columns = (
         "runtime",
         "precision",
@@ -247,8 +253,9 @@ def table_of(lines: list[Line], default: str | None) -> Table:
         "change",
         "p50 ms",
         "default",
-        "left out because",
+        "left out",
     )
+    reasons = list(dict.fromkeys(line.left_out for line in lines if line.left_out))
     rows = [
         (
             line.name,
@@ -259,11 +266,13 @@ def table_of(lines: list[Line], default: str | None) -> Table:
             NOTHING if line.drop is None else f"{0.0 - 100 * line.drop:+.2f}",
             format_ms(line.p50_ms),
             "yes" if line.artifact is not None and line.artifact == default else "",
-            line.left_out or "",
+            f"({reasons.index(line.left_out) + 1})" if line.left_out else "",
         )
         for line in lines
     ]
-    return Table(columns, tuple(rows), frozenset({columns[0], columns[1], columns[7], columns[8]}))
+    words = frozenset({columns[0], columns[1], columns[7], columns[8]})
+    notes = tuple(f"({number}) {reason}" for number, reason in enumerate(reasons, start=1))
+    return Table(columns, tuple(rows), words, notes)
 
 
 def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Path) -> Line:

@@ -8,6 +8,7 @@ python export/stock.py artifacts/v2-s/openvino-int8 artifacts/v2-s/onnxruntime-i
 
 import logging
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from efficientnet.publishing import find_section, publish_part, published_direct
 from efficientnet.tables import Table, format_ms, format_ratio
 from export.config import ExportConfig
 from export.measuring import measure
-from export.source import load_source
+from export.source import Source, load_source
 from export.stock_tools import make_stock_artifacts
 
 SECTION = "stock"
@@ -47,8 +48,9 @@ class StockConfig(ExportConfig):
     turns: int = 8
     """Turns that this time is split into."""
 
-    batch_size: int = 1
-    """Images in a call."""
+    batch_sizes: tuple[int, ...] = (1,)
+    """Images in a call, each measured in a run of its own; the stock artifacts get fixed shapes for
+    them, and ours should have been exported with the same --batches."""
 
     publish: bool = False
     """Write to reports/published/<date>-<device>/, and all tables there into the README."""
@@ -63,6 +65,12 @@ class StockConfig(ExportConfig):
                 "--size is not taken here: the eager model is measured at its checkpoint's size, "
                 "and all others must have the same"
             )
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(
+                f"--batch-sizes is {list(self.batch_sizes)}, expected at least one, >= 1"
+            )
+        if self.batches is not None:
+            raise ValueError("--batches is not taken here: --batch-sizes says what is measured")
 
 
 class Ratio(BaseModel):
@@ -93,30 +101,57 @@ class Comparison(BaseModel):
     ratios: tuple[Ratio, ...]
 
 
-def main(config: StockConfig) -> Comparison | str:
+class Comparisons(BaseModel):
+    """Those of all batch sizes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    comparisons: tuple[Comparison, ...]
+
+
+def main(config: StockConfig) -> Comparisons | str:
     """Make the stock artifacts and measure all programs in turns.
 
     Raises:
         CheckpointError, CalibrationError: see load_source and choose_samples.
         PipelineError: the measurement failed.
     """
-    started_at = datetime.now(UTC)
     if config.publish:
         find_section(config.readme, SECTION)
     source = load_source(config)
     folder = (config.output or Path("artifacts") / source.variant) / "stock"
-    stock = make_stock_artifacts(source, config, folder)
+    shapes = ExportConfig(
+        batches=config.batch_sizes,
+        num_calibration_images=config.num_calibration_images,
+        seed=config.seed,
+    )
+    stock = make_stock_artifacts(source, shapes, folder)
     if not config.paths:
         return "\n".join(map(str, stock))
+    found: list[Comparison] = []
+    for batch_size in config.batch_sizes:
+        found.append(compare(source, stock, config, batch_size))
+        log.info("%s", table_of(found[-1]).aligned_text())
+        if config.publish:
+            publish(found[-1], config.readme)
+    return Comparisons(comparisons=tuple(found))
+
+
+def compare(
+    source: Source, stock: Sequence[Path], config: StockConfig, batch_size: int
+) -> Comparison:
+    """Measure all programs in turns at one batch size."""
+    started_at = datetime.now(UTC)
     paths = [source.checkpoint, *stock, *config.paths]
-    records = measure(paths, config.seconds, config.turns, config.batch_size, config.data)
+    records = measure(paths, config.seconds, config.turns, batch_size, config.data)
+    others = {
+        "eager": records[source.record.weights_sha256],
+        **{path.name: records[read_artifact(path).program_sha256] for path in stock},
+    }
     ratios: list[Ratio] = []
     for path in config.paths:
         own = records[read_artifact(path).program_sha256]
-        for name, other in [
-            ("eager", records[source.record.weights_sha256]),
-            *((p.name, records[read_artifact(p).program_sha256]) for p in stock),
-        ]:
+        for name, other in others.items():
             pairs = zip(own.turn_p50_ms, other.turn_p50_ms, strict=True)
             shares = sorted(a / b for a, b in pairs)
             ratios.append(
@@ -129,20 +164,16 @@ def main(config: StockConfig) -> Comparison | str:
                     high=shares[-1],
                 )
             )
-    comparison = Comparison(
+    return Comparison(
         variant=source.variant,
         num_threads=num_usable_cores(),
         environment=current_environment(),
         cpu_features=tuple(sorted(CPU_FEATURES & cpu_features())),
         started_at=started_at,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         image_size=source.image_size,
         ratios=tuple(ratios),
     )
-    log.info("%s", table_of(comparison).aligned_text())
-    if config.publish:
-        publish(comparison, config.readme)
-    return comparison
 
 
 def publish(comparison: Comparison, readme: Path) -> None:

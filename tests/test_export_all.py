@@ -37,11 +37,15 @@ def test_an_int8_artifact_that_is_slower_is_reported_and_not_the_default():
 def test_the_table_tells_why_something_was_left_out():
     lines = [
         line("openvino", "fp32", 8.0, size_bytes=5_000_000, top1=0.5, drop=0.002),
+        line("aoti", "bf16", None, left_out="no instructions for bf16"),
         line("tensorrt", "fp16", None, left_out="no NVIDIA GPU answers here"),
+        line("tensorrt", "int8", None, left_out="no NVIDIA GPU answers here"),
     ]
-    text = table_of(lines, "artifacts/tiny/openvino-fp32").aligned_text()
+    table = table_of(lines, "artifacts/tiny/openvino-fp32")
+    text = table.aligned_text()
     assert "5 MB" in text and "50.00 %" in text and "-0.20" in text and "yes" in text
-    assert "no NVIDIA GPU answers here" in text
+    assert table.notes == ("(1) no instructions for bf16", "(2) no NVIDIA GPU answers here")
+    assert [row[-1] for row in table.rows] == ["", "(1)", "(2)", "(2)"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,11 @@ def test_a_published_table_stands_in_the_readme(tmp_path: Path, monkeypatch: pyt
 def test_an_unknown_command_is_refused():
     with pytest.raises(ValueError, match="--only is tflite, expected of ort, ov"):
         AllConfig(only=("tflite",))
+
+
+def test_one_precision_is_not_taken():
+    with pytest.raises(ValueError, match="--precision is int8, but all of them are made"):
+        AllConfig(precision="int8")
 
 
 def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(

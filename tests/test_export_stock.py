@@ -9,7 +9,7 @@ import pytest
 from efficientnet.environment import current_environment
 from export.config import OpenVinoConfig
 from export.ov import main as export_openvino
-from export.stock import Comparison, Ratio, StockConfig, publish, section_of
+from export.stock import Comparison, Comparisons, Ratio, StockConfig, publish, section_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,9 +46,13 @@ def test_comparisons_are_published_side_by_side(tmp_path: Path, monkeypatch: pyt
     assert "batch 1**" in readme.read_text() and "batch 16**" in readme.read_text()
 
 
-def test_another_size_than_the_checkpoints_is_refused():
+def test_settings_that_would_not_be_used_are_refused():
     with pytest.raises(ValueError, match="--size is not taken here"):
         StockConfig(size=64)
+    with pytest.raises(ValueError, match="--batches is not taken here"):
+        StockConfig(batches=(1, 16))
+    with pytest.raises(ValueError, match=r"--batch-sizes is \[0\]"):
+        StockConfig(batch_sizes=(0,))
 
 
 @pytest.mark.slow
@@ -61,11 +65,14 @@ def test_the_stock_tools_take_turns_with_ours(trained_checkpoint: Path, tmp_path
         *(sys.executable, str(ROOT / "export/stock.py"), str(ours)),
         *("--checkpoint", str(trained_checkpoint), "--num-parity-images", "64"),
         *("--num-calibration-images", "64", "--seconds", "0.5", "--turns", "2"),
+        *("--batch-sizes", "1", "2"),
         *("--output", str(tmp_path / "stock")),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = Comparison.model_validate(json.loads(done.stdout.splitlines()[-1]))
-    others = {ratio.other for ratio in found.ratios}
-    assert {"eager", "stock-onnxruntime-fp32", "stock-onnxruntime-int8"} < others
-    assert all(0 < ratio.low <= ratio.ratio <= ratio.high for ratio in found.ratios)
+    found = Comparisons.model_validate(json.loads(done.stdout.splitlines()[-1])).comparisons
+    assert [one.batch_size for one in found] == [1, 2]
+    for one in found:
+        others = {ratio.other for ratio in one.ratios}
+        assert {"eager", "stock-onnxruntime-fp32", "stock-onnxruntime-int8"} < others
+        assert all(0 < ratio.low <= ratio.ratio <= ratio.high for ratio in one.ratios)
