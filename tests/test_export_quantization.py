@@ -20,7 +20,7 @@ from export.calibration import (
 )
 from export.config import ExportConfig
 from export.gate import Attempt, Gate, GateError, keep_within_drop, paired_drop
-from export.graph import count_ops, export_onnx, is_within
+from export.graph import count_ops, export_onnx, fold_batch_norm, is_within
 from export.precision import typed_graph
 from export.sensitivity import named_blocks, rank_blocks
 from export.source import Source, load_source
@@ -165,6 +165,20 @@ def test_ranges_that_are_no_numbers_are_an_error(source: Source, config: ExportC
     images = np.full((2, 3, 32, 32), np.nan, np.float32)
     with pytest.raises(CalibrationError, match="are not finite"):
         collect_ranges(graph, ["features.0.0/Conv"], [images])
+
+
+def test_a_range_is_the_mean_over_batches_and_holds_zero(source: Source):
+    graph = export_onnx(source.model, source.image_size)
+    name = "features.0.0/Conv"
+    batches = [source.parity_images[:8], source.parity_images[8:10] + 3.0]
+    ranges = collect_ranges(graph, ["images", name], batches)
+    layer = fold_batch_norm(source.model).features[0][0]
+    with torch.inference_mode():
+        maps = [layer(torch.from_numpy(batch)).numpy() for batch in batches]
+    for found, values in ((ranges["images"], batches), (ranges[name], maps)):
+        low, high = np.mean([v.min() for v in values]), np.mean([v.max() for v in values])
+        assert found == pytest.approx((min(low, 0.0), max(high, 0.0)), abs=1e-4)
+    assert ranges["images"][1] > 1 and source.parity_images.max() < ranges["images"][1]
 
 
 def test_a_drop_is_that_of_the_images_that_changed():
