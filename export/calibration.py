@@ -104,9 +104,10 @@ def collect_ranges(
     for images in batches:
         each = np.asarray([session.run(None, {INPUT_NAME: image[None]}) for image in images])
         found.append(np.stack([each[:, 0::2].min(axis=0), each[:, 1::2].max(axis=0)], axis=1))
-    means = np.mean(found, axis=0, dtype=np.float64).tolist()
+    means = np.mean(np.stack(found).astype(np.float64), axis=0)
     ranges: Ranges = {}
-    for name, bounds in zip(tensors, means, strict=True):
+    for name, (low, high) in zip(tensors, means, strict=True):
+        bounds = float(low), float(high)
         if not np.isfinite(bounds).all():
             raise CalibrationError(
                 f"the values of {name} are not finite ({bounds[0]} to {bounds[1]}): "
