@@ -83,7 +83,8 @@ def fastest_within_drop(
             in_int8 = tried(kind, config)
             if in_int8 is not None:
                 paths = (in_float, in_int8)
-                times = profile_modules(paths, NUM_CALLS, config.batch[1], config.data)
+                batch_size = config.static_batches[0]
+                times = profile_modules(paths, NUM_CALLS, batch_size, config.data)
                 for level, layers in faster_in_float(source.model, *times).items():
                     tried(
                         f"{kind}, {level} in {float_precision}",
@@ -141,7 +142,7 @@ def measured_fastest(
 ) -> Path:
     """Measure all in turns, log their times, and return the fastest of `found`."""
     paths = [*found, in_float]
-    batch_size = config.batch[1]
+    batch_size = config.static_batches[0]
     images = source.parity_images[: max(batch_size, NUM_IMAGES)]
     images = np.resize(images, (max(batch_size, len(images)), *images.shape[1:]))
     openers = {path.name: partial(open_infer, path) for path in paths}
