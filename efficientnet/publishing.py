@@ -4,12 +4,27 @@ import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from efficientnet.atomic import write_text
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.errors import PipelineError
 
 PUBLISHED = Path("reports/published")
+
+
+class Measured(BaseModel):
+    """A record of what was measured, when and on what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    environment: EnvironmentRecord
+    started_at: AwareDatetime
+
+
+Part = TypeVar("Part", bound=Measured)
 
 
 class PublishError(PipelineError):
@@ -57,23 +72,25 @@ def write_section(readme: Path, name: str, body: str) -> None:
 
 
 def publish_part(
-    path: Path, text: str, readme: Path, name: str, render: Callable[[str], str]
+    record: Part, name: str, readme: Path, section: str, render: Callable[[Part], str]
 ) -> None:
-    """Write a record, and all of its section that stand beside it into the README.
+    """Write a record to its place, and all of its section that stand beside it into the README.
 
     Args:
-        path: of the record, called <section>-....json.
-        text: the record as JSON.
+        record: what was measured.
+        name: of its file, <section>-....json.
         readme: has the section's marks.
-        name: of the section.
-        render: a record's JSON -> Markdown.
+        section: its name.
+        render: a record -> Markdown.
 
     Raises:
         PublishError: see find_section.
     """
-    write_text(path, text + "\n")
-    files = sorted(path.parent.glob(f"{name}-*.json"))
-    write_section(readme, name, "\n\n".join(render(file.read_text()) for file in files))
+    folder = published_directory(record.started_at, [record.environment])
+    write_text(folder / name, record.model_dump_json(indent=1) + "\n")
+    files = sorted(folder.glob(f"{section}-*.json"))
+    parts = [type(record).model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+    write_section(readme, section, "\n\n".join(map(render, parts)))
 
 
 def _slug(environment: EnvironmentRecord) -> str:

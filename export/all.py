@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
 from efficientnet.atomic import point_link
 from efficientnet.command import parse_flags, run_command
 from efficientnet.datasets import SAMPLE_PHOTOS
-from efficientnet.environment import EnvironmentRecord, current_environment
+from efficientnet.environment import current_environment
 from efficientnet.errors import PipelineError
 from efficientnet.precision import Precision
-from efficientnet.publishing import find_section, publish_part, published_directory
+from efficientnet.publishing import Measured, find_section, publish_part
 from efficientnet.runtimes import open_runtime
 from efficientnet.tables import NOTHING, Table, format_bytes, format_ms, format_percent
 from export.config import ExportConfig
@@ -128,15 +128,11 @@ class Line(BaseModel):
     """Why there is no artifact, or none that can be run here."""
 
 
-class Summary(BaseModel):
+class Summary(Measured):
     """The table as JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     variant: str
     image_size: int
-    environment: EnvironmentRecord
-    started_at: AwareDatetime
     lines: tuple[Line, ...]
     default: str | None
     notes: tuple[str, ...]
@@ -190,15 +186,8 @@ def publish(summary: Summary, readme: Path) -> None:
     Raises:
         PublishError: the README has no place for them.
     """
-    folder = published_directory(summary.started_at, [summary.environment])
     name = f"exports-{summary.variant}-{summary.image_size}px.json"
-    publish_part(
-        folder / name,
-        summary.model_dump_json(indent=1),
-        readme,
-        SECTION,
-        lambda text: section_of(Summary.model_validate_json(text)),
-    )
+    publish_part(summary, name, readme, SECTION, section_of)
 
 
 def section_of(summary: Summary) -> str:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,8 +65,7 @@ def export_openvino(config: OpenVinoConfig) -> Path:
 def write_openvino(source: Source, config: OpenVinoConfig) -> Path:
     """Export, check and write one artifact; return its directory."""
     output = default_output(config, source, "openvino")
-    log.info("export %s at %d px to ONNX, opset %d", source.variant, source.image_size, OPSET)
-    graph = export_onnx(source.model, source.image_size)
+    graph = graph_of(source)
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         model, quantization = read_fused(graph), None
@@ -88,6 +88,14 @@ def write_openvino(source: Source, config: OpenVinoConfig) -> Path:
         )
 
     return write_checked_artifact(source, config, output, "openvino", build)
+
+
+# A search makes several artifacts of one graph.
+@lru_cache(maxsize=1)
+def graph_of(source: Source) -> onnx.ModelProto:
+    """Export the network to ONNX in float32; not to be changed."""
+    log.info("export %s at %d px to ONNX, opset %d", source.variant, source.image_size, OPSET)
+    return export_onnx(source.model, source.image_size)
 
 
 def read_fused(graph: onnx.ModelProto) -> ov.Model:

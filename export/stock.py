@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import tyro
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from efficientnet.artifact import read_artifact
 from efficientnet.command import parse_flags, run_command
 from efficientnet.devices import cpu_features
-from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
-from efficientnet.publishing import find_section, publish_part, published_directory
+from efficientnet.environment import current_environment, num_usable_cores
+from efficientnet.publishing import Measured, find_section, publish_part
 from efficientnet.tables import Table, format_ms, format_ratio
 from export.config import ExportConfig
 from export.measuring import measure
@@ -86,16 +86,12 @@ class Ratio(BaseModel):
     high: float
 
 
-class Comparison(BaseModel):
+class Comparison(Measured):
     """All ratios of one run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     variant: str
     num_threads: int
-    environment: EnvironmentRecord
     cpu_features: tuple[str, ...]
-    started_at: AwareDatetime
     batch_size: int
     image_size: int
     ratios: tuple[Ratio, ...]
@@ -183,16 +179,9 @@ def publish(comparison: Comparison, readme: Path) -> None:
     Raises:
         PublishError: the README has no place for them.
     """
-    folder = published_directory(comparison.started_at, [comparison.environment])
     c = comparison
     name = f"stock-{c.variant}-{c.image_size}px-batch-{c.batch_size}.json"
-    publish_part(
-        folder / name,
-        comparison.model_dump_json(indent=1),
-        readme,
-        SECTION,
-        lambda text: section_of(Comparison.model_validate_json(text)),
-    )
+    publish_part(comparison, name, readme, SECTION, section_of)
 
 
 def section_of(comparison: Comparison) -> str:
