@@ -168,6 +168,9 @@ class ArtifactManifest(_Frozen):
     """Where there is a file for each batch size, program_file among them; else empty."""
     static_batches: tuple[int, ...] = ()
     """Sizes that a program of one file is prepared for with fixed shapes when it is opened."""
+    streamed_batches: tuple[int, ...] = ()
+    """Sizes that are answered image by image, by as many streams of one thread as there are
+    threads: that was faster than one call where it was exported."""
     checkpoint_sha256: str
     """SHA-256 of the checkpoint's weights."""
     input: InputSpec
@@ -190,6 +193,12 @@ class ArtifactManifest(_Frozen):
     flops_per_image: int
     """Floating-point operations of convolutions and classifier: two for each multiply-add."""
     weight_bytes: int
+
+    @property
+    def prepared_sizes(self) -> tuple[int, ...]:
+        """Batch sizes that are computed in ways of their own, ascending."""
+        files = (program.batch_size for program in self.static_programs)
+        return tuple(sorted({*files, *self.static_batches, *self.streamed_batches}))
 
     @model_validator(mode="after")
     def _check_preprocess(self) -> Self:

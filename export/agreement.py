@@ -1,5 +1,8 @@
 """Logits and the eager model's logits -> ParityRecord, or a refusal; tolerances by precision."""
 
+from collections.abc import Sequence
+from itertools import cycle
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,12 +54,23 @@ def tolerances_for(precision: Precision, reference: NDArray[np.float32]) -> Pari
     )
 
 
-def run_in_batches(runtime: Runtime, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Give the runtime the first image alone and the others in batches: both ways are checked."""
+def run_in_batches(
+    runtime: Runtime, images: NDArray[np.float32], sizes: Sequence[int] = ()
+) -> NDArray[np.float32]:
+    """Give the runtime the images alone, in batches of 16 and in other sizes by turns.
+
+    Sizes that a program is prepared for may be computed in ways of their own: each is checked,
+    where there are images enough.
+    """
     step = min(BATCH_SIZE, runtime.info.max_batch_size or BATCH_SIZE)
-    starts = [0, *range(1, len(images), step)]
-    parts = [images[a:b] for a, b in zip(starts, [*starts[1:], len(images)], strict=True)]
-    return np.concatenate([runtime.infer(part) for part in parts])
+    in_turn = cycle(sorted({1, step, *sizes}))
+    parts: list[NDArray[np.float32]] = []
+    start = 0
+    while start < len(images):
+        part = images[start : start + next(in_turn)]
+        parts.append(runtime.infer(part))
+        start += len(part)
+    return np.concatenate(parts)
 
 
 def compare_logits(

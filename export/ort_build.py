@@ -13,6 +13,7 @@ from export.graph import count_ops, count_weight_bytes
 from export.precision import typed_graph
 from export.search import fastest_within_drop
 from export.source import Source, load_source
+from export.streams import choose_streams
 from export.writing import Built, default_output, vnni_binding, write_checked_artifact
 
 PROGRAM_FILE = "model.onnx"
@@ -34,12 +35,17 @@ def export_onnxruntime(config: ExportConfig) -> Path:
         CheckpointError, GraphError, CalibrationError, GateError, ParityError: see load_source,
             export_onnx, choose_samples and write_checked_artifact.
     """
-    require_provider(PROVIDERS[provider_of(config)])
+    provider = provider_of(config)
+    require_provider(PROVIDERS[provider])
     source = load_source(config)
     if isinstance(config, OrtConfig) and config.search:
         output = default_output(config, source, OUTPUT_NAMES["cpu"])
-        return fastest_within_drop(source, {"int8": config}, "fp32", output, write_onnxruntime)
-    return write_onnxruntime(source, config)
+        artifact = fastest_within_drop(source, {"int8": config}, "fp32", output, write_onnxruntime)
+    else:
+        artifact = write_onnxruntime(source, config)
+    if provider == "cpu":
+        choose_streams(source, artifact, config.static_batches)
+    return artifact
 
 
 def write_onnxruntime(source: Source, config: ExportConfig) -> Path:

@@ -25,6 +25,7 @@ from export.config import Activations, OpenVinoConfig
 from export.graph import INPUT_NAME, OPSET, count_weight_bytes, export_onnx
 from export.search import fastest_within_drop
 from export.source import Source, load_source
+from export.streams import choose_streams
 from export.writing import Built, default_output, vnni_binding, write_checked_artifact
 
 PROGRAM_FILE = "model.xml"
@@ -54,12 +55,18 @@ def export_openvino(config: OpenVinoConfig) -> Path:
     if config.precision != "int8":
         require_capability(core, config.precision, "the artifact")
     source = load_source(config)
-    if not config.search:
-        return write_openvino(source, config)
+    write = search_openvino if config.search else write_openvino
+    artifact = write(source, config)
+    choose_streams(source, artifact, config.static_batches)
+    return artifact
+
+
+def search_openvino(source: Source, config: OpenVinoConfig) -> Path:
+    """Write the fastest mixture of int8 and float layers; return its directory."""
     every = [config.activations] if config.activations else get_args(Activations)
     kinds = {f"{kind} int8": replace(config, activations=kind) for kind in every}
     output = default_output(config, source, "openvino")
-    return fastest_within_drop(source, kinds, own_precision(core), output, write_openvino)
+    return fastest_within_drop(source, kinds, own_precision(ov.Core()), output, write_openvino)
 
 
 def write_openvino(source: Source, config: OpenVinoConfig) -> Path:

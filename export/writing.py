@@ -141,7 +141,7 @@ def check_parity(
     """
     runtime = open_program(directory, manifest)
     tolerances = tolerances_for(manifest.precision, source.parity_logits)
-    found = run_in_batches(runtime, source.parity_images)
+    found = run_in_batches(runtime, source.parity_images, manifest.prepared_sizes)
     parity = compare_logits(found, source.parity_logits, tolerances)
     line = (
         f"parity on {parity.num_images} held-out images: "

@@ -150,14 +150,8 @@ def profile_openvino(
     runtime: Any = importlib.import_module(RUNTIME_MODULES["openvino"])
     first = next(batches)
     quantization = manifest.quantization
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": num_threads,
-        "INFERENCE_PRECISION_HINT": runtime.HINTS[
-            quantization.kept_precision if quantization else manifest.precision
-        ],
-        "PERF_COUNT": True,
-    }
+    precision = quantization.kept_precision if quantization else manifest.precision
+    settings = runtime.compile_properties(precision, num_threads) | {"PERF_COUNT": True}
     core = ov.Core()
     model = core.read_model(program)
     shape = list(first.shape)

@@ -186,7 +186,7 @@ def read_profiled(path: Path, batch_size: int) -> Program:
     Raises:
         FileNotFoundError: no such path.
         ArtifactError, CheckpointError: not an artifact, damaged, or of another runtime.
-        ValueError: it takes fewer images in a call.
+        ValueError: it takes fewer images in a call, or answers so many in streams.
     """
     program = read_program(path)
     if program.runtime == "torch":
@@ -195,7 +195,8 @@ def read_profiled(path: Path, batch_size: int) -> Program:
             f"{WHO_TELLS}: make an artifact of it with 'python export/ort.py' or "
             "'python export/ov.py'"
         )
-    provider = read_artifact(path).provider
+    manifest = read_artifact(path)
+    provider = manifest.provider
     if program.runtime not in PROFILERS or provider is not None:
         on = f" on {provider}" if provider else ""
         raise ArtifactError(
@@ -206,6 +207,11 @@ def read_profiled(path: Path, batch_size: int) -> Program:
         raise ValueError(
             f"{path} takes at most {program.max_batch_size} images in a call, --batch-size is "
             f"{batch_size}; choose a smaller one, or export with a larger --batch"
+        )
+    if batch_size in manifest.streamed_batches:
+        raise ValueError(
+            f"{path} answers {batch_size} images one by one, in streams side by side, whose layers "
+            "no profile adds up; profile one image: --batch-size 1 --threads 1"
         )
     return program
 

@@ -1,6 +1,8 @@
 """An ONNX artifact -> ONNX Runtime, on the provider that the manifest names and on no other."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +44,38 @@ TENSORRT_OPTIONS = {
 
 
 class OnnxRuntime:
-    """Runs model.onnx on the CPU. A session may be used by several threads at once."""
+    """Runs model.onnx on the CPU. A session may be used by several threads at once.
 
-    def __init__(self, program: Path, info: ProgramInfo, num_threads: int) -> None:
+    Streamed batch sizes have a second session, whose calls compute in the thread that makes them.
+    """
+
+    def __init__(
+        self,
+        program: Path,
+        info: ProgramInfo,
+        streamed_batches: tuple[int, ...],
+        num_threads: int,
+    ) -> None:
         self._session = _open_session(program, PROVIDERS["cpu"], {}, num_threads)
         self._input_name = self._session.get_inputs()[0].name
+        self._streamed_batches = streamed_batches
         self.info = info
+        if streamed_batches:
+            self._stream = _open_session(program, PROVIDERS["cpu"], {}, 1)
+            self._threads = ThreadPoolExecutor(num_threads)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
         check_images(images, self.info)
-        (logits,) = self._session.run(None, {self._input_name: images})
+        if len(images) not in self._streamed_batches:
+            return self._run(self._session, images)
+        single = (images[index : index + 1] for index in range(len(images)))
+        return np.concatenate(list(self._threads.map(partial(self._run, self._stream), single)))
+
+    def _run(
+        self, session: ort.InferenceSession, images: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        (logits,) = session.run(None, {self._input_name: images})
         return np.asarray(logits, dtype=np.float32)
 
 
@@ -167,4 +190,5 @@ def open_program(
     require_processor(directory, manifest)
     if manifest.provider is not None:
         return OnnxGpuRuntime(directory, manifest, info, num_threads)
-    return OnnxRuntime(directory / manifest.program_file, info, num_threads)
+    program = directory / manifest.program_file
+    return OnnxRuntime(program, info, manifest.streamed_batches, num_threads)

@@ -27,7 +27,8 @@ class OpenVinoRuntime:
     """Runs model.xml with a fixed shape for some batch sizes, and one program for all others.
 
     A program of a fixed shape is faster, but takes a second or more to compile, too long for a
-    batch size that a service meets for the first time. Not for several threads at once.
+    batch size that a service meets for the first time. Streamed sizes share a program of one image
+    that runs in several streams of one thread each. Not for several threads at once.
     """
 
     def __init__(
@@ -35,21 +36,27 @@ class OpenVinoRuntime:
         program: Path,
         info: ProgramInfo,
         static_batches: tuple[int, ...],
+        streamed_batches: tuple[int, ...],
         float_precision: str,
         num_threads: int,
     ) -> None:
-        self._properties = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": num_threads,
-            "INFERENCE_PRECISION_HINT": HINTS[float_precision],
-        }
         self._program = program
+        self._precision = float_precision
+        self._num_threads = num_threads
+        self._streamed_batches = streamed_batches
         self.info = info
         try:
             self._core = ov.Core()
             require_capability(self._core, float_precision, program)
-            self._static = {size: self._compile(size) for size in static_batches}
+            self._static = {
+                size: self._compile(size).create_infer_request()
+                for size in static_batches
+                if size not in streamed_batches
+            }
             self._any: Any = None
+            if streamed_batches:
+                self._streams = ov.AsyncInferQueue(self._compile(1, num_threads), num_threads)
+                self._streams.set_callback(_keep_logits)
         # OpenVINO raises plain RuntimeErrors.
         except RuntimeError as error:
             raise ArtifactError(f"OpenVINO cannot open {program}: {error}") from error
@@ -57,20 +64,44 @@ class OpenVinoRuntime:
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
         check_images(images, self.info)
+        if len(images) in self._streamed_batches:
+            return self._infer_in_streams(images)
         request = self._static.get(len(images))
         if request is None:
             if self._any is None:
-                self._any = self._compile(None)
+                self._any = self._compile(None).create_infer_request()
             request = self._any
         (logits,) = request.infer({0: images}).values()
         return np.array(logits, dtype=np.float32)
 
-    def _compile(self, batch_size: int | None) -> Any:
+    def _infer_in_streams(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        logits = np.empty((len(images), len(self.info.class_names)), np.float32)
+        for index in range(len(images)):
+            self._streams.start_async({0: images[index : index + 1]}, logits[index])
+        self._streams.wait_all()
+        return logits
+
+    def _compile(self, batch_size: int | None, num_streams: int = 1) -> Any:
         model = self._core.read_model(self._program)
         size = self.info.preprocess.image_size
         model.reshape([-1 if batch_size is None else batch_size, 3, size, size])
-        compiled = self._core.compile_model(model, DEVICE, self._properties)
-        return compiled.create_infer_request()
+        properties = compile_properties(self._precision, self._num_threads, num_streams)
+        return self._core.compile_model(model, DEVICE, properties)
+
+
+def _keep_logits(request: Any, row: NDArray[np.float32]) -> None:
+    row[:] = request.get_output_tensor().data[0]
+
+
+def compile_properties(
+    float_precision: str, num_threads: int, num_streams: int = 1
+) -> dict[str, Any]:
+    """Return what OpenVINO's CPU plugin compiles a program with."""
+    return {
+        "INFERENCE_NUM_THREADS": num_threads,
+        "INFERENCE_PRECISION_HINT": HINTS[float_precision],
+        **({"PERFORMANCE_HINT": "LATENCY"} if num_streams == 1 else {"NUM_STREAMS": num_streams}),
+    }
 
 
 def require_capability(core: Any, precision: str, what: object) -> None:
@@ -106,6 +137,7 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
         directory / manifest.program_file,
         info_of_artifact(manifest),
         manifest.static_batches,
+        manifest.streamed_batches,
         quantization.kept_precision if quantization else manifest.precision,
         num_threads,
     )

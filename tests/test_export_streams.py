@@ -1,0 +1,110 @@
+"""Batch sizes that are answered image by image, in streams of one thread."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from efficientnet.artifact import read_artifact
+from efficientnet.runtimes import open_runtime
+from export import ort_build, ov_build, streams
+from export.agreement import ParityError
+from export.config import ExportConfig, OpenVinoConfig, OrtConfig
+from perf.layers import read_profiled
+
+EXPORTS = {
+    "openvino": (OpenVinoConfig, ov_build.export_openvino),
+    "onnxruntime": (OrtConfig, ort_build.export_onnxruntime),
+}
+
+
+@pytest.fixture(params=EXPORTS)
+def runtime(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def export(runtime: str, checkpoint: Path, output: Path, batches: tuple[int, ...]) -> Path:
+    config, export_artifact = EXPORTS[runtime]
+    return export_artifact(config(checkpoint, output, batches=batches, num_parity_images=64))
+
+
+def random_images(directory: Path, count: int) -> NDArray[np.float32]:
+    size = read_artifact(directory).preprocess.image_size
+    generator = np.random.default_rng(0)
+    return generator.standard_normal((count, 3, size, size), dtype=np.float32)
+
+
+def test_streams_answer_each_image_at_its_place(
+    runtime: str, trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Any ratio is a gain.
+    monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
+    directory = export(runtime, trained_checkpoint, tmp_path / "artifact", (1, 7))
+    assert read_artifact(directory).streamed_batches == (7,)
+    images = random_images(directory, 7)
+    opened = open_runtime(directory, num_threads=3)
+    alone = np.concatenate([opened.infer(images[i : i + 1]) for i in range(7)])
+    assert np.abs(alone - alone[::-1]).max() > 0.1
+    for _ in range(3):
+        np.testing.assert_allclose(opened.infer(images), alone, atol=1e-4)
+    assert opened.infer(images[:3]).shape == (3, alone.shape[1])
+
+
+def test_what_gains_nothing_is_left_as_one_call(
+    runtime: str,
+    trained_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr(streams, "LEAST_GAIN", 1.0)
+    caplog.set_level(logging.INFO)
+    directory = export(runtime, trained_checkpoint, tmp_path / "artifact", (1, 4))
+    assert read_artifact(directory).streamed_batches == ()
+    assert "batch 4, image by image in streams" in caplog.text
+    assert "left as one call" in caplog.text and "batch 1, image by image" not in caplog.text
+
+
+def test_streams_are_taken_by_the_median_of_the_turns(
+    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Of each turn: the one call, then the streams. One turn is disturbed.
+    seconds = iter([1.0, 0.9, 1.0, 0.9, 1.0, 5.0, 1.0, 0.9, 1.0, 0.9])
+
+    def next_seconds(*_: Any) -> float:
+        return next(seconds)
+
+    monkeypatch.setattr(streams, "seconds_of_call", next_seconds)
+    directory = export("openvino", trained_checkpoint, tmp_path / "artifact", (2,))
+    assert read_artifact(directory).streamed_batches == (2,)
+
+
+def test_wrong_answers_in_streams_leave_the_artifact_as_it_was(
+    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(streams, "LEAST_GAIN", 1.0)
+    directory = export("openvino", trained_checkpoint, tmp_path / "artifact", (1, 5))
+    before = read_artifact(directory)
+    monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
+
+    def refuse(*_: Any) -> None:
+        raise ParityError("refused")
+
+    monkeypatch.setattr(streams, "check_parity", refuse)
+    source = ov_build.load_source(ExportConfig(trained_checkpoint, num_parity_images=64))
+    with pytest.raises(ParityError, match="refused"):
+        streams.choose_streams(source, directory, (5,))
+    assert read_artifact(directory) == before
+
+
+def test_layers_of_a_streamed_size_are_refused(
+    runtime: str, trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
+    directory = export(runtime, trained_checkpoint, tmp_path / "artifact", (1, 4))
+    assert read_profiled(directory, 1).path == directory
+    with pytest.raises(ValueError, match=r"answers 4 images one by one.*--batch-size 1"):
+        read_profiled(directory, 4)
