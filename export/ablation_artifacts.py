@@ -113,11 +113,11 @@ def make_aoti(
 def make_tensorrt(source: Source, config: ExportConfig, form: Form, output: Path) -> Made:
     """Build an engine of a form, for batches of one."""
     builder: Any = importlib.import_module("export.trt_build")
-    runtime: Any = importlib.import_module("efficientnet.runtimes.tensorrt_runtime")
+    library = importlib.import_module("efficientnet.runtimes.tensorrt_library")
     target = importlib.import_module("export.trt_target").find_target("tensorrt", "fp32", None)
     graph = builder.fix_batch(graph_in_form(source.model, source.image_size, form), 1)
     binding = Binding(
-        library=runtime.PACKAGES["tensorrt"],
+        library=library.PACKAGES["tensorrt"],
         version=target.trt.__version__,
         compute_capability=" ".join(target.compute_capabilities),
         device=target.device,
@@ -139,7 +139,7 @@ def make_tensorrt(source: Source, config: ExportConfig, form: Form, output: Path
         )
 
     artifact = _write(source, config, output, "tensorrt", build)
-    engine = runtime.deserialize(target.trt, artifact / "model.engine", binding)
+    engine = library.deserialize(target.trt, artifact / "model.engine", binding)
     layers = builder.read_layers(builder.layers_of(target.trt, engine))["layers"]
     return Made(artifact, executed_by_tensorrt(layers, graph))
 

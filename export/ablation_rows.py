@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 
 from efficientnet.artifact import read_artifact
 from efficientnet.errors import PipelineError
+from efficientnet.gpu import current_gpu, why_no_gpu
 from efficientnet.runtimes.protocol import RUNTIME_MODULES
-from efficientnet.runtimes.tensorrt_runtime import current_gpu, why_no_gpu
 from export.ablation_artifacts import MAKERS
 from export.agreement import BATCH_SIZE
 from export.config import ExportConfig

@@ -16,8 +16,8 @@ import torch
 
 from efficientnet.artifact import Binding, StaticProgram
 from efficientnet.command import parse_flags, run_command
+from efficientnet.gpu import current_gpu, why_no_gpu
 from efficientnet.runtimes.aoti_runtime import missing_extensions
-from efficientnet.runtimes.tensorrt_runtime import current_gpu, why_no_gpu
 from export.aoti_build import (
     AotiError,
     CompileSettings,

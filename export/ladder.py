@@ -19,18 +19,14 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
-from pydantic import BaseModel, ConfigDict
 
 from efficientnet.artifact import (
-    AccuracyGate,
     ArtifactManifest,
-    ParityRecord,
     ParityTolerances,
 )
 from efficientnet.model import EfficientNet
 from efficientnet.precision import Precision
 from efficientnet.runtimes.protocol import open_program
-from efficientnet.tables import NOTHING, Table, format_percent
 from export.agreement import (
     BATCH_SIZE,
     compare_logits,
@@ -41,6 +37,7 @@ from export.agreement import (
 from export.calibration import CALIBRATION_FILE, CalibrationError
 from export.config import ExportConfig
 from export.graph import INPUT_NAME, export_onnx, fold_batch_norm
+from export.ladder_record import LadderRecord, RungRecord
 from export.layers import (
     NUM_IMAGES,
     LayersRecord,
@@ -49,7 +46,6 @@ from export.layers import (
     open_session,
     show_model,
     show_onnx,
-    tables_of,
 )
 from export.precision import typed_graph
 from export.source import Source
@@ -63,51 +59,10 @@ FOLD_TOLERANCE = 1e-5
 # It is a matter of the weights more than of the images, and CPUs are slow in float64.
 NUM_FOLD_IMAGES = 16
 
-REFERENCE = "eager fp32"
 
 Array = NDArray[np.floating]
 
 log = logging.getLogger(__name__)
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RungRecord(_Frozen):
-    """One step, compared with the eager model."""
-
-    name: str
-    parity: ParityRecord | None = None
-    """None where it was skipped. Errors that are not finite are null in JSON."""
-    problem: str | None = None
-    """What exceeds the tolerances; None when nothing does."""
-    skipped: str | None = None
-    """Why it could not be run here."""
-
-
-class LadderRecord(_Frozen):
-    """All steps of one artifact."""
-
-    artifact: str
-    """Its directory."""
-    program_sha256: str
-    checkpoint_sha256: str
-    variant: str
-    runtime: str
-    precision: Precision
-    image_size: int
-    """Pixels."""
-    rungs: tuple[RungRecord, ...]
-    """From the eager model's side to the artifact, which is the last."""
-    first_broken: str | None
-    """Name of the first that breaks; None when none does."""
-    layers: LayersRecord | None = None
-    """With --layers."""
-    gate: AccuracyGate | None = None
-    """Of a quantised artifact that was not checked before."""
-    is_completed: bool = False
-    """Whether the artifact was not checked before, passed, and is accepted by all from now on."""
 
 
 @dataclass(frozen=True)
@@ -233,60 +188,6 @@ class Ladder:
         tolerances = tolerances_for(precision, logits)
         images = self._source.parity_images
         return Rung(name, precision, images, logits, tolerances, answer, show)
-
-
-def table_of(record: LadderRecord) -> Table:
-    """Lay the steps out, one a row."""
-    columns = (
-        "rung",
-        "largest error",
-        "mean error",
-        "allowed",
-        "top-1 agreement",
-        "flips",
-        "that count",
-        "verdict",
-    )
-    rows = [(REFERENCE, *(NOTHING,) * 6, "the reference")]
-    for rung in record.rungs:
-        parity = rung.parity
-        if parity is None:
-            rows.append((rung.name, *(NOTHING,) * 6, f"skipped: {rung.skipped}"))
-            continue
-        num_counted = round((1 - parity.top1_agreement) * parity.num_images)
-        rows.append(
-            (
-                rung.name,
-                f"{parity.max_abs_logit_error:.1e}",
-                f"{parity.mean_abs_logit_error:.1e}",
-                f"{parity.tolerances.max_abs_logit_error:.1e}",
-                format_percent(1 - parity.num_flips / parity.num_images),
-                str(parity.num_flips),
-                str(num_counted),
-                "agrees" if rung.problem is None else "breaks",
-            )
-        )
-    return Table(columns, tuple(rows), frozenset({"rung", "verdict"}))
-
-
-def report_of(record: LadderRecord) -> str:
-    """Write the table, which rung is the first to break, and the layers."""
-    lines = [
-        f"{record.artifact}: logits against the eager model's",
-        table_of(record).aligned_text(),
-    ]
-    artifact = record.rungs[-1].parity
-    if artifact is not None and any(r.parity and r.parity.num_flips for r in record.rungs):
-        lines.append(
-            "a flip counts where the eager model prefers its own class by more than "
-            f"{artifact.tolerances.flip_margin:.1e} (for the artifact)"
-        )
-    broken = next((r for r in record.rungs if r.name == record.first_broken), None)
-    if broken is not None:
-        lines.append(f"the first rung that breaks: {broken.name}: {broken.problem}")
-    if record.layers is not None:
-        lines.append(tables_of(record.layers))
-    return "\n".join(lines)
 
 
 def _compare(rung: Rung) -> Step:

@@ -22,7 +22,8 @@ from efficientnet.runtimes.protocol import open_program
 from export.agreement import ParityError
 from export.config import ExportConfig
 from export.gate import Gate, describe
-from export.ladder import Ladder, LadderRecord, report_of
+from export.ladder import Ladder
+from export.ladder_record import LadderRecord, report_of
 from export.source import Source, load_source
 
 FORMAT_VERSION = 1

@@ -20,8 +20,8 @@ from torch.fx.experimental import _config as shape_settings
 from efficientnet.artifact import Binding, StaticProgram
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
+from efficientnet.gpu import Gpu, current_gpu, why_no_gpu
 from efficientnet.precision import Precision
-from efficientnet.runtimes.tensorrt_runtime import Gpu, current_gpu, why_no_gpu
 from efficientnet.runtimes.torch_trt_runtime import PACKAGE, import_torch_tensorrt, version_of
 from export.aoti_build import Batch, batches_for, weight_bytes_of
 from export.config import ExportConfig

@@ -22,7 +22,7 @@ from efficientnet.artifact import Binding, StaticProgram
 from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.precision import Precision
-from efficientnet.runtimes.tensorrt_runtime import PACKAGES, deserialize
+from efficientnet.runtimes.tensorrt_library import PACKAGES, deserialize
 from export.config import ExportConfig
 from export.graph import count_weight_bytes
 from export.precision import typed_graph

@@ -1,7 +1,7 @@
 """ONNX graph -> engine: the one way through TensorRT 10, TensorRT 11 and TensorRT-RTX.
 
 The network is strongly typed, so precision is what the graph says: 11 knows no other way, and 10
-offers it. See tensorrt_runtime.py for what `Any` stands for.
+offers it. See tensorrt_library.py for what `Any` stands for.
 """
 
 import json
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from efficientnet.artifact import BatchRange
 from efficientnet.atomic import write_bytes
 from efficientnet.errors import PipelineError
-from efficientnet.runtimes.tensorrt_runtime import Message, logger_of, messages_of
+from efficientnet.runtimes.tensorrt_library import Message, logger_of, messages_of
 from export.graph import INPUT_NAME
 
 MIB = 2**20

@@ -4,14 +4,9 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from efficientnet.gpu import Gpu, current_gpu, why_no_gpu
 from efficientnet.precision import Precision
-from efficientnet.runtimes.tensorrt_runtime import (
-    PACKAGES,
-    Gpu,
-    current_gpu,
-    import_package,
-    why_no_gpu,
-)
+from efficientnet.runtimes.tensorrt_library import PACKAGES, import_package
 from export.trt_build import TensorRTError
 
 # Compute capability whose tensor cores are the first for a format; below it is refused or slower

@@ -8,7 +8,8 @@ import pytest
 
 from efficientnet.artifact import read_artifact
 from efficientnet.environment import current_environment
-from export.all import AllConfig, Line, Summary, choose_default, publish, reason_of, table_of
+from export.all import AllConfig, reason_of
+from export.summary import Line, Summary, choose_default, publish, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from efficientnet.artifact import ArtifactError
+from efficientnet.gpu import Gpu
 from efficientnet.runtimes import open_runtime
-from efficientnet.runtimes.tensorrt_runtime import Gpu
 from export import torch_trt
 from export.torch_trt import TorchTensorRTError, TorchTrtConfig
 

@@ -21,17 +21,13 @@ from efficientnet.artifact import ArtifactError, Binding, read_artifact
 from efficientnet.checkpoint import load_checkpoint, save_checkpoint
 from efficientnet.command import parse_flags
 from efficientnet.datasets import load_dataset
+from efficientnet.gpu import Gpu
 from efficientnet.model import build_model
 from efficientnet.preprocess import preprocess
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.protocol import open_program
-from efficientnet.runtimes.tensorrt_runtime import (
-    Gpu,
-    Profile,
-    choose_profile,
-    deserialize,
-    require_same_machine,
-)
+from efficientnet.runtimes.tensorrt_library import deserialize
+from efficientnet.runtimes.tensorrt_runtime import Profile, choose_profile, require_same_machine
 from efficientnet.variants import VARIANTS
 from export import trt
 from export.rebuild import rebuild_command
@@ -438,7 +434,7 @@ def command_for(checkpoint: Path, onnx_artifact: Path, output: Path) -> list[str
 def test_every_name_that_is_used_of_tensorrt_was_looked_up():
     listed = listed_names()
     sources = [
-        ROOT / "efficientnet/runtimes/tensorrt_runtime.py",
+        *(ROOT / "efficientnet/runtimes").glob("tensorrt_*.py"),
         *(ROOT / "export" / name for name in ("trt.py", "trt_build.py", "trt_target.py")),
     ]
     used = set().union(*(names_used(path.read_text()) for path in sources))

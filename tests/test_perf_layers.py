@@ -13,15 +13,14 @@ from export.config import OpenVinoConfig
 from export.ov import main as export_openvino
 from perf import layers
 from perf.layer_profile import HALF_MICROSECOND, LayerTime, Node, later_mean_us, layer_times
-from perf.layers import (
-    LayersConfig,
-    LayerTimes,
+from perf.layer_tables import (
     ProgramLayers,
     kind_times,
     kinds_table,
     side_by_side_table,
     slowest_table,
 )
+from perf.layers import LayersConfig, LayerTimes
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "perf" / "layers.py")]

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
+from efficientnet.gpu import current_gpu
 from efficientnet.precision import Precision
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
-from efficientnet.runtimes.tensorrt_runtime import current_gpu
 
 # The name that torch gives to the only model of a package.
 MODEL_NAME = "model"

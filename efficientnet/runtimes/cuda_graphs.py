@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
+from efficientnet.gpu import Gpu, why_no_gpu
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
-from efficientnet.runtimes.tensorrt_runtime import Gpu, why_no_gpu
 
 # Maps images [N, 3, H, W] to logits [N, num_classes], both float32 on the GPU.
 Program = Callable[[Tensor], Tensor]

@@ -1,16 +1,11 @@
 """A TensorRT artifact -> TensorRT or TensorRT-RTX on the GPU, replayed as CUDA graphs.
 
-TensorRT comes without type information: here and in export/trt.py, trt_build.py and trt_target.py
-`Any` stands for its modules and objects, and for nothing else; tests/tensorrt_names.txt lists all
-that is used of them.
+See tensorrt_library.py for what `Any` stands for.
 """
 
-import importlib
 import logging
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,58 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
+from efficientnet.gpu import Gpu, current_gpu, why_no_gpu
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
-
-# Runtime's name -> Python package.
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-
-PROBLEMS = ("INTERNAL_ERROR", "ERROR")
-
-# Of what is said at the lowest level, which is a thousand times more than the rest: the layers that
-# a builder has made, with the number formats that they compute in.
-LAYER_LISTS = ("Layers:", "Engine Layer Information:")
-
-MAX_MESSAGES = 10_000
+from efficientnet.runtimes.tensorrt_library import (
+    PACKAGES,
+    deserialize,
+    import_package,
+    messages_of,
+)
 
 log = logging.getLogger(__name__)
-
-
-class Gpu(NamedTuple):
-    """The GPU that CUDA gives this process first."""
-
-    name: str
-    compute_capability: str
-
-
-class Message(NamedTuple):
-    """What a library said in its log."""
-
-    severity: str
-    """VERBOSE, INFO, WARNING, ERROR or INTERNAL_ERROR."""
-    text: str
-
-
-class Messages:
-    """The newest of what a library has said since it was last asked for."""
-
-    def __init__(self) -> None:
-        self._kept: deque[Message] = deque(maxlen=MAX_MESSAGES)
-
-    def add(self, message: Message) -> None:
-        """Keep a message, unless it is one of the many that nobody reads."""
-        if message.severity != "VERBOSE" or message.text.startswith(LAYER_LISTS):
-            self._kept.append(message)
-
-    def take(self) -> list[Message]:
-        """Return what there is and forget it."""
-        taken = list(self._kept)
-        self._kept.clear()
-        return taken
-
-    def take_problems(self) -> str:
-        """Return the errors in one line, and forget all else."""
-        texts = dict.fromkeys(m.text for m in self.take() if m.severity in PROBLEMS)
-        return "; ".join(texts) or "it gives no reason"
 
 
 class Profile(NamedTuple):
@@ -215,29 +168,6 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
     return TensorRTRuntime(trt, engines, manifest, info_of_artifact(manifest))
 
 
-def import_package(runtime: str) -> Any:
-    """Import the package of a runtime."""
-    return importlib.import_module(PACKAGES[runtime])
-
-
-def current_gpu() -> Gpu | None:
-    """Ask the driver for the GPU; None where no driver answers, or none that torch can use.
-
-    TensorRT makes objects without a driver, too, that fail when they are used: so this comes first.
-    """
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
-
-
-def why_no_gpu() -> str:
-    """Say what is missing where current_gpu finds none."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return f"no driver that CUDA {torch.version.cuda} works with answers"
-
-
 def require_same_machine(
     directory: Path, binding: Binding | None, version: str, gpu: Gpu | None
 ) -> None:
@@ -283,24 +213,6 @@ def require_same_machine(
         )
 
 
-def deserialize(trt: Any, file: Path, binding: Binding | None) -> Any:
-    """Load an engine.
-
-    Raises:
-        ArtifactError: the library refuses it.
-    """
-    messages = messages_of(trt)
-    messages.take()
-    runtime: Any = trt.Runtime(logger_of(trt))
-    engine: Any = runtime.deserialize_cuda_engine(file.read_bytes())
-    if engine is None:
-        raise ArtifactError(
-            f"{trt.__name__} {trt.__version__} refuses {file}: {messages.take_problems()}; make it "
-            f"again: {binding.rebuild if binding else 'python export/trt.py'}"
-        )
-    return engine
-
-
 def choose_profile(num_images: int, profiles: Sequence[Profile]) -> tuple[Profile, int]:
     """Choose the profile for a batch, and the batch size that it is given.
 
@@ -310,31 +222,6 @@ def choose_profile(num_images: int, profiles: Sequence[Profile]) -> tuple[Profil
     taking = [p for p in profiles if num_images <= p.high]
     best = min(taking, key=lambda p: (max(num_images, p.low), p.high - p.low))
     return best, max(num_images, best.low)
-
-
-@cache
-def _collector(trt: Any) -> tuple[Any, Messages]:
-    # A library keeps the first logger that it is given for the whole process.
-    messages = Messages()
-
-    class Collector(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            messages.add(Message(severity.name, msg))
-
-    return Collector(), messages
-
-
-def logger_of(trt: Any) -> Any:
-    """Return the logger that all objects of a library get."""
-    return _collector(trt)[0]
-
-
-def messages_of(trt: Any) -> Messages:
-    """Return what a library says."""
-    return _collector(trt)[1]
 
 
 def _profiles_of(engine: Any, input_name: str) -> list[Profile]:

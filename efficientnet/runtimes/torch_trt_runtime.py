@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest
+from efficientnet.gpu import current_gpu
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
-from efficientnet.runtimes.tensorrt_runtime import current_gpu
 
 PACKAGE = "torch_tensorrt"
 
