@@ -5,7 +5,7 @@ Two runtimes read int8 graphs, and their kernels want different ones (see SCHEME
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from export.calibration import (
     images_of,
     write_calibration,
 )
+from export.channels_last import pool_channels_last
 from export.config import ExportConfig, MixedConfig
 from export.graph import (
     CAST_INPUT_NAME,
@@ -62,6 +63,8 @@ class Scheme:
     """Whether SiLU, and the scaling by a gate, compute in 8 bits."""
     rounds_for_all: bool
     """Whether whoever reads a rounded map reads it rounded, or only what computes in 8 bits."""
+    has_channels_last: bool
+    """Whether maps of 8 bits lie in memory that way, and squeeze-excite should read them so."""
     float_precision: FloatPrecision = "fp32"
     """Of all that is not rounded to 8 bits."""
     weight_levels: int = 127
@@ -72,15 +75,31 @@ class Scheme:
 # one only where its bias is int32 and its output is quantised. TensorRT wants signed values on both
 # sides with zero at zero, and refuses int32 biases; it fuses what follows the convolution itself.
 # Without VNNI its kernels add two products of 8 bits up in 16: weights of 7 bits cannot overflow.
+ONNXRUNTIME = Scheme(
+    activation_type=TensorProto.UINT8,
+    weight_type=TensorProto.INT8,
+    is_symmetric=False,
+    has_quantized_bias=True,
+    quantizes_activation_functions=True,
+    rounds_for_all=True,
+    has_channels_last=True,
+)
+TENSORRT = Scheme(
+    activation_type=TensorProto.INT8,
+    weight_type=TensorProto.INT8,
+    is_symmetric=True,
+    has_quantized_bias=False,
+    quantizes_activation_functions=False,
+    rounds_for_all=False,
+    has_channels_last=False,
+    float_precision="fp16",
+)
+FP8 = TensorProto.FLOAT8E4M3FN
 SCHEMES = {
-    "onnxruntime": Scheme(TensorProto.UINT8, TensorProto.INT8, False, True, True, True),
-    "onnxruntime-7-bits": Scheme(
-        TensorProto.UINT8, TensorProto.INT8, False, True, True, True, weight_levels=63
-    ),
-    "tensorrt": Scheme(TensorProto.INT8, TensorProto.INT8, True, False, False, False, "fp16"),
-    "tensorrt-fp8": Scheme(
-        TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FN, True, False, False, False, "fp16"
-    ),
+    "onnxruntime": ONNXRUNTIME,
+    "onnxruntime-7-bits": replace(ONNXRUNTIME, weight_levels=63),
+    "tensorrt": TENSORRT,
+    "tensorrt-fp8": replace(TENSORRT, activation_type=FP8, weight_type=FP8),
 }
 
 
@@ -125,6 +144,8 @@ def typed_graph(
         ranges = {tensor: calibrated.ranges[tensor] for tensor in tensors}
         insert_quantization(graph, ranges, in_float, chosen)
         check_graph(graph)
+        if chosen.has_channels_last:
+            pool_channels_last(graph.graph)
         quantization = QuantizationRecord(
             method=f"{scheme}: {METHOD}",
             num_calibration_images=len(calibrated.samples),
@@ -268,7 +289,7 @@ def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[Array, Arra
     # Scale and zero point.
     low, high = bounds
     largest = max(-low, high, 1e-8)
-    if scheme.activation_type == TensorProto.FLOAT8E4M3FN:
+    if scheme.activation_type == FP8:
         return np.float32(largest / FP8_LARGEST), np.zeros((), np.float32)
     if scheme.is_symmetric:
         return np.float32(largest / 127), np.zeros((), np.float32)
@@ -278,7 +299,7 @@ def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[Array, Arra
 
 def _round_weights(weight: NDArray[np.float32], scheme: Scheme) -> tuple[Array, Array]:
     # Values and scale: of each output channel, or of all in fp8.
-    if scheme.weight_type == TensorProto.FLOAT8E4M3FN:
+    if scheme.weight_type == FP8:
         scale = np.float32(max(float(np.abs(weight).max()), 1e-8) / FP8_LARGEST)
         return weight / scale, scale
     largest = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), 1e-8)

@@ -1,5 +1,6 @@
 import json
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,26 @@ def test_squeeze_excite_and_the_classifier_stay_in_float32(source: Source, confi
         for name in node.input[1:]:
             if name in constants:
                 assert constants[name] == onnx.TensorProto.FLOAT
+
+
+def test_squeeze_excite_transposes_no_map_of_8_bits(
+    source: Source, config: ExportConfig, tmp_path: Path
+):
+    def num_executed(kept: tuple[str, ...] = ()) -> Counter[str]:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        # It warns that the file is for this processor.
+        options.log_severity_level = 3
+        graph = quantized(source, config, "onnxruntime", kept)
+        onnxruntime.InferenceSession(graph.SerializeToString(), options)
+        return count_ops(onnx.load(tmp_path / "optimized.onnx"))
+
+    plain = num_executed()
+    # The images, and the last map, whose mean the classifier reads.
+    assert plain["Transpose"] == 2 and plain["ReduceMean"] == 4
+    kept = num_executed(("features.3.0",))
+    assert kept["GlobalAveragePool"] == plain["GlobalAveragePool"] + 1
+    assert kept["ReduceMean"] == 3
 
 
 def test_weights_of_7_bits_cannot_overflow_16_bits(source: Source, config: ExportConfig):
