@@ -118,10 +118,10 @@ def test_squeeze_excite_transposes_no_map_of_8_bits(
 
     plain = num_executed()
     # The images, and the last map, whose mean the classifier reads.
-    assert plain["Transpose"] == 2 and plain["ReduceMean"] == 4
+    assert plain["Transpose"] == 2 and plain["MatMulInteger"] == 4
     kept = num_executed(("features.3.0",))
     assert kept["GlobalAveragePool"] == plain["GlobalAveragePool"] + 1
-    assert kept["ReduceMean"] == 3
+    assert kept["MatMulInteger"] == 3
 
 
 def test_weights_of_7_bits_cannot_overflow_16_bits(source: Source, config: ExportConfig):
