@@ -36,16 +36,19 @@ def choose_streams(source: Source, directory: Path, sizes: Sequence[int]) -> Non
     """
     manifest = read_artifact(directory)
     streamed = tuple(
-        size for size in sizes if size > 1 and is_faster_in_streams(source, directory, size)
+        size
+        for size in sizes
+        if size > 1 and is_faster_in_streams(source, directory, manifest, size)
     )
     if streamed:
         manifest = manifest.model_copy(update={"streamed_batches": streamed})
         write_manifest(directory, check_parity(source, directory, manifest))
 
 
-def is_faster_in_streams(source: Source, directory: Path, size: int) -> bool:
+def is_faster_in_streams(
+    source: Source, directory: Path, manifest: ArtifactManifest, size: int
+) -> bool:
     """Measure an artifact at one batch size, in one call and image by image in streams."""
-    manifest = read_artifact(directory)
     images = np.resize(source.parity_images, (size, *source.parity_images.shape[1:]))
     ways = [open_with_streams(directory, manifest, streamed) for streamed in ((), (size,))]
     for runtime in ways:
