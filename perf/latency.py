@@ -1,8 +1,8 @@
 """Artifacts and checkpoints -> latency and throughput of each, measured in turns: LatencyRecords.
 
 Without a path: the checkpoint of the newest complete run and every artifact made of it. Each path
-is measured in a process of its own, once image by image (single_stream) and once at the batch size
-of the most images/s (offline).
+is measured in a process of its own, image by image (single_stream) and at the batch size of the
+most images/s (offline).
 
     python perf/latency.py
     python perf/latency.py runs/latest/checkpoint artifacts/v2-s/onnxruntime-fp32 --seconds 60
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 import tyro
 
@@ -24,8 +25,8 @@ from perf.programs import Program, read_programs, require_different_paths, requi
 from perf.progress import Progress
 from perf.recording import make_record, results_table
 from perf.rows import instabilities
-from perf.subjects import measure, open_subjects, planned_s, sweep_table
-from perf.turns import Measured, Pace, sweep
+from perf.subjects import choose_best_sizes, measure, open_subjects, planned_s
+from perf.turns import Measured, Pace
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ class LatencyConfig:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Batch sizes that are tried for offline; those an artifact does not take are left out."""
 
+    scenarios: tuple[Scenario, ...] = get_args(Scenario)
+    """What is measured of each path."""
+
     output: Path = Path("reports/latency.jsonl")
     """File that the records are appended to."""
 
@@ -69,6 +73,11 @@ class LatencyConfig:
                 raise ValueError(f"{flag} is {value}, expected at least 1")
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"--batches is {list(self.batches)}, expected sizes of at least 1")
+        if not self.scenarios or len(set(self.scenarios)) < len(self.scenarios):
+            raise ValueError(
+                f"--scenarios is {list(self.scenarios)}, expected one or both of "
+                f"{', '.join(get_args(Scenario))}"
+            )
         require_different_paths(self.paths)
 
 
@@ -102,14 +111,14 @@ def main(config: LatencyConfig) -> Path:
     results: dict[Scenario, list[tuple[Measured, float]]] = {}
     with (
         open_subjects(programs, batch_sizes, num_threads, config.data, config.seed) as subjects,
-        Progress(planned_s(subjects, pace)) as progress,
+        Progress(planned_s(subjects, config.scenarios, pace)) as progress,
     ):
-        ones = [1] * len(subjects)
-        results["single_stream"] = measure(subjects, ones, "single_stream", pace, progress)
-        rates = sweep([(s.worker, s.batch_sizes) for s in subjects], pace, progress)
-        progress.write(sweep_table(subjects, rates).aligned_text())
-        best = [max(rate, key=lambda size, rate=rate: rate[size]) for rate in rates]
-        results["offline"] = measure(subjects, best, "offline", pace, progress)
+        if "single_stream" in config.scenarios:
+            ones = [1] * len(subjects)
+            results["single_stream"] = measure(subjects, ones, "single_stream", pace, progress)
+        if "offline" in config.scenarios:
+            best = choose_best_sizes(subjects, pace, progress)
+            results["offline"] = measure(subjects, best, "offline", pace, progress)
     folder = config.output.parent
     records = [
         make_record(

@@ -16,7 +16,7 @@ from perf.inputs import Inputs, prepare_inputs
 from perf.programs import Program, images_for
 from perf.progress import Progress
 from perf.rows import title
-from perf.turns import NUM_SWEEPS, Job, Measured, Pace, measure_in_turns
+from perf.turns import NUM_SWEEPS, Job, Measured, Pace, measure_in_turns, sweep
 from perf.workers import Worker
 
 # A runtime that computes nothing has thousands of samples by then.
@@ -107,11 +107,23 @@ def measure(
     ]
 
 
-def planned_s(subjects: Sequence[Subject], pace: Pace) -> float:
-    """Estimate how long both scenarios and the sweep take."""
-    num_sizes = sum(len(subject.batch_sizes) for subject in subjects)
+def choose_best_sizes(subjects: Sequence[Subject], pace: Pace, progress: Progress) -> list[int]:
+    """Find the batch size of the most images/s of each subject; a single one needs no sweep."""
+    if not _needs_sweep(subjects):
+        return [size for subject in subjects for size in subject.batch_sizes]
+    rates = sweep([(s.worker, s.batch_sizes) for s in subjects], pace, progress)
+    progress.write(sweep_table(subjects, rates).aligned_text())
+    return [max(rate, key=lambda size, rate=rate: rate[size]) for rate in rates]
+
+
+def planned_s(subjects: Sequence[Subject], scenarios: Sequence[Scenario], pace: Pace) -> float:
+    """Estimate how long the scenarios, and the sweep before offline, take."""
     scenario_s = len(subjects) * pace.planned_s + _null_pace(pace).planned_s
-    return 2 * scenario_s + num_sizes * NUM_SWEEPS * pace.sweep_s
+    seconds = len(scenarios) * scenario_s
+    if "offline" in scenarios and _needs_sweep(subjects):
+        num_sizes = sum(len(subject.batch_sizes) for subject in subjects)
+        seconds += num_sizes * NUM_SWEEPS * pace.sweep_s
+    return seconds
 
 
 def sweep_table(subjects: Sequence[Subject], rates: Sequence[dict[int, float]]) -> Table:
@@ -126,6 +138,10 @@ def sweep_table(subjects: Sequence[Subject], rates: Sequence[dict[int, float]]) 
         for subject, rate in zip(subjects, rates, strict=True)
     )
     return Table(columns, rows, frozenset(columns[:1]))
+
+
+def _needs_sweep(subjects: Sequence[Subject]) -> bool:
+    return any(len(subject.batch_sizes) > 1 for subject in subjects)
 
 
 def _names(programs: Sequence[Program]) -> dict[Program, str]:

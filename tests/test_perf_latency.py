@@ -101,6 +101,25 @@ def test_the_command_appends_a_record_for_each_path_and_scenario(run):
     ]
 
 
+def test_one_scenario_at_one_batch_size_is_measured_without_a_sweep(
+    tiny_artifact: Path, tmp_path: Path
+):
+    flags = ["--seconds", "0.2", "--turns", "2", "--threads", "1", "--batches", "4"]
+    done = subprocess.run(
+        [*COMMAND, str(tiny_artifact), *flags, "--scenarios", "offline"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    (record,) = read_records(tmp_path / "reports" / "latency.jsonl", LatencyRecord)
+    assert (record.scenario, record.batch_size) == ("offline", 4)
+    assert "sweep" not in done.stderr
+    assert "images/s at batch" not in done.stderr
+
+
 def test_the_command_tells_what_it_does_and_found_on_stderr(run):
     done, _ = run
 
@@ -224,6 +243,8 @@ def test_a_path_given_twice_is_an_error(tiny_artifact: Path):
         ({"threads": 0}, "--threads is 0"),
         ({"batches": ()}, "--batches"),
         ({"batches": (4, 0)}, "--batches"),
+        ({"scenarios": ()}, "--scenarios is"),
+        ({"scenarios": ("offline", "offline")}, "--scenarios is"),
     ],
 )
 def test_a_setting_outside_its_limits_is_an_error(setting: dict, message: str):
