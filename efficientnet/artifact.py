@@ -92,6 +92,8 @@ class ParityTolerances(_Frozen):
     """What an artifact must keep to, or it is refused."""
 
     max_abs_logit_error: float
+    max_mean_logit_error: float | None = None
+    """Of int8 and fp8, whose largest error says little."""
     min_top1_agreement: float = Field(ge=0, le=1)
     flip_margin: float = 0.0
     """Another top-1 class counts where the reference's two best logits differ by more than this."""
@@ -134,6 +136,10 @@ class QuantizationRecord(_Frozen):
     """For speed: layers and blocks that this machine computes faster so."""
     ranking: tuple[BlockCost, ...] = ()
     """All blocks, the costliest first; empty where nothing had to be kept."""
+    max_drop: float = 0.005
+    """What the accuracy gate lets pass, a fraction of the images."""
+    num_gate_images: int | None = 2000
+    """Held-out images that it takes at most; None = all."""
 
 
 class AccuracyGate(_Frozen):
@@ -211,14 +217,37 @@ def new_artifact_directory(directory: Path) -> Generator[Path]:
     """Give a directory to build in, which becomes `directory` when the block ends without an error.
 
     Raises:
-        ArtifactError: the block wrote no manifest.
+        ArtifactError: something else than an artifact stands there, or the block wrote no manifest.
     """
+    require_replaceable(directory)
     with replaced_directory(directory) as fresh:
         yield fresh
         if not (fresh / MANIFEST_FILE).is_file():
             raise ArtifactError(
                 f"nothing was built for {directory}: no {MANIFEST_FILE} was written"
             )
+
+
+def require_replaceable(directory: Path) -> None:
+    """Check that an artifact may take this place: nothing is there, or an older one.
+
+    Raises:
+        ArtifactError: something else is there, which would be lost.
+    """
+    manifest = directory / MANIFEST_FILE
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise ArtifactError(
+            f"{directory} is a link or a file, and an artifact is a directory: give another "
+            "--output, or remove it"
+        )
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    # Other programs have a manifest.json, too.
+    if not manifest.is_file() or b'"program_sha256"' not in manifest.read_bytes():
+        raise ArtifactError(
+            f"{directory} is not empty and not an artifact of ours (no {MANIFEST_FILE} of one in "
+            "it), and would be replaced with all that is in it: give another --output, or empty it"
+        )
 
 
 def write_manifest(directory: Path, manifest: ArtifactManifest) -> None:

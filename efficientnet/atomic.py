@@ -1,5 +1,6 @@
 """Files and directories that appear whole or not at all, and their SHA-256."""
 
+import ctypes
 import errno
 import glob
 import hashlib
@@ -76,16 +77,28 @@ def replaced_directory(path: Path) -> Generator[Path]:
     try:
         yield fresh
         _sync(fresh)
-        _exchange(fresh, path, aside)
+        if not (path.is_dir() and not path.is_symlink() and _swap(fresh, path)):
+            _move_in_place(fresh, path, aside)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _exchange(fresh: Path, path: Path, aside: Path) -> None:
-    # A directory cannot be exchanged for another in one step: the older one is moved aside first,
-    # and put back if the second move fails. Another process may do the same meanwhile.
+def _swap(fresh: Path, path: Path) -> bool:
+    # Both names are exchanged in one step, so that `path` is there at every moment. Only Linux has
+    # that, and not on every file system.
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, names = -100, (os.fsencode(fresh.absolute()), os.fsencode(path.absolute()))
+    exchange = 2
+    return renameat2(here, names[0], here, names[1], exchange) == 0
+
+
+def _move_in_place(fresh: Path, path: Path, aside: Path) -> None:
+    # In two steps: the older one is moved aside first, and put back if the second move fails.
+    # Another process may do the same meanwhile.
     while True:
         with suppress(FileNotFoundError):
             path.rename(aside)

@@ -138,7 +138,7 @@ def _measure_artifacts(
     manifests = {form: read_artifact(made[form].artifact) for form in FORMS}
     paths = [made[form].artifact for form in FORMS]
     records = measure(paths, seconds, turns, 1, config.data)
-    measured = {form: records[manifests[form].program_sha256].turn_p50_ms for form in FORMS}
+    measured = {form: r.turn_p50_ms for form, r in zip(FORMS, records, strict=True)}
     rows: list[FormRecord] = []
     for form in FORMS:
         parity = manifests[form].parity

@@ -6,23 +6,24 @@ python export/all.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --only o
 
 import logging
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
 from efficientnet.atomic import point_link
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import SAMPLE_PHOTOS
 from efficientnet.environment import current_environment
 from efficientnet.errors import PipelineError
 from efficientnet.precision import Precision
 from efficientnet.publishing import find_section
 from efficientnet.runtimes import open_runtime
 from export.config import ExportConfig
-from export.gate import Gate
+from export.gate import Gate, GateError, require_gate_images
 from export.measuring import measure
 from export.source import Source, load_source
 from export.summary import SECTION, Line, Summary, choose_default, publish, table_of
@@ -52,23 +53,22 @@ class Candidate:
         return f"{self.name} {self.precision}"
 
 
-CANDIDATES = (
-    Candidate("ort", "onnxruntime", "fp32"),
-    Candidate("ort", "onnxruntime", "fp16"),
-    Candidate("ort", "onnxruntime", "int8"),
-    Candidate("ov", "openvino", "fp32"),
-    Candidate("ov", "openvino", "bf16"),
-    Candidate("ov", "openvino", "int8"),
-    Candidate("aoti", "aoti", "fp32", ("--device", "cpu")),
-    Candidate("aoti", "aoti", "bf16", ("--device", "cpu")),
-    Candidate("aoti", "aoti-cuda", "fp16", ("--device", "cuda")),
-    Candidate("ort", "onnxruntime-cuda", "fp16", ("--provider", "cuda")),
-    Candidate("ort", "onnxruntime-tensorrt", "fp16", ("--provider", "tensorrt")),
-    Candidate("torch_trt", "torch-tensorrt", "fp16"),
-    Candidate("trt", "tensorrt", "fp16"),
-    Candidate("trt", "tensorrt", "int8"),
-    Candidate("trt", "tensorrt", "fp8"),
-    Candidate("trt", "tensorrt-rtx", "fp16", ("--flavor", "rtx")),
+# Command, name, flags, and all precisions that the runtime has on some device.
+PROGRAMS: tuple[tuple[str, str, tuple[str, ...], tuple[Precision, ...]], ...] = (
+    ("ort", "onnxruntime", (), ("fp32", "fp16", "int8")),
+    ("ov", "openvino", (), ("fp32", "bf16", "fp16", "int8")),
+    ("aoti", "aoti", ("--device", "cpu"), ("fp32", "bf16", "fp16")),
+    ("aoti", "aoti-cuda", ("--device", "cuda"), ("fp32", "bf16", "fp16")),
+    ("ort", "onnxruntime-cuda", ("--provider", "cuda"), ("fp32", "fp16")),
+    ("ort", "onnxruntime-tensorrt", ("--provider", "tensorrt"), get_args(Precision)),
+    ("torch_trt", "torch-tensorrt", (), ("fp32", "bf16", "fp16")),
+    ("trt", "tensorrt", (), get_args(Precision)),
+    ("trt", "tensorrt-rtx", ("--flavor", "rtx"), get_args(Precision)),
+)
+CANDIDATES = tuple(
+    Candidate(command, name, precision, flags)
+    for command, name, flags, precisions in PROGRAMS
+    for precision in precisions
 )
 
 RUNTIMES = tuple(dict.fromkeys(candidate.command for candidate in CANDIDATES))
@@ -82,7 +82,7 @@ class AllConfig(ExportConfig):
     """Commands to run, of ort ov aoti torch_trt trt; none = all."""
 
     seconds: float = 4.0
-    """Measured time of each artifact at batch 1."""
+    """Measured time of each artifact, in calls of the images that --batch is tuned for."""
 
     publish: bool = False
     """Write to reports/published/<date>-<device>/, and all tables there into the README."""
@@ -137,6 +137,7 @@ def main(config: AllConfig) -> Summary:
     summary = Summary(
         variant=source.variant,
         image_size=source.image_size,
+        batch_size=batch_size_of(config),
         environment=current_environment(),
         started_at=started_at,
         lines=tuple(lines),
@@ -197,7 +198,10 @@ def _line(candidate: Candidate, output: Path, manifest: ArtifactManifest) -> Lin
 
 
 def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Line]:
-    if source.dataset.source == SAMPLE_PHOTOS:
+    try:
+        require_gate_images(source)
+    except GateError as error:
+        log.info("no top-1: %s", error)
         return lines
     gate = Gate(source, config.num_gate_images, config.max_drop / 100)
     measured: list[Line] = []
@@ -212,16 +216,22 @@ def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Lin
 
 def _with_latency(lines: list[Line], config: AllConfig) -> list[Line]:
     paths = [Path(line.artifact) for line in lines if line.artifact and not line.left_out]
-    records = measure(paths, config.seconds, NUM_TURNS, config.batch[1], config.data)
-    found = {sha256: record.p50_ms for sha256, record in records.items()}
+    if not paths:
+        return lines
+    records = measure(paths, config.seconds, NUM_TURNS, batch_size_of(config), config.data)
+    # Too few calls for a percentile of all are enough for one of each turn.
+    found = iter(statistics.median(record.turn_p50_ms) for record in records)
     return [
-        line.model_copy(
-            update={"p50_ms": found.get(read_artifact(Path(line.artifact)).program_sha256)}
-        )
+        line.model_copy(update={"p50_ms": next(found)})
         if line.artifact and not line.left_out
         else line
         for line in lines
     ]
+
+
+def batch_size_of(config: AllConfig) -> int:
+    """Return how many images are in the calls that are measured."""
+    return config.static_batches[0]
 
 
 def _shared_flags(config: AllConfig) -> list[str]:

@@ -33,7 +33,8 @@ class ExportConfig:
     """Fewest images in a call, those that the program is tuned for, most images."""
 
     batches: tuple[int, ...] | None = None
-    """Batch sizes with fixed shapes, each prepared on its own; None = the middle one of --batch."""
+    """Batch sizes that the artifact is made for, in fixed shapes where the runtime has them (ONNX
+    Runtime on the CPU takes any up to the largest); None = the middle one of --batch."""
 
     size: int | None = None
     """Height and width of the images in pixels, at least 32; None = the checkpoint's."""
@@ -160,6 +161,8 @@ class OpenVinoConfig(MixedConfig):
     def __post_init__(self) -> None:
         """Check the limits."""
         super().__post_init__()
+        if self.activations and self.precision != "int8":
+            raise ValueError(f"--activations is for --precision int8, which is {self.precision}")
         if self.precision == "fp8":
             raise ValueError(
                 "--precision is fp8, which no CPU that OpenVINO runs on computes in; "

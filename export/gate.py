@@ -18,8 +18,9 @@ from efficientnet.artifact import AccuracyGate, ArtifactManifest, BlockCost
 from efficientnet.datasets import SAMPLE_PHOTOS, Sample, sha256_of_samples
 from efficientnet.errors import PipelineError
 from efficientnet.runtimes import Runtime
+from export.agreement import problem_of, usual_batch_size
 from export.config import MIN_GATE_IMAGES
-from export.source import Source, batches_of, spread
+from export.source import BATCH_SIZE, Source, batches_of, spread
 
 Z_95 = 1.96
 
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class GateError(PipelineError):
+    """Images that the accuracy gate cannot judge by."""
+
+
+class LossError(PipelineError):
     """A quantised program that loses too much, whatever is kept in a higher precision."""
 
 
@@ -45,17 +50,8 @@ class Gate:
     """
 
     def __init__(self, source: Source, num_images: int | None, max_drop: float) -> None:
-        if source.dataset.source == SAMPLE_PHOTOS:
-            raise GateError(
-                "the accuracy gate needs images with labels, and these weights came without; give "
-                "--data FOLDER with one folder of images for each class"
-            )
+        require_gate_images(source)
         samples = source.dataset.val
-        if len(samples) < MIN_GATE_IMAGES:
-            raise GateError(
-                f"there are {len(samples)} held-out images, the accuracy gate needs "
-                f"{MIN_GATE_IMAGES}; add images to val, or give others with --data"
-            )
         self._samples = spread(samples, num_images or len(samples))
         self._source = source
         self._max_drop = max_drop
@@ -65,7 +61,8 @@ class Gate:
     def measure(self, runtime: Runtime) -> AccuracyGate:
         """Classify all images with a program."""
         who = f"{runtime.info.runtime} {runtime.info.precision}"
-        right = is_right(self._source, self._samples, runtime.infer, who)
+        size = usual_batch_size(runtime)
+        right = is_right(self._source, self._samples, runtime.infer, who, size)
         drop, low, high = paired_drop(self._reference, right)
         return AccuracyGate(
             num_images=len(right),
@@ -76,6 +73,24 @@ class Gate:
             drop_high=high,
             max_drop=self._max_drop,
             dataset_sha256=self._sha256,
+        )
+
+
+def require_gate_images(source: Source) -> None:
+    """Check that there are labelled images to judge by.
+
+    Raises:
+        GateError: they have no labels, or there are fewer than 100.
+    """
+    if source.dataset.source == SAMPLE_PHOTOS:
+        raise GateError(
+            "the accuracy gate needs images with labels, and these weights came without; give "
+            "--data FOLDER with train/ and val/, and in both one folder of images for each class"
+        )
+    if len(source.dataset.val) < MIN_GATE_IMAGES:
+        raise GateError(
+            f"there are {len(source.dataset.val)} held-out images, the accuracy gate needs "
+            f"{MIN_GATE_IMAGES}; add images to val, or give others with --data"
         )
 
 
@@ -91,13 +106,14 @@ def is_right(
     samples: Sequence[Sample],
     infer: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     who: str,
+    batch_size: int = BATCH_SIZE,
 ) -> NDArray[np.bool_]:
     """Classify images; return whether each answer is the label, [N]."""
     answers: list[NDArray[np.intp]] = []
     with tqdm(
         total=len(samples), desc=f"top-1 of {who}", unit="img", disable=None, leave=False
     ) as bar:
-        for images in batches_of(samples, source.preprocess):
+        for images in batches_of(samples, source.preprocess, batch_size):
             answers.append(infer(images).argmax(axis=1))
             bar.update(len(images))
     return np.concatenate(answers) == np.asarray([sample.label for sample in samples])
@@ -126,7 +142,7 @@ def paired_drop(
 
 def keep_within_drop(
     attempt: Callable[[tuple[str, ...]], Attempt],
-    measure: Callable[[Attempt], AccuracyGate],
+    judge: Callable[[Attempt], Attempt],
     rank: Callable[[], list[BlockCost]],
 ) -> Attempt:
     """Keep the fewest blocks in a higher precision with which no more is lost than may be.
@@ -136,18 +152,17 @@ def keep_within_drop(
 
     Args:
         attempt: builds a program with the blocks that are named in a higher precision.
-        measure: what a program loses.
+        judge: fills in parity and gate of a program's manifest.
         rank: the blocks, the costliest first; called when something has to be kept.
 
     Raises:
-        GateError: no number of blocks is enough.
+        LossError: no number of blocks is enough.
     """
 
     def tried(kept: tuple[str, ...]) -> Attempt:
-        built = attempt(kept)
-        found = measure(built)
-        log.info("%s%s", f"{len(kept)} blocks kept: " if kept else "", describe(found))
-        return built._replace(manifest=built.manifest.model_copy(update={"gate": found}))
+        judged = judge(attempt(kept))
+        log.info("%s%s", f"{len(kept)} blocks kept: " if kept else "", verdict_of(judged))
+        return judged
 
     first = tried(())
     if is_passed(first):
@@ -158,9 +173,9 @@ def keep_within_drop(
     names = tuple(cost.block for cost in ranking)
     best = tried(names)
     if not is_passed(best):
-        raise GateError(
+        raise LossError(
             f"the artifact is refused: with all {len(names)} blocks kept in a higher precision it "
-            f"still loses too much: {describe(gate_of(best))}; export in fp32, or allow more with "
+            f"still loses too much: {verdict_of(best)}; export in fp32, or allow more with "
             "--max-drop"
         )
     too_few, enough = 0, len(names)
@@ -179,16 +194,23 @@ def keep_within_drop(
 
 
 def is_passed(attempt: Attempt) -> bool:
-    """Whether no more is lost than may be."""
-    gate = gate_of(attempt)
-    return gate.drop <= gate.max_drop
+    """Whether no more is lost than may be, and the logits are like the eager model's."""
+    gate, parity = attempt.manifest.gate, attempt.manifest.parity
+    assert gate is not None and parity is not None
+    return is_allowed(gate) and problem_of(parity) is None
 
 
-def gate_of(attempt: Attempt) -> AccuracyGate:
-    """Return what was measured of a program."""
-    gate = attempt.manifest.gate
-    assert gate is not None
-    return gate
+def is_allowed(gate: AccuracyGate) -> bool:
+    """Whether no more is lost than may be: a question of images, not of rounded fractions."""
+    return round(gate.drop * gate.num_images) <= gate.max_drop * gate.num_images + 1e-6
+
+
+def verdict_of(attempt: Attempt) -> str:
+    """Write what a program loses, and what else is wrong with it."""
+    gate, parity = attempt.manifest.gate, attempt.manifest.parity
+    assert gate is not None and parity is not None
+    problem = problem_of(parity)
+    return describe(gate) if problem is None else f"{describe(gate)}; and {problem}"
 
 
 def describe(gate: AccuracyGate) -> str:
@@ -199,7 +221,7 @@ def describe(gate: AccuracyGate) -> str:
         f"{100 * gate.drop_low:+.2f} to {100 * gate.drop_high:+.2f}, at most "
         f"{100 * gate.max_drop:g})"
     )
-    if gate.drop <= gate.max_drop < gate.drop_high:
+    if is_allowed(gate) and gate.max_drop < gate.drop_high:
         text += "; so many images cannot tell that no more is lost, take more: --num-gate-images"
     return text
 

@@ -124,7 +124,12 @@ class Ladder:
         artifact = self._rung(
             f"{manifest.runtime}{provider} {manifest.precision}",
             manifest.precision,
-            partial(run_in_batches, runtime),
+            partial(
+                run_in_batches,
+                runtime,
+                expected=source.parity_logits,
+                sizes=manifest.prepared_sizes,
+            ),
             _show_of_artifact(directory, manifest),
         )
         steps.append(_compare(artifact))

@@ -32,8 +32,8 @@ SETTLING_FRACTION = 0.05
 
 def measure(
     paths: Sequence[Path], seconds: float, turns: int, batch_size: int, data: str | None
-) -> dict[str, LatencyRecord]:
-    """Measure all programs with perf/latency.py; return the records by the programs' hashes.
+) -> list[LatencyRecord]:
+    """Measure all programs with perf/latency.py; return their records in the order of the paths.
 
     Args:
         paths: artifact and checkpoint directories.
@@ -57,7 +57,9 @@ def measure(
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             raise PipelineError("perf/latency.py failed: see its message above")
-        return {r.program_sha256: r for r in read_records(records, LatencyRecord)}
+        found = read_records(records, LatencyRecord)
+        assert len(found) == len(paths)
+        return found
 
 
 def profile_modules(

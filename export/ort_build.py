@@ -1,10 +1,14 @@
 """Checkpoint -> model.onnx for one of ONNX Runtime's providers, in its precision."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx
 import torch
+from onnx import helper
 
 from efficientnet.devices import has_vnni
 from efficientnet.runtimes.onnx_runtime import PROVIDERS, require_provider
@@ -38,17 +42,20 @@ def export_onnxruntime(config: ExportConfig) -> Path:
     provider = provider_of(config)
     require_provider(PROVIDERS[provider])
     source = load_source(config)
+    finish = None
+    if provider == "cpu":
+        finish = partial(choose_streams, source, sizes=config.static_batches)
     if isinstance(config, OrtConfig) and config.search:
         output = default_output(config, source, OUTPUT_NAMES["cpu"])
-        artifact = fastest_within_drop(source, {"int8": config}, "fp32", output, write_onnxruntime)
-    else:
-        artifact = write_onnxruntime(source, config)
-    if provider == "cpu":
-        choose_streams(source, artifact, config.static_batches)
-    return artifact
+        in_float: OrtConfig = replace(config, precision="fp32", search=False)
+        kinds = {"int8": config}
+        return fastest_within_drop(source, kinds, in_float, output, write_onnxruntime, finish)
+    return write_onnxruntime(source, config, finish)
 
 
-def write_onnxruntime(source: Source, config: ExportConfig) -> Path:
+def write_onnxruntime(
+    source: Source, config: ExportConfig, finish: Callable[[Path], None] | None = None
+) -> Path:
     """Export, check and write one artifact; return its directory."""
     provider = provider_of(config)
     output = default_output(config, source, OUTPUT_NAMES[provider])
@@ -62,6 +69,8 @@ def write_onnxruntime(source: Source, config: ExportConfig) -> Path:
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         log.info("export %s at %d px to ONNX", source.variant, source.image_size)
         typed = typed_graph(source, config, kept, scheme, directory)
+        # Records find each other by the file's hash: those of two providers are two programs.
+        helper.set_model_props(typed.model, {"provider": PROVIDERS[provider]})
         onnx.save(typed.model, directory / PROGRAM_FILE)
         graph = ", ".join(f"{op} {n}" for op, n in count_ops(typed.model).most_common())
         is_bound = scheme == "onnxruntime" and config.precision == "int8"
@@ -81,7 +90,7 @@ def write_onnxruntime(source: Source, config: ExportConfig) -> Path:
             quantization=typed.quantization,
         )
 
-    return write_checked_artifact(source, config, output, "onnxruntime", build)
+    return write_checked_artifact(source, config, output, "onnxruntime", build, finish=finish)
 
 
 def provider_of(config: ExportConfig) -> str:

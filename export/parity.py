@@ -21,7 +21,7 @@ from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.runtimes.protocol import open_program
 from export.agreement import ParityError
 from export.config import ExportConfig
-from export.gate import Gate, describe
+from export.gate import Gate, describe, is_allowed
 from export.ladder import Ladder
 from export.ladder_record import LadderRecord, report_of
 from export.source import Source, load_source
@@ -98,7 +98,8 @@ def main(config: ParityConfig) -> ParityReport:
                     size=size,
                     data=config.data,
                     num_parity_images=config.num_images,
-                )
+                ),
+                images_flag="--num-images",
             )
             by_source[key] = source, Ladder(source)
         source, steps = by_source[key]
@@ -172,11 +173,12 @@ def complete(
     """
     gate = manifest.gate
     if manifest.precision in ("int8", "fp8") and gate is None:
-        limits = ExportConfig()
-        checker = Gate(source, limits.num_gate_images, limits.max_drop / 100)
+        limits = manifest.quantization
+        assert limits is not None
+        checker = Gate(source, limits.num_gate_images, limits.max_drop)
         gate = checker.measure(open_program(artifact, manifest))
         log.info("%s", describe(gate))
-        if gate.drop > gate.max_drop:
+        if not is_allowed(gate):
             return ladder.model_copy(update={"gate": gate, "first_broken": GATE})
     update = {"parity": ladder.rungs[-1].parity, "gate": gate}
     write_manifest(artifact, manifest.model_copy(update=update))

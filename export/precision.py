@@ -40,6 +40,9 @@ from export.source import Source
 
 FP8_LARGEST = 448.0
 
+# A bias may be half as large as int32 holds: the sums of products are added to it.
+LARGEST_BIAS = 2.0**30
+
 METHOD = "mean over batches of the smallest and largest value of each map"
 
 # Zero or more axes, numpy's scalars included.
@@ -251,9 +254,9 @@ def insert_quantization(
     def round_constant(name: str, values: Array, scale: Array, kind: int) -> str:
         store(f"{name}/quantized", values, kind)
         store(f"{name}/scale", scale, float_type)
-        if scale.ndim == 0:
+        if np.ndim(scale) == 0:
             store(f"{name}/zero_point", np.zeros((), np.float32), kind)
-        return dequantize(name, axis=0 if scale.ndim else None)
+        return dequantize(name, axis=0 if np.ndim(scale) else None)
 
     def store(name: str, values: Array, kind: int) -> None:
         dtype = helper.tensor_dtype_to_np_dtype(kind)
@@ -265,14 +268,19 @@ def insert_quantization(
     for node in old:
         if node.op_type == "Conv" and is_quantized(node, kept):
             (map_scale, _), prefix = scales[node.input[0]], node.name
-            stored, scale = _round_weights(numpy_helper.to_array(constants[node.input[1]]), scheme)
-            node.input[1] = round_constant(f"{prefix}/weight", stored, scale, scheme.weight_type)
+            weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
+            scale = _weight_scale(weight, scheme)
             if scheme.has_quantized_bias:
+                bias = numpy_helper.to_array(constants[node.input[2]])
+                # A channel of tiny weights may have any bias, and int32 must hold it.
+                least = np.abs(bias) / (map_scale * LARGEST_BIAS)
+                scale = np.maximum(scale, least).astype(np.float32)
                 bias_scale = (scale * map_scale).astype(np.float32)
-                bias = numpy_helper.to_array(constants[node.input[2]]) / bias_scale
                 node.input[2] = round_constant(
-                    f"{prefix}/bias", np.round(bias), bias_scale, TensorProto.INT32
+                    f"{prefix}/bias", np.round(bias / bias_scale), bias_scale, TensorProto.INT32
                 )
+            stored = _round_weights(weight, scale, scheme)
+            node.input[1] = round_constant(f"{prefix}/weight", stored, scale, scheme.weight_type)
         for index, tensor in enumerate(node.input):
             if tensor in ranges and (scheme.rounds_for_all or is_quantized(node, kept)):
                 node.input[index] = f"{tensor}/DequantizeLinear"
@@ -288,20 +296,33 @@ def insert_quantization(
 def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[Array, Array]:
     # Scale and zero point.
     low, high = bounds
-    largest = max(-low, high, 1e-8)
+    largest = max(-low, high)
     if scheme.activation_type == FP8:
-        return np.float32(largest / FP8_LARGEST), np.zeros((), np.float32)
+        return _as_stored(largest / FP8_LARGEST, scheme), np.zeros((), np.float32)
     if scheme.is_symmetric:
-        return np.float32(largest / 127), np.zeros((), np.float32)
-    scale = np.float32(max(high - low, 1e-8) / 255)
+        return _as_stored(largest / 127, scheme), np.zeros((), np.float32)
+    scale = _as_stored((high - low) / 255, scheme)
     return scale, np.float32(np.clip(np.round(-low / scale), 0, 255))
 
 
-def _round_weights(weight: NDArray[np.float32], scheme: Scheme) -> tuple[Array, Array]:
-    # Values and scale: of each output channel, or of all in fp8.
+def _weight_scale(weight: NDArray[np.float32], scheme: Scheme) -> Array:
+    # Of each output channel, or of all in fp8.
     if scheme.weight_type == FP8:
-        scale = np.float32(max(float(np.abs(weight).max()), 1e-8) / FP8_LARGEST)
-        return weight / scale, scale
-    largest = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), 1e-8)
-    scale = (largest / scheme.weight_levels).astype(np.float32)
-    return np.round(weight / scale[:, None, None, None]), scale
+        return _as_stored(np.abs(weight).max() / FP8_LARGEST, scheme)
+    return _as_stored(np.abs(weight).max(axis=(1, 2, 3)) / scheme.weight_levels, scheme)
+
+
+def _round_weights(weight: NDArray[np.float32], scale: Array, scheme: Scheme) -> Array:
+    # By the scale as it is stored: 127 of one that was rounded down may be less than the weight.
+    if scheme.weight_type == FP8:
+        return np.clip(weight / scale, -FP8_LARGEST, FP8_LARGEST)
+    levels = scheme.weight_levels
+    return np.clip(np.round(weight / scale[:, None, None, None]), -levels, levels)
+
+
+def _as_stored(scale: Array, scheme: Scheme) -> Array:
+    # In the graph's float type, which must hold it as a normal number: what is below comes out as
+    # another number, or as zero. 1e-10 is far below what any map or weight is rounded by.
+    dtype = np.float16 if scheme.float_precision == "fp16" else np.float32
+    least = max(float(np.finfo(dtype).tiny), 1e-10)
+    return np.maximum(scale, least).astype(dtype).astype(np.float32)

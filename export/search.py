@@ -17,13 +17,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from efficientnet.atomic import replaced_directory
+from efficientnet.artifact import new_artifact_directory
 from efficientnet.model import ConvNormAct, EfficientNet
-from efficientnet.precision import Precision
 from efficientnet.runtimes import open_runtime
 from efficientnet.tables import Table, format_ms
+from export.agreement import ParityError
 from export.config import MixedConfig
-from export.gate import GateError
+from export.gate import LossError, require_gate_images
 from export.measuring import Infer, measure_callables, profile_modules
 from export.sensitivity import named_blocks
 from export.source import Source
@@ -44,37 +44,39 @@ Config = TypeVar("Config", bound=MixedConfig)
 def fastest_within_drop(
     source: Source,
     kinds: Mapping[str, Config],
-    float_precision: Precision,
+    in_float: Config,
     output: Path,
     export: Callable[[Source, Config], Path],
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Build every kind of int8 artifact, with and without float layers, and write the fastest.
 
     Args:
         source: the model and its images.
         kinds: by name, settings of int8 exports that differ otherwise; one at least.
-        float_precision: what layers compute in that are not int8.
+        in_float: settings of the export in the precision of layers that are not int8.
         output: the artifact's directory.
         export: writes the artifact of a config to the config's output.
+        finish: see write_checked_artifact.
 
     Raises:
-        GateError: all of them lose more than --max-drop.
+        GateError: there are no images to judge by; before anything is built.
+        LossError: all of them lose more than --max-drop, or answer otherwise than they may.
     """
-    with replaced_directory(output) as directory:
+    require_gate_images(source)
+    with new_artifact_directory(output) as directory:
         root = directory / "tried"
         plain = {kind: replace(config, search=False) for kind, config in kinds.items()}
-        first = next(iter(plain.values()))
+        float_precision = in_float.precision
         log.info("all layers in %s, to compare with", float_precision)
-        in_float = export(
-            source, replace(first, precision=float_precision, output=root / float_precision)
-        )
+        all_float = export(source, replace(in_float, search=False, output=root / float_precision))
         found: list[Path] = []
 
         def tried(name: str, config: Config) -> Path | None:
             log.info("%s%s", name, "".join(f"\n    {layer}" for layer in config.float_layers))
             try:
                 found.append(export(source, replace(config, output=root / name)))
-            except GateError as error:
+            except (LossError, ParityError) as error:
                 log.info("left out: %s", error)
                 return None
             return found[-1]
@@ -82,7 +84,7 @@ def fastest_within_drop(
         for kind, config in plain.items():
             in_int8 = tried(kind, config)
             if in_int8 is not None:
-                paths = (in_float, in_int8)
+                paths = (all_float, in_int8)
                 batch_size = config.static_batches[0]
                 times = profile_modules(paths, NUM_CALLS, batch_size, config.data)
                 for level, layers in faster_in_float(source.model, *times).items():
@@ -91,13 +93,15 @@ def fastest_within_drop(
                         replace(config, float_layers=layers),
                     )
         if not found:
-            raise GateError(
+            raise LossError(
                 "no kind of int8 artifact is within --max-drop; export in "
                 f"{float_precision}, or allow more with --max-drop"
             )
-        for file in measured_fastest(source, found, in_float, first).iterdir():
+        for file in measured_fastest(source, found, all_float, in_float).iterdir():
             file.rename(directory / file.name)
         shutil.rmtree(root)
+        if finish is not None:
+            finish(directory)
     return output
 
 

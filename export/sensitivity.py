@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from efficientnet.artifact import BlockCost
-from efficientnet.model import ConvNormAct, EfficientNet
+from efficientnet.model import ConvNormAct, EfficientNet, SqueezeExcite
 from export.calibration import choose_samples
 from export.config import ExportConfig
 from export.graph import fold_batch_norm
@@ -77,7 +77,18 @@ def named_blocks(model: EfficientNet) -> Generator[tuple[str, nn.Module]]:
 
 @contextmanager
 def _quantized(block: nn.Module, precision: str) -> Generator[None]:
-    convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+    # Squeeze-excite's own layers stay in float in every runtime.
+    inner = {
+        part
+        for module in block.modules()
+        if isinstance(module, SqueezeExcite)
+        for part in module.modules()
+    }
+    convolutions = [
+        module
+        for module in block.modules()
+        if isinstance(module, nn.Conv2d) and module not in inner
+    ]
     originals = [conv.weight for conv in convolutions]
     hooks = []
     for conv in convolutions:

@@ -71,8 +71,12 @@ class Source:
             return torch.cat([self.model(batch) for batch in batches]).numpy()
 
 
-def load_source(config: ExportConfig) -> Source:
+def load_source(config: ExportConfig, images_flag: str = "--num-parity-images") -> Source:
     """Load the checkpoint and its data; everything is checked that can be before work starts.
+
+    Args:
+        config: what to load.
+        images_flag: what sets the number of held-out images, for the error message.
 
     Raises:
         CheckpointError: no whole checkpoint.
@@ -86,7 +90,7 @@ def load_source(config: ExportConfig) -> Source:
     if isinstance(config, MixedConfig):
         _require_layers(model, config.float_layers)
     dataset = load_held_out(record.data, config.data, record.class_names)
-    _require_images(dataset.val, config.num_parity_images)
+    _require_images(dataset.val, config.num_parity_images, images_flag)
     spec = record.preprocess
     if config.size is not None and config.size != spec.image_size:
         log.info("images of %d px; the checkpoint's are of %d px", config.size, spec.image_size)
@@ -97,12 +101,7 @@ def load_source(config: ExportConfig) -> Source:
 def choose_images(
     samples: Sequence[Sample], num_images: int, spec: PreprocessSpec
 ) -> NDArray[np.float32]:
-    """Preprocess `num_images` images, evenly spread over the samples.
-
-    Raises:
-        ValueError: there are fewer samples.
-    """
-    _require_images(samples, num_images)
+    """Preprocess `num_images` images, evenly spread over the samples; all when there are fewer."""
     return np.concatenate(list(batches_of(spread(samples, num_images), spec)))
 
 
@@ -128,11 +127,11 @@ def batches_of(
             yield np.stack([future.result() for future in current])
 
 
-def _require_images(samples: Sequence[Sample], num_images: int) -> None:
+def _require_images(samples: Sequence[Sample], num_images: int, flag: str) -> None:
     if len(samples) < num_images:
         raise ValueError(
             f"there are {len(samples)} held-out images, the parity check needs {num_images}; "
-            "add images to val, or lower --num-parity-images (at least 64)"
+            f"add images to val, or lower {flag} (at least 64)"
         )
 
 

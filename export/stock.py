@@ -16,7 +16,6 @@ from pathlib import Path
 import tyro
 from pydantic import BaseModel, ConfigDict
 
-from efficientnet.artifact import read_artifact
 from efficientnet.command import parse_flags, run_command
 from efficientnet.devices import cpu_features
 from efficientnet.environment import current_environment, num_usable_cores
@@ -31,6 +30,9 @@ SECTION = "stock"
 
 # What decides which kernels a processor gets.
 CPU_FEATURES = frozenset({"avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8"})
+
+# Settings of other exports that would change nothing here.
+NOT_TAKEN = ("precision", "batch", "batches", "size", "max_drop", "num_gate_images")
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +62,17 @@ class StockConfig(ExportConfig):
     def __post_init__(self) -> None:
         """Check the limits."""
         super().__post_init__()
-        if self.size is not None:
-            raise ValueError(
-                "--size is not taken here: the eager model is measured at its checkpoint's size, "
-                "and all others must have the same"
-            )
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(
                 f"--batch-sizes is {list(self.batch_sizes)}, expected at least one, >= 1"
             )
-        if self.batches is not None:
-            raise ValueError("--batches is not taken here: --batch-sizes says what is measured")
+        for name in NOT_TAKEN:
+            if getattr(self, name) != getattr(ExportConfig, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is not taken here: the stock tools have their own "
+                    "precisions and are not judged, and all programs are measured at the "
+                    "checkpoint's size and --batch-sizes"
+                )
 
 
 class Ratio(BaseModel):
@@ -140,13 +142,10 @@ def compare(
     started_at = datetime.now(UTC)
     paths = [source.checkpoint, *stock, *config.paths]
     records = measure(paths, config.seconds, config.turns, batch_size, config.data)
-    others = {
-        "eager": records[source.record.weights_sha256],
-        **{path.name: records[read_artifact(path).program_sha256] for path in stock},
-    }
+    names = ["eager", *(path.name for path in stock)]
+    others = dict(zip(names, records[: len(names)], strict=True))
     ratios: list[Ratio] = []
-    for path in config.paths:
-        own = records[read_artifact(path).program_sha256]
+    for path, own in zip(config.paths, records[len(names) :], strict=True):
         for name, other in others.items():
             pairs = zip(own.turn_p50_ms, other.turn_p50_ms, strict=True)
             shares = sorted(a / b for a, b in pairs)

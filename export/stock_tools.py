@@ -23,6 +23,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from efficientnet.artifact import QuantizationRecord
+from efficientnet.precision import Precision
 from efficientnet.runtimes.openvino_runtime import own_precision
 from export.calibration import choose_samples, images_of, write_calibration
 from export.config import ExportConfig
@@ -80,7 +81,7 @@ def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> 
             return Built("model.onnx", weight_bytes, quantization=quantization)
 
         def openvino_float(directory: Path, _: tuple[str, ...]) -> Built:
-            return _save(ov.Core().read_model(plain), directory, config, None)
+            return _save(ov.Core().read_model(plain), directory, config, float_precision)
 
         def openvino_int8(directory: Path, _: tuple[str, ...]) -> Built:
             dataset = nncf.Dataset([{INPUT_NAME: image} for image in images])
@@ -90,7 +91,8 @@ def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> 
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(images),
             )
-            return _save(model, directory, config, record(directory, "nncf.quantize, mixed"))
+            quantization = record(directory, "nncf.quantize, mixed")
+            return _save(model, directory, config, "int8", quantization)
 
         tools: list[tuple[str, str, Builder]] = [
             ("onnxruntime", "fp32", onnxruntime_fp32),
@@ -140,9 +142,13 @@ class _Reader(CalibrationDataReader):
 
 
 def _save(
-    model: ov.Model, directory: Path, config: ExportConfig, quantization: QuantizationRecord | None
+    model: ov.Model,
+    directory: Path,
+    config: ExportConfig,
+    precision: Precision,
+    quantization: QuantizationRecord | None = None,
 ) -> Built:
-    save(model, directory)
+    save(model, directory, precision)
     return Built(
         PROGRAM_FILE,
         (directory / WEIGHTS_FILE).stat().st_size,

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 def choose_streams(source: Source, directory: Path, sizes: Sequence[int]) -> None:
     """Let an artifact answer those batch sizes in streams that are faster so.
 
+    To be called while nobody else can see the artifact: its manifest is written again.
+
     Raises:
         ParityError: in streams it does not answer like the eager model; it is left as it was.
     """

@@ -34,6 +34,8 @@ class Summary(Measured):
 
     variant: str
     image_size: int
+    batch_size: int = 1
+    """Images in the calls that were measured."""
     lines: tuple[Line, ...]
     default: str | None
     notes: tuple[str, ...]
@@ -57,7 +59,8 @@ def section_of(summary: Summary) -> str:
         [
             f"**{summary.variant}, {summary.image_size} px**",
             table,
-            f"{cpu}, {cores} cores, {summary.started_at:%Y-%m-%d} UTC.",
+            f"{cpu}, {cores} cores, {summary.started_at:%Y-%m-%d} UTC. p50: at batch "
+            f"{summary.batch_size}.",
             *(f"- {note}" for note in summary.notes),
         ]
     )

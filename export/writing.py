@@ -83,15 +83,20 @@ def write_checked_artifact(
     build: Builder,
     can_run_here: bool = True,
     is_judged: bool = True,
+    finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Build in a hidden directory, check, write the manifest, and only then take `output`'s place.
+
+    `finish` gets the artifact, complete and still hidden, for what is decided by running it.
 
     A program that cannot run here is written without parity, and refused until it was checked.
     One that others made of the checkpoint (`is_judged` False) is compared, but not refused.
 
     Raises:
+        ArtifactError: something else than an artifact stands at `output`.
         ParityError: the program does not answer like the eager model; nothing is written.
-        GateError: a quantised program loses more than --max-drop; nothing is written.
+        GateError: there are no images that a quantised program can be judged by.
+        LossError: a quantised program loses more than --max-drop; nothing is written.
     """
     started = time.perf_counter()
     with new_artifact_directory(output) as directory:
@@ -106,20 +111,25 @@ def write_checked_artifact(
 
         if config.is_quantized and can_run_here and is_judged:
             gate = Gate(source, config.num_gate_images, config.max_drop / 100)
-            tried, manifest = keep_within_drop(
-                attempt,
-                lambda built: gate.measure(open_program(*built)),
-                lambda: rank_blocks(source, config),
-            )
+
+            def judge(built: Attempt) -> Attempt:
+                found = gate.measure(open_program(*built))
+                manifest = built.manifest.model_copy(update={"gate": found})
+                # What parity finds is judged together with the loss.
+                return Attempt(
+                    built.directory, check_parity(source, built.directory, manifest, False)
+                )
+
+            tried, manifest = keep_within_drop(attempt, judge, lambda: rank_blocks(source, config))
         else:
             tried, manifest = attempt(())
         for file in tried.iterdir():
             file.rename(directory / file.name)
         for other in directory.glob("attempt-*"):
             shutil.rmtree(other)
-        if can_run_here:
+        if can_run_here and manifest.parity is None:
             manifest = check_parity(source, directory, manifest, is_judged)
-        else:
+        elif not can_run_here:
             log.info(
                 "not checked: it cannot run here, and is refused until "
                 "'python export/parity.py %s' has compared it on the machine it is for",
@@ -128,6 +138,8 @@ def write_checked_artifact(
         seconds = time.perf_counter() - started
         build_record = manifest.build.model_copy(update={"seconds": seconds})
         write_manifest(directory, manifest.model_copy(update={"build": build_record}))
+        if finish is not None:
+            finish(directory)
     return output
 
 
@@ -141,7 +153,9 @@ def check_parity(
     """
     runtime = open_program(directory, manifest)
     tolerances = tolerances_for(manifest.precision, source.parity_logits)
-    found = run_in_batches(runtime, source.parity_images, manifest.prepared_sizes)
+    found = run_in_batches(
+        runtime, source.parity_images, source.parity_logits, manifest.prepared_sizes
+    )
     parity = compare_logits(found, source.parity_logits, tolerances)
     line = (
         f"parity on {parity.num_images} held-out images: "
@@ -161,6 +175,8 @@ def _manifest(
     source: Source, config: ExportConfig, directory: Path, runtime: str, built: Built
 ) -> ArtifactManifest:
     low, opt, _ = config.batch
+    if config.batches is not None:
+        opt = config.static_batches[0]
     names = (built.program_file, *built.other_files)
     static_sizes = [program.batch_size for program in built.static_programs]
     highest = max(static_sizes) if static_sizes else config.max_batch_size
@@ -196,9 +212,15 @@ def _manifest(
             seconds=0.0,
         ),
         binding=built.binding,
-        quantization=built.quantization,
+        quantization=built.quantization and _with_limits(built.quantization, config),
         parity=None,
         size_bytes=sum((directory / name).stat().st_size for name in names),
         flops_per_image=source.cost.flops,
         weight_bytes=built.weight_bytes,
     )
+
+
+def _with_limits(record: QuantizationRecord, config: ExportConfig) -> QuantizationRecord:
+    # An artifact that cannot run here is judged elsewhere, by the limits that were asked for.
+    limits = {"max_drop": config.max_drop / 100, "num_gate_images": config.num_gate_images}
+    return record.model_copy(update=limits)

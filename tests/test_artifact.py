@@ -75,6 +75,41 @@ def test_a_runtime_that_is_not_known_is_named(copy_of_artifact: Path):
         open_runtime(copy_of_artifact)
 
 
+@pytest.mark.parametrize("manifest", [None, '{"name": "a web page"}'])
+def test_what_is_not_an_artifact_is_not_replaced_by_one(tmp_path: Path, manifest: str | None):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_text("dear to me")
+    if manifest is not None:
+        (photos / "manifest.json").write_text(manifest)
+    with (
+        pytest.raises(ArtifactError, match=r"photos is not empty and not an artifact.*--output"),
+        new_artifact_directory(photos),
+    ):
+        pytest.fail("it was built all the same")
+    assert (photos / "a.jpg").read_text() == "dear to me"
+
+
+def test_an_artifact_an_empty_directory_and_nothing_are_replaced(
+    copy_of_artifact: Path, tmp_path: Path
+):
+    (tmp_path / "empty").mkdir()
+    for place in (copy_of_artifact, tmp_path / "empty", tmp_path / "nothing"):
+        with new_artifact_directory(place) as fresh:
+            (fresh / "manifest.json").write_text("{}")
+        assert [path.name for path in place.iterdir()] == ["manifest.json"]
+
+
+def test_a_link_is_not_replaced_by_an_artifact(copy_of_artifact: Path, tmp_path: Path):
+    link = tmp_path / "default"
+    link.symlink_to(copy_of_artifact)
+    with (
+        pytest.raises(ArtifactError, match="default is a link or a file"),
+        new_artifact_directory(link),
+    ):
+        pytest.fail("it was built all the same")
+
+
 def test_an_artifact_without_a_manifest_is_not_written(tmp_path: Path):
     with pytest.raises(ArtifactError), new_artifact_directory(tmp_path / "a") as directory:
         (directory / "model.onnx").write_bytes(b"half")

@@ -2,10 +2,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from efficientnet import atomic
 from efficientnet.atomic import append_line, replaced_directory, write_text
 
 
@@ -47,6 +49,37 @@ def test_another_process_may_replace_it_meanwhile(tmp_path: Path):
             (sooner / "a.txt").write_text("soon")
     assert (target / "a.txt").read_text() == "late"
     assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanging two names is Linux's")
+def test_a_reader_finds_a_directory_at_every_moment(tmp_path: Path):
+    target = tmp_path / "made"
+    target.mkdir()
+    (target / "a.txt").write_text("old")
+    missing: list[int] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            if not target.is_dir():
+                missing.append(1)
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for number in range(30):
+        with replaced_directory(target) as fresh:
+            (fresh / "a.txt").write_text(str(number))
+    ended.set()
+    reader.join()
+    assert not missing
+    assert (target / "a.txt").read_text() == "29"
+
+
+def test_where_names_cannot_be_exchanged_it_is_replaced_in_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(atomic, "_swap", lambda *_: False)
+    test_an_older_directory_is_replaced_whole(tmp_path)
 
 
 def test_what_a_killed_process_left_is_removed_but_not_what_a_living_one_fills(tmp_path: Path):

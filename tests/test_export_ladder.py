@@ -14,6 +14,7 @@ from onnx import numpy_helper
 from efficientnet.artifact import (
     ArtifactError,
     ArtifactManifest,
+    QuantizationRecord,
     read_artifact,
     write_manifest,
 )
@@ -174,6 +175,15 @@ def test_an_unchecked_artifact_that_breaks_is_left_as_it_is(
         open_runtime(directory)
 
 
+QUANTIZATION = QuantizationRecord(
+    method="",
+    num_calibration_images=64,
+    calibration_sha256="",
+    kept_precision="fp32",
+    kept_blocks=(),
+)
+
+
 def test_an_unchecked_quantised_artifact_must_pass_the_accuracy_gate(
     source: Source, report: ParityReport, tiny_artifact: Path, tmp_path: Path
 ):
@@ -182,14 +192,21 @@ def test_an_unchecked_quantised_artifact_must_pass_the_accuracy_gate(
     answers = [int(label) for batch in batches for label in source.answer(batch).argmax(axis=1)]
     right = tuple(replace(s, label=label) for s, label in zip(val, answers, strict=True))
     easy = replace(source, dataset=replace(source.dataset, val=right))
-    for name, is_good in (("good", True), ("bad", False)):
-        program = tiny_artifact if is_good else perturbed(tiny_artifact, tmp_path / "broken")
-        directory = unchecked(program, tmp_path / name, precision="int8")
+    broken = perturbed(tiny_artifact, tmp_path / "broken")
+    for name, program, max_drop, is_good in (
+        ("good", tiny_artifact, 0.005, True),
+        ("bad", broken, 0.005, False),
+        ("allowed", broken, 1.0, True),
+    ):
+        limits = {"max_drop": max_drop, "num_gate_images": 100}
+        asked_for = QUANTIZATION.model_copy(update=limits)
+        directory = unchecked(program, tmp_path / name, precision="int8", quantization=asked_for)
         manifest = read_artifact(directory, allow_unchecked=True)
         done = complete(easy, directory, manifest, report.ladders[0])
         assert done.is_completed == is_good
         assert done.first_broken == (None if is_good else GATE)
-        assert done.gate is not None and (done.gate.drop == 0.0) == is_good
+        assert done.gate is not None and (done.gate.drop == 0.0) == (program == tiny_artifact)
+        assert (done.gate.max_drop, done.gate.num_images) == (max_drop, 100)
         kept = read_artifact(directory, allow_unchecked=True)
         assert (kept.parity is not None) == (kept.gate is not None) == is_good
 

@@ -1,4 +1,4 @@
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from efficientnet.artifact import ParityRecord, ParityTolerances
 from efficientnet.checkpoint import load_checkpoint
 from efficientnet.command import parse_flags
-from efficientnet.datasets import load_dataset
 from efficientnet.runtimes import ProgramInfo, Runtime, open_runtime
 from export import agreement, ort
 from export.agreement import (
@@ -20,7 +19,7 @@ from export.agreement import (
     tolerances_for,
 )
 from export.config import ExportConfig
-from export.source import Source, choose_images, load_source
+from export.source import Source, load_source
 from perf.accuracy import AccuracyConfig
 from perf.latency import LatencyConfig
 
@@ -48,7 +47,7 @@ def source(tiny_checkpoint: Path) -> Source:
 def measure_parity(
     source: Source, runtime: Runtime, tolerances: ParityTolerances | None = None
 ) -> ParityRecord:
-    found = run_in_batches(runtime, source.parity_images)
+    found = run_in_batches(runtime, source.parity_images, source.parity_logits)
     tolerances = tolerances or tolerances_for("fp32", source.parity_logits)
     record = compare_logits(found, source.parity_logits, tolerances)
     require_parity(record)
@@ -109,9 +108,57 @@ def test_a_refused_artifact_leaves_nothing_behind(
 
 
 def test_too_few_held_out_images_are_an_error(tiny_checkpoint: Path):
-    _, record = load_checkpoint(tiny_checkpoint)
-    with pytest.raises(ValueError, match="there are 360 held-out images"):
-        choose_images(load_dataset("digits").val, 361, record.preprocess)
+    config = ExportConfig(checkpoint=tiny_checkpoint, num_parity_images=361)
+    for flag in ("--num-parity-images", "--num-images"):
+        with pytest.raises(ValueError, match=f"there are 360 held-out images.*lower {flag}"):
+            load_source(config, flag)
+
+
+@dataclass
+class CountingRuntime:
+    """Notes the sizes of its batches, and answers one of them otherwise."""
+
+    runtime: Runtime
+    wrong_size: int | None
+    max_batch_size: int | None = None
+    sizes: list[int] = field(default_factory=list)
+
+    @property
+    def info(self) -> ProgramInfo:
+        return replace(self.runtime.info, max_batch_size=self.max_batch_size)
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        self.sizes.append(len(images))
+        return self.runtime.infer(images) + (len(images) == self.wrong_size)
+
+
+@pytest.mark.parametrize("wrong_size", [1, 2, 16, 50])
+def test_every_prepared_size_is_compared_in_full_and_one_that_is_not(
+    source: Source, tiny_artifact: Path, wrong_size: int
+):
+    # 40 images are too few for the largest size.
+    runtime = CountingRuntime(open_runtime(tiny_artifact), wrong_size)
+    expected = source.parity_logits[:40]
+    found = run_in_batches(runtime, source.parity_images[:40], expected, (50,))
+    assert {1, 2, 16, 50} <= set(runtime.sizes)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() > 0.9
+
+
+def test_no_batch_is_larger_than_the_program_takes(source: Source, tiny_artifact: Path):
+    runtime = CountingRuntime(open_runtime(tiny_artifact), None, max_batch_size=1)
+    found = run_in_batches(runtime, source.parity_images, source.parity_logits)
+    assert runtime.sizes == [1] * 64
+    np.testing.assert_allclose(found, source.parity_logits, atol=1e-4)
+
+
+def test_int8_logits_of_another_size_are_refused(source: Source):
+    tolerances = tolerances_for("int8", source.parity_logits)
+    # The classes are all the same.
+    record = compare_logits(3 * source.parity_logits, source.parity_logits, tolerances)
+    assert record.top1_agreement == 1.0
+    with pytest.raises(ParityError, match=r"its logits are off by .* on average"):
+        require_parity(record)
 
 
 def test_fewer_than_64_parity_images_cannot_be_asked_for():

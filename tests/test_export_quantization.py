@@ -1,4 +1,5 @@
 import json
+import re
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -10,8 +11,17 @@ import onnxruntime
 import pytest
 import torch
 
-from efficientnet.artifact import AccuracyGate, BlockCost, QuantizationRecord, read_artifact
+from efficientnet.artifact import (
+    AccuracyGate,
+    BlockCost,
+    ParityRecord,
+    ParityTolerances,
+    QuantizationRecord,
+    read_artifact,
+)
 from efficientnet.datasets import Dataset, load_dataset
+from efficientnet.model import ConvNormAct
+from export import sensitivity
 from export.calibration import (
     CALIBRATION_FILE,
     CalibrationError,
@@ -20,9 +30,18 @@ from export.calibration import (
     write_calibration,
 )
 from export.config import ExportConfig
-from export.gate import Attempt, Gate, GateError, keep_within_drop, paired_drop
+from export.gate import (
+    Attempt,
+    Gate,
+    GateError,
+    LossError,
+    is_allowed,
+    keep_within_drop,
+    paired_drop,
+)
 from export.graph import count_ops, export_onnx, fold_batch_norm, is_within
-from export.precision import typed_graph
+from export.ov_build import pattern_of
+from export.precision import SCHEMES, insert_quantization, tensors_to_quantize, typed_graph
 from export.sensitivity import named_blocks, rank_blocks
 from export.source import Source, load_source
 
@@ -144,9 +163,89 @@ def test_kept_blocks_have_float32_weights(source: Source, config: ExportConfig):
     assert all("DequantizeLinear" in n.input[1] for n in others)
 
 
+def stored_as(
+    graph: onnx.ModelProto, node: onnx.NodeProto, index: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, scale, and what a runtime makes of both, of a constant of a convolution."""
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
+    name = node.input[index].removesuffix("/DequantizeLinear")
+    values, scale = constants[f"{name}/quantized"], constants[f"{name}/scale"]
+    wide = scale.astype(np.float64).reshape(-1, *[1] * (values.ndim - 1))
+    return values, scale, values.astype(np.float64) * wide
+
+
+@pytest.mark.parametrize("scheme", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("size", [1e-3, 2e-4, 1e-6, 3e-7, 0.0])
+def test_channels_of_tiny_weights_keep_their_signs_and_biases(
+    source: Source, config: ExportConfig, scheme: str, size: float
+):
+    layer = "features.1.0.block.0.0/Conv"
+    precision = "fp16" if scheme == "tensorrt" else "fp32"
+    graph = export_onnx(source.model, source.image_size, precision)
+    chosen = SCHEMES[scheme]
+    ranges = dict.fromkeys(tensors_to_quantize(graph, (), chosen), (-1.0, 3.0))
+    (conv,) = [node for node in graph.graph.node if node.name == layer]
+    constants = {t.name: t for t in graph.graph.initializer}
+    weight = onnx.numpy_helper.to_array(constants[conv.input[1]]).copy()
+    bias = onnx.numpy_helper.to_array(constants[conv.input[2]]).copy()
+    weight[0] = np.float32(size) * np.sign(np.arange(weight[0].size).reshape(weight[0].shape) - 1.5)
+    bias[0] = 0.5
+    for name, values in ((conv.input[1], weight), (conv.input[2], bias)):
+        constants[name].CopyFrom(onnx.numpy_helper.from_array(values, name))
+    insert_quantization(graph, ranges, (), chosen)
+    (conv,) = [node for node in graph.graph.node if node.name == layer]
+    values, scale, found = stored_as(graph, conv, 1)
+    assert np.abs(values.astype(int)).max() <= 127 and (scale > 0).all()
+    # Half a step, and what the scale itself was rounded by.
+    errors = np.abs(found - weight).max(axis=(1, 2, 3))
+    assert (errors <= 0.6 * scale.astype(np.float64)).all()
+    assert (found[0] * weight[0] >= 0).all()
+    if scheme == "onnxruntime":
+        _, _, found_bias = stored_as(graph, conv, 2)
+        np.testing.assert_allclose(found_bias, bias, atol=1e-3)
+
+
+def test_scales_of_16_bits_are_normal_numbers(source: Source, config: ExportConfig):
+    assert SCHEMES["tensorrt"].float_precision == "fp16"
+    graph = export_onnx(source.model, source.image_size, "fp16")
+    tensors = tensors_to_quantize(graph, (), SCHEMES["tensorrt"])
+    insert_quantization(graph, dict.fromkeys(tensors, (0.0, 1e-9)), (), SCHEMES["tensorrt"])
+    scales = [t for t in graph.graph.initializer if t.name.endswith("/scale")]
+    assert len(scales) > len(tensors)
+    for tensor in scales:
+        assert (onnx.numpy_helper.to_array(tensor) >= np.finfo(np.float16).tiny).all()
+
+
 def test_with_all_blocks_kept_nothing_is_quantised(source: Source, config: ExportConfig):
     every = tuple(name for name, _ in named_blocks(source.model))
     assert count_ops(quantized(source, config, "onnxruntime", every))["QuantizeLinear"] == 0
+
+
+def test_a_pattern_takes_the_nodes_of_one_module_only():
+    # NNCF matches from the start of a name only.
+    def takes(name: str, node: str) -> bool:
+        return re.compile(pattern_of(name)).match(node) is not None
+
+    assert takes("features.6.1", "features.6.1.block.0.0/Conv")
+    assert takes("features.6.1", "features.6.1/Add") and takes("features.6.1", "features.6.1")
+    assert not takes("features.6.1", "features.6.10.block.0.0/Conv")
+    assert not takes("features.6.1", "features.6.14/Add")
+
+
+def test_squeeze_excites_own_layers_have_no_part_in_the_ranking(
+    source: Source, config: ExportConfig, monkeypatch: pytest.MonkeyPatch
+):
+    rounded: list[tuple[int, ...]] = []
+
+    def round_weights(weight: torch.Tensor, _: str) -> torch.Tensor:
+        rounded.append(tuple(weight.shape))
+        return weight
+
+    monkeypatch.setattr(sensitivity, "_round_weights", round_weights)
+    rank_blocks(source, config)
+    layers = [m for m in source.model.modules() if isinstance(m, ConvNormAct)]
+    # Each convolution once a batch of 16 images.
+    assert len(rounded) == len(layers) * 64 // 16
 
 
 def test_a_block_is_not_taken_for_one_whose_name_starts_alike():
@@ -246,21 +345,45 @@ def test_a_block_with_one_huge_weight_in_each_channel_is_the_costliest(
     assert rank_blocks(broken, config)[0].block == "features.3.1"
 
 
-def fake_gate(drop: float) -> AccuracyGate:
+def fake_gate(drop: float, num_images: int = 1000, max_drop: float = 0.005) -> AccuracyGate:
     return AccuracyGate(
-        num_images=1000,
+        num_images=num_images,
         reference_top1=0.9,
         top1=0.9 - drop,
         drop=drop,
         drop_low=drop - 0.01,
         drop_high=drop + 0.01,
-        max_drop=0.005,
+        max_drop=max_drop,
         dataset_sha256="",
     )
 
 
+def judged(built: Attempt, drop: float, mean_error: float = 0.0) -> Attempt:
+    parity = ParityRecord(
+        num_images=64,
+        max_abs_logit_error=1.0,
+        mean_abs_logit_error=mean_error,
+        top1_agreement=1.0,
+        tolerances=ParityTolerances(
+            max_abs_logit_error=6.0, max_mean_logit_error=0.5, min_top1_agreement=0.97
+        ),
+    )
+    update = {"gate": fake_gate(drop), "parity": parity}
+    return built._replace(manifest=built.manifest.model_copy(update=update))
+
+
+def test_as_many_images_may_be_lost_as_max_drop_says():
+    # 0.7 / 100 is less than 0.007.
+    assert is_allowed(fake_gate(14 / 2000, 2000, 0.7 / 100))
+    assert not is_allowed(fake_gate(15 / 2000, 2000, 0.7 / 100))
+    assert is_allowed(fake_gate(-0.01, 2000, 0.0))
+
+
 @pytest.mark.parametrize("needed", range(9))
-def test_as_few_blocks_as_will_do_are_kept(tiny_artifact: Path, tmp_path: Path, needed: int):
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_as_few_blocks_as_will_do_are_kept(
+    tiny_artifact: Path, tmp_path: Path, needed: int, is_lost: bool
+):
     names = [f"features.{i}" for i in range(8)]
     quantization = QuantizationRecord(
         method="",
@@ -276,9 +399,15 @@ def test_as_few_blocks_as_will_do_are_kept(tiny_artifact: Path, tmp_path: Path, 
         built.append(kept)
         return Attempt(tmp_path / str(len(kept)), manifest)
 
+    def judge(tried: Attempt) -> Attempt:
+        if int(tried.directory.name) >= needed:
+            return judged(tried, drop=0.0)
+        # Too many answers are wrong, or all logits are of another size.
+        return judged(tried, drop=0.02) if is_lost else judged(tried, drop=0.0, mean_error=1.0)
+
     found = keep_within_drop(
         attempt,
-        lambda tried: fake_gate(0.0 if int(tried.directory.name) >= needed else 0.02),
+        judge,
         lambda: [BlockCost(block=name, logit_error=1.0) for name in names],
     )
     assert int(found.directory.name) == needed
@@ -292,10 +421,10 @@ def test_a_program_that_loses_too_much_with_all_blocks_kept_is_refused(
     tiny_artifact: Path, tmp_path: Path
 ):
     manifest = read_artifact(tiny_artifact)
-    with pytest.raises(GateError, match="with all 1 blocks kept"):
+    with pytest.raises(LossError, match="with all 1 blocks kept"):
         keep_within_drop(
             lambda kept: Attempt(tmp_path, manifest),
-            lambda built: fake_gate(0.02),
+            lambda built: judged(built, drop=0.02),
             lambda: [BlockCost(block="features.0", logit_error=1.0)],
         )
 

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from efficientnet.artifact import read_artifact
 from efficientnet.model import EfficientNet
 from export import ort_build, ov_build, search
+from export.agreement import ParityError
 from export.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.gate import GateError
+from export.gate import GateError, LossError
 from export.graph import is_within
 from export.search import faster_in_float, time_of
 from export.source import Source, load_source
@@ -170,16 +172,29 @@ def test_a_search_with_the_runtimes_own_profile(
 def test_nothing_is_written_when_every_mixture_loses_too_much(
     trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    errors = iter([LossError("it loses too much"), ParityError("it answers otherwise")])
+
     def refuse(_: Source, config: OpenVinoConfig) -> Path | None:
         if config.precision == "int8":
-            raise GateError("it loses too much")
+            raise next(errors)
         return config.output
 
     monkeypatch.setattr(ov_build, "write_openvino", refuse)
     config = OpenVinoConfig(trained_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
-    with pytest.raises(GateError, match="no kind of int8 artifact is within --max-drop"):
+    with pytest.raises(LossError, match="no kind of int8 artifact is within --max-drop"):
         ov_build.export_openvino(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_without_images_to_judge_by_builds_nothing(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    few = replace(source, dataset=replace(source.dataset, val=source.dataset.val[:99]))
+    config = OpenVinoConfig(source.checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
+    monkeypatch.setattr(ov_build, "load_source", lambda _: few)
+    monkeypatch.setattr(ov_build, "write_openvino", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(GateError, match="there are 99 held-out images, the accuracy gate needs"):
+        ov_build.export_openvino(config)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from efficientnet.artifact import read_artifact
 from efficientnet.runtimes import open_runtime
-from export import ort_build, ov_build, streams
+from export import ort_build, ov_build, search, streams
 from export.agreement import ParityError
-from export.config import ExportConfig, OpenVinoConfig, OrtConfig
+from export.config import OpenVinoConfig, OrtConfig
 from perf.layers import read_profiled
 
 EXPORTS = {
@@ -82,7 +82,7 @@ def test_streams_are_taken_by_the_median_of_the_turns(
     assert read_artifact(directory).streamed_batches == (2,)
 
 
-def test_wrong_answers_in_streams_leave_the_artifact_as_it_was(
+def test_wrong_answers_in_streams_leave_the_older_artifact_as_it_was(
     trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(streams, "LEAST_GAIN", 1.0)
@@ -90,14 +90,36 @@ def test_wrong_answers_in_streams_leave_the_artifact_as_it_was(
     before = read_artifact(directory)
     monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
 
-    def refuse(*_: Any) -> None:
+    def refuse(_: Any, hidden: Path, __: Any) -> None:
+        # The new one is not at its place before it was compared.
+        assert hidden.name.startswith(".artifact.new-")
         raise ParityError("refused")
 
     monkeypatch.setattr(streams, "check_parity", refuse)
-    source = ov_build.load_source(ExportConfig(trained_checkpoint, num_parity_images=64))
     with pytest.raises(ParityError, match="refused"):
-        streams.choose_streams(source, directory, (5,))
+        export("openvino", trained_checkpoint, tmp_path / "artifact", (1, 5))
     assert read_artifact(directory) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_the_winner_of_a_search_gets_streams(
+    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(search, "SECONDS", 0.1)
+    monkeypatch.setattr(search, "TURNS", 2)
+    monkeypatch.setattr(search, "NUM_CALLS", 2)
+    monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
+    config = OrtConfig(
+        trained_checkpoint,
+        tmp_path / "found",
+        "int8",
+        batches=(1, 4),
+        num_parity_images=64,
+        num_calibration_images=64,
+        max_drop=100,
+        search=True,
+    )
+    assert read_artifact(ort_build.export_onnxruntime(config)).streamed_batches == (4,)
 
 
 def test_layers_of_a_streamed_size_are_refused(
