@@ -60,7 +60,12 @@ PROGRAMS: tuple[tuple[str, str, tuple[str, ...], tuple[Precision, ...]], ...] = 
     ("aoti", "aoti", ("--device", "cpu"), ("fp32", "bf16", "fp16")),
     ("aoti", "aoti-cuda", ("--device", "cuda"), ("fp32", "bf16", "fp16")),
     ("ort", "onnxruntime-cuda", ("--provider", "cuda"), ("fp32", "fp16")),
-    ("ort", "onnxruntime-tensorrt", ("--provider", "tensorrt"), get_args(Precision)),
+    (
+        "ort",
+        "onnxruntime-tensorrt",
+        ("--provider", "tensorrt"),
+        ("fp16", "bf16", "int8", "fp8"),
+    ),
     ("torch_trt", "torch-tensorrt", (), ("fp32", "bf16", "fp16")),
     ("trt", "tensorrt", (), get_args(Precision)),
     ("trt", "tensorrt-rtx", ("--flavor", "rtx"), get_args(Precision)),

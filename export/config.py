@@ -16,6 +16,13 @@ MIN_GATE_IMAGES = 100
 MIN_IMAGE_SIZE = 32
 
 
+# Of ONNX Runtime's precisions.
+HINTS = {
+    "bf16": "; OpenVINO has bf16: python export/ov.py",
+    "fp32": " (it has TF32 alone); take --provider cuda, or python export/trt.py",
+}
+
+
 @dataclass(frozen=True)
 class ExportConfig:
     """Settings that all exports share."""
@@ -139,13 +146,14 @@ class OrtConfig(MixedConfig):
         allowed = {
             "cpu": ("fp32", "fp16", "int8"),
             "cuda": ("fp32", "fp16"),
-            "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
+            # In fp32 it computes in TF32, which no option of the provider turns off.
+            "tensorrt": ("fp16", "bf16", "int8", "fp8"),
         }[self.provider]
         if self.precision not in allowed:
             raise ValueError(
                 f"--precision is {self.precision}, for which ONNX Runtime's {self.provider} "
                 f"provider has no convolution; expected {', '.join(allowed)}"
-                + ("; OpenVINO has bf16: python export/ov.py" if self.precision == "bf16" else "")
+                + HINTS.get(self.precision, "")
             )
 
 

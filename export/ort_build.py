@@ -11,7 +11,7 @@ import torch
 from onnx import helper
 
 from efficientnet.devices import has_vnni
-from efficientnet.runtimes.onnx_runtime import PROVIDERS, require_provider
+from efficientnet.runtimes.onnx_sessions import PROVIDERS, require_provider
 from export.config import ExportConfig, OrtConfig
 from export.graph import count_ops, count_weight_bytes
 from export.precision import typed_graph

@@ -40,6 +40,9 @@ from export.source import Source
 
 FP8_LARGEST = 448.0
 
+LEAST_FP8_CHANNELS = 16
+LARGEST_FP8_KERNEL = 32
+
 # A bias may be half as large as int32 holds: the sums of products are added to it.
 LARGEST_BIAS = 2.0**30
 
@@ -142,7 +145,7 @@ def typed_graph(
         graph = onnx.ModelProto()
         graph.CopyFrom(calibrated.graph)
         float_layers = config.float_layers if isinstance(config, MixedConfig) else ()
-        in_float = (*kept, *float_layers)
+        in_float = (*kept, *float_layers, *layers_without_kernel(graph, chosen))
         tensors = tensors_to_quantize(graph, in_float, chosen)
         ranges = {tensor: calibrated.ranges[tensor] for tensor in tensors}
         insert_quantization(graph, ranges, in_float, chosen)
@@ -206,6 +209,24 @@ def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Sch
                 wanted.update(dict.fromkeys(node.input))
             wanted[node.output[0]] = None
     return list(wanted)
+
+
+def layers_without_kernel(graph: onnx.ModelProto, scheme: Scheme) -> list[str]:
+    """Return the layers for whose convolutions TensorRT has no good kernel in 8 bits.
+
+    In fp8 those with few channels to multiply, depthwise ones and the first one, and large kernels
+    (as NVIDIA's ModelOpt leaves them out, modelopt/onnx/quantization/graph_utils.py).
+    """
+    if scheme.weight_type != FP8:
+        return []
+    constants = {tensor.name: tensor for tensor in graph.graph.initializer}
+    found: list[str] = []
+    for node in graph.graph.node:
+        if node.op_type == "Conv" and is_quantized(node, ()):
+            outputs, inputs, height, width = constants[node.input[1]].dims
+            if min(outputs, inputs) < LEAST_FP8_CHANNELS or height * width > LARGEST_FP8_KERNEL:
+                found.append(node.name.rpartition("/")[0])
+    return found
 
 
 def is_quantized(node: onnx.NodeProto, kept: Sequence[str]) -> bool:

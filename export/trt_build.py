@@ -20,7 +20,7 @@ from tqdm import tqdm
 from efficientnet.artifact import BatchRange
 from efficientnet.atomic import write_bytes
 from efficientnet.errors import PipelineError
-from efficientnet.runtimes.tensorrt_library import Message, logger_of, messages_of
+from efficientnet.runtimes.tensorrt_library import PACKAGES, Message, logger_of, messages_of
 from export.graph import INPUT_NAME
 
 MIB = 2**20
@@ -178,6 +178,9 @@ def _new_config(trt: Any, builder: Any, settings: BuildSettings) -> Any:
     config: Any = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if trt.__name__ == PACKAGES["tensorrt-rtx"]:
+        # Calls that allocate cannot be captured as a CUDA graph.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * MIB)
     if not settings.uses_tf32:

@@ -3,6 +3,9 @@
 The kernel's PTX goes into the engine (ahead-of-time plugin), which then needs neither Python
 nor Triton. Importing this file registers the plugin.
 
+Its programs wait for each other by the counters: a builder that runs it on other values than zeros,
+to time it, may wait for ever. With one format and one tactic there is nothing to time.
+
 Nothing here has been executed in TensorRT, for lack of it and of a GPU: it was written against the
 Python part of tensorrt.plugin 11.4.0.106, whose checks of the functions below pass. TensorRT calls
 that module experimental. TensorRT-RTX 1.7 has a folder tensorrt_rtx/plugin, but it cannot be

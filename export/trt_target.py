@@ -20,7 +20,8 @@ VOLTA = (7, 0)
 LAST_FOR_VOLTA = (10, 4)
 VOLTA_PACKAGE = "tensorrt-cu12==10.4.0"
 
-OLDEST_VERSION = (10, 0)
+# The first whose contexts are given their scratch memory with its size.
+OLDEST_VERSION = (10, 1)
 
 # What TensorRT-RTX builds for when it is told nothing.
 PORTABLE = "portable"
@@ -119,7 +120,7 @@ def require_supported(version: str, gpu: Gpu) -> None:
     found, capability = _numbers(version), _numbers(gpu.compute_capability)
     if found < OLDEST_VERSION:
         raise TensorRTError(
-            f"TensorRT {version} is installed, expected 10.0 or newer: 'pip install tensorrt-cu13'"
+            f"TensorRT {version} is installed, expected 10.1 or newer: 'pip install tensorrt-cu13'"
         )
     if capability < VOLTA:
         raise TensorRTError(

@@ -16,6 +16,7 @@ from efficientnet.datasets import load_dataset
 from efficientnet.preprocess import preprocess
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.aoti_runtime import missing_extensions
+from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
 from export import aoti
 from export.aoti import AotiConfig
 from export.aoti_build import AotiError
@@ -182,6 +183,13 @@ def test_after_an_interrupted_build_nothing_is_left_and_the_next_one_works(
         np.testing.assert_allclose(found, expected[:num_images], atol=1e-4)
     with pytest.raises(ValueError, match="a batch of 5 images, the program takes 1 to 4"):
         opened.infer(digits(5))
+
+
+def test_cudnn_stays_on_while_a_graph_is_captured():
+    for precision, uses_tf32 in (("fp32", False), ("fp16", True)):
+        with cudnn_as_compiled(precision):
+            assert torch.backends.cudnn.enabled
+            assert torch.backends.cudnn.allow_tf32 == uses_tf32
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Every runtime that runs here in every precision, on a network that has learned something."""
 
+import errno
 import json
 import shutil
 import signal
@@ -7,16 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import openvino as ov
 import pytest
 
 from efficientnet.artifact import ArtifactError, read_artifact
+from efficientnet.atomic import sha256_of_file
 from efficientnet.devices import has_vnni
 from efficientnet.runtimes import open_runtime
-from export import ort
+from export import ort, ov_build
 from export import ov as openvino_export
 from export.agreement import compare_logits, tolerances_for
 from export.config import ExportConfig, OpenVinoConfig, OrtConfig
@@ -100,6 +104,58 @@ def test_the_onnx_files_load_in_other_tools(trained_checkpoint: Path, tmp_path: 
     assert np.abs(logits - expected).max() < 0.2 * max(1.0, float(np.abs(expected).max()))
 
 
+@pytest.mark.parametrize("batches", [(1,), (1, 8)])
+def test_int8_is_judged_in_batches_that_the_program_takes(
+    trained_checkpoint: Path, tmp_path: Path, batches: tuple[int, ...]
+):
+    small = {name: value for name, value in SMALL.items() if name != "batch"}
+    config = OrtConfig(
+        trained_checkpoint,
+        tmp_path / "a",
+        "int8",
+        batches=batches,
+        max_drop=MAX_DROP,
+        **small,  # type: ignore
+    )
+    manifest = read_artifact(ort.main(config))
+    assert manifest.input.batch.max == max(batches) and manifest.input.batch.opt == batches[0]
+    assert manifest.gate is not None and manifest.gate.num_images == 360
+
+
+def test_programs_of_two_precisions_of_the_same_weights_have_two_hashes(
+    trained_checkpoint: Path, tmp_path: Path
+):
+    graph = ov_build.read_fused(
+        onnx.load(ort.main(OrtConfig(trained_checkpoint, tmp_path / "o")) / "model.onnx")
+    )
+    found: set[str] = set()
+    for precision in ("fp32", "bf16", "fp16"):
+        (tmp_path / precision).mkdir()
+        ov_build.save(graph, tmp_path / precision, precision)
+        found.add(sha256_of_file(tmp_path / precision / "model.xml"))
+    assert len(found) == 3
+
+
+def test_a_full_disk_is_told_as_such_where_openvino_does_not(
+    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    artifact = export("openvino", trained_checkpoint, tmp_path / "artifact", "fp32")
+    before = read_artifact(artifact)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("iostream error")
+
+    monkeypatch.setattr(ov, "save_model", fail)
+    for free, code in ((0, errno.ENOSPC), (10**12, errno.EIO)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        with pytest.raises(OSError, match="iostream error") as caught:
+            export("openvino", trained_checkpoint, artifact, "fp32")
+        assert caught.value.errno == code
+    assert read_artifact(artifact) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
 @pytest.mark.parametrize("size", [32, 33, 47])
 def test_any_size_from_32_pixels_can_be_exported(trained_checkpoint: Path, tmp_path, size: int):
     config = OrtConfig(trained_checkpoint, tmp_path / "a", size=size, **SMALL)  # type: ignore
@@ -120,13 +176,20 @@ def test_a_batch_range_out_of_order_is_refused(batch: tuple[int, int, int]):
 
 
 @pytest.mark.parametrize(
-    ("provider", "precision"), [("cpu", "bf16"), ("cpu", "fp8"), ("cuda", "int8")]
+    ("provider", "precision"),
+    [("cpu", "bf16"), ("cpu", "fp8"), ("cuda", "int8"), ("tensorrt", "fp32")],
 )
 def test_a_precision_that_a_provider_has_no_kernels_for_is_refused(provider, precision):
     with pytest.raises(ValueError, match="has no convolution"):
         OrtConfig(provider=provider, precision=precision)
 
 
+NO_GPU_PACKAGE = pytest.mark.skipif(
+    "CUDA" in str(onnxruntime.get_available_providers()), reason="onnxruntime-gpu is installed"
+)
+
+
+@NO_GPU_PACKAGE
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_is_not_there_is_an_error_and_not_the_cpu(
     tiny_checkpoint: Path, tmp_path: Path, provider
@@ -137,6 +200,7 @@ def test_a_provider_that_is_not_there_is_an_error_and_not_the_cpu(
     assert not list(tmp_path.iterdir())
 
 
+@NO_GPU_PACKAGE
 def test_an_artifact_for_another_provider_is_refused(tiny_artifact: Path, tmp_path: Path):
     copy = shutil.copytree(tiny_artifact, tmp_path / "copy")
     manifest = json.loads((copy / "manifest.json").read_text())

@@ -143,6 +143,27 @@ def test_squeeze_excite_transposes_no_map_of_8_bits(
     assert kept["MatMulInteger"] == 3
 
 
+def test_fp8_leaves_narrow_and_depthwise_convolutions_in_16_bits(
+    source: Source, config: ExportConfig
+):
+    graph = quantized(source, replace(config, precision="fp8"), "tensorrt-fp8").graph
+    shapes = {t.name: t.dims for t in graph.initializer}
+    in_fp8 = {
+        node.name: shapes[node.input[1].replace("DequantizeLinear", "quantized")]
+        for node in graph.node
+        if node.op_type == "Conv" and "DequantizeLinear" in node.input[1]
+    }
+    assert in_fp8
+    for outputs, inputs, height, width in in_fp8.values():
+        assert outputs >= 16 and inputs >= 16 and height * width <= 32
+    stem = next(node for node in graph.node if node.op_type == "Conv")
+    assert stem.name not in in_fp8
+    in_int8 = quantized(source, config, "tensorrt").graph
+    assert any(n.op_type == "Conv" and n.name == stem.name for n in in_int8.node)
+    (first,) = [n for n in in_int8.node if n.name == stem.name]
+    assert "DequantizeLinear" in first.input[1]
+
+
 def test_weights_of_7_bits_cannot_overflow_16_bits(source: Source, config: ExportConfig):
     graph = quantized(source, config, "onnxruntime-7-bits").graph
     weights = [

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from efficientnet.artifact import ArtifactError
+from efficientnet.artifact import ArtifactError, BatchRange
 from efficientnet.gpu import Gpu
 from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.torch_trt_runtime import captured_sizes
 from export import torch_trt
 from export.torch_trt import TorchTensorRTError, TorchTrtConfig
 
@@ -80,6 +81,17 @@ def test_an_artifact_that_names_no_gpu_is_refused(tiny_artifact: Path, tmp_path:
     artifact = artifact_for(tmp_path / "artifact", tiny_artifact, None)
     with pytest.raises(ArtifactError, match="does not say what the engine was built for"):
         open_runtime(artifact)
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes"),
+    [((1, 1, 64), (1, 2, 4, 8, 16, 32, 64)), ((3, 4, 10), (3, 4, 8, 10)), ((1, 1, 1), (1,))],
+)
+def test_a_range_is_captured_at_its_ends_and_powers_of_two(
+    batch: tuple[int, int, int], sizes: tuple[int, ...]
+):
+    low, opt, high = batch
+    assert captured_sizes(BatchRange(min=low, opt=opt, max=high)) == sizes
 
 
 @pytest.mark.gpu

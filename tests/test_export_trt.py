@@ -274,7 +274,7 @@ def test_a_gpu_of_another_name_is_warned_of(caplog: pytest.LogCaptureFixture):
     [
         ("11.4.0.106", V100, r"no kernels for Tesla V100.*pip install tensorrt-cu12==10\.4\.0"),
         ("10.5.0", V100, r"10\.4 is the last"),
-        ("8.6.1", H100, r"expected 10\.0 or newer"),
+        ("8.6.1", H100, r"expected 10\.1 or newer"),
         ("10.4.0", Gpu("GTX 1080", "6.1"), r"GTX 1080 has compute capability 6\.1"),
     ],
 )

@@ -81,8 +81,13 @@ def open_program(
     is_captured = binding.compute_capability is not None
     files = {p.batch_size: p.file for p in manifest.static_programs}
     static = {size: load_package(directory / file, is_captured) for size, file in files.items()}
-    any_size = None if static else load_package(directory / manifest.program_file, is_captured)
-    return (CudaGraphRuntime if is_captured else AotiRuntime)(static, any_size, manifest)
+    if static:
+        return (CudaGraphRuntime if is_captured else AotiRuntime)(static, None, manifest)
+    any_size = load_package(directory / manifest.program_file, is_captured)
+    if is_captured:
+        # Its calls keep nothing: one program may be in several graphs.
+        return CudaGraphRuntime(static, lambda: any_size, manifest)
+    return AotiRuntime(static, any_size, manifest)
 
 
 def load_package(file: Path, is_captured: bool) -> Program:

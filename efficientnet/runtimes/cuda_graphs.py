@@ -1,6 +1,7 @@
 """Programs on the GPU -> a runtime that replays a CUDA graph for each batch size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +28,23 @@ class CudaGraphRuntime:
 
     Args:
         static: programs for one batch size each; a batch is filled up to the next of them.
-        any_size: the program for all batch sizes, where there are no static ones.
+        open_any: opens the program for all batch sizes, where there are no static ones.
         manifest: of the artifact.
+        sizes: batch sizes that graphs of that program are made for, a batch is filled up to the
+            next of them; None = every size that is seen. It is opened for each anew.
     """
 
     def __init__(
-        self, static: Mapping[int, Program], any_size: Program | None, manifest: ArtifactManifest
+        self,
+        static: Mapping[int, Program],
+        open_any: Callable[[], Program] | None,
+        manifest: ArtifactManifest,
+        sizes: tuple[int, ...] | None = None,
     ) -> None:
         self.info = info_of_artifact(manifest)
-        self._static = static
-        self._any_size = any_size
+        self._programs = dict(static)
+        self._open_any = open_any
+        self._sizes = sizes if sizes is not None else tuple(static)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream()
         # Graphs run one after the other, and what they leave is copied out of their memory before
@@ -44,26 +52,20 @@ class CudaGraphRuntime:
         self._memory = torch.cuda.graph_pool_handle()
         shape, batch = manifest.input.shape, manifest.input.batch
         num_classes = manifest.output.shape[0]
-        try:
+        with self._room_for(batch.max):
             self._images = torch.zeros(batch.max, *shape, device="cuda")
             self._logits = torch.zeros(batch.max, num_classes, device="cuda")
             self._host_images = torch.zeros(batch.max, *shape, pin_memory=True)
             self._host_logits = torch.zeros(batch.max, num_classes, pin_memory=True)
             torch.cuda.synchronize()
-            for size in sorted(self._static or {batch.min, batch.max}):
-                self._graph_of(size)
-        except torch.OutOfMemoryError as error:
-            first = str(error).partition("\n")[0]
-            raise ArtifactError(
-                f"the GPU has no room for batches of {batch.max} images ({first}); end what else "
-                "uses it, or export with a smaller maximum: --batch 1 1 N"
-            ) from error
+        for size in sorted(static or {batch.min, batch.max}):
+            self._graph_of(size)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
         check_images(images, self.info)
         num_images = len(images)
-        graph = self._graph_of(smallest_that_takes(num_images, self._static) or num_images)
+        graph = self._graph_of(smallest_that_takes(num_images, self._sizes) or num_images)
         np.copyto(self._host_images.numpy()[:num_images], images)
         with torch.cuda.stream(self._stream):
             self._images[:num_images].copy_(self._host_images[:num_images], non_blocking=True)
@@ -78,34 +80,51 @@ class CudaGraphRuntime:
         return self._graphs[size]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        program = self._static.get(size, self._any_size)
-        assert program is not None
         images, logits = self._images[:size], self._logits[:size]
         graph = torch.cuda.CUDAGraph()
-        # cuDNN's convolutions of float32 would compute in TF32 by themselves.
-        uses_tf32 = self.info.precision != "fp32"
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=uses_tf32):
+        with self._room_for(size), torch.inference_mode(), cudnn_as_compiled(self.info.precision):
+            if size not in self._programs:
+                assert self._open_any is not None
+                self._programs[size] = self._open_any()
+            program = self._programs[size]
             with torch.cuda.stream(self._stream):
                 for _ in range(NUM_WARMUPS):
                     logits.copy_(program(images))
             self._stream.synchronize()
-            try:
-                # Other threads may use the GPU meanwhile, e.g. a service that opens a second one.
-                with torch.cuda.graph(
-                    graph,
-                    pool=self._memory,
-                    stream=self._stream,
-                    capture_error_mode="thread_local",
-                ):
-                    logits.copy_(program(images))
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise ArtifactError(
-                    f"calls of {self.info.variant} with {size} images cannot be captured as a CUDA "
-                    f"graph: {error}"
-                ) from error
+            # Other threads may use the GPU meanwhile, e.g. a service that opens a second one.
+            with torch.cuda.graph(
+                graph,
+                pool=self._memory,
+                stream=self._stream,
+                capture_error_mode="thread_local",
+            ):
+                logits.copy_(program(images))
         return graph
+
+    @contextmanager
+    def _room_for(self, size: int) -> Generator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            first = str(error).partition("\n")[0]
+            raise ArtifactError(
+                f"the GPU has no room for batches of {size} images ({first}); end what else "
+                "uses it, or export with a smaller maximum: --batch 1 1 N"
+            ) from error
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"calls of {self.info.variant} with {size} images fail, or cannot be captured as a "
+                f"CUDA graph: {error}"
+            ) from error
+
+
+@contextmanager
+def cudnn_as_compiled(precision: str) -> Generator[None]:
+    """Let cuDNN compute as it did when a program was compiled; in float32 without TF32."""
+    # All of its flags are set, and `enabled` is False by default: torch's own convolutions would
+    # give maps of another layout than the compiled code takes for given.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision != "fp32"):
+        yield
 
 
 def require_same_gpu(directory: Path, binding: Binding, gpu: Gpu | None) -> None:

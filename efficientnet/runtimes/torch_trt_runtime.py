@@ -5,12 +5,13 @@ imported without a GPU: `Any` stands for its module and for nothing else.
 """
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest
+from efficientnet.artifact import ArtifactError, ArtifactManifest, BatchRange
 from efficientnet.gpu import current_gpu
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
 
@@ -52,9 +53,25 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
         )
     files = {p.batch_size: p.file for p in manifest.static_programs}
     static = {size: load(torch_tensorrt, directory / file) for size, file in files.items()}
-    any_size = None if static else load(torch_tensorrt, directory / manifest.program_file)
     torch.set_num_threads(num_threads)
-    return CudaGraphRuntime(static, any_size, manifest)
+    # An engine inside torch has one execution context, whose state each call of another size
+    # changes under the graphs that were captured before (NVIDIA/TensorRT issue 3798).
+    return CudaGraphRuntime(
+        static,
+        None if static else partial(load, torch_tensorrt, directory / manifest.program_file),
+        manifest,
+        None if static else captured_sizes(manifest.input.batch),
+    )
+
+
+def captured_sizes(batch: BatchRange) -> tuple[int, ...]:
+    """Return the sizes that a program for a range is opened for: its ends, powers of two between.
+
+    Each is a copy of the weights.
+    """
+    powers = (2**exponent for exponent in range(batch.max.bit_length()))
+    between = (power for power in powers if batch.min < power < batch.max)
+    return tuple(sorted({batch.min, *between, batch.max}))
 
 
 def import_torch_tensorrt() -> Any:
