@@ -94,14 +94,18 @@ def test_an_artifact_answers_like_the_trained_network(
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_the_onnx_files_load_in_other_tools(trained_checkpoint: Path, tmp_path: Path, precision):
+def test_the_onnx_files_load_in_other_tools(
+    trained_checkpoint: Path, source: Source, tmp_path: Path, precision
+):
     artifact = export("onnxruntime", trained_checkpoint, tmp_path / "artifact", precision)
     onnx.checker.check_model(onnx.load(artifact / "model.onnx"), full_check=True)
     model = ov.Core().read_model(artifact / "model.onnx")
-    images = np.zeros((2, 3, 32, 32), np.float32)
-    (logits,) = ov.compile_model(model, "CPU")([images]).values()
-    expected = open_runtime(artifact).infer(images)
-    assert np.abs(logits - expected).max() < 0.2 * max(1.0, float(np.abs(expected).max()))
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (logits,) = compiled([source.parity_images]).values()
+    expected = source.parity_logits
+    # Others fuse otherwise, and round at other places.
+    assert np.abs(logits - expected).max() < (0.01 if precision == "fp16" else 0.5) * expected.std()
+    assert (logits.argmax(axis=1) == expected.argmax(axis=1)).mean() >= 0.95
 
 
 @pytest.mark.parametrize("batches", [(1,), (1, 8)])
