@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from efficientnet.artifact import QuantizationRecord
 from efficientnet.datasets import Sample
 from export.calibration import (
+    CalibrationError,
     Ranges,
     choose_samples,
     collect_ranges,
@@ -248,7 +249,11 @@ def insert_quantization(
         ranges: of the maps that are rounded.
         kept: blocks whose convolutions stay in float32.
         scheme: what the runtime takes.
+
+    Raises:
+        CalibrationError: a map has values that the scheme's float precision does not hold.
     """
+    _require_held(ranges, scheme)
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
     scales = {tensor: _map_scale(bounds, scheme) for tensor, bounds in ranges.items()}
     nodes: list[onnx.NodeProto] = []
@@ -314,6 +319,22 @@ def insert_quantization(
     remove_unused_constants(graph.graph)
 
 
+def _require_held(ranges: Ranges, scheme: Scheme) -> None:
+    most = float(np.finfo(_float_type(scheme)).max)
+    for tensor, (low, high) in ranges.items():
+        largest = max(-low, high)
+        if largest > most:
+            raise CalibrationError(
+                f"{tensor} has values up to {largest:.1e}, and {scheme.float_precision}, which the "
+                f"rest of this graph computes in, holds {most:.1e} at most: the network cannot "
+                "compute in it; take bf16 or fp32, or an int8 of ONNX Runtime or OpenVINO"
+            )
+
+
+def _float_type(scheme: Scheme) -> type[np.floating]:
+    return np.float16 if scheme.float_precision == "fp16" else np.float32
+
+
 def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[Array, Array]:
     # Scale and zero point.
     low, high = bounds
@@ -344,6 +365,6 @@ def _round_weights(weight: NDArray[np.float32], scale: Array, scheme: Scheme) ->
 def _as_stored(scale: Array, scheme: Scheme) -> Array:
     # In the graph's float type, which must hold it as a normal number: what is below comes out as
     # another number, or as zero. 1e-10 is far below what any map or weight is rounded by.
-    dtype = np.float16 if scheme.float_precision == "fp16" else np.float32
+    dtype = _float_type(scheme)
     least = max(float(np.finfo(dtype).tiny), 1e-10)
     return np.maximum(scale, least).astype(dtype).astype(np.float32)

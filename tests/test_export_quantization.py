@@ -237,6 +237,14 @@ def test_scales_of_16_bits_are_normal_numbers(source: Source, config: ExportConf
         assert (onnx.numpy_helper.to_array(tensor) >= np.finfo(np.float16).tiny).all()
 
 
+def test_maps_that_16_bits_do_not_hold_are_an_error(source: Source):
+    graph = export_onnx(source.model, source.image_size, "fp16")
+    tensors = tensors_to_quantize(graph, (), SCHEMES["tensorrt"])
+    ranges = dict.fromkeys(tensors, (-1.0, 1.0)) | {tensors[3]: (-1e7, 1.0)}
+    with pytest.raises(CalibrationError, match=r"has values up to 1\.0e\+07, and fp16"):
+        insert_quantization(graph, ranges, (), SCHEMES["tensorrt"])
+
+
 def test_with_all_blocks_kept_nothing_is_quantised(source: Source, config: ExportConfig):
     every = tuple(name for name, _ in named_blocks(source.model))
     assert count_ops(quantized(source, config, "onnxruntime", every))["QuantizeLinear"] == 0
