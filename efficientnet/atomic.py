@@ -91,9 +91,9 @@ def _swap(fresh: Path, path: Path) -> bool:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
-    here, names = -100, (os.fsencode(fresh.absolute()), os.fsencode(path.absolute()))
-    exchange = 2
-    return renameat2(here, names[0], here, names[1], exchange) == 0
+    at_working_directory, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of the kernel
+    old, new = os.fsencode(path), os.fsencode(fresh)
+    return renameat2(at_working_directory, new, at_working_directory, old, exchange) == 0
 
 
 def _move_in_place(fresh: Path, path: Path, aside: Path) -> None:

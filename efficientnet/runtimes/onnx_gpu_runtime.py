@@ -109,6 +109,8 @@ def tensorrt_options(program: Path, batch_size: int) -> dict[str, str]:
     if not os.access(program.parent, os.W_OK):
         log.warning("%s cannot be written to: engines are built at each start", program.parent)
         return TENSORRT_OPTIONS
+    # ONNX Runtime makes one level of folders only.
+    folder.mkdir(parents=True, exist_ok=True)
     return TENSORRT_OPTIONS | {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": str(folder),
