@@ -23,6 +23,15 @@ def current_gpu() -> Gpu | None:
     return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
 
 
+def no_room(batch_size: int, reason: object) -> str:
+    """Say that the GPU's memory is too small for batches, with the first line of a reason."""
+    first = str(reason).partition("\n")[0]
+    return (
+        f"the GPU has no room for batches of {batch_size} images ({first}); end what else uses it, "
+        "or export with a smaller maximum: --batch 1 1 N"
+    )
+
+
 def why_no_gpu() -> str:
     """Say what is missing where current_gpu finds none."""
     if torch.version.cuda is None:

@@ -17,13 +17,12 @@ from efficientnet.errors import PipelineError
 from efficientnet.gpu import current_gpu, why_no_gpu
 from efficientnet.runtimes.protocol import RUNTIME_MODULES
 from export.ablation_artifacts import MAKERS
-from export.agreement import BATCH_SIZE
 from export.config import ExportConfig
 from export.executed import executed_by_torch
 from export.forms import FORMS, EagerModel, Form, model_in_form, open_eager
 from export.measuring import measure, measure_callables
 from export.parts import Executed, count_parts
-from export.source import Source
+from export.source import BATCH_SIZE, Source
 
 RuntimeName = Literal[
     "onnxruntime", "openvino", "torch", "aoti", "torch-cuda", "aoti-cuda", "tensorrt"

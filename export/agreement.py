@@ -10,8 +10,7 @@ from efficientnet.artifact import ParityRecord, ParityTolerances
 from efficientnet.errors import PipelineError
 from efficientnet.precision import Precision
 from efficientnet.runtimes import Runtime
-
-BATCH_SIZE = 16
+from export.source import BATCH_SIZE
 
 # Largest logit error in units of the reference logits' standard deviation. What a format rounds by
 # is a share of a value's size, and it adds up over some hundred layers:
@@ -98,21 +97,27 @@ def run_in_batches(
         end = start + size if is_needed else min(start + size, len(images))
         rows = np.arange(start, end) % len(images)
         for row, found in zip(rows, runtime.infer(images[rows]), strict=True):
-            error = float(np.abs(found - expected[row]).max())
-            error = error if np.isfinite(error) else np.inf
+            error = float(logit_errors(found, expected[row]).max())
             if error > errors[row]:
                 errors[row], logits[row] = error, found
         start = end
     return logits
 
 
+def logit_errors(
+    found: NDArray[np.floating], expected: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Return how far off each logit is."""
+    errors = np.abs(found.astype(np.float64) - expected)
+    # A NaN would pass every comparison; it counts as an infinite error.
+    return np.where(np.isfinite(errors), errors, np.inf)
+
+
 def compare_logits(
     found: NDArray[np.float32], expected: NDArray[np.float32], tolerances: ParityTolerances
 ) -> ParityRecord:
     """Compare logits [N, num_classes] with the eager model's."""
-    errors = np.abs(found.astype(np.float64) - expected)
-    # A NaN would pass every comparison; it counts as an infinite error.
-    errors = np.where(np.isfinite(errors), errors, np.inf)
+    errors = logit_errors(found, expected)
     best = expected.argmax(axis=1)
     flipped = found.argmax(axis=1) != best
     rows = np.arange(len(expected))

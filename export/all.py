@@ -142,7 +142,7 @@ def main(config: AllConfig) -> Summary:
     summary = Summary(
         variant=source.variant,
         image_size=source.image_size,
-        batch_size=batch_size_of(config),
+        batch_size=config.tuned_batch_size,
         environment=current_environment(),
         started_at=started_at,
         lines=tuple(lines),
@@ -223,7 +223,7 @@ def _with_latency(lines: list[Line], config: AllConfig) -> list[Line]:
     paths = [Path(line.artifact) for line in lines if line.artifact and not line.left_out]
     if not paths:
         return lines
-    records = measure(paths, config.seconds, NUM_TURNS, batch_size_of(config), config.data)
+    records = measure(paths, config.seconds, NUM_TURNS, config.tuned_batch_size, config.data)
     # Too few calls for a percentile of all are enough for one of each turn.
     found = iter(statistics.median(record.turn_p50_ms) for record in records)
     return [
@@ -232,11 +232,6 @@ def _with_latency(lines: list[Line], config: AllConfig) -> list[Line]:
         else line
         for line in lines
     ]
-
-
-def batch_size_of(config: AllConfig) -> int:
-    """Return how many images are in the calls that are measured."""
-    return config.static_batches[0]
 
 
 def _shared_flags(config: AllConfig) -> list[str]:

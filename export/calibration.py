@@ -24,6 +24,8 @@ from export.source import Source, batches_of
 
 CALIBRATION_FILE = "calibration.json"
 
+METHOD = "mean over batches of the smallest and largest value of each map"
+
 Ranges = dict[str, tuple[float, float]]
 
 log = logging.getLogger(__name__)

@@ -101,6 +101,11 @@ class ExportConfig:
         return tuple(sorted(set(self.batches or (self.batch[1],))))
 
     @property
+    def tuned_batch_size(self) -> int:
+        """Images in a call that the program is tuned for, and that it is measured with."""
+        return self.static_batches[0]
+
+    @property
     def max_batch_size(self) -> int:
         """Most images of a call."""
         return max(self.batches) if self.batches else self.batch[2]

@@ -28,8 +28,8 @@ from efficientnet.model import EfficientNet
 from efficientnet.precision import Precision
 from efficientnet.runtimes.protocol import open_program
 from export.agreement import (
-    BATCH_SIZE,
     compare_logits,
+    logit_errors,
     problem_of,
     run_in_batches,
     tolerances_for,
@@ -48,7 +48,7 @@ from export.layers import (
     show_onnx,
 )
 from export.precision import typed_graph
-from export.source import Source
+from export.source import BATCH_SIZE, Source
 
 # Folding batch norm changes the function only by rounding the folded weights to float32. That is
 # what is limited here, computed in float64 on both sides: in float32 the order of additions alone
@@ -200,7 +200,7 @@ def _compare(rung: Rung) -> Step:
     parity = compare_logits(found, rung.expected, rung.tolerances)
     problem = problem_of(parity)
     log.info("%s: %s", rung.name, problem or "agrees")
-    errors = np.nan_to_num(np.abs(found.astype(np.float64) - rung.expected), nan=np.inf)
+    errors = logit_errors(found, rung.expected)
     worst = np.argsort(-errors.max(axis=1), kind="stable")
     return Step(RungRecord(name=rung.name, parity=parity, problem=problem), rung, worst)
 

@@ -26,10 +26,9 @@ from efficientnet.atomic import sha256_of_file
 from efficientnet.devices import has_vnni
 from efficientnet.precision import Precision
 from efficientnet.runtimes.openvino_runtime import own_precision, require_capability
-from export.calibration import choose_samples, images_of, write_calibration
+from export.calibration import METHOD, choose_samples, images_of, write_calibration
 from export.config import Activations, OpenVinoConfig
 from export.graph import INPUT_NAME, OPSET, count_weight_bytes, export_onnx
-from export.precision import METHOD
 from export.search import fastest_within_drop
 from export.source import Source, load_source
 from export.streams import choose_streams

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from efficientnet.artifact import QuantizationRecord
 from efficientnet.datasets import Sample
 from export.calibration import (
+    METHOD,
     CalibrationError,
     Ranges,
     choose_samples,
@@ -46,8 +47,6 @@ LARGEST_FP8_KERNEL = 32
 
 # A bias may be half as large as int32 holds: the sums of products are added to it.
 LARGEST_BIAS = 2.0**30
-
-METHOD = "mean over batches of the smallest and largest value of each map"
 
 # Zero or more axes, numpy's scalars included.
 Array = Any
@@ -257,7 +256,7 @@ def insert_quantization(
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
     scales = {tensor: _map_scale(bounds, scheme) for tensor, bounds in ranges.items()}
     nodes: list[onnx.NodeProto] = []
-    float_type = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}[scheme.float_precision]
+    float_type = helper.np_dtype_to_tensor_dtype(np.dtype(_float_type(scheme)))
 
     def dequantize(name: str, axis: int | None = None) -> str:
         inputs = [f"{name}/quantized", f"{name}/scale"]

@@ -69,7 +69,7 @@ def fastest_within_drop(
         plain = {kind: replace(config, search=False) for kind, config in kinds.items()}
         float_precision = in_float.precision
         log.info("all layers in %s, to compare with", float_precision)
-        all_float = export(source, replace(in_float, search=False, output=root / float_precision))
+        all_float = export(source, replace(in_float, output=root / float_precision))
         found: list[Path] = []
 
         def tried(name: str, config: Config) -> Path | None:
@@ -85,7 +85,7 @@ def fastest_within_drop(
             in_int8 = tried(kind, config)
             if in_int8 is not None:
                 paths = (all_float, in_int8)
-                batch_size = config.static_batches[0]
+                batch_size = config.tuned_batch_size
                 times = profile_modules(paths, NUM_CALLS, batch_size, config.data)
                 for level, layers in faster_in_float(source.model, *times).items():
                     tried(
@@ -146,7 +146,7 @@ def measured_fastest(
 ) -> Path:
     """Measure all in turns, log their times, and return the fastest of `found`."""
     paths = [*found, in_float]
-    batch_size = config.static_batches[0]
+    batch_size = config.tuned_batch_size
     images = source.parity_images[: max(batch_size, NUM_IMAGES)]
     images = np.resize(images, (max(batch_size, len(images)), *images.shape[1:]))
     openers = {path.name: partial(open_infer, path) for path in paths}

@@ -174,9 +174,7 @@ def check_parity(
 def _manifest(
     source: Source, config: ExportConfig, directory: Path, runtime: str, built: Built
 ) -> ArtifactManifest:
-    low, opt, _ = config.batch
-    if config.batches is not None:
-        opt = config.static_batches[0]
+    low, opt = config.batch[0], config.tuned_batch_size
     names = (built.program_file, *built.other_files)
     static_sizes = [program.batch_size for program in built.static_programs]
     highest = max(static_sizes) if static_sizes else config.max_batch_size

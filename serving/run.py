@@ -75,8 +75,6 @@ def main(config: ServeConfig) -> NoReturn:
     settings = read_settings(os.environ)
     artifact = config.artifact.absolute() if config.artifact else settings.artifact
     manifest = read_artifact(artifact)
-    # As in the worker, see serving/service.py; it is read when the library is loaded.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     open_runtime(artifact, settings.num_threads)
     check_port(config.host, config.port)
     environment = {

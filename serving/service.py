@@ -31,8 +31,6 @@ WORKER_ENVIRONMENT: list[Any] = [
     # of resident memory instead of 140 MB after four such pictures. Setting this threshold, to
     # whatever value, is what makes it give large blocks back at once.
     {"name": "MALLOC_TRIM_THRESHOLD_", "value": "1000000"},
-    # ONNX Runtime 1.31 for Linux reports to its makers unless told not to.
-    {"name": "ORT_DISABLE_TELEMETRY", "value": "1"},
 ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from efficientnet.artifact import QuantizationRecord
 from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.environment import current_environment
 from efficientnet.model import build_model
@@ -36,6 +37,15 @@ TINY_PREPROCESS = PreprocessSpec(
     crop_fraction=None,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
+)
+
+
+QUANTIZATION = QuantizationRecord(
+    method="",
+    num_calibration_images=64,
+    calibration_sha256="",
+    kept_precision="fp32",
+    kept_blocks=(),
 )
 
 

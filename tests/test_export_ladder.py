@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import openvino
 import pytest
+from conftest import QUANTIZATION
 from onnx import numpy_helper
 
 from efficientnet.artifact import (
     ArtifactError,
     ArtifactManifest,
-    QuantizationRecord,
     read_artifact,
     write_manifest,
 )
@@ -173,15 +173,6 @@ def test_an_unchecked_artifact_that_breaks_is_left_as_it_is(
     assert (directory / "manifest.json").read_bytes() == before
     with pytest.raises(ArtifactError, match="never compared"):
         open_runtime(directory)
-
-
-QUANTIZATION = QuantizationRecord(
-    method="",
-    num_calibration_images=64,
-    calibration_sha256="",
-    kept_precision="fp32",
-    kept_blocks=(),
-)
 
 
 def test_an_unchecked_quantised_artifact_must_pass_the_accuracy_gate(

@@ -10,13 +10,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import QUANTIZATION
 
 from efficientnet.artifact import (
     AccuracyGate,
     BlockCost,
     ParityRecord,
     ParityTolerances,
-    QuantizationRecord,
     read_artifact,
 )
 from efficientnet.datasets import Dataset, load_dataset
@@ -414,14 +414,7 @@ def test_as_few_blocks_as_will_do_are_kept(
     tiny_artifact: Path, tmp_path: Path, needed: int, is_lost: bool
 ):
     names = [f"features.{i}" for i in range(8)]
-    quantization = QuantizationRecord(
-        method="",
-        num_calibration_images=64,
-        calibration_sha256="",
-        kept_precision="fp32",
-        kept_blocks=(),
-    )
-    manifest = read_artifact(tiny_artifact).model_copy(update={"quantization": quantization})
+    manifest = read_artifact(tiny_artifact).model_copy(update={"quantization": QUANTIZATION})
     built: list[tuple[str, ...]] = []
 
     def attempt(kept: tuple[str, ...]) -> Attempt:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
-from efficientnet.gpu import Gpu, why_no_gpu
+from efficientnet.gpu import Gpu, no_room, why_no_gpu
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
 
 # Maps images [N, 3, H, W] to logits [N, num_classes], both float32 on the GPU.
@@ -31,7 +31,7 @@ class CudaGraphRuntime:
         open_any: opens the program for all batch sizes, where there are no static ones.
         manifest: of the artifact.
         sizes: batch sizes that graphs of that program are made for, a batch is filled up to the
-            next of them; None = every size that is seen. It is opened for each anew.
+            next of them; () = every size that is seen. It is opened for each anew.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class CudaGraphRuntime:
         static: Mapping[int, Program],
         open_any: Callable[[], Program] | None,
         manifest: ArtifactManifest,
-        sizes: tuple[int, ...] | None = None,
+        sizes: tuple[int, ...] = (),
     ) -> None:
         self.info = info_of_artifact(manifest)
         self._programs = dict(static)
         self._open_any = open_any
-        self._sizes = sizes if sizes is not None else tuple(static)
+        self._sizes = sizes or tuple(static)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = torch.cuda.Stream()
         # Graphs run one after the other, and what they leave is copied out of their memory before
@@ -106,11 +106,7 @@ class CudaGraphRuntime:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            first = str(error).partition("\n")[0]
-            raise ArtifactError(
-                f"the GPU has no room for batches of {size} images ({first}); end what else "
-                "uses it, or export with a smaller maximum: --batch 1 1 N"
-            ) from error
+            raise ArtifactError(no_room(size, error)) from error
         except RuntimeError as error:
             raise ArtifactError(
                 f"calls of {self.info.variant} with {size} images fail, or cannot be captured as a "

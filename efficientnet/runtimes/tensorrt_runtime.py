@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
-from efficientnet.gpu import Gpu, current_gpu, why_no_gpu
+from efficientnet.gpu import Gpu, current_gpu, no_room, why_no_gpu
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 from efficientnet.runtimes.tensorrt_library import (
     PACKAGES,
@@ -71,7 +71,7 @@ class TensorRTRuntime:
             self._host_logits = torch.zeros(batch.max, num_classes, pin_memory=True)
             self._scratch = _new_scratch(self._profiles)
         except torch.OutOfMemoryError as error:
-            raise ArtifactError(_no_room(batch.max, error)) from error
+            raise ArtifactError(no_room(batch.max, error)) from error
         torch.cuda.synchronize()
         sizes = {p.low for p in self._profiles} | {p.high for p in self._profiles}
         for size in sorted(sizes | {batch.min, batch.opt, batch.max}):
@@ -109,7 +109,7 @@ class TensorRTRuntime:
         engine: Any = profile.engine
         context: Any = _create_context(self._trt, engine)
         if context is None:
-            raise ArtifactError(_no_room(size, messages_of(self._trt).take_problems()))
+            raise ArtifactError(no_room(size, messages_of(self._trt).take_problems()))
         context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
         stream = self._stream.cuda_stream
         images, logits = self._names
@@ -255,11 +255,3 @@ def _create_context(trt: Any, engine: Any) -> Any:
     eager: Any = trt.DynamicShapesKernelSpecializationStrategy.EAGER
     settings.dynamic_shapes_kernel_specialization_strategy = eager
     return engine.create_execution_context(settings)
-
-
-def _no_room(batch_size: int, reason: object) -> str:
-    first = str(reason).partition("\n")[0]
-    return (
-        f"the GPU has no room for batches of {batch_size} images ({first}); "
-        "end what else uses it, or export with a smaller maximum: --batch 1 1 N"
-    )

@@ -54,14 +54,12 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
     files = {p.batch_size: p.file for p in manifest.static_programs}
     static = {size: load(torch_tensorrt, directory / file) for size, file in files.items()}
     torch.set_num_threads(num_threads)
+    if static:
+        return CudaGraphRuntime(static, None, manifest)
     # An engine inside torch has one execution context, whose state each call of another size
     # changes under the graphs that were captured before (NVIDIA/TensorRT issue 3798).
-    return CudaGraphRuntime(
-        static,
-        None if static else partial(load, torch_tensorrt, directory / manifest.program_file),
-        manifest,
-        None if static else captured_sizes(manifest.input.batch),
-    )
+    open_any = partial(load, torch_tensorrt, directory / manifest.program_file)
+    return CudaGraphRuntime({}, open_any, manifest, captured_sizes(manifest.input.batch))
 
 
 def captured_sizes(batch: BatchRange) -> tuple[int, ...]:
