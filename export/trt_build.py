@@ -79,45 +79,16 @@ def build_engine(
         TensorRTError: the parser or the builder refuses the graph; with all their reasons.
         KeyboardInterrupt: the build was broken off, within a step of the builder's.
     """
-    messages = messages_of(trt)
-    messages.take()
-    builder: Any = trt.Builder(logger_of(trt))
-    network: Any = builder.create_network(_creation_flags(trt))
-    parser: Any = trt.OnnxParser(network, logger_of(trt))
-    if not parser.parse(graph.SerializeToString()):
-        raise TensorRTError(_parser_problems(trt, parser, name))
-    config: Any = _new_config(trt, builder, settings)
-    size = [dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim[1:]]
-    for batch in profiles:
-        profile: Any = builder.create_optimization_profile()
-        shapes = [(n, *size) for n in (batch.min, batch.opt, batch.max)]
-        profile.set_shape(INPUT_NAME, *shapes)
-        if config.add_optimization_profile(profile) < 0:
-            raise TensorRTError(
-                f"{trt.__name__} refuses batches of {batch.min} to {batch.max}: "
-                f"{messages.take_problems()}"
-            )
-    said = messages.take()
-    # Cache and monitor are the builder's only as long as they are held here.
-    cache: Any = None
-    if settings.timing_cache:
-        cache = _read_timing_cache(trt, config, settings.timing_cache)
-    started = time.perf_counter()
     stopping = threading.Event()
-    with tqdm(desc=name, unit="step", disable=None, leave=False) as bar:
-        monitor: Any = _new_monitor(trt, bar, stopping)
-        config.progress_monitor = monitor
-        serialized: Any = _build(builder, network, config, stopping)
-    seconds = time.perf_counter() - started
-    if serialized is None:
-        raise TensorRTError(
-            f"{trt.__name__} {trt.__version__} cannot build {name}: {messages.take_problems()}"
-        )
-    said += messages.take()
-    if settings.timing_cache:
-        write_bytes(settings.timing_cache, bytes(cache.serialize()))
-    summary = f"{name}: {network.num_layers} layers of the graph, {seconds:.1f} s"
-    return Engine(bytes(serialized), seconds, (summary, *map(_line, said)))
+    # Python sees Ctrl-C in its main thread only: not while that is inside the builder, for minutes;
+    # and in a method that the library calls, its log or a monitor, the exception is swallowed. So
+    # the library works in a second thread, and is told at the builder's next step.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(_build, trt, graph, profiles, settings, name, stopping).result()
+        except KeyboardInterrupt:
+            stopping.set()
+            raise
 
 
 def fix_batch(graph: onnx.ModelProto, batch_size: int) -> onnx.ModelProto:
@@ -169,6 +140,54 @@ def _object(item: str | dict[str, object]) -> dict[str, object]:
     return {"Name": item} if isinstance(item, str) else item
 
 
+def _build(
+    trt: Any,
+    graph: onnx.ModelProto,
+    profiles: Sequence[BatchRange],
+    settings: BuildSettings,
+    name: str,
+    stopping: threading.Event,
+) -> Engine:
+    messages = messages_of(trt)
+    messages.take()
+    builder: Any = trt.Builder(logger_of(trt))
+    network: Any = builder.create_network(_creation_flags(trt))
+    parser: Any = trt.OnnxParser(network, logger_of(trt))
+    if not parser.parse(graph.SerializeToString()):
+        raise TensorRTError(_parser_problems(trt, parser, name))
+    config: Any = _new_config(trt, builder, settings)
+    size = [dim.dim_value for dim in graph.graph.input[0].type.tensor_type.shape.dim[1:]]
+    for batch in profiles:
+        profile: Any = builder.create_optimization_profile()
+        shapes = [(n, *size) for n in (batch.min, batch.opt, batch.max)]
+        profile.set_shape(INPUT_NAME, *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise TensorRTError(
+                f"{trt.__name__} refuses batches of {batch.min} to {batch.max}: "
+                f"{messages.take_problems()}"
+            )
+    said = messages.take()
+    # Cache and monitor are the builder's only as long as they are held here.
+    cache: Any = None
+    if settings.timing_cache:
+        cache = _read_timing_cache(trt, config, settings.timing_cache)
+    started = time.perf_counter()
+    with tqdm(desc=name, unit="step", disable=None, leave=False) as bar:
+        monitor: Any = _new_monitor(trt, bar, stopping)
+        config.progress_monitor = monitor
+        serialized: Any = builder.build_serialized_network(network, config)
+    seconds = time.perf_counter() - started
+    if serialized is None:
+        raise TensorRTError(
+            f"{trt.__name__} {trt.__version__} cannot build {name}: {messages.take_problems()}"
+        )
+    said += messages.take()
+    if settings.timing_cache:
+        write_bytes(settings.timing_cache, bytes(cache.serialize()))
+    summary = f"{name}: {network.num_layers} layers of the graph, {seconds:.1f} s"
+    return Engine(bytes(serialized), seconds, (summary, *map(_line, said)))
+
+
 def _creation_flags(trt: Any) -> int:
     # Asks for it in 10, changes nothing in 11.
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -208,18 +227,6 @@ def _read_timing_cache(trt: Any, config: Any, path: Path) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
-
-
-def _build(builder: Any, network: Any, config: Any, stopping: threading.Event) -> Any:
-    # Python sees Ctrl-C in its main thread only, and not while that is inside the builder, for
-    # minutes: so the builder works in a second thread, and is told at its next step. An exception
-    # in a monitor's method would not do, as the library swallows it.
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            return pool.submit(builder.build_serialized_network, network, config).result()
-        except KeyboardInterrupt:
-            stopping.set()
-            raise
 
 
 def _new_monitor(trt: Any, bar: "tqdm[NoReturn]", stopping: threading.Event) -> Any:

@@ -5,10 +5,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ from efficientnet.model import build_model
 from efficientnet.preprocess import preprocess
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.protocol import open_program
-from efficientnet.runtimes.tensorrt_library import deserialize
+from efficientnet.runtimes.tensorrt_library import Message, deserialize, messages_of
 from efficientnet.runtimes.tensorrt_runtime import Profile, choose_profile, require_same_machine
 from efficientnet.variants import VARIANTS
 from export import trt
@@ -35,7 +33,6 @@ from export.trt import TrtConfig
 from export.trt_build import (
     BuildSettings,
     TensorRTError,
-    _build,
     build_engine,
     fix_batch,
     profiles_for,
@@ -378,22 +375,45 @@ def test_the_inspectors_of_10_and_11_are_read_alike(text: str):
     }
 
 
-def test_an_interrupt_ends_a_build_at_its_next_step():
-    stopping = threading.Event()
+def test_an_interrupt_ends_a_build_at_its_next_step(rtx: Any, monkeypatch: pytest.MonkeyPatch):
+    its_builder = rtx.Builder
+    ended_by: list[str] = []
 
     class EndlessBuilder:
-        def build_serialized_network(self, network: object, config: object) -> None:
+        def __init__(self, logger: object) -> None:
+            self.builder = its_builder(logger)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.builder, name)
+
+        def build_serialized_network(self, network: object, config: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
             end = time.monotonic() + 20
-            while not stopping.is_set() and time.monotonic() < end:
+            while time.monotonic() < end:
+                if not config.progress_monitor.step_complete("endless", 0):
+                    ended_by.append("monitor")
+                    return
                 time.sleep(0.01)
 
-    interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
-    started = time.monotonic()
+    monkeypatch.setattr(rtx, "Builder", EndlessBuilder)
     with pytest.raises(KeyboardInterrupt):
-        _build(EndlessBuilder(), None, SimpleNamespace(), stopping)
-    interrupt.join()
-    assert stopping.is_set() and time.monotonic() - started < 10
+        build_engine(rtx, small_graph(), profiles_for((1, 1, 1)), BuildSettings(), "x")
+    assert ended_by == ["monitor"]
+
+
+def test_an_interrupt_is_not_lost_while_the_library_writes_its_log(
+    rtx: Any, monkeypatch: pytest.MonkeyPatch
+):
+    said: list[Message] = []
+
+    def interrupt_once(message: Message) -> None:
+        said.append(message)
+        if len(said) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(messages_of(rtx), "add", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(rtx, small_graph(), profiles_for((1, 1, 1)), BuildSettings(), "x")
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
