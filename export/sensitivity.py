@@ -13,11 +13,10 @@ from efficientnet.model import ConvNormAct, EfficientNet, SqueezeExcite
 from export.calibration import choose_samples
 from export.config import ExportConfig
 from export.graph import fold_batch_norm
+from export.quantization import FP8_LARGEST
 from export.source import Source, batches_of
 
 NUM_IMAGES = 64
-
-FP8_LARGEST = 448.0
 
 log = logging.getLogger(__name__)
 

@@ -41,7 +41,8 @@ from export.gate import (
 )
 from export.graph import count_ops, export_onnx, fold_batch_norm, is_within
 from export.ov_build import pattern_of
-from export.precision import SCHEMES, insert_quantization, tensors_to_quantize, typed_graph
+from export.precision import typed_graph
+from export.quantization import SCHEMES, insert_quantization, tensors_to_quantize
 from export.sensitivity import named_blocks, rank_blocks
 from export.source import Source, load_source
 
