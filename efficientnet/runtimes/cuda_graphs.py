@@ -11,6 +11,7 @@ from torch import Tensor
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
 from efficientnet.gpu import Gpu, no_room, why_no_gpu
+from efficientnet.runtimes.device_buffers import DeviceBuffers
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
 
 # Maps images [N, 3, H, W] to logits [N, num_classes], both float32 on the GPU.
@@ -23,8 +24,8 @@ NUM_WARMUPS = 3
 class CudaGraphRuntime:
     """Replays programs from fixed buffers; not for several threads at once.
 
-    Images and logits are copied through pinned memory. A batch size is captured when it is first
-    seen, the smallest and the largest one when the program is opened.
+    A batch size is captured when it is first seen, the smallest and the largest one when the
+    program is opened.
 
     Args:
         static: programs for one batch size each; a batch is filled up to the next of them.
@@ -50,14 +51,9 @@ class CudaGraphRuntime:
         # Graphs run one after the other, and what they leave is copied out of their memory before
         # they end: so they may all use the same.
         self._memory = torch.cuda.graph_pool_handle()
-        shape, batch = manifest.input.shape, manifest.input.batch
-        num_classes = manifest.output.shape[0]
+        batch = manifest.input.batch
         with self._room_for(batch.max):
-            self._images = torch.zeros(batch.max, *shape, device="cuda")
-            self._logits = torch.zeros(batch.max, num_classes, device="cuda")
-            self._host_images = torch.zeros(batch.max, *shape, pin_memory=True)
-            self._host_logits = torch.zeros(batch.max, num_classes, pin_memory=True)
-            torch.cuda.synchronize()
+            self._buffers = DeviceBuffers(manifest)
         for size in sorted(static or {batch.min, batch.max}):
             self._graph_of(size)
 
@@ -66,13 +62,7 @@ class CudaGraphRuntime:
         check_images(images, self.info)
         num_images = len(images)
         graph = self._graph_of(smallest_that_takes(num_images, self._sizes) or num_images)
-        np.copyto(self._host_images.numpy()[:num_images], images)
-        with torch.cuda.stream(self._stream):
-            self._images[:num_images].copy_(self._host_images[:num_images], non_blocking=True)
-            graph.replay()
-            self._host_logits[:num_images].copy_(self._logits[:num_images], non_blocking=True)
-        self._stream.synchronize()
-        return self._host_logits[:num_images].numpy().copy()
+        return self._buffers.run(images, self._stream, graph.replay)
 
     def _graph_of(self, size: int) -> torch.cuda.CUDAGraph:
         if size not in self._graphs:
@@ -80,7 +70,7 @@ class CudaGraphRuntime:
         return self._graphs[size]
 
     def _capture(self, size: int) -> torch.cuda.CUDAGraph:
-        images, logits = self._images[:size], self._logits[:size]
+        images, logits = self._buffers.images[:size], self._buffers.logits[:size]
         graph = torch.cuda.CUDAGraph()
         with self._room_for(size), torch.inference_mode(), cudnn_as_compiled(self.info.precision):
             if size not in self._programs:

@@ -6,6 +6,7 @@ See tensorrt_library.py for what `Any` stands for.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
 from efficientnet.gpu import Gpu, current_gpu, no_room, why_no_gpu
+from efficientnet.runtimes.device_buffers import DeviceBuffers
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 from efficientnet.runtimes.tensorrt_library import (
     PACKAGES,
@@ -62,17 +64,12 @@ class TensorRTRuntime:
         self._profiles = [p for engine in engines for p in _profiles_of(engine, self._names[0])]
         self._prepared: dict[int, _Prepared] = {}
         self._stream = torch.cuda.Stream()
-        shape, batch = manifest.input.shape, manifest.input.batch
-        num_classes = manifest.output.shape[0]
+        batch = manifest.input.batch
         try:
-            self._images = torch.zeros(batch.max, *shape, device="cuda")
-            self._logits = torch.zeros(batch.max, num_classes, device="cuda")
-            self._host_images = torch.zeros(batch.max, *shape, pin_memory=True)
-            self._host_logits = torch.zeros(batch.max, num_classes, pin_memory=True)
+            self._buffers = DeviceBuffers(manifest)
             self._scratch = _new_scratch(self._profiles)
         except torch.OutOfMemoryError as error:
             raise ArtifactError(no_room(batch.max, error)) from error
-        torch.cuda.synchronize()
         sizes = {p.low for p in self._profiles} | {p.high for p in self._profiles}
         for size in sorted(sizes | {batch.min, batch.opt, batch.max}):
             self._prepare(size)
@@ -80,18 +77,10 @@ class TensorRTRuntime:
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer. A batch is filled up to one that there are kernels for."""
         check_images(images, self.info)
-        num_images = len(images)
-        prepared = self._prepare(num_images)
-        np.copyto(self._host_images.numpy()[:num_images], images)
-        with torch.cuda.stream(self._stream):
-            self._images[:num_images].copy_(self._host_images[:num_images], non_blocking=True)
-            if self.use_graphs:
-                prepared.graph.replay()
-            else:
-                self._enqueue(prepared.context)
-            self._host_logits[:num_images].copy_(self._logits[:num_images], non_blocking=True)
-        self._stream.synchronize()
-        return self._host_logits[:num_images].numpy().copy()
+        prepared = self._prepare(len(images))
+        in_steps = partial(self._enqueue, prepared.context)
+        enqueue = prepared.graph.replay if self.use_graphs else in_steps
+        return self._buffers.run(images, self._stream, enqueue)
 
     def _prepare(self, num_images: int) -> _Prepared:
         profile, size = choose_profile(num_images, self._profiles)
@@ -115,9 +104,9 @@ class TensorRTRuntime:
         images, logits = self._names
         is_ready = (
             context.set_optimization_profile_async(profile.number, stream)
-            and context.set_input_shape(images, (size, *self._images.shape[1:]))
-            and context.set_tensor_address(images, self._images.data_ptr())
-            and context.set_tensor_address(logits, self._logits.data_ptr())
+            and context.set_input_shape(images, (size, *self._buffers.images.shape[1:]))
+            and context.set_tensor_address(images, self._buffers.images.data_ptr())
+            and context.set_tensor_address(logits, self._buffers.logits.data_ptr())
         )
         if not is_ready:
             self._refuse(f"cannot be prepared for batches of {size}")
