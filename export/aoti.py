@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from efficientnet.artifact import Binding, StaticProgram
+from efficientnet.artifact import Binding
 from efficientnet.command import parse_flags, run_command
 from efficientnet.gpu import current_gpu, why_no_gpu
 from efficientnet.runtimes.aoti_runtime import missing_extensions
@@ -31,7 +31,7 @@ from export.config import ExportConfig
 from export.graph import TORCH_TYPES
 from export.rebuild import rebuild_command
 from export.source import load_source
-from export.writing import Built, default_output, write_checked_artifact
+from export.writing import Built, default_output, programs_for, write_checked_artifact
 
 PROGRAM_FILE = "model.pt2"
 
@@ -98,12 +98,7 @@ def main(config: AotiConfig) -> Path:
         uses_triton_squeeze_excite=target.device == "cuda" and config.fused_squeeze_excite,
     )
     batches = batches_for(config)
-    stem, _, suffix = PROGRAM_FILE.rpartition(".")
-    static_programs = tuple(
-        StaticProgram(batch_size=batch, file=f"{stem}-b{batch}.{suffix}")
-        for batch in batches
-        if isinstance(batch, int)
-    )
+    static_programs = programs_for(PROGRAM_FILE, (b for b in batches if isinstance(b, int)))
     files = [program.file for program in static_programs] or [PROGRAM_FILE]
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:

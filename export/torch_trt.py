@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_settings
 
-from efficientnet.artifact import Binding, StaticProgram
+from efficientnet.artifact import Binding
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
 from efficientnet.gpu import Gpu, current_gpu, why_no_gpu
@@ -34,7 +34,7 @@ from export.graph import (
 )
 from export.rebuild import rebuild_command
 from export.source import Source, load_source
-from export.writing import Built, default_output, write_checked_artifact
+from export.writing import Built, default_output, programs_for, write_checked_artifact
 
 PROGRAM_FILE = "model.pt2"
 TIMING_CACHE_FILE = "timing.cache"
@@ -88,12 +88,7 @@ def main(config: TorchTrtConfig) -> Path:
     source = load_source(config)
     output = default_output(config, source, "torch-tensorrt")
     batches = batches_for(config)
-    stem, _, suffix = PROGRAM_FILE.rpartition(".")
-    static_programs = tuple(
-        StaticProgram(batch_size=batch, file=f"{stem}-b{batch}.{suffix}")
-        for batch in batches
-        if isinstance(batch, int)
-    )
+    static_programs = programs_for(PROGRAM_FILE, (b for b in batches if isinstance(b, int)))
     files = [program.file for program in static_programs] or [PROGRAM_FILE]
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:

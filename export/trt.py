@@ -18,7 +18,7 @@ from typing import Any, Literal
 import onnx
 import torch
 
-from efficientnet.artifact import Binding, StaticProgram
+from efficientnet.artifact import Binding
 from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.precision import Precision
@@ -37,7 +37,7 @@ from export.trt_build import (
     read_layers,
 )
 from export.trt_target import Target, find_target, member_for
-from export.writing import Built, default_output, write_checked_artifact
+from export.writing import Built, default_output, programs_for, write_checked_artifact
 
 PROGRAM_FILE = "model.engine"
 LAYERS_FILE = "layers.json"
@@ -118,7 +118,8 @@ def main(config: TrtConfig) -> Path:
             f"exported by torch {torch.__version__}, onnx {onnx.__version__}, opset {typed.opset}",
             f"built by {target.runtime} {version} for {target.device}",
         ]
-        programs = static_programs(config)
+        sizes = config.static_batches if config.batches else ()
+        programs = programs_for(PROGRAM_FILE, sizes)
         graphs = {p.file: fix_batch(typed.model, p.batch_size) for p in programs}
         profiles = () if programs else profiles_for(config.batch)
         for file, graph in (graphs or {PROGRAM_FILE: typed.model}).items():
@@ -165,17 +166,6 @@ def settings_for(config: TrtConfig, target: Target, output: Path) -> BuildSettin
         uses_tf32=config.precision != "fp32",
         timing_cache=cache,
         compute_capabilities=capabilities,
-    )
-
-
-def static_programs(config: TrtConfig) -> tuple[StaticProgram, ...]:
-    """Return the engines of --batches, by size."""
-    if config.batches is None:
-        return ()
-    stem, _, suffix = PROGRAM_FILE.rpartition(".")
-    return tuple(
-        StaticProgram(batch_size=size, file=f"{stem}-b{size}.{suffix}")
-        for size in config.static_batches
     )
 
 

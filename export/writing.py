@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +73,14 @@ def vnni_binding(library: str, command: str) -> Binding:
 def default_output(config: ExportConfig, source: Source, name: str) -> Path:
     """Return --output, or artifacts/<variant>/<name>-<precision>."""
     return config.output or Path("artifacts") / source.variant / f"{name}-{config.precision}"
+
+
+def programs_for(program_file: str, batch_sizes: Iterable[int]) -> tuple[StaticProgram, ...]:
+    """Name a file for each batch size: model.engine -> model-b8.engine."""
+    stem, _, suffix = program_file.rpartition(".")
+    return tuple(
+        StaticProgram(batch_size=size, file=f"{stem}-b{size}.{suffix}") for size in batch_sizes
+    )
 
 
 def write_checked_artifact(
