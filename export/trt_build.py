@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -84,8 +84,14 @@ def build_engine(
     # and in a method that the library calls, its log or a monitor, the exception is swallowed. So
     # the library works in a second thread, and is told at the builder's next step.
     with ThreadPoolExecutor(1) as pool:
+        # The thread starts idle: the pool would not wait for one that an interrupt finds starting.
+        pool.submit(int).result()
         try:
-            return pool.submit(_build, trt, graph, profiles, settings, name, stopping).result()
+            built = pool.submit(_build, trt, graph, profiles, settings, name, stopping)
+            # An interrupt just before this thread goes to sleep would not wake it.
+            while wait([built], timeout=1).not_done:
+                pass
+            return built.result()
         except KeyboardInterrupt:
             stopping.set()
             raise
