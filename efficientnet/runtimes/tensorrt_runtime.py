@@ -78,8 +78,9 @@ class TensorRTRuntime:
         """See Runtime.infer. A batch is filled up to one that there are kernels for."""
         check_images(images, self.info)
         prepared = self._prepare(len(images))
-        in_steps = partial(self._enqueue, prepared.context)
-        enqueue = prepared.graph.replay if self.use_graphs else in_steps
+        enqueue = (
+            prepared.graph.replay if self.use_graphs else partial(self._enqueue, prepared.context)
+        )
         return self._buffers.run(images, self._stream, enqueue)
 
     def _prepare(self, num_images: int) -> _Prepared:
