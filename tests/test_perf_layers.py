@@ -139,7 +139,7 @@ def test_the_first_call_is_taken_out_of_a_mean(
     first_us: int, mean_us: int, num_later: int, expected: float
 ):
     found = later_mean_us(first_us, mean_us, num_later)
-    assert found == pytest.approx(expected + (HALF_MICROSECOND if found else 0))
+    assert found == pytest.approx(expected + HALF_MICROSECOND)
 
 
 @pytest.mark.parametrize(
