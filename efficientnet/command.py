@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NoReturn, TypeVar
 import tyro
 from pydantic import BaseModel
 
+from efficientnet.children import kill_children_at_exit
 from efficientnet.errors import PipelineError
 
 Config = TypeVar("Config")
@@ -17,6 +19,11 @@ Config = TypeVar("Config")
 PROJECT_LOGGERS = ("__main__", "efficientnet", "training", "export", "serving", "perf")
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which batch systems and containers send: like Ctrl-C it ends a command in order."""
 
 
 def parse_flags(
@@ -37,12 +44,15 @@ def run_command(
 ) -> NoReturn:
     """Parse, run, print what was made on the last line of stdout, and exit.
 
-    Exit codes: 0 done, 1 failed or refused, 2 wrong usage. A failure that its message explains is
-    printed in one line; anything else is a bug and keeps its traceback.
+    Exit codes: 0 done, 1 failed or refused, 2 wrong usage, 130 interrupted by Ctrl-C, 143 ended by
+    SIGTERM. A failure that its message explains is printed in one line; anything else is a bug and
+    keeps its traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in PROJECT_LOGGERS:  # the libraries' own chatter stays out of the log
         logging.getLogger(name).setLevel(logging.INFO)
+    kill_children_at_exit()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         config = parse()
     except ValueError as error:
@@ -63,6 +73,8 @@ def run_command(
                 FAILED,
             )
         _fail(error, FAILED)
+    except Terminated as end:
+        _fail(end, TERMINATED)
     except KeyboardInterrupt as interrupt:
         _fail(str(interrupt) or "interrupted", INTERRUPTED)
     if isinstance(made, BaseModel):
@@ -70,6 +82,12 @@ def run_command(
     elif made is not None:
         print(made)
     sys.exit(DONE)
+
+
+def _terminate(*_: object) -> None:
+    # It may come twice, as torchrun sends it on: the second would break off the cleaning up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated("ended by SIGTERM")
 
 
 def _was_raised_here(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from typing import get_args
 
 from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
 from efficientnet.atomic import point_link
+from efficientnet.children import stop_command
 from efficientnet.command import parse_flags, run_command
 from efficientnet.environment import current_environment
 from efficientnet.errors import PipelineError
@@ -166,10 +167,14 @@ def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Pat
     ) as run:
         assert run.stderr is not None and run.stdout is not None
         text = ""
-        for text_line in run.stderr:
-            text += text_line
-            sys.stderr.write(f"    {text_line}")
-        run.stdout.read()
+        try:
+            for text_line in run.stderr:
+                text += text_line
+                sys.stderr.write(f"    {text_line}")
+            run.stdout.read()
+        except BaseException:
+            stop_command(run)
+            raise
     if run.returncode != 0:
         reason = reason_of(text) or f"it ended with exit code {run.returncode}, see its log above"
         return Line(

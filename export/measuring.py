@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from efficientnet.children import obey_parent
 from efficientnet.environment import num_usable_cores
 from efficientnet.errors import PipelineError
 from efficientnet.records import LatencyRecord, read_records
@@ -162,6 +163,7 @@ class _Contender:
 
 
 def _contend(connection: Connection, opener: Callable[[], Infer], batch_size: int) -> None:
+    obey_parent()
     torch.set_num_threads(num_usable_cores())
     images: NDArray[np.float32] = connection.recv()
     infer = opener()

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from efficientnet.architectures import peer_of
 from efficientnet.atomic import write_text
+from efficientnet.children import obey_parent
 from efficientnet.command import parse_flags, run_command
 from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
 from efficientnet.model import build_model
@@ -263,6 +264,7 @@ class _Contender:
 
 
 def _contend(connection: Connection, name: str, row: Comparison, num_threads: int) -> None:
+    obey_parent()
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     spec = get_variant(row.variant)

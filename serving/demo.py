@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import psutil
 from pydantic import RootModel
@@ -78,7 +76,6 @@ def main(config: DemoConfig) -> Predictions:
     picture = PICTURES_DIR / sample.name.replace("/", "-")
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(sample.read())
-    signal.signal(signal.SIGTERM, _interrupt)
     with running_service(artifact) as port:
         answer = classify_over_http(port, picture)
     log.info("")
@@ -235,10 +232,6 @@ def _is_ready(port: int) -> bool:
 def _last_lines(log_path: Path) -> str:
     lines = log_path.read_text(errors="replace").splitlines()
     return "\n".join(lines[-NUM_LOG_LINES:])
-
-
-def _interrupt(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import child_pids, process_exists, wait_until
 
 from efficientnet.artifact import ArtifactError
 from efficientnet.command import parse_flags
@@ -58,35 +58,6 @@ def make_samples(num_images: int) -> list[Sample]:
         Image.new("RGB", (8, 8), (value % 256, value // 256, 0)).save(buffer, format="PNG")
         samples.append(Sample(f"{value}.png", 0, buffer.getvalue()))
     return samples
-
-
-def process_exists(pid: int) -> bool:
-    # A process that has ended but was not waited for by its new parent yet does nothing any more.
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def child_pids(pid: int) -> list[int]:
-    pids: list[int] = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(
-                line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line
-            )
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if fields["PPid"].strip() == str(pid):
-            pids.append(int(status.parent.name))
-    return pids
-
-
-def wait_until(condition, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 def test_the_command_appends_a_record_for_each_path_and_scenario(run):
@@ -382,8 +353,7 @@ def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
     worker = Worker("row", tiny_artifact, 1, inputs)
     try:
         worker.receive()
-        for pid in child_pids(os.getpid()):
-            os.kill(pid, signal.SIGKILL)
+        os.kill(worker._process.pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match="ended by SIGKILL; the machine may be out of memory"):
             worker.take_turn(1, seconds=0.1)
     finally:

@@ -1,8 +1,6 @@
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -518,6 +516,8 @@ def test_an_interruption_asks_each_run_once_and_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     body = (
+        "import signal\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "name = sys.argv[sys.argv.index('--name') + 1]\n"
         f"place = pathlib.Path({str(tmp_path)!r}) / name\n"
         "try:\n"
@@ -534,7 +534,7 @@ def test_an_interruption_asks_each_run_once_and_waits_for_it(
         if next(waits) > 500:
             raise AssertionError("the runs have not begun")
         if len(list(tmp_path.glob("*.began"))) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyboardInterrupt
         pause(0.02)
 
     pause = time.sleep

@@ -1,11 +1,12 @@
 """How much a pass holds, and the batch plan made of it."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_trainings import step_of
+from small_trainings import step_of, with_stages
 
 from efficientnet.checkpoint import read_checkpoint
 from efficientnet.model import build_model
@@ -16,6 +17,7 @@ from training.memory import (
     BatchTooLargeError,
     MemoryModel,
     plan_micro_batches,
+    require_batch_norm_fits,
     saved_bytes,
 )
 from training.progressive import plan_stages
@@ -97,6 +99,38 @@ def test_a_share_without_small_divisors_is_refused_by_the_pass_it_would_take():
     config = replace(digits_recipe("tiny"), batch_size=521, batch_plan="memory")
     with pytest.raises(BatchTooLargeError, match="a pass of 521 images, the smallest that divides"):
         plan(config, 0.02 * GIGABYTE)
+
+
+@pytest.mark.parametrize(("image_size", "fits"), [(32, False), (33, True)])
+def test_a_pass_of_one_image_is_refused_where_batch_norm_cannot_take_it(
+    image_size: int, fits: bool
+):
+    recipe = digits_recipe("b0")
+    one_size = replace(recipe.progressive, image_size=(image_size, image_size))
+    recipe = replace(recipe, progressive=one_size, batch_size=4, micro_batch_size=1)
+    stages = plan_stages(recipe.progressive)
+    model = build_model(VARIANTS["b0"], 10, 0.0, OPTIONS).train()
+    refused = nullcontext() if fits else pytest.raises(ValueError, match=f"at {image_size} px")
+    torchs = nullcontext() if fits else pytest.raises(ValueError, match="more than 1 value")
+    with refused:
+        require_batch_norm_fits(recipe, stages, 1)
+    with torchs:
+        model(torch.zeros(1, 3, image_size, image_size))
+    require_batch_norm_fits(replace(recipe, micro_batch_size=2), stages, 2)
+    shared = replace(recipe, micro_batch_size=None)
+    require_batch_norm_fits(shared, stages, 2)
+    with refused:
+        require_batch_norm_fits(shared, stages, 4)
+    with refused:
+        require_batch_norm_fits(replace(shared, batch_plan="memory"), stages, 4)
+
+
+def test_a_batch_that_batch_norm_cannot_take_starts_no_run(tmp_path: Path):
+    recipe = with_stages(replace(digits_recipe("b0"), batch_size=1, output=tmp_path), 1)
+    one_size = replace(recipe.progressive, image_size=(32, 32))
+    with pytest.raises(ValueError, match="single pixel"):
+        command.main(replace(recipe, progressive=one_size))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_with_a_memory_plan_keeps_batch_and_schedule(

@@ -68,10 +68,10 @@ def start_ranks(
     ]
 
 
-def end(*processes: BaseProcess) -> list[int | None]:
-    """Wait for processes; return their exit codes."""
+def end(*processes: BaseProcess, timeout: float = 240) -> list[int | None]:
+    """Wait for processes, kill those that do not end in time; return their exit codes."""
     for process in processes:
-        process.join(timeout=240)
+        process.join(timeout)
         if process.is_alive():
             process.kill()
             process.join()

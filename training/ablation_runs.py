@@ -1,12 +1,10 @@
 """Planned runs -> complete runs: some at a time, each a process of training/run.py."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from efficientnet.environment import num_usable_cores
@@ -27,30 +25,29 @@ def train_all(
         AblationError: one failed; the others have saved what was reached, as after Ctrl-C.
     """
     waiting, running = list(pending), dict[PlannedRun, subprocess.Popen[bytes]]()
-    with _sigterm_as_interrupt():
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    run = waiting.pop(0)
-                    running[run] = _start(run, jobs)
-                for run, process in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[run]
-                    if process.returncode != 0 or not is_complete(run.directory):
-                        raise AblationError(_describe_failure(run, process.returncode))
-                    on_finished(run)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-        except KeyboardInterrupt:
-            left = len(waiting) + len(running)
-            raise KeyboardInterrupt(
-                f"interrupted with {left} runs left; the same command goes on"
-            ) from None
-        finally:
-            for process in running.values():
-                process.send_signal(signal.SIGINT)
-            for process in running.values():
-                process.wait()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run] = _start(run, jobs)
+            for run, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[run]
+                if process.returncode != 0 or not is_complete(run.directory):
+                    raise AblationError(_describe_failure(run, process.returncode))
+                on_finished(run)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    except KeyboardInterrupt as interrupt:
+        left = len(waiting) + len(running)
+        raise type(interrupt)(
+            f"interrupted with {left} runs left; the same command goes on"
+        ) from None
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
 
 
 def _start(run: PlannedRun, jobs: int) -> "subprocess.Popen[bytes]":
@@ -81,16 +78,3 @@ def _describe_failure(run: PlannedRun, code: int) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     last = "\n".join(lines[-LOG_LINES:])
     return f"{run.row.name}, seed {run.seed}, ended with code {code}; {path} ends with:\n{last}"
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Generator[None]:
-    # Otherwise the runs would go on alone, and those of the next start would meet them.
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

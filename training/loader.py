@@ -1,6 +1,5 @@
 """Labelled images -> batches of tensors, in an order that follows from the seed and the step."""
 
-import signal
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,12 +10,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from efficientnet.children import kill_children_at_exit, obey_parent
 from efficientnet.datasets import Sample
+from efficientnet.errors import PipelineError
 from efficientnet.preprocess import ImageError, PreprocessSpec, preprocess
 from training.augment import Augmentation
 from training.config import TrainConfig
 from training.progressive import Stage
 from training.sampler import SampleKey, StepSampler
+
+
+class LoaderError(PipelineError):
+    """A process that decodes and augments has died."""
 
 
 class Batch(NamedTuple):
@@ -77,13 +82,14 @@ def train_batches(
 
     Its own generator keeps it from drawing from the global one, on which dropout depends.
     """
+    kill_children_at_exit()
     return DataLoader(
         TrainImages(samples, config, stages),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )
 
@@ -92,14 +98,29 @@ def eval_batches(
     samples: Sequence[Sample], spec: PreprocessSpec, batch_size: int, num_workers: int
 ) -> DataLoader[Any]:
     """Return the loader of the held-out images in order: images [N, 3, H, W], labels [N]."""
+    kill_children_at_exit()
     return DataLoader(
         EvalImages(samples, spec),
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )
+
+
+@contextmanager
+def explained_worker_deaths() -> Generator[None]:
+    """Turn torch's RuntimeError, raised wherever the main thread is, into a LoaderError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LoaderError(
+            f"{str(error).rstrip()} The machine may be out of memory, or /dev/shm full: give fewer "
+            "--num-workers, a smaller --batch-size or --micro-batch-size, or more of both"
+        ) from None
 
 
 @contextmanager
@@ -117,8 +138,5 @@ def _collate(items: Sequence[tuple[NDArray[np.uint8], int, int]]) -> Batch:
     return Batch(pixels.permute(0, 3, 1, 2), torch.tensor(labels), torch.tensor(seeds))
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    # Ctrl-C, and the SIGTERM of a batch system, reach the whole process group; only the main
-    # process decides what they mean. A worker ends when that tells it to, or is gone.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _begin_worker(_number: int) -> None:
+    obey_parent()

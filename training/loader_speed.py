@@ -13,7 +13,6 @@ import gc
 import logging
 import multiprocessing
 import resource
-import signal
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -34,6 +33,7 @@ from timm.data.loader import create_loader
 from tqdm import tqdm
 
 from efficientnet.atomic import write_text
+from efficientnet.children import obey_parent
 from efficientnet.command import parse_flags, run_command
 from efficientnet.datasets import Sample
 from efficientnet.environment import EnvironmentRecord, current_environment
@@ -55,6 +55,9 @@ SECTION = "loader"
 
 NUM_RANDAUGMENT_LAYERS = 2
 MIN_CROP_AREA = 0.05
+
+# For a process to end its loader's workers.
+EXIT_TIMEOUT_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -311,15 +314,13 @@ class LoaderProcess:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        self._process.join(timeout=5)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
+        self._process.join(EXIT_TIMEOUT_S)
+        self._process.kill()
+        self._process.join()
 
 
 def _serve(connection: Connection) -> None:
-    # Ctrl-C reaches the whole process group; the process that asks decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    obey_parent()
     # A spawned process would spawn its loader's workers too, which takes seconds; in training they
     # are started in the platform's way.
     multiprocessing.set_start_method(None, force=True)

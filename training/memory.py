@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientnet.cgroup import memory_limit_bytes
+from efficientnet.cost import layer_costs
 from efficientnet.errors import PipelineError
 from efficientnet.model import EfficientNet, build_model
 from efficientnet.variants import NetworkOptions, get_variant
@@ -181,6 +182,30 @@ def plan_micro_batches(
             )
         sizes[stage.index] = asked
     return tuple(sizes[stage.index] for stage in stages)
+
+
+def require_batch_norm_fits(
+    config: TrainConfig, stages: Sequence[Stage], world_size: int
+) -> None:
+    """Check that no pass leaves batch norm a single value per channel, which has no variance.
+
+    Raises:
+        ValueError: a pass has one image, and the last map of a stage is a single pixel.
+    """
+    share = config.batch_size // world_size
+    smallest = share if config.batch_plan == "memory" else config.micro_batch_size or share
+    if smallest >= MIN_MICRO_BATCH:
+        return
+    for stage in stages:
+        *_, head, _ = layer_costs(get_variant(config.variant), stage.image_size)
+        if head.output_size == 1:
+            raise ValueError(
+                f"a forward pass has one image, whose last map at {stage.image_size} px (stage "
+                f"{stage.index + 1}) is a single pixel: batch norm takes at least 2 values per "
+                f"channel; give --batch-size of at least {MIN_MICRO_BATCH * world_size} and "
+                f"--micro-batch-size of at least {MIN_MICRO_BATCH}, or larger images by "
+                "--progressive.image-size"
+            )
 
 
 def _divisors(number: int) -> list[int]:

@@ -45,7 +45,12 @@ from training.distributed import (
     local_world_size,
     may_be_restarted,
 )
-from training.memory import USABLE_SHARE, device_memory_bytes, plan_micro_batches
+from training.memory import (
+    USABLE_SHARE,
+    device_memory_bytes,
+    plan_micro_batches,
+    require_batch_norm_fits,
+)
 from training.progressive import Stage, plan_stages
 from training.recipes import DIGITS_RECIPE, recipes_for
 from training.rundir import CHECKPOINT, Run, SavedRun, is_complete, read_run
@@ -142,6 +147,7 @@ def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
         preprocess = config.preprocess_spec(start.preprocess if start else None)
         network = config.network_options(start.network if start else None)
     stages = plan_stages(config.progressive, config.seed)
+    require_batch_norm_fits(config, stages, ranks.world_size)
     log_recipe(config)
 
     dataset = load_training_data(config, ranks, saved.left_out if saved else None)

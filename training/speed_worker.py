@@ -1,7 +1,6 @@
 """Cells of a group -> what their processes measured, taking turns."""
 
 import multiprocessing
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from efficientnet.children import obey_parent
 from efficientnet.errors import PipelineError
 from training.memory import device_memory_bytes
 from training.speed_contenders import our_step, timm_step
@@ -20,7 +20,8 @@ MIN_WARM_UP_STEPS = 2
 # Of a cell's time, at most, for steps that do not count.
 WARM_UP_FRACTION = 0.5
 
-EXIT_TIMEOUT_S = 10.0
+# For it to end its loader's workers.
+EXIT_TIMEOUT_S = 2.0
 
 
 class SpeedError(PipelineError):
@@ -153,8 +154,7 @@ def measure(group: Sequence[Cell], seconds: float, num_turns: int) -> list[Measu
 
 
 def _serve(connection: Connection, cell: Cell) -> None:
-    # Ctrl-C reaches the whole process group; the closed connection ends this process then.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    obey_parent()
     # The loader's workers are forks, as in training; this process was spawned and would spawn.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(cell.num_threads)

@@ -1,6 +1,7 @@
 """A run and its state -> a trained run: epochs, evaluation, checkpoints, report."""
 
 import copy
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,7 +14,13 @@ from torch import Tensor
 
 from efficientnet.environment import current_environment, num_usable_cores
 from training.distributed import Ranks, from_main, local_world_size
-from training.loader import Batch, eval_batches, train_batches
+from training.loader import (
+    Batch,
+    LoaderError,
+    eval_batches,
+    explained_worker_deaths,
+    train_batches,
+)
 from training.loop import Evaluation, LossError, StepReport, TrainingError, evaluate, train_epoch
 from training.metrics import EpochMetrics
 from training.optim import learning_rate_at
@@ -73,10 +80,31 @@ class Trainer:
 
         Raises:
             TrainingError: the loss is not finite, and training is not to be taken back, or was
-                so too often.
-            OSError: the last checkpoint could not be written.
+                so too often; a checkpoint could not be written, or a loader's process died.
             KeyboardInterrupt: this process or another one was asked to stop; all is saved.
         """
+        try:
+            with explained_worker_deaths():
+                self._fit()
+        except KeyboardInterrupt as interrupt:
+            reason = str(interrupt) or "interrupted"
+            raise type(interrupt)(f"{reason}; {self._how_to_go_on()}") from None
+        except (LoaderError, OSError) as error:
+            reason = str(error)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                reason = f"the disk is full ({error}): free some space"
+            raise TrainingError(f"{reason}; {self._how_to_go_on()}") from error
+
+    def _how_to_go_on(self) -> str:
+        run = self.run
+        if not run.checkpoint.exists():
+            return "no checkpoint has been written: start again"
+        return (
+            f"the newest checkpoint is {run.checkpoint.resolve()}; go on with: "
+            f"python training/run.py --resume {run.directory}"
+        )
+
+    def _fit(self) -> None:
         run, state, ranks = self.run, self.state, self.ranks
         if ranks.is_main:
             run.directory.mkdir(parents=True, exist_ok=True)
@@ -134,11 +162,7 @@ class Trainer:
             if stopped and state.step < plan.num_steps:
                 if writer:
                     writer.close(must_be_written=True)
-                raise KeyboardInterrupt(
-                    f"interrupted at step {state.step} of {plan.num_steps}; what was reached is in "
-                    f"{self.run.checkpoint}; go on with: "
-                    f"python training/run.py --resume {self.run.directory}"
-                )
+                raise KeyboardInterrupt(f"interrupted at step {state.step} of {plan.num_steps}")
 
     def _batches(self) -> Iterator[Batch]:
         state = self.state
