@@ -189,9 +189,14 @@ class TrainConfig:
     torchvision:NAME."""
 
     data: str | None = None
-    """Folder with one folder of images per class, or with train/ and val/ of those; folder,
-    pattern, http(s) address or pipe: of tar shards; cifar10, cifar100, flowers102, stanford_cars,
-    imagenet; None = the handwritten digits that come with scikit-learn."""
+    """Folder with one folder of images per class, or with train/ and val/ (valid, validation,
+    test) of those; folder, pattern, http(s) address or pipe: of tar shards; cifar10, cifar100,
+    flowers102, stanford_cars, imagenet; None = the handwritten digits that come with
+    scikit-learn."""
+
+    image_key: str | None = None
+    """Which of several images of a key of the shards is meant: what follows the first dot of its
+    name, e.g. left.png."""
 
     data_folder: Path = Path("data")
     """Where the named sets are kept and downloaded to."""

@@ -11,6 +11,7 @@ from efficientnet.datasets import (
     load_dataset,
     without_broken_images,
 )
+from efficientnet.shards import with_image_key
 from training.config import TrainConfig
 from training.distributed import Ranks, from_main
 from training.named_sets import NAMED_SETS, prepare_named_set
@@ -36,6 +37,8 @@ def load_training_data(
     if source in NAMED_SETS:
         prepared = prepare_named_set(source, config.data_folder) if ranks.is_main else None
         source = str(from_main(prepared))
+    if config.image_key is not None:
+        source = with_image_key(source, config.image_key)
     dataset = load_dataset(source)
     if config.minival is not None:
         dataset = hold_out(dataset, config.minival)
