@@ -11,6 +11,7 @@ import tyro
 from pydantic import BaseModel
 
 from efficientnet.errors import PipelineError
+from efficientnet.tar_index import DatasetError
 
 Config = TypeVar("Config")
 
@@ -45,6 +46,8 @@ def run_command(
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         config = parse()
+    except (DatasetError, PipelineError, OSError) as error:
+        _fail(error, FAILED)
     except ValueError as error:
         _fail(error, WRONG_USAGE)
     try:

@@ -149,7 +149,7 @@ def load_shards(source: str) -> ShardImages:
         places = paths
     shards = sorted(zip(_short_names(places), paths, strict=True))
     with ThreadPoolExecutor(NUM_INDEXING_THREADS) as pool:
-        indexing = pool.map(lambda shard: _index_shard(*shard, image_key), shards)
+        indexing = pool.map(lambda shard: _index_shard(shard[0], shard[1], image_key), shards)
         indexed = list(tqdm(indexing, "reading shards", len(shards), disable=None, leave=False))
     if num_hidden := sum(shard.num_hidden for shard in indexed):
         log.info("passed over %d hidden images in the shards", num_hidden)

@@ -16,7 +16,7 @@ MAX_RANDAUGMENT_MAGNITUDE = 30.0
 MAX_TRAIN_IMAGE_SIZE = 1024
 
 # What may change when a run is gone on with: it does not change what is computed.
-FREE_TO_CHANGE = ("num_workers", "output", "keep_checkpoints", "checkpoint_every_steps")
+FREE_TO_CHANGE = ("recipe_reason", "num_workers", "output", "keep_checkpoints", "checkpoint_every_steps")
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,9 @@ class TrainConfig:
 
     recipe: tyro.conf.Suppress[str] = "digits"
     """The name that --recipe was given, of which all these values are."""
+
+    recipe_reason: tyro.conf.Suppress[str] = ""
+    """Why it was taken; empty = it was asked for."""
 
     steps: int | None = None
     """Optimizer steps in all, instead of `epochs`."""
