@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from efficientnet.children import kill_children_at_exit
 from efficientnet.errors import PipelineError
+from efficientnet.tar_index import DatasetError
 
 Config = TypeVar("Config")
 
@@ -55,6 +56,8 @@ def run_command(
     signal.signal(signal.SIGTERM, _terminate)
     try:
         config = parse()
+    except (DatasetError, PipelineError, OSError) as error:
+        _fail(error, FAILED)
     except ValueError as error:
         _fail(error, WRONG_USAGE)
     try:

@@ -5,6 +5,7 @@ which have no labels: enough to check and to time a network that was trained els
 """
 
 import hashlib
+import logging
 import math
 import random
 from collections import defaultdict
@@ -20,8 +21,8 @@ from efficientnet.embedded import digit_images, photo_crops
 from efficientnet.environment import num_usable_cores
 from efficientnet.fetching import is_remote, remote_path
 from efficientnet.preprocess import ImageError, decode_image
-from efficientnet.shards import LabelledMember, is_shard_source, load_shards
-from efficientnet.tar_index import IMAGE_SUFFIXES, DatasetError, TarMember
+from efficientnet.shards import LabelledMember, is_shard_source, load_shards, split_image_key
+from efficientnet.tar_index import IMAGE_SUFFIXES, DatasetError, TarMember, is_hidden
 
 DIGITS = "digits"
 SAMPLE_PHOTOS = "sample-photos"
@@ -34,6 +35,11 @@ SPLIT_SEED = 0
 VAL_FRACTION = 0.2
 MAX_BROKEN_FRACTION = 0.01
 MAX_HELD_OUT_FRACTION = 0.5
+
+# Other tools call it so; the first of them that stands beside train/ is taken.
+VAL_FOLDERS = ("val", "valid", "validation", "test")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,50 +80,38 @@ def load_dataset(source: str | Path, is_split: bool = True) -> Dataset:
     """Load `digits`, `sample-photos`, a folder of images, or WebDataset tar shards.
 
     Args:
-        source: a name; a folder that holds one folder per class, or a `train/` and a `val/` of
-            such folders; or what shards.load_shards accepts.
+        source: a name; a folder that holds one folder per class, or a `train/` and a `val/` (or
+            another of VAL_FOLDERS) of such folders; or what shards.load_shards accepts.
         is_split: whether one folder per class, or shards none of which are val's, are split 80 / 20
             within each class, with a fixed seed; if not, all images are val's.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        DatasetError: empty class, one class only, classes that differ between train and val, or
-            shards that cannot be used.
+        DatasetError: empty class, one class only, a class that only val has, or shards that
+            cannot be used.
     """
     if str(source) == DIGITS:
         return _load_digits()
     if str(source) == SAMPLE_PHOTOS:
         return _load_sample_photos()
     if is_shard_source(str(source)):
-        return _load_shards(str(source), is_split)
-    folder = Path(source).expanduser().resolve()
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no data at {folder}: expected '{DIGITS}', '{SAMPLE_PHOTOS}', "
-            "a folder with one folder of images per class (or train/ and val/ of those), or tar "
-            "shards: a folder of *.tar, a pattern like 'DIR/train-{0000..0009}.tar', "
-            "'https://...' or 'pipe:COMMAND'"
-        )
-    if (folder / "train").is_dir() != (folder / "val").is_dir():
-        missing = "val" if (folder / "train").is_dir() else "train"
-        raise DatasetError(
-            f"{folder} has no '{missing}' folder beside its other half; give both, "
-            "or one folder per class to have it split"
-        )
-    if (folder / "train").is_dir():
-        train_names, train = _read_classes(folder / "train", folder)
-        val_names, val = _read_classes(folder / "val", folder)
-        if train_names != val_names:
-            only_train = sorted(set(train_names) - set(val_names))
-            only_val = sorted(set(val_names) - set(train_names))
-            raise DatasetError(
-                f"the classes of {folder} differ: only in train: {_shorten(only_train)}; "
-                f"only in val: {_shorten(only_val)}; both need the same class folders"
-            )
-        return Dataset(str(folder), train_names, train, val)
-    class_names, samples = _read_classes(folder, folder)
-    train, val = _split(samples, class_names, VAL_FRACTION) if is_split else ((), samples)
-    return Dataset(str(folder), class_names, train, val)
+        dataset = _load_shards(str(source), is_split)
+    else:
+        dataset = _load_folder(Path(source).expanduser().resolve(), is_split)
+    if dataset.train and dataset.val:
+        _warn_of_classes_without_val(dataset)
+    return dataset
+
+
+def find_image_files(folder: Path) -> tuple[list[Path], int]:
+    """Return the images below a folder, sorted, and how many hidden ones were passed over."""
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
+    found = [path for path in paths if not is_hidden(path.relative_to(folder).parts)]
+    return found, len(paths) - len(found)
 
 
 def choose_source(trained_on: str, data: str | Path | None) -> str:
@@ -147,6 +141,7 @@ def data_name(source: str | None) -> str:
     """
     if source is None:
         return DIGITS
+    source, _ = split_image_key(source)
     name = _last_part(source)
     if name.count("{") != name.count("}"):  # the braces had folders in them
         name = _last_part(expand_braces(source)[0])
@@ -291,6 +286,48 @@ def _load_sample_photos() -> Dataset:
     return Dataset(SAMPLE_PHOTOS, (), (), samples)
 
 
+def _load_folder(folder: Path, is_split: bool) -> Dataset:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no data at {folder}: expected '{DIGITS}', '{SAMPLE_PHOTOS}', "
+            "a folder with one folder of images per class (or train/ and val/ of those), or tar "
+            "shards: a folder of *.tar, a pattern like 'DIR/train-{0000..0009}.tar', "
+            "'https://...' or 'pipe:COMMAND'"
+        )
+    if not (folder / "train").is_dir():
+        if (folder / "val").is_dir():
+            raise DatasetError(
+                f"{folder} has no 'train' folder beside its 'val'; give both, "
+                "or one folder per class to have it split"
+            )
+        class_names, samples = _read_classes(folder, folder)
+        train, val = _split(samples, class_names, VAL_FRACTION) if is_split else ((), samples)
+        return Dataset(str(folder), class_names, train, val)
+    held_out = [name for name in VAL_FOLDERS if (folder / name).is_dir()]
+    if not held_out:
+        raise DatasetError(
+            f"{folder} has no 'val' folder beside its 'train' (nor {', '.join(VAL_FOLDERS[1:])}); "
+            "give both, or one folder per class to have it split"
+        )
+    if held_out[0] != "val" or len(held_out) > 1:
+        unused = f"; {' and '.join(held_out[1:])} is not used" if held_out[1:] else ""
+        log.info("held-out images are those of %s%s", folder / held_out[0], unused)
+    class_names, train = _read_classes(folder / "train", folder)
+    _, val = _read_classes(folder / held_out[0], folder, class_names)
+    return Dataset(str(folder), class_names, train, val)
+
+
+def _warn_of_classes_without_val(dataset: Dataset) -> None:
+    missing = {sample.label for sample in dataset.train} - {s.label for s in dataset.val}
+    if missing:
+        log.warning(
+            "no held-out images of %d of the %d classes: %s; accuracy says nothing about them",
+            len(missing),
+            len(dataset.class_names),
+            _shorten([dataset.class_names[label] for label in sorted(missing)]),
+        )
+
+
 def _load_shards(source: str, is_split: bool) -> Dataset:
     shards = load_shards(source)
     train, val = _samples(shards.train), _samples(shards.val)
@@ -322,27 +359,40 @@ def _class_indices(folders: Sequence[str], class_names: Sequence[str]) -> list[i
     return [indices[folder] for folder in folders]
 
 
-def _read_classes(folder: Path, top: Path) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
-    classes = sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if len(classes) < 2:
-        found = f"only '{classes[0].name}'" if classes else "none"
-        raise DatasetError(f"{folder} needs at least two class folders with images, found {found}")
-    samples: list[Sample] = []
-    for label, class_folder in enumerate(classes):
-        files = sorted(
-            path
-            for path in class_folder.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def _read_classes(
+    folder: Path, top: Path, known: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], tuple[Sample, ...]]:
+    # Labels count in the `known` classes, where these are given; then some may be missing.
+    entries = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    found = {e.name: find_image_files(e) for e in entries if not is_hidden([e.name])}
+    num_hidden = sum(num for _, num in found.values())
+    for entry in entries:
+        if is_hidden([entry.name]):
+            files, num = find_image_files(entry)
+            num_hidden += len(files) + num
+    if num_hidden:
+        log.info("passed over %d hidden images under %s", num_hidden, folder)
+    class_names = tuple(found) if known is None else known
+    if unknown := sorted(set(found) - set(class_names)):
+        raise DatasetError(
+            f"the classes of {folder} are not those of train: only {folder.name} has "
+            f"{_shorten(unknown)}; add them to train, or remove them"
         )
-        if not files:
+    if len(class_names) < 2:
+        only = f"only '{class_names[0]}'" if class_names else "none"
+        raise DatasetError(f"{folder} needs at least two class folders with images, found {only}")
+    samples: list[Sample] = []
+    for label, name in enumerate(class_names):
+        files, _ = found.get(name, ([], 0))
+        if not files and known is None:
             raise DatasetError(
-                f"the class folder {class_folder} holds no images "
+                f"the class folder {folder / name} holds no images "
                 f"({', '.join(sorted(IMAGE_SUFFIXES))}); fill it or remove it"
             )
         samples += [Sample(str(path.relative_to(top)), label, path) for path in files]
-    return tuple(entry.name for entry in classes), tuple(samples)
+    if not samples:
+        raise DatasetError(f"{folder} holds no images of train's classes; fill it or remove it")
+    return class_names, tuple(samples)
 
 
 def _split(
@@ -381,7 +431,7 @@ def _largest_remainder(sizes: dict[int, int], fraction: float) -> dict[int, int]
 
 
 def _require_no_class_lost(before: Dataset, after: Dataset) -> None:
-    # Of shards, val may have some of the classes only; of folders, each has an image.
+    # Val may have some of the classes only.
     for part in ("train", "val"):
         had, has = ({s.label for s in getattr(dataset, part)} for dataset in (before, after))
         for label in sorted(had - has):

@@ -1,7 +1,7 @@
 """A tar -> name and place of each file in it, from its headers; and the bytes at such a place."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -11,6 +11,16 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 BLOCK_BYTES = 512
 ZERO_BLOCK = bytes(BLOCK_BYTES)
 CHUNK_BYTES = 1024 * 1024
+
+
+def is_hidden(parts: Iterable[str]) -> bool:
+    """Tell whether a file is none of the data's, by one of the names on the way to it.
+
+    Editors, file managers and archivers leave copies and thumbnails under such names.
+    """
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in parts
+    )
 
 
 class DatasetError(ValueError):
@@ -88,7 +98,8 @@ def walk_tar(file: IO[bytes], shard: str) -> Iterator[tuple[str, int, int]]:
             size, long_size = size if long_size is None else int(long_size), None
             is_folder = kind in b"5\0" and (kind == ord("5") or name.endswith("/"))
             if kind in b"123456" or is_folder:
-                if kind in b"12" and Path(name).suffix.lower() in IMAGE_SUFFIXES | {".cls"}:
+                is_data = Path(name).suffix.lower() in IMAGE_SUFFIXES | {".cls"}
+                if kind in b"12" and is_data and not is_hidden(name.split("/")):
                     advice = "pack it with tar --dereference --hard-dereference"
                     _refuse(shard, f"holds {name} as a link; {advice}")
                 size = 0

@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from efficientnet.datasets import IMAGE_SUFFIXES
+from efficientnet.datasets import find_image_files
 from efficientnet.errors import PipelineError
 from efficientnet.preprocess import PreprocessSpec
 
@@ -47,7 +47,7 @@ class Difference(BaseModel):
 
 def read_photos(folder: Path) -> list[bytes]:
     """Read all images of a folder, in the order of their paths."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths, _ = find_image_files(folder)
     if not paths:
         raise PreprocessingError(f"no images in {folder}; give a folder of JPEG files")
     return [path.read_bytes() for path in paths]

@@ -15,7 +15,7 @@ from efficientnet.checkpoint import load_checkpoint, read_checkpoint
 from efficientnet.variants import NetworkOptions
 from training import loop, trainer
 from training.loop import StepReport, TrainingError
-from training.metrics import draw_curves, read_metrics
+from training.metrics import draw_curves, loss_axis_end, read_metrics
 from training.optim import WeightAverage, build_optimizer, learning_rate_at
 from training.recipes import digits_recipe, imagenet_recipe
 from training.run import ResumeConfig, main
@@ -133,7 +133,16 @@ def test_a_full_disk_ends_tensorboards_log_and_not_the_training(
 
 def test_curves_are_drawn_of_any_number_of_stages(tmp_path: Path):
     epochs = [epoch_metrics(number, stage=number) for number in range(1, 31)]
-    assert draw_curves(tmp_path, epochs, "thirty stages").is_file()
+    assert draw_curves(tmp_path, epochs, "thirty stages", 10).is_file()
+
+
+def test_a_spike_does_not_stretch_the_loss_axis(tmp_path: Path):
+    usual = [epoch_metrics(n, train_loss=1.0 + 1 / n, val_loss=0.9) for n in range(1, 9)]
+    end = loss_axis_end(usual, 10)
+    assert 2.0 < end < 1.5 * math.log(10)
+    spiked = [*usual, epoch_metrics(9, val_loss=37.5), epoch_metrics(10, val_loss=24_133.0)]
+    assert loss_axis_end(spiked, 10) == pytest.approx(1.5 * math.log(10))
+    assert draw_curves(tmp_path, spiked, "a spike", 10).is_file()
 
 
 @pytest.mark.parametrize(

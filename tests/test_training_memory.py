@@ -1,16 +1,21 @@
 """How much a pass holds, and the batch plan made of it."""
 
+import os
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_trainings import step_of, with_stages
+from small_trainings import small_run, step_of, with_stages
 
 from efficientnet.checkpoint import read_checkpoint
 from efficientnet.model import build_model
 from efficientnet.variants import VARIANTS, NetworkOptions
+from training import loop
 from training import run as command
 from training.config import TrainConfig
 from training.memory import (
@@ -65,6 +70,35 @@ def test_memory_plan_takes_the_largest_part_of_the_batch_that_fits_each_stage():
         assert model.bytes_for(stage.image_size, 2 * size) > limit or size == 512
     # The share of one of four processes is what is divided.
     assert all(128 % size == 0 for size in plan(config, limit, world_size=4))
+
+
+def test_a_stage_after_a_larger_one_has_a_peak_of_its_own():
+    # In a process of its own: how the C library frees memory is set for all of it.
+    code = """
+import torch
+from training.memory import *
+cpu = torch.device("cpu")
+keep_freed_memory()
+def peak_of(num_bytes):
+    give_back_freed_memory(cpu)
+    assert reset_peak_memory(cpu)
+    parts = [torch.ones(num_bytes // 40) for _ in range(10)]
+    return peak_memory_bytes(cpu)
+large, small = peak_of(400_000_000), peak_of(40_000_000)
+assert large - small > 300_000_000, (large, small)
+"""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this container does not let a process start a new count of its peak")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_peak_that_cannot_be_counted_anew_is_not_a_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop, "reset_peak_memory", lambda _: False)
+    command.main(replace(small_run(tmp_path), epochs=3))
+    rows = re.findall(r"^\| [123] \| \d+ px .*", (tmp_path / "run/report.md").read_text(), re.M)
+    assert len(rows) == 3 and all(row.endswith("| - |") for row in rows)
 
 
 def test_half_precision_fits_about_twice_as_many():

@@ -16,7 +16,7 @@ MAX_RANDAUGMENT_MAGNITUDE = 30.0
 MAX_TRAIN_IMAGE_SIZE = 1024
 
 # What may change when a run is gone on with: it does not change what is computed.
-FREE_TO_CHANGE = ("num_workers", "output", "keep_checkpoints", "checkpoint_every_steps")
+FREE_TO_CHANGE = ("recipe_reason", "num_workers", "output", "keep_checkpoints", "checkpoint_every_steps")
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,9 @@ class TrainConfig:
     recipe: tyro.conf.Suppress[str] = "digits"
     """The name that --recipe was given, of which all these values are."""
 
+    recipe_reason: tyro.conf.Suppress[str] = ""
+    """Why it was taken; empty = it was asked for."""
+
     steps: int | None = None
     """Optimizer steps in all, instead of `epochs`."""
 
@@ -189,9 +192,14 @@ class TrainConfig:
     torchvision:NAME."""
 
     data: str | None = None
-    """Folder with one folder of images per class, or with train/ and val/ of those; folder,
-    pattern, http(s) address or pipe: of tar shards; cifar10, cifar100, flowers102, stanford_cars,
-    imagenet; None = the handwritten digits that come with scikit-learn."""
+    """Folder with one folder of images per class, or with train/ and val/ (valid, validation,
+    test) of those; folder, pattern, http(s) address or pipe: of tar shards; cifar10, cifar100,
+    flowers102, stanford_cars, imagenet; None = the handwritten digits that come with
+    scikit-learn."""
+
+    image_key: str | None = None
+    """Which of several images of a key of the shards is meant: what follows the first dot of its
+    name, e.g. left.png."""
 
     data_folder: Path = Path("data")
     """Where the named sets are kept and downloaded to."""

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from efficientnet.atomic import write_text
 from efficientnet.children import obey_parent
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Sample
+from efficientnet.datasets import Sample, find_image_files
 from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.errors import PipelineError
 from efficientnet.publishing import find_section, published_directory, write_section
@@ -208,7 +208,7 @@ def find_jpegs(folder: Path) -> tuple[Path, ...]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected one of JPEG images")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in JPEG_SUFFIXES)
+    files = [path for path in find_image_files(folder)[0] if path.suffix.lower() in JPEG_SUFFIXES]
     if not files:
         raise LoaderSpeedError(f"{folder} has no .jpg or .jpeg files: give a folder of photos")
     return tuple(files)

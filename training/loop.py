@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from efficientnet.class_accuracy import ClassAccuracy
 from efficientnet.errors import PipelineError
 from efficientnet.model import EfficientNet
 from training.distributed import sum_of
 from training.loader import Batch
-from training.memory import peak_memory_bytes, reset_peak_memory
+from training.memory import give_back_freed_memory, peak_memory_bytes, reset_peak_memory
 from training.optim import learning_rate_at
 from training.progressive import Stage
 from training.sampler import StepPlan
@@ -44,6 +45,7 @@ class Evaluation:
     top1: float
     top5: float
     num_images: int
+    classes: ClassAccuracy
     confusion: tuple[tuple[int, ...], ...] | None = None
     """Images by true class (row) and predicted class; None with too many classes."""
 
@@ -94,7 +96,7 @@ def train_epoch(
     # Continued in the same precision, so that a resumed epoch adds up to the very same sum.
     loss_sum = torch.tensor(totals.loss_sum, dtype=torch.float64, device=device)
     unread: list[Tensor] = []
-    started, first_step, begun = perf_counter(), state.step, -1
+    started, first_step, begun, is_memory_counted = perf_counter(), state.step, -1, False
     loss: float | None = None
     stage_began = started
     seconds_before, images_before = totals.seconds, totals.num_images
@@ -103,8 +105,12 @@ def train_epoch(
         stage = stages[plan.stage_of(state.step)]
         if stage.index != begun:
             step.begin_stage(stage, plan.micro_batch_sizes[stage.index])
-            state.stages.setdefault(stage.index, StageTotals())
-            reset_peak_memory(device)
+            stage_totals = state.stages.setdefault(stage.index, StageTotals())
+            # All of its steps take the same: to start a count anew in each epoch would cost time.
+            is_memory_counted = not stage_totals.num_images
+            if is_memory_counted:
+                give_back_freed_memory(device)
+                is_memory_counted = reset_peak_memory(device)
             begun, stage_began = stage.index, perf_counter()
         rate = learning_rate_at(
             state.step, config.optimizer, config.batch_size, plan.steps_per_epoch, plan.num_steps
@@ -135,9 +141,8 @@ def train_epoch(
         if is_last or ends_stage:
             stage_totals = state.stages[stage.index]
             stage_totals.seconds += perf_counter() - stage_began
-            stage_totals.peak_memory_bytes = max(
-                stage_totals.peak_memory_bytes, peak_memory_bytes(device)
-            )
+            if is_memory_counted:
+                stage_totals.peak_memory_bytes = peak_memory_bytes(device)
             begun = -1
         if is_last:
             break
@@ -179,6 +184,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     count = 0
     num_classes = model.num_classes
+    class_counts = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # images, hits
     num_cells = num_classes**2 if num_classes <= MAX_CONFUSION_CLASSES else 0
     confusion = torch.zeros(num_cells, dtype=torch.int64, device=device)
     for images, labels in batches:
@@ -190,10 +196,13 @@ def evaluate(
         hits = best == labels[:, None]
         sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.any(dim=1).sum()])
         count += len(labels)
+        ones = torch.ones_like(labels)
+        class_counts[0].index_add_(0, labels, ones)
+        class_counts[1].index_add_(0, labels, hits[:, 0].long())
         if num_classes <= MAX_CONFUSION_CLASSES:
-            ones = torch.ones_like(labels)
             confusion.index_add_(0, labels * num_classes + best[:, 0], ones)
     loss_sum, num_top1, num_top5, num_images = sum_of([*sums.tolist(), count])
+    class_sums = [int(number) for number in sum_of(class_counts.flatten().tolist())]
     matrix = None
     if num_classes <= MAX_CONFUSION_CLASSES:
         counts = iter(sum_of(confusion.tolist()))
@@ -205,5 +214,6 @@ def evaluate(
         num_top1 / num_images,
         num_top5 / num_images,
         int(num_images),
+        ClassAccuracy(tuple(class_sums[:num_classes]), tuple(class_sums[num_classes:])),
         matrix,
     )

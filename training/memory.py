@@ -53,15 +53,23 @@ def peak_memory_bytes(device: torch.device) -> int:
     return 0
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Start a new count of the peak."""
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start a new count of the peak, with what is in use; tell whether that can be done."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # Not allowed in some containers; the peak is then that of the whole process.
+        return False  # Not allowed in some containers; the peak stays that of the whole process.
+    return True
+
+
+def give_back_freed_memory(device: torch.device) -> None:
+    """Let the system have what the C library kept, or it would count as in use for ever."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if device.type == "cpu" and trim is not None:
+        trim(0)
 
 
 def keep_freed_memory() -> None:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from efficientnet.atomic import write_bytes, write_text
+from efficientnet.class_accuracy import MAX_CLASSES_WITHOUT_TOP5, ClassAccuracy, is_at_chance
 from efficientnet.datasets import data_name
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.tables import NOTHING, Table, format_bytes, format_percent, format_rate
@@ -30,6 +31,8 @@ REPORT_FILE = "report.md"
 CONFUSION_FILE = "confusion.png"
 
 NUM_CONFUSED_PAIRS = 5
+# Of more classes only the worst are listed.
+MAX_LISTED_CLASSES, NUM_WORST_CLASSES = 100, 20
 
 # Beyond it the counts would be smaller than can be read.
 MAX_CLASSES_WITH_COUNTS = 20
@@ -108,11 +111,18 @@ def write_report(
     )
     subject = f"{config.variant} on {data_name(config.data)}"
     top1, matrix = format_percent(final.result.top1), final.result.confusion
+    classes = final.result.classes
+    largest = f"always naming the largest class, {class_names[classes.largest]},"
+    is_chance = is_at_chance(final.result.top1, classes.largest_share, num_val)
+    verdict = f" (not clearly above {largest.rstrip(',')})" if is_chance else ""
     if matrix is not None:
         title = f"{subject}: {top1} top-1 of {num_val:,} held-out images"
         write_bytes(directory / CONFUSION_FILE, draw_confusion(matrix, class_names, title))
     parts = [
-        f"# {subject}: {top1} top-1 in {format_seconds(epochs[-1].elapsed_s)}",
+        f"# {subject}: {top1} top-1{verdict} in {format_seconds(epochs[-1].elapsed_s)}",
+        f"{largest[0].upper()}{largest[1:]} would have "
+        f"{format_percent(classes.largest_share)} top-1. Balanced accuracy, the mean of the "
+        f"classes' recalls: {format_percent(classes.balanced)}.",
         f"The averaged weights at {final.image_size} px on {num_val:,} held-out images, after "
         f"{len(epochs)} epoch{'s' * (len(epochs) > 1)} over {num_train:,} training images of "
         f"{len(class_names):,} classes on {_processes(device_name, world_size)}; the time is "
@@ -121,15 +131,18 @@ def write_report(
         evaluation_table(evaluations, config.eval_image_size).markdown(),
         "Averaged: the moving average, which is what is deployed. Raw: the last step's. The loss "
         "is the cross entropy without label smoothing.",
+        "## Classes",
+        *_class_parts(classes, class_names),
         "## Stages",
         stage_table(stages).markdown(),
-        "Without evaluation. Memory: the most that the device had in use, or the process where "
-        "there is no GPU.",
+        "Without evaluation. Memory: the most that the device had in use during the stage, or the "
+        "process where there is no GPU (with the libraries' own).",
         "## Curves",
-        f"![Loss and top-1 over the time of training]({CURVES_FILE})",
+        f"![Loss, top-1 and learning rate over the time of training]({CURVES_FILE})",
         "## Confusion",
         *_confusion_parts(matrix, class_names),
         "## Recipe",
+        *([f"{config.recipe}: {config.recipe_reason}."] if config.recipe_reason else []),
         recipe_table(config).markdown(),
         "## Environment",
         environment_table(environment, device_name, world_size).markdown(),
@@ -140,6 +153,8 @@ def write_report(
 
 def evaluation_table(evaluations: Sequence[FinalEvaluation], eval_image_size: int) -> Table:
     """Lay out the final evaluations."""
+    num_classes = len(evaluations[0].result.classes.images)
+    has_top5 = num_classes > MAX_CLASSES_WITHOUT_TOP5
     rows: list[tuple[str, ...]] = []
     for evaluation in evaluations:
         uses = ["evaluation"] if evaluation.image_size == eval_image_size else []
@@ -151,12 +166,39 @@ def evaluation_table(evaluations: Sequence[FinalEvaluation], eval_image_size: in
                 f"{evaluation.image_size} px",
                 " and ".join(uses),
                 format_percent(result.top1, 2),
-                format_percent(result.top5, 2),
+                *([format_percent(result.top5, 2)] if has_top5 else []),
+                format_percent(result.classes.balanced, 2),
                 f"{result.loss:.4f}",
             )
         )
-    columns = ("weights", "size", "which is that of", "top-1", "top-5", "loss")
+    top5 = ("top-5",) if has_top5 else ()
+    columns = ("weights", "size", "which is that of", "top-1", *top5, "balanced", "loss")
     return Table(columns, tuple(rows), frozenset({"weights", "which is that of"}))
+
+
+def _class_parts(classes: ClassAccuracy, class_names: Sequence[str]) -> list[str]:
+    order = list(range(len(class_names)))
+    parts: list[str] = []
+    if len(order) > MAX_LISTED_CLASSES:
+        with_images = [index for index in order if classes.images[index]]
+        order = sorted(with_images, key=lambda index: classes.recalls[index] or 0.0)
+        order = order[:NUM_WORST_CLASSES]
+        parts = [f"The {len(order)} of lowest recall, of {len(class_names):,}."]
+    total, recalls = sum(classes.images), classes.recalls
+    rows: list[tuple[str, ...]] = []
+    for index in order:
+        images, recall = classes.images[index], recalls[index]
+        rows.append(
+            (
+                class_names[index],
+                f"{images:,}",
+                format_percent(images / total),
+                NOTHING if recall is None else format_percent(recall),
+            )
+        )
+    columns = ("class", "held-out images", "share", "recall")
+    table = Table(columns, tuple(rows), frozenset(columns[:1])).markdown()
+    return [*parts, table, "Recall: the part of a class's images that is given that class."]
 
 
 def stage_table(stages: Sequence[StageResult]) -> Table:

@@ -181,7 +181,7 @@ def publish(run: Run, best: dict[str, float] | None, history: Sequence[dict[str,
         epochs = [EpochMetrics(**epoch) for epoch in history]
         write_metrics(run.directory, epochs)
         title = f"{run.config.variant} on {data_name(run.dataset.source)}"
-        draw_curves(run.directory, epochs, title)
+        draw_curves(run.directory, epochs, title, len(run.dataset.class_names))
 
 
 def _folder_of(step: int) -> str:

@@ -3,12 +3,25 @@
 import logging
 from pathlib import Path
 
-from efficientnet.checkpoint import CheckpointError, load_checkpoint
+from efficientnet.checkpoint import (
+    RECORD_FILE,
+    CheckpointError,
+    load_checkpoint,
+    read_checkpoint,
+)
 from efficientnet.variants import get_variant
 from training.config import TrainConfig
-from training.published import PublishedWeights, load_published
+from training.published import PublishedWeights, load_published, published_entries
 
 log = logging.getLogger(__name__)
+
+
+def start_image_size(weights: str) -> int | None:
+    """Return the size that weights are used at, as far as it can be told without fetching them."""
+    if (Path(weights) / RECORD_FILE).is_file():
+        return read_checkpoint(Path(weights)).preprocess.image_size
+    entry = published_entries().get(weights)
+    return entry.usage.image_size[0] if entry else None
 
 
 def load_start(config: TrainConfig) -> PublishedWeights | None:

@@ -22,7 +22,8 @@ class StageTotals:
     seconds: float = 0.0
     """In training, evaluation excluded."""
     peak_memory_bytes: int = 0
-    """Of the device, or of the process where there is no GPU, up to the stage's end."""
+    """Of the device, or of the process where there is no GPU, within the stage; 0: cannot be told
+    apart from what came before."""
 
 
 @dataclass

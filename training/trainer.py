@@ -3,6 +3,7 @@
 import copy
 import errno
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from efficientnet.class_accuracy import is_at_chance
 from efficientnet.environment import current_environment, num_usable_cores
+from efficientnet.tables import format_percent
 from training.distributed import Ranks, from_main, local_world_size
 from training.loader import (
     Batch,
@@ -44,6 +47,10 @@ from training.watching import TensorBoardLog
 EVAL_BATCH_SIZE = 64
 
 MAX_ROLLBACKS = 3
+
+# Times the loss of guessing, ln(classes), from which on a mean training loss is no chance, and a
+# held-out loss no mere overconfidence.
+WORSE_THAN_GUESSING, EXPLODED = 1.1, 3.0
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +197,8 @@ class Trainer:
         self._bar.top1 = evaluation.top1
         if self.ranks.is_main:
             self._bar.write(describe(metrics, self.plan.num_epochs, len(self.stages)))
+            for warning in signs_of_failure(metrics, len(self.run.dataset.class_names)):
+                self._bar.write(f"epoch {metrics.epoch:3d}: {warning}")
             self._board.on_epoch(metrics)
         return evaluation
 
@@ -254,6 +263,16 @@ class Trainer:
             )
             for stage in self.stages
         ]
+        final = evaluations[sorted(sizes).index(run.preprocess.image_size)].result
+        classes = final.classes
+        if is_at_chance(final.top1, classes.largest_share, final.num_images):
+            log.warning(
+                "top-1 %s is not clearly above always naming the largest class, '%s': %s; the "
+                "network has not learned to tell the classes apart",
+                format_percent(final.top1),
+                run.dataset.class_names[classes.largest],
+                format_percent(classes.largest_share),
+            )
         write_report(
             run.directory,
             run.config,
@@ -303,9 +322,34 @@ def epoch_metrics(
         val_loss=evaluation.loss,
         top1=evaluation.top1,
         top5=evaluation.top5,
+        balanced_accuracy=evaluation.classes.balanced,
         images_per_s=state.totals.num_images / state.totals.seconds,
         elapsed_s=state.elapsed_s,
     )
+
+
+def signs_of_failure(metrics: EpochMetrics, num_classes: int) -> list[str]:
+    """Tell what is wrong with an epoch's losses: they are compared with those of guessing."""
+    guessing = math.log(num_classes)
+    signs: list[str] = []
+    # A uniform guess has this loss whatever the labels are smoothed or mixed with.
+    if metrics.train_loss > WORSE_THAN_GUESSING * guessing and metrics.epoch > 1:
+        signs.append(
+            f"the training loss {metrics.train_loss:.3g} is worse than guessing ({guessing:.2f}): "
+            "if it does not fall, stop, and lower --optimizer.learning-rate"
+        )
+    if metrics.val_loss > EXPLODED * guessing:
+        signs.append(
+            f"the held-out loss {metrics.val_loss:.3g} has exploded, guessing has {guessing:.2f}: "
+            + (
+                "the averaged weights still hold those of the first steps, or "
+                if metrics.epoch <= 2
+                else ""
+            )
+            + "the learning rate is too high (--optimizer.learning-rate), or the steps are too few "
+            "for batch norm's statistics (--batch-norm-momentum) and the moving average"
+        )
+    return signs
 
 
 def describe(metrics: EpochMetrics, num_epochs: int, num_stages: int) -> str:

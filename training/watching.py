@@ -60,8 +60,9 @@ class TensorBoardLog:
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         """Write an epoch's results."""
-        names = ("train_loss", "val_loss", "top1", "top5", "images_per_s")
-        self._write({f"epoch/{name}": getattr(metrics, name) for name in names}, metrics.step)
+        names = ("train_loss", "val_loss", "top1", "top5", "balanced_accuracy", "images_per_s")
+        values = {f"epoch/{name}": getattr(metrics, name) for name in names}
+        self._write({k: v for k, v in values.items() if v is not None}, metrics.step)
         with self._end_if_it_fails():
             if self._writer:
                 self._writer.flush()
