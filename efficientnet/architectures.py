@@ -16,7 +16,7 @@ _V2_B = [f"b{i}" for i in range(4)]
 ARCHITECTURES: dict[str, tuple[str, NetworkOptions]] = {
     **{f"timm:tf_efficientnet_{v}": (v, _options("same", 1e-3)) for v in _V1 + _LITE},
     **{f"timm:tf_efficientnetv2_{v}": (f"v2-{v}", _options("same", 1e-3)) for v in _V2 + _V2_B},
-    **{f"timm:efficientnet_{v}": (v, _options("symmetric", 1e-5)) for v in _V1[:6]},
+    **{f"timm:efficientnet_{v}": (v, _options("symmetric", 1e-5)) for v in _V1[:6] + _LITE},
     **{f"timm:efficientnetv2_{v}": (f"v2-{v}", _options("symmetric", 1e-5)) for v in _V2},
     **{f"torchvision:efficientnet_{v}": (v, _options("symmetric", 1e-5)) for v in _V1[:5]},
     **{f"torchvision:efficientnet_{v}": (v, _options("symmetric", 1e-3, 0.01)) for v in _V1[5:8]},

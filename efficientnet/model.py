@@ -22,9 +22,11 @@ class SamePadConv2d(nn.Conv2d):
         top, bottom = self._margins(input.shape[2])
         left, right = self._margins(input.shape[3])
         if top == bottom and left == right:
-            return conv2d(input, self.weight, None, self.stride, (top, left), groups=self.groups)
+            return conv2d(
+                input, self.weight, self.bias, self.stride, (top, left), groups=self.groups
+            )
         input = pad(input, (left, right, top, bottom))
-        return conv2d(input, self.weight, None, self.stride, 0, groups=self.groups)
+        return conv2d(input, self.weight, self.bias, self.stride, 0, groups=self.groups)
 
     def _margins(self, size: int) -> tuple[int, int]:
         # Pixels before and after, of which the odd one comes after.
@@ -209,7 +211,9 @@ class FusedMBConv(ResidualBlock):
         stochastic_depth_rate: float,
         activation: Activation,
     ) -> None:
-        out_channels = spec.out_channels if spec.expand_ratio == 1 else in_channels * spec.expand_ratio
+        out_channels = (
+            spec.out_channels if spec.expand_ratio == 1 else in_channels * spec.expand_ratio
+        )
         kernel_size = spec.kernel_size
         layers: list[nn.Module] = [
             ConvNormAct(

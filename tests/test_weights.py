@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from efficientnet.architectures import ARCHITECTURES
 from efficientnet.model import Dropout, build_model
 from efficientnet.variants import VARIANTS, NetworkOptions
-from efficientnet.weights import WeightsError, convert_weights, recognize_layout, timm_names
+from efficientnet.layouts import names_in, timm_names
+from efficientnet.weights import WeightsError, convert_weights, recognize_layout
 
 # Largest |ours - theirs| over largest |theirs|, for each tensor as a whole: single gradients may be
 # the difference of large terms. Both sum in float64, whose rounding (1e-16) grows over up to 300
@@ -31,6 +32,7 @@ TIMM = [
     *(f"timm:tf_efficientnet_lite{i}" for i in range(5)),
     *(f"timm:tf_efficientnetv2_{v}" for v in ("s", "m", "l", "xl", "b0", "b1", "b2", "b3")),
     *(f"timm:efficientnet_b{i}" for i in range(6)),
+    *(f"timm:efficientnet_lite{i}" for i in range(5)),
     *(f"timm:efficientnetv2_{v}" for v in ("s", "m", "l", "xl")),
 ]
 TORCHVISION = [
