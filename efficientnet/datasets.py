@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from efficientnet.braces import expand_braces
-from efficientnet.embedded import digit_images, photo_crops
+from efficientnet.embedded import CALIBRATION_SEED, digit_images, photo_crops
 from efficientnet.environment import num_usable_cores
 from efficientnet.fetching import is_remote, remote_path
 from efficientnet.preprocess import ImageError, decode_image
@@ -293,6 +293,11 @@ def _load_digits() -> Dataset:
 def _load_sample_photos() -> Dataset:
     samples = tuple(Sample(name, 0, data) for name, data in photo_crops())
     return Dataset(SAMPLE_PHOTOS, (), (), samples)
+
+
+def sample_photos_to_calibrate(count: int) -> tuple[Sample, ...]:
+    """Return crops of the sample photographs that are not among those of `sample-photos`."""
+    return tuple(Sample(name, 0, data) for name, data in photo_crops(count, CALIBRATION_SEED))
 
 
 def _load_shards(source: str, is_split: bool) -> Dataset:

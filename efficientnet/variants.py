@@ -173,7 +173,7 @@ _V1_ROWS = (
     ("b5", 1.6, 2.2, 456, 0.4, PublishedResult(_TABLE_7, 0.837, 60, 43)),
     ("b6", 1.8, 2.6, 528, 0.5, PublishedResult(_TABLE_7, 0.843, 97, 75)),
     ("b7", 2.0, 3.1, 600, 0.5, PublishedResult(_TABLE_7, 0.847, 170, 139)),
-    # In neither paper: of the released code, and of "Adversarial Examples Improve Image Recognition".
+    # Of the released code; published weights are by Xie et al. 2020 (arXiv 1911.09665).
     ("b8", 2.2, 3.6, 672, 0.5, None),
 )
 

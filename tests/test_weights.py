@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from efficientnet.architectures import ARCHITECTURES
+from efficientnet.layouts import timm_names
 from efficientnet.model import Dropout, build_model
 from efficientnet.variants import VARIANTS, NetworkOptions
-from efficientnet.layouts import names_in, timm_names
 from efficientnet.weights import WeightsError, convert_weights, recognize_layout
 
 # Largest |ours - theirs| over largest |theirs|, for each tensor as a whole: single gradients may be

@@ -245,7 +245,8 @@ def load_published(
         spec: the variant that the weights must be of.
         like: for a file, the LIBRARY:NAME that it is used like.
         num_classes: length that the classifier must have; None = whatever it has.
-        entry, drop: for a file, see read_weights_file.
+        entry: of a file, see read_weights_file.
+        drop: likewise.
 
     Raises:
         WeightsError: they cannot be had, do not fit, or it is open how they are used.
