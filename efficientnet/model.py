@@ -15,18 +15,21 @@ from efficientnet.variants import Activation, NetworkOptions, StageSpec, Variant
 
 
 class SamePadConv2d(nn.Conv2d):
-    """Convolution without bias, padded as TensorFlow's SAME: by the size of what comes in."""
+    """Convolution padded as TensorFlow's SAME: by the size of what comes in."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [N, in, H, W] to [N, out, ceil(H / stride), ceil(W / stride)]."""
         top, bottom = self._margins(input.shape[2])
         left, right = self._margins(input.shape[3])
         if top == bottom and left == right:
-            return conv2d(
-                input, self.weight, self.bias, self.stride, (top, left), groups=self.groups
-            )
-        input = pad(input, (left, right, top, bottom))
-        return conv2d(input, self.weight, self.bias, self.stride, 0, groups=self.groups)
+            return self._convolve(input, (top, left))
+        return self._convolve(pad(input, (left, right, top, bottom)), 0)
+
+    def _convolve(self, input: Tensor, padding: int | tuple[int, int]) -> Tensor:
+        # It has a bias once batch norm is folded into it.
+        return conv2d(
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
 
     def _margins(self, size: int) -> tuple[int, int]:
         # Pixels before and after, of which the odd one comes after.

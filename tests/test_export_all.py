@@ -96,10 +96,10 @@ def test_one_precision_is_not_taken():
 
 
 def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
-    trained_checkpoint: Path, tmp_path: Path
+    fitted_checkpoint: Path, tmp_path: Path
 ):
     command = [
-        *(sys.executable, str(ROOT / "export/all.py"), "--checkpoint", str(trained_checkpoint)),
+        *(sys.executable, str(ROOT / "export/all.py"), "--checkpoint", str(fitted_checkpoint)),
         *("--only", "ort", "--seconds", "0.5", "--num-parity-images", "64"),
         *("--num-calibration-images", "64", "--max-drop", "2"),
     ]

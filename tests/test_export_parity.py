@@ -9,6 +9,7 @@ import torch
 from efficientnet.artifact import ParityRecord, ParityTolerances
 from efficientnet.checkpoint import load_checkpoint
 from efficientnet.command import parse_flags
+from efficientnet.precision import Precision
 from efficientnet.runtimes import ProgramInfo, Runtime, open_runtime
 from export import agreement, ort
 from export.agreement import (
@@ -90,17 +91,19 @@ def test_another_top1_class_within_the_margin_is_told_and_does_not_count():
 
 def test_tolerances_grow_with_the_logits_and_with_the_rounding():
     logits = np.float32([[0, 4], [4, 0]])
-    errors = {p: tolerances_for(p, logits).max_abs_logit_error for p in ("fp32", "fp16", "bf16")}
-    assert errors["fp32"] < errors["fp16"] < errors["bf16"]
-    assert tolerances_for("fp16", 10 * logits).max_abs_logit_error == pytest.approx(
-        10 * errors["fp16"]
-    )
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+    errors = [tolerances_for(p, logits).max_abs_logit_error for p in precisions]
+    assert errors == sorted(set(errors))
+    assert errors[0] <= 1e-3 * logits.std()
+    for precision, error in zip(precisions, errors, strict=True):
+        small = tolerances_for(precision, 0.01 * logits)
+        assert small.max_abs_logit_error == pytest.approx(0.01 * error)
 
 
 def test_a_refused_artifact_leaves_nothing_behind(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(agreement, "FP32_TOLERANCE", 0.0)
+    monkeypatch.setitem(agreement.RELATIVE_TOLERANCE, "fp32", 0.0)
     output = tmp_path / "artifacts" / "onnxruntime-fp32"
     with pytest.raises(ParityError):
         ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=output))

@@ -50,8 +50,8 @@ BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
 
 
 @pytest.fixture(scope="module")
-def source(trained_checkpoint: Path) -> Source:
-    return load_source(ExportConfig(checkpoint=trained_checkpoint, num_parity_images=64))
+def source(fitted_checkpoint: Path) -> Source:
+    return load_source(ExportConfig(checkpoint=fitted_checkpoint, num_parity_images=64))
 
 
 @pytest.fixture(scope="module")

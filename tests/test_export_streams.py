@@ -38,11 +38,11 @@ def random_images(directory: Path, count: int) -> NDArray[np.float32]:
 
 
 def test_streams_answer_each_image_at_its_place(
-    runtime: str, trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: str, fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # Any ratio is a gain.
     monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
-    directory = export(runtime, trained_checkpoint, tmp_path / "artifact", (1, 7))
+    directory = export(runtime, fitted_checkpoint, tmp_path / "artifact", (1, 7))
     assert read_artifact(directory).streamed_batches == (7,)
     images = random_images(directory, 7)
     opened = open_runtime(directory, num_threads=3)
@@ -55,21 +55,21 @@ def test_streams_answer_each_image_at_its_place(
 
 def test_what_gains_nothing_is_left_as_one_call(
     runtime: str,
-    trained_checkpoint: Path,
+    fitted_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
     monkeypatch.setattr(streams, "LEAST_GAIN", 1.0)
     caplog.set_level(logging.INFO)
-    directory = export(runtime, trained_checkpoint, tmp_path / "artifact", (1, 4))
+    directory = export(runtime, fitted_checkpoint, tmp_path / "artifact", (1, 4))
     assert read_artifact(directory).streamed_batches == ()
     assert "batch 4, image by image in streams" in caplog.text
     assert "left as one call" in caplog.text and "batch 1, image by image" not in caplog.text
 
 
 def test_streams_are_taken_by_the_median_of_the_turns(
-    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # Of each turn: the one call, then the streams. One turn is disturbed.
     seconds = iter([1.0, 0.9, 1.0, 0.9, 1.0, 5.0, 1.0, 0.9, 1.0, 0.9])
@@ -78,15 +78,15 @@ def test_streams_are_taken_by_the_median_of_the_turns(
         return next(seconds)
 
     monkeypatch.setattr(streams, "seconds_of_call", next_seconds)
-    directory = export("openvino", trained_checkpoint, tmp_path / "artifact", (2,))
+    directory = export("openvino", fitted_checkpoint, tmp_path / "artifact", (2,))
     assert read_artifact(directory).streamed_batches == (2,)
 
 
 def test_wrong_answers_in_streams_leave_the_older_artifact_as_it_was(
-    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(streams, "LEAST_GAIN", 1.0)
-    directory = export("openvino", trained_checkpoint, tmp_path / "artifact", (1, 5))
+    directory = export("openvino", fitted_checkpoint, tmp_path / "artifact", (1, 5))
     before = read_artifact(directory)
     monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
 
@@ -97,20 +97,20 @@ def test_wrong_answers_in_streams_leave_the_older_artifact_as_it_was(
 
     monkeypatch.setattr(streams, "check_parity", refuse)
     with pytest.raises(ParityError, match="refused"):
-        export("openvino", trained_checkpoint, tmp_path / "artifact", (1, 5))
+        export("openvino", fitted_checkpoint, tmp_path / "artifact", (1, 5))
     assert read_artifact(directory) == before
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 def test_the_winner_of_a_search_gets_streams(
-    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(search, "SECONDS", 0.1)
     monkeypatch.setattr(search, "TURNS", 2)
     monkeypatch.setattr(search, "NUM_CALLS", 2)
     monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
     config = OrtConfig(
-        trained_checkpoint,
+        fitted_checkpoint,
         tmp_path / "found",
         "int8",
         batches=(1, 4),
@@ -123,10 +123,10 @@ def test_the_winner_of_a_search_gets_streams(
 
 
 def test_layers_of_a_streamed_size_are_refused(
-    runtime: str, trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: str, fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
-    directory = export(runtime, trained_checkpoint, tmp_path / "artifact", (1, 4))
+    directory = export(runtime, fitted_checkpoint, tmp_path / "artifact", (1, 4))
     assert read_profiled(directory, 1).path == directory
     with pytest.raises(ValueError, match=r"answers 4 images one by one.*--batch-size 1"):
         read_profiled(directory, 4)
