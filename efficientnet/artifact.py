@@ -158,6 +158,9 @@ class AccuracyGate(_Frozen):
     """95 % confidence interval of the drop, paired (Agresti and Min 2005)."""
     max_drop: float
     dataset_sha256: str
+    is_labelled: bool = True
+    """Whether an answer is right by the image's label; if not, by the eager model's own answer, and
+    only images are counted that it is sure of."""
 
 
 class ArtifactManifest(_Frozen):

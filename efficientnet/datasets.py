@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from efficientnet.braces import expand_braces
-from efficientnet.embedded import digit_images, photo_crops
+from efficientnet.embedded import CALIBRATION_SEED, digit_images, photo_crops
 from efficientnet.environment import num_usable_cores
 from efficientnet.fetching import is_remote, remote_path
 from efficientnet.preprocess import ImageError, decode_image
@@ -29,6 +30,8 @@ SAMPLE_PHOTOS = "sample-photos"
 
 # WordNet number and name of the 1,000 classes, in the order of the logits.
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
+
+WORDNET_NUMBER = re.compile(r"n\d{8}(?=[_.])")
 
 # Part of the data's definition, not a setting: train and val must be the same in every command.
 SPLIT_SEED = 0
@@ -80,8 +83,9 @@ def load_dataset(source: str | Path, is_split: bool = True) -> Dataset:
     """Load `digits`, `sample-photos`, a folder of images, or WebDataset tar shards.
 
     Args:
-        source: a name; a folder that holds one folder per class, or a `train/` and a `val/` (or
-            another of VAL_FOLDERS) of such folders; or what shards.load_shards accepts.
+        source: a name; a folder that holds one folder per class, or files that begin with the
+            WordNet number of their class (n01440764_tench.JPEG), or a `train/` and a `val/` (or
+            another of VAL_FOLDERS) of one of these; or what shards.load_shards accepts.
         is_split: whether one folder per class, or shards none of which are val's, are split 80 / 20
             within each class, with a fixed seed; if not, all images are val's.
 
@@ -328,6 +332,11 @@ def _warn_of_classes_without_val(dataset: Dataset) -> None:
         )
 
 
+def sample_photos_to_calibrate(count: int) -> tuple[Sample, ...]:
+    """Return crops of the sample photographs that are not among those of `sample-photos`."""
+    return tuple(Sample(name, 0, data) for name, data in photo_crops(count, CALIBRATION_SEED))
+
+
 def _load_shards(source: str, is_split: bool) -> Dataset:
     shards = load_shards(source)
     train, val = _samples(shards.train), _samples(shards.val)
@@ -372,6 +381,8 @@ def _read_classes(
             num_hidden += len(files) + num
     if num_hidden:
         log.info("passed over %d hidden images under %s", num_hidden, folder)
+    if not found and known is None and (numbered := _read_numbered(folder, top)):
+        return numbered
     class_names = tuple(found) if known is None else known
     if unknown := sorted(set(found) - set(class_names)):
         raise DatasetError(
@@ -393,6 +404,21 @@ def _read_classes(
     if not samples:
         raise DatasetError(f"{folder} holds no images of train's classes; fill it or remove it")
     return class_names, tuple(samples)
+
+
+def _read_numbered(folder: Path, top: Path) -> tuple[tuple[str, ...], tuple[Sample, ...]] | None:
+    # Photographs of ImageNet that lie side by side; None if one file is named otherwise.
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = [WORDNET_NUMBER.match(path.name) for path in files]
+    numbers = [match.group() for match in found if match]
+    names = sorted(set(numbers))
+    if len(numbers) < len(files) or len(names) < 2:
+        return None
+    labels = {name: label for label, name in enumerate(names)}
+    return tuple(names), tuple(
+        Sample(str(path.relative_to(top)), labels[number], path)
+        for path, number in zip(files, numbers, strict=True)
+    )
 
 
 def _split(

@@ -17,6 +17,8 @@ from PIL import Image
 NUM_CROPS = 128
 MIN_CROP_SIZE = 160
 CROP_SEED = 0
+# Of the crops that ranges are chosen by: others than those that programs are checked on.
+CALIBRATION_SEED = 1
 
 
 def digit_images() -> tuple[tuple[str, ...], list[tuple[str, int, bytes]]]:
@@ -32,20 +34,20 @@ def digit_images() -> tuple[tuple[str, ...], list[tuple[str, int, bytes]]]:
     return tuple(str(name) for name in digits.target_names), images
 
 
-def photo_crops() -> list[tuple[str, bytes]]:
-    """Return name and JPEG of 128 crops of the photographs, of random place, size and shape."""
+def photo_crops(count: int = NUM_CROPS, seed: int = CROP_SEED) -> list[tuple[str, bytes]]:
+    """Return name and JPEG of crops of the photographs, of random place, size and shape."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # pyright: ignore[reportAttributeAccessIssue]
-    draw = random.Random(CROP_SEED)
+    draw = random.Random(seed)
     crops: list[tuple[str, bytes]] = []
-    for index in range(NUM_CROPS):
+    for index in range(count):
         photo = photos[index % len(photos)]
         width = draw.randint(MIN_CROP_SIZE, photo.width)
         height = draw.randint(MIN_CROP_SIZE, photo.height)
         left, top = draw.randint(0, photo.width - width), draw.randint(0, photo.height - height)
         crop = photo.crop((left, top, left + width, top + height))
-        crops.append((f"sample-photos/{index:03d}.jpg", _encode(crop, "JPEG", quality=95)))
+        crops.append((f"sample-photos/{seed}-{index:03d}.jpg", _encode(crop, "JPEG", quality=95)))
     return crops
 
 

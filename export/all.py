@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
-from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
+from efficientnet.artifact import AccuracyGate, read_artifact
 from efficientnet.atomic import point_link
 from efficientnet.children import stop_command
 from efficientnet.command import parse_flags, run_command
@@ -27,11 +27,18 @@ from export.config import ExportConfig
 from export.gate import Gate, GateError, require_gate_images
 from export.measuring import measure
 from export.source import Source, load_source
-from export.summary import SECTION, Line, Summary, choose_default, publish, table_of
+from export.summary import (
+    DEFAULT_LINK,
+    SECTION,
+    Line,
+    Summary,
+    choose_default,
+    line_of,
+    publish,
+    table_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-
-DEFAULT_LINK = "default"
 
 NUM_TURNS = 6
 
@@ -181,7 +188,7 @@ def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Pat
             name=candidate.name, precision=candidate.precision, artifact=None, left_out=reason
         )
     manifest = read_artifact(output, allow_unchecked=True)
-    return _line(candidate, output, manifest)
+    return line_of(candidate.name, output, manifest)
 
 
 def reason_of(text: str) -> str:
@@ -192,19 +199,6 @@ def reason_of(text: str) -> str:
     # A wrong flag's box: its words without the frame.
     inner = re.findall(r"^│ (.*?)\s*│$", text, re.M)
     return re.sub(r"^Error parsing \w+: ", "", " ".join(inner).partition(" ───")[0])
-
-
-def _line(candidate: Candidate, output: Path, manifest: ArtifactManifest) -> Line:
-    quantization = manifest.quantization
-    return Line(
-        name=candidate.name,
-        precision=candidate.precision,
-        artifact=str(output),
-        size_bytes=manifest.size_bytes,
-        max_abs_logit_error=manifest.parity.max_abs_logit_error if manifest.parity else None,
-        kept_blocks=len(quantization.kept_blocks) if quantization else 0,
-        left_out=None if manifest.parity else "built here, to be checked where it can run",
-    )
 
 
 def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Line]:

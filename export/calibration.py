@@ -15,7 +15,7 @@ from onnx import helper
 from tqdm import tqdm
 
 from efficientnet.atomic import write_text
-from efficientnet.datasets import Sample
+from efficientnet.datasets import SAMPLE_PHOTOS, Sample, sample_photos_to_calibrate
 from efficientnet.environment import num_usable_cores
 from efficientnet.errors import PipelineError
 from export.config import MIN_CALIBRATION_IMAGES, ExportConfig
@@ -38,10 +38,15 @@ class CalibrationError(PipelineError):
 def choose_samples(source: Source, config: ExportConfig) -> list[Sample]:
     """Draw the calibration images from the training images; held-out ones have no part in it.
 
+    Weights that were trained elsewhere come without: they get crops of two photographs.
+
     Raises:
         CalibrationError: there are fewer than --num-calibration-images.
     """
     train = source.dataset.train
+    if not train and source.record.data == SAMPLE_PHOTOS:
+        log.info("calibration on crops of two photographs, as there are no training images")
+        return list(sample_photos_to_calibrate(config.num_calibration_images))
     if len(train) < config.num_calibration_images:
         raise CalibrationError(
             f"there are {len(train)} training images in {source.dataset.source}, calibration needs "

@@ -6,6 +6,7 @@ Where it loses too much, the blocks that cost most are kept in a higher precisio
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from efficientnet.artifact import AccuracyGate, ArtifactManifest, BlockCost
 from efficientnet.datasets import SAMPLE_PHOTOS, Sample, sha256_of_samples
 from efficientnet.errors import PipelineError
 from efficientnet.runtimes import Runtime
-from export.agreement import problem_of, usual_batch_size
+from export.agreement import QUANTIZED_FLIP_MARGIN, problem_of, usual_batch_size
 from export.config import MIN_GATE_IMAGES
 from export.source import BATCH_SIZE, Source, batches_of, spread
 
@@ -45,18 +46,20 @@ class Attempt(NamedTuple):
 class Gate:
     """Holds the images, and what the eager model answers to them, over several programs.
 
+    Images without labels, as those have that come with weights trained elsewhere, have the eager
+    model's answers for labels, where it is sure of them: any other answer counts as lost.
+
     Raises:
-        GateError: the images have no labels, or there are fewer than 100.
+        GateError: there are fewer than 100.
     """
 
     def __init__(self, source: Source, num_images: int | None, max_drop: float) -> None:
         require_gate_images(source)
-        samples = source.dataset.val
-        self._samples = spread(samples, num_images or len(samples))
+        self._samples = _samples(source, num_images)
         self._source = source
         self._max_drop = max_drop
         self._sha256 = sha256_of_samples(self._samples)
-        self._reference = _reference(source, len(self._samples))
+        self._reference = _reference(source, num_images)
 
     def measure(self, runtime: Runtime) -> AccuracyGate:
         """Classify all images with a program."""
@@ -73,20 +76,21 @@ class Gate:
             drop_high=high,
             max_drop=self._max_drop,
             dataset_sha256=self._sha256,
+            is_labelled=is_labelled(self._source),
         )
+
+
+def is_labelled(source: Source) -> bool:
+    """Whether the held-out images have labels."""
+    return source.dataset.source != SAMPLE_PHOTOS
 
 
 def require_gate_images(source: Source) -> None:
-    """Check that there are labelled images to judge by.
+    """Check that there are enough images to judge by.
 
     Raises:
-        GateError: they have no labels, or there are fewer than 100.
+        GateError: there are fewer than 100.
     """
-    if source.dataset.source == SAMPLE_PHOTOS:
-        raise GateError(
-            "the accuracy gate needs images with labels, and these weights came without; give "
-            "--data FOLDER with train/ and val/, and in both one folder of images for each class"
-        )
     if len(source.dataset.val) < MIN_GATE_IMAGES:
         raise GateError(
             f"there are {len(source.dataset.val)} held-out images, the accuracy gate needs "
@@ -96,9 +100,20 @@ def require_gate_images(source: Source) -> None:
 
 # A search asks it for several artifacts of one checkpoint.
 @lru_cache(maxsize=1)
-def _reference(source: Source, num_images: int) -> NDArray[np.bool_]:
-    samples = spread(source.dataset.val, num_images)
-    return is_right(source, samples, source.answer, "the eager model")
+def _samples(source: Source, num_images: int | None) -> list[Sample]:
+    samples = spread(source.dataset.val, num_images or len(source.dataset.val))
+    if is_labelled(source):
+        return samples
+    logits = np.concatenate([source.answer(x) for x in batches_of(samples, source.preprocess)])
+    second, first = np.sort(logits, axis=1)[:, -2:].T
+    is_sure = first - second > QUANTIZED_FLIP_MARGIN * logits.std()
+    answers = logits.argmax(axis=1)
+    return [replace(s, label=int(answers[i])) for i, s in enumerate(samples) if is_sure[i]]
+
+
+@lru_cache(maxsize=1)
+def _reference(source: Source, num_images: int | None) -> NDArray[np.bool_]:
+    return is_right(source, _samples(source, num_images), source.answer, "the eager model")
 
 
 def is_right(
@@ -215,8 +230,9 @@ def verdict_of(attempt: Attempt) -> str:
 
 def describe(gate: AccuracyGate) -> str:
     """Write what was lost, with its interval, in one line."""
+    images = "held-out images" if gate.is_labelled else "images that the eager model is sure of"
     text = (
-        f"top-1 {gate.top1:.2%} on {gate.num_images} held-out images, {gate.reference_top1:.2%} "
+        f"top-1 {gate.top1:.2%} on {gate.num_images} {images}, {gate.reference_top1:.2%} "
         f"of the eager model: {100 * gate.drop:+.2f} points lost (95 % interval "
         f"{100 * gate.drop_low:+.2f} to {100 * gate.drop_high:+.2f}, at most "
         f"{100 * gate.max_drop:g})"

@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 from torch.utils.hooks import RemovableHandle
 
 from efficientnet.environment import num_usable_cores
-from efficientnet.model import ConvNormAct, EfficientNet, ResidualBlock, SqueezeExcite
+from efficientnet.model import ConvNormAct, EfficientNet, ReLU6, ResidualBlock, SqueezeExcite
 from efficientnet.precision import Precision
 from efficientnet.tables import Table
 from export.graph import INPUT_NAME, OUTPUT_NAME
@@ -165,8 +165,7 @@ def layers_by_block(model: EfficientNet) -> dict[str, list[str]]:
         for path, module in block.named_modules(prefix=name):
             if isinstance(module, ConvNormAct):
                 names[name].append(f"{path}.0/Conv")
-                if len(module) > 2:
-                    names[name] += [f"{path}.2/Sigmoid", f"{path}.2/Mul"]
+                names[name] += _activation_layers(module, path)
             elif isinstance(module, SqueezeExcite):
                 names[name] += [*_gate_layers(path), f"{path}/Mul"]
         if isinstance(block, ResidualBlock) and block.has_residual:
@@ -203,8 +202,8 @@ def show_model(model: EfficientNet, names: Sequence[str], images: NDArray[np.flo
     for path, module in model.named_modules():
         if isinstance(module, ConvNormAct):
             watch(module[1], f"{path}.0/Conv", f"{path}.2/Sigmoid")
-            if len(module) > 2:
-                watch(module[2], f"{path}.2/Mul")
+            for name in _activation_layers(module, path)[-1:]:
+                watch(module[2], name)
         elif isinstance(module, SqueezeExcite):
             watch_gate(module, path)
             watch(module, f"{path}/Mul")
@@ -258,6 +257,14 @@ def open_session(graph: onnx.ModelProto, is_optimized: bool) -> ort.InferenceSes
     return ort.InferenceSession(
         graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def _activation_layers(module: ConvNormAct, path: str) -> list[str]:
+    # The last one gives the activation's output.
+    if len(module) == 2:
+        return []
+    operators = ("Clip",) if isinstance(module[2], ReLU6) else ("Sigmoid", "Mul")
+    return [f"{path}.2/{operator}" for operator in operators]
 
 
 def _gate_layers(path: str) -> list[str]:

@@ -67,7 +67,6 @@ def write_onnxruntime(
         log.info("the CPU provider computes fp16 in fp32: the file is half as large, not faster")
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
-        log.info("export %s at %d px to ONNX", source.variant, source.image_size)
         typed = typed_graph(source, config, kept, scheme, directory)
         # Records find each other by the file's hash: those of two providers are two programs.
         helper.set_model_props(typed.model, {"provider": PROVIDERS[provider]})

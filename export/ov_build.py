@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +28,8 @@ from efficientnet.precision import Precision
 from efficientnet.runtimes.openvino_runtime import own_precision, require_capability
 from export.calibration import METHOD, choose_samples, images_of, write_calibration
 from export.config import Activations, OpenVinoConfig
-from export.graph import INPUT_NAME, OPSET, count_weight_bytes, export_onnx
+from export.graph import INPUT_NAME, OPSET, count_weight_bytes
+from export.precision import graph_of
 from export.search import fastest_within_drop
 from export.source import Source, load_source
 from export.streams import choose_streams
@@ -118,14 +119,6 @@ def write_openvino(
         )
 
     return write_checked_artifact(source, config, output, "openvino", build, finish=finish)
-
-
-# A search makes several artifacts of one graph.
-@lru_cache(maxsize=1)
-def graph_of(source: Source) -> onnx.ModelProto:
-    """Export the network to ONNX in float32; not to be changed."""
-    log.info("export %s at %d px to ONNX, opset %d", source.variant, source.image_size, OPSET)
-    return export_onnx(source.model, source.image_size)
 
 
 def read_fused(graph: onnx.ModelProto) -> ov.Model:

@@ -1,5 +1,6 @@
 """A model and a precision -> the ONNX graph that computes in it: cast, or with Q/DQ nodes."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,8 @@ from export.quantization import (
     tensors_to_quantize,
 )
 from export.source import Source
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,20 @@ def typed_graph(
         )
         return TypedGraph(graph, OPSETS["fp32"], quantization)
     precision: FloatPrecision = config.precision
-    return TypedGraph(export_onnx(source.model, source.image_size, precision), OPSETS[precision])
+    graph = onnx.ModelProto()
+    graph.CopyFrom(graph_of(source, precision))
+    return TypedGraph(graph, OPSETS[precision])
+
+
+# Two: what is exported, and the float32 graph whose maps the ranges are of. torch's exporter takes
+# most of an export's time, and several artifacts may be made of one graph.
+@lru_cache(maxsize=2)
+def graph_of(source: Source, precision: FloatPrecision = "fp32") -> onnx.ModelProto:
+    """Export the network to ONNX; not to be changed."""
+    log.info(
+        "export %s at %d px to ONNX, opset %d", source.variant, source.image_size, OPSETS[precision]
+    )
+    return export_onnx(source.model, source.image_size, precision)
 
 
 class _Calibrated(NamedTuple):
@@ -104,11 +120,11 @@ class _Calibrated(NamedTuple):
 def _calibrate(source: Source, config: ExportConfig, scheme: str) -> _Calibrated:
     chosen = SCHEMES[scheme]
     samples = choose_samples(source, config)
-    graph = export_onnx(source.model, source.image_size, chosen.float_precision)
+    graph = graph_of(source, chosen.float_precision)
     # Ranges are those of the float32 model, whose maps have the same names; but for the input,
     # which a graph of 16 bits casts first.
     is_plain = chosen.float_precision == "fp32"
-    plain = graph if is_plain else export_onnx(source.model, source.image_size)
+    plain = graph if is_plain else graph_of(source)
     tensors = tensors_to_quantize(graph, (), chosen)
     names = [INPUT_NAME if tensor == CAST_INPUT_NAME else tensor for tensor in tensors]
     found = collect_ranges(plain, names, images_of(source, samples))

@@ -23,6 +23,8 @@ LARGEST_FP8_KERNEL = 32
 # A bias may be half as large as int32 holds: the sums of products are added to it.
 LARGEST_BIAS = 2.0**30
 
+QUANTIZED_OPERATORS = ("Conv", "Clip", "Add", "Mul", "Sigmoid")
+
 # Zero or more axes, numpy's scalars included.
 Array = Any
 
@@ -39,7 +41,8 @@ class Scheme:
     has_quantized_bias: bool
     """Whether biases are int32 behind a DequantizeLinear."""
     quantizes_activation_functions: bool
-    """Whether SiLU, and the scaling by a gate, compute in 8 bits."""
+    """Whether SiLU, and the scaling by a gate, compute in 8 bits, and convolutions put 8 bits out:
+    where a Clip (ReLU6) follows, what the Clip leaves."""
     rounds_for_all: bool
     """Whether whoever reads a rounded map reads it rounded, or only what computes in 8 bits."""
     has_channels_last: bool
@@ -87,10 +90,13 @@ def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Sch
 
     Inputs of convolutions and residual additions; with `quantizes_activation_functions` also
     what comes out of convolutions, SiLU, additions and the scaling by a gate, so that all between
-    two convolutions is 8 bits wide. Squeeze-excite's own layers, of one pixel, stay in float32:
-    they take no time and decide about whole channels. So do the classifier and blocks in `kept`.
+    two convolutions is 8 bits wide. What a Clip cuts off needs no levels: its output is rounded in
+    place of the convolution's, and the runtime saturates. Squeeze-excite's own layers, of one
+    pixel, stay in float32: they take no time and decide about whole channels. So do the classifier
+    and blocks in `kept`.
     """
     wanted: dict[str, None] = {}
+    clipped = {node.input[0] for node in graph.graph.node if node.op_type == "Clip"}
     for node in graph.graph.node:
         if not is_quantized(node, kept):
             continue
@@ -99,9 +105,10 @@ def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Sch
         elif node.op_type == "Add":
             wanted.update(dict.fromkeys(node.input))
         if scheme.quantizes_activation_functions:
-            if node.op_type != "Conv":
+            if node.op_type in ("Mul", "Sigmoid"):
                 wanted.update(dict.fromkeys(node.input))
-            wanted[node.output[0]] = None
+            if node.output[0] not in clipped:
+                wanted[node.output[0]] = None
     return list(wanted)
 
 
@@ -125,7 +132,7 @@ def layers_without_kernel(graph: onnx.ModelProto, scheme: Scheme) -> list[str]:
 
 def is_quantized(node: onnx.NodeProto, kept: Sequence[str]) -> bool:
     """Whether a node works on 8-bit maps."""
-    if ".gate." in node.name or node.op_type not in ("Conv", "Add", "Mul", "Sigmoid"):
+    if ".gate." in node.name or node.op_type not in QUANTIZED_OPERATORS:
         return False
     return not any(is_within(node.name, block) for block in kept)
 

@@ -4,11 +4,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from efficientnet.artifact import ArtifactManifest
 from efficientnet.precision import Precision
 from efficientnet.publishing import Measured, publish_part
 from efficientnet.tables import NOTHING, Table, format_bytes, format_ms, format_percent
 
 SECTION = "exports"
+
+# To the fastest artifact, beside the others.
+DEFAULT_LINK = "default"
 
 
 class Line(BaseModel):
@@ -27,6 +31,22 @@ class Line(BaseModel):
     kept_blocks: int = 0
     left_out: str | None = None
     """Why there is no artifact, or none that can be run here."""
+
+
+def line_of(name: str, output: Path, manifest: ArtifactManifest) -> Line:
+    """Tell of an artifact what its manifest says."""
+    quantization, gate = manifest.quantization, manifest.gate
+    return Line(
+        name=name,
+        precision=manifest.precision,
+        artifact=str(output),
+        size_bytes=manifest.size_bytes,
+        max_abs_logit_error=manifest.parity.max_abs_logit_error if manifest.parity else None,
+        top1=gate.top1 if gate else None,
+        drop=gate.drop if gate else None,
+        kept_blocks=len(quantization.kept_blocks) if quantization else 0,
+        left_out=None if manifest.parity else "built here, to be checked where it can run",
+    )
 
 
 class Summary(Measured):

@@ -29,7 +29,7 @@ from efficientnet.artifact import read_artifact
 from efficientnet.command import parse_flags, run_command
 from efficientnet.datasets import Sample, choose_source, load_dataset
 from efficientnet.errors import PipelineError
-from serving.answers import Prediction
+from serving.answers import Prediction, bars_of
 from serving.settings import DEFAULT_ARTIFACT, ROOT, read_settings
 
 HOST = "127.0.0.1"
@@ -80,9 +80,7 @@ def main(config: DemoConfig) -> Predictions:
         answer = classify_over_http(port, picture)
     log.info("")
     log.info("%s, a held-out picture of the class '%s':", picture, true_label)
-    for prediction in answer.root:
-        bar = "#" * round(prediction.probability * 40)
-        log.info("  %-20s %6.2f %%  %s", prediction.label, 100 * prediction.probability, bar)
+    log.info("%s", bars_of(answer.root))
     log.info("")
     if config.report is not None and config.report.is_file():
         log.info("report         %s", config.report)
