@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 import tyro
 from pydantic import BaseModel
 
+from efficientnet import PROJECT_ROOT
 from efficientnet.children import kill_children_at_exit
 from efficientnet.errors import PipelineError
 from efficientnet.tar_index import DatasetError
@@ -98,9 +99,8 @@ def _was_raised_here(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    project = Path(__file__).resolve().parent.parent
-    source = Path(trace.tb_frame.f_code.co_filename).resolve() if trace else project
-    return source.is_relative_to(project) and "site-packages" not in source.parts
+    source = Path(trace.tb_frame.f_code.co_filename).resolve() if trace else PROJECT_ROOT
+    return source.is_relative_to(PROJECT_ROOT) and "site-packages" not in source.parts
 
 
 def _fail(reason: object, code: int) -> NoReturn:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from efficientnet import PROJECT_ROOT
 from efficientnet.cgroup import cpu_quota
 
 # Versions that change a speed or a result; those not installed are left out of the record.
@@ -114,12 +115,11 @@ def _library_versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists() or shutil.which("git") is None:
+    if not (PROJECT_ROOT / ".git").exists() or shutil.which("git") is None:
         return None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
+        command = ["git", "-C", str(PROJECT_ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD")

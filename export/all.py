@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
+from efficientnet import PROJECT_ROOT
 from efficientnet.artifact import AccuracyGate, read_artifact
 from efficientnet.atomic import point_link
 from efficientnet.children import stop_command
@@ -37,8 +38,6 @@ from export.summary import (
     publish,
     table_of,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
 
 NUM_TURNS = 6
 
@@ -165,7 +164,7 @@ def main(config: AllConfig) -> Summary:
 def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Path) -> Line:
     output = folder / f"{candidate.name}-{candidate.precision}"
     command = [
-        *(sys.executable, str(ROOT / "export" / f"{candidate.command}.py")),
+        *(sys.executable, str(PROJECT_ROOT / "export" / f"{candidate.command}.py")),
         *("--checkpoint", str(source.checkpoint), "--output", str(output)),
         *("--precision", candidate.precision, *candidate.flags, *_shared_flags(config)),
     ]
@@ -195,7 +194,7 @@ def reason_of(text: str) -> str:
     """Return the message of a command that failed, in one line."""
     found = re.search(r"^error: (.*)", text, re.M)
     if found:
-        return found.group(1).replace(f"{ROOT}/", "")
+        return found.group(1).replace(f"{PROJECT_ROOT}/", "")
     # A wrong flag's box: its words without the frame.
     inner = re.findall(r"^│ (.*?)\s*│$", text, re.M)
     return re.sub(r"^Error parsing \w+: ", "", " ".join(inner).partition(" ───")[0])

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from efficientnet import PROJECT_ROOT
 from efficientnet.children import obey_parent
 from efficientnet.environment import num_usable_cores
 from efficientnet.errors import PipelineError
 from efficientnet.records import LatencyRecord, read_records
-
-ROOT = Path(__file__).resolve().parent.parent
 
 Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -50,7 +49,7 @@ def measure(
         records = Path(folder) / "latency.jsonl"
         # Another stage's command: stages meet on disk.
         command = [
-            *(sys.executable, str(ROOT / "perf" / "latency.py"), *map(str, paths)),
+            *(sys.executable, str(PROJECT_ROOT / "perf" / "latency.py"), *map(str, paths)),
             *("--output", str(records), "--seconds", str(seconds)),
             *("--turns", str(turns), "--batches", str(batch_size), "--scenarios", "offline"),
             *(("--data", data) if data else ()),
@@ -78,7 +77,7 @@ def profile_modules(
         PipelineError: the command failed.
     """
     command = [
-        *(sys.executable, str(ROOT / "perf" / "layers.py"), *map(str, paths)),
+        *(sys.executable, str(PROJECT_ROOT / "perf" / "layers.py"), *map(str, paths)),
         *("--calls", str(num_calls), "--batch-size", str(batch_size)),
         *(("--data", data) if data else ()),
     ]

@@ -25,12 +25,13 @@ from pathlib import Path
 import psutil
 from pydantic import RootModel
 
+from efficientnet import PROJECT_ROOT
 from efficientnet.artifact import read_artifact
 from efficientnet.command import parse_flags, run_command
 from efficientnet.datasets import Sample, choose_source, load_dataset
 from efficientnet.errors import PipelineError
 from serving.answers import Prediction, bars_of
-from serving.settings import DEFAULT_ARTIFACT, ROOT, read_settings
+from serving.settings import DEFAULT_ARTIFACT, read_settings
 
 HOST = "127.0.0.1"
 PICTURES_DIR = Path("reports") / "demo"
@@ -109,7 +110,10 @@ def command_to_serve(artifact: Path) -> str:
     """Return the command line that serves an artifact."""
     if artifact == DEFAULT_ARTIFACT:
         return "make serve"
-    program, script = os.path.relpath(sys.executable), os.path.relpath(ROOT / "serving" / "run.py")
+    program, script = (
+        os.path.relpath(sys.executable),
+        os.path.relpath(PROJECT_ROOT / "serving" / "run.py"),
+    )
     return shlex.join([program, script, "--artifact", os.path.relpath(artifact)])
 
 
@@ -123,7 +127,12 @@ def running_service(artifact: Path) -> Generator[int]:
     with tempfile.TemporaryDirectory(prefix="efficientnet-demo-") as scratch:
         log_path = Path(scratch) / "service.log"
         port = free_port()
-        command = [sys.executable, str(ROOT / "serving" / "run.py"), "--artifact", str(artifact)]
+        command = [
+            sys.executable,
+            str(PROJECT_ROOT / "serving" / "run.py"),
+            "--artifact",
+            str(artifact),
+        ]
         command += ["--host", HOST, "--port", str(port)]
         log.info("start the service on port %d", port)
         with log_path.open("wb") as log_file:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from efficientnet import PROJECT_ROOT
 from efficientnet.environment import num_usable_cores
 from training.ablation_plan import AblationError, PlannedRun
 from training.rundir import is_complete
 
-RUN_COMMAND = Path(__file__).with_name("run.py")
+RUN_COMMAND = PROJECT_ROOT / "training" / "run.py"
 LOG_LINES = 15
 SECONDS_BETWEEN_LOOKS = 0.2
 

@@ -23,12 +23,6 @@ FREE_TO_CHANGE = (
     "keep_checkpoints",
     "checkpoint_every_steps",
 )
-    "recipe_reason",
-    "num_workers",
-    "output",
-    "keep_checkpoints",
-    "checkpoint_every_steps",
-)
 
 
 @dataclass(frozen=True)
