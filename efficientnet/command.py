@@ -12,9 +12,9 @@ import tyro
 from pydantic import BaseModel
 
 from efficientnet import PROJECT_ROOT
-from efficientnet.children import kill_children_at_exit
 from efficientnet.errors import PipelineError
-from efficientnet.tar_index import DatasetError
+from efficientnet.images.tar_index import DatasetError
+from efficientnet.machine.children import kill_children_at_exit
 
 Config = TypeVar("Config")
 

@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import get_args
 
 from efficientnet import PROJECT_ROOT
-from efficientnet.artifact import AccuracyGate, read_artifact
-from efficientnet.atomic import point_link
-from efficientnet.children import stop_command
 from efficientnet.command import parse_flags, run_command
-from efficientnet.environment import current_environment
 from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import AccuracyGate, read_artifact
+from efficientnet.machine.atomic import point_link
+from efficientnet.machine.children import stop_command
+from efficientnet.machine.environment import current_environment
 from efficientnet.precision import Precision
-from efficientnet.publishing import find_section
+from efficientnet.reporting.publishing import find_section
 from efficientnet.runtimes import open_runtime
-from export.config import ExportConfig
-from export.gate import Gate, GateError, require_gate_images
-from export.measuring import measure
-from export.source import Source, load_source
-from export.summary import (
+from export.builders.measuring import measure
+from export.checks.gate import Gate, GateError, require_gate_images
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
+from export.studies.summary import (
     DEFAULT_LINK,
     SECTION,
     Line,

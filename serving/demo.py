@@ -26,10 +26,10 @@ import psutil
 from pydantic import RootModel
 
 from efficientnet import PROJECT_ROOT
-from efficientnet.artifact import read_artifact
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Sample, choose_source, load_dataset
 from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.images.datasets import Sample, choose_source, load_dataset
 from serving.answers import Prediction, bars_of
 from serving.settings import DEFAULT_ARTIFACT, read_settings
 

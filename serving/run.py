@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from efficientnet import PROJECT_ROOT
-from efficientnet.artifact import read_artifact
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import read_artifact
 from efficientnet.runtimes import open_runtime
 from serving.settings import ARTIFACT_VARIABLE, read_settings
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from efficientnet import PROJECT_ROOT
-from efficientnet.environment import num_usable_cores
+from efficientnet.machine.environment import num_usable_cores
 
 ARTIFACT_VARIABLE = "CLASSIFIER_ARTIFACT"
 DEFAULT_ARTIFACT = PROJECT_ROOT / "artifacts" / "v2-s" / "onnxruntime-fp32"

@@ -10,12 +10,12 @@ from processes import child_pids, process_exists, wait_until
 from small_trainings import small_run
 from training_processes import end, start
 
-from training.step import TrainStep
+from training.learning.step import TrainStep
 
 # A command whose two children compute for ever when Ctrl-C, SIGTERM, an exception or death ends it.
 COMMAND = """
 import multiprocessing, sys, time
-from efficientnet.children import obey_parent
+from efficientnet.machine.children import obey_parent
 from efficientnet.command import run_command
 
 def compute(connection):

@@ -6,7 +6,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.models import EfficientNet_B0_Weights
 
-from efficientnet.datasets import (
+from efficientnet.images.datasets import (
     IMAGENET_CLASSES,
     Dataset,
     DatasetError,
@@ -18,7 +18,7 @@ from efficientnet.datasets import (
     sha256_of_samples,
     without_broken_images,
 )
-from efficientnet.preprocess import decode_image
+from efficientnet.images.preprocess import decode_image
 
 
 def fill(folder: Path, num_images: int, value: int = 100) -> None:

@@ -12,18 +12,18 @@ import pytest
 import torch
 from conftest import TINY_PREPROCESS, write_tiny_checkpoint
 
-from efficientnet.artifact import ArtifactError, read_artifact
-from efficientnet.datasets import load_dataset
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import preprocess
+from efficientnet.network.variants import Padding
 from efficientnet.precision import Precision
-from efficientnet.preprocess import preprocess
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.aoti_runtime import missing_extensions
 from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
-from efficientnet.variants import Padding
 from export import aoti
-from export.agreement import tolerances_for
 from export.aoti import AotiConfig
-from export.aoti_build import AotiError
+from export.builders.aoti_builder import AotiError
+from export.checks.agreement import tolerances_for
 
 COMMAND = [sys.executable, "export/aoti.py"]
 

@@ -12,25 +12,18 @@ import pytest
 import torch
 from conftest import QUANTIZATION
 
-from efficientnet.artifact import (
+from efficientnet.formats.artifact import (
     AccuracyGate,
     BlockCost,
     ParityRecord,
     ParityTolerances,
     read_artifact,
 )
-from efficientnet.datasets import Dataset, load_dataset
-from efficientnet.model import ConvNormAct, ResidualBlock
-from export import sensitivity
-from export.calibration import (
-    CALIBRATION_FILE,
-    CalibrationError,
-    choose_samples,
-    collect_ranges,
-    write_calibration,
-)
-from export.config import ExportConfig
-from export.gate import (
+from efficientnet.images.datasets import Dataset, load_dataset
+from efficientnet.network.model import ConvNormAct, ResidualBlock
+from export.builders.openvino_builder import pattern_of
+from export.checks import sensitivity
+from export.checks.gate import (
     Attempt,
     Gate,
     GateError,
@@ -39,12 +32,19 @@ from export.gate import (
     keep_within_drop,
     paired_drop,
 )
-from export.graph import count_ops, export_onnx, fold_batch_norm, is_within
-from export.ov_build import pattern_of
-from export.precision import typed_graph
-from export.quantization import SCHEMES, insert_quantization, tensors_to_quantize
-from export.sensitivity import named_blocks, rank_blocks
-from export.source import Source, load_source
+from export.checks.sensitivity import named_blocks, rank_blocks
+from export.graphs.calibration import (
+    CALIBRATION_FILE,
+    CalibrationError,
+    choose_samples,
+    collect_ranges,
+    write_calibration,
+)
+from export.graphs.folding import count_ops, export_onnx, fold_batch_norm, is_within
+from export.graphs.precision import typed_graph
+from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_quantize
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
 
 BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
 

@@ -13,22 +13,20 @@ import pytest
 import torch
 from onnx import helper
 
-from efficientnet.artifact import ArtifactError, Binding, ProgramFile, read_artifact
-from efficientnet.checkpoint import load_checkpoint, save_checkpoint
 from efficientnet.command import parse_flags
-from efficientnet.datasets import load_dataset
-from efficientnet.gpu import Gpu
-from efficientnet.model import build_model
-from efficientnet.preprocess import preprocess
+from efficientnet.formats.artifact import ArtifactError, Binding, ProgramFile, read_artifact
+from efficientnet.formats.checkpoint import load_checkpoint, save_checkpoint
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import preprocess
+from efficientnet.machine.gpu import Gpu
+from efficientnet.network.model import build_model
+from efficientnet.network.variants import VARIANTS
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.protocol import open_program
 from efficientnet.runtimes.tensorrt_library import deserialize
 from efficientnet.runtimes.tensorrt_runtime import Profile, choose_profile, require_same_machine
-from efficientnet.variants import VARIANTS
 from export import trt
-from export.rebuild import rebuild_command
-from export.trt import TrtConfig
-from export.trt_build import (
+from export.builders.tensorrt_builder import (
     BuildSettings,
     TensorRTError,
     build_engine,
@@ -36,7 +34,9 @@ from export.trt_build import (
     profiles_for,
     read_layers,
 )
-from export.trt_target import find_target, require_precision, require_supported
+from export.builders.tensorrt_target import find_target, require_precision, require_supported
+from export.inputs.rebuild import rebuild_command
+from export.trt import TrtConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ import sys
 import onnx
 from efficientnet.command import parse_flags, run_command
 from export import trt
-from export.precision import TypedGraph
+from export.graphs.precision import TypedGraph
 graph = onnx.load(sys.argv.pop(1))
 trt.typed_graph = lambda *_: TypedGraph(graph, 20)
 run_command(lambda: parse_flags(trt.TrtConfig, None), trt.main)
@@ -379,7 +379,7 @@ import os, signal, sys, time
 import onnx
 import tensorrt_rtx as rtx
 from efficientnet.runtimes.tensorrt_library import messages_of
-from export.trt_build import BuildSettings, build_engine, profiles_for
+from export.builders.tensorrt_builder import BuildSettings, build_engine, profiles_for
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 graph = onnx.load(sys.argv[1])

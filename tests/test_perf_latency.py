@@ -12,17 +12,18 @@ import pytest
 from PIL import Image
 from processes import child_pids, process_exists, wait_until
 
-from efficientnet.artifact import ArtifactError
 from efficientnet.command import parse_flags
-from efficientnet.datasets import DatasetError, Sample, load_dataset
-from efficientnet.preprocess import PreprocessSpec, preprocess
-from efficientnet.records import LatencyRecord, read_records
-from perf import latency, recording
-from perf.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.formats.artifact import ArtifactError
+from efficientnet.formats.records import LatencyRecord, read_records
+from efficientnet.images.datasets import DatasetError, Sample, load_dataset
+from efficientnet.images.preprocess import PreprocessSpec, preprocess
+from efficientnet.measuring.contender import Worker, WorkerError
+from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.programs import read_program, read_programs
+from perf import latency
 from perf.latency import LatencyConfig, choose_batch_sizes
-from perf.programs import read_program, read_programs
-from perf.recording import results_table
-from perf.workers import Worker, WorkerError
+from perf.measurements import recording
+from perf.measurements.recording import results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "perf" / "latency.py")]
@@ -365,10 +366,10 @@ def test_a_process_ends_with_the_one_that_started_it(tiny_artifact: Path):
 import time
 from pathlib import Path
 from efficientnet.command import parse_flags
-from efficientnet.datasets import load_dataset
-from efficientnet.preprocess import PreprocessSpec
-from perf.inputs import prepare_inputs
-from perf.workers import TurnRequest, Worker
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.measuring.inputs import prepare_inputs
+from efficientnet.measuring.contender import TurnRequest, Worker
 spec = PreprocessSpec.model_validate_json({TINY_PREPROCESS.model_dump_json()!r})
 inputs = prepare_inputs(load_dataset("digits").val, spec, 1, seed=0)
 worker = Worker("row", Path({str(tiny_artifact)!r}), 1, inputs)

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientnet import fetching
-from efficientnet.braces import expand_braces
-from efficientnet.datasets import (
+from efficientnet.images import fetching
+from efficientnet.images.braces import expand_braces
+from efficientnet.images.datasets import (
     Dataset,
     DatasetError,
     data_name,
@@ -30,8 +30,8 @@ from efficientnet.datasets import (
     sha256_of_samples,
     without_broken_images,
 )
-from efficientnet.shards import is_shard_source, split_image_key, with_image_key
-from efficientnet.tar_index import TarMember
+from efficientnet.images.shards import is_shard_source, split_image_key, with_image_key
+from efficientnet.images.tar_index import TarMember
 from serving.demo import choose_picture
 
 
@@ -663,7 +663,8 @@ def test_shards_in_the_cache_need_no_server(server: Server):
 
 def test_two_processes_at_once_fetch_each_shard_once(server: Server):
     server.delay_s = 0.3
-    code = f"from efficientnet.datasets import load_dataset; load_dataset({source_of(server)!r})"
+    module = "efficientnet.images.datasets"
+    code = f"from {module} import load_dataset; load_dataset({source_of(server)!r})"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
     assert {

@@ -11,16 +11,17 @@ from small_trainings import epoch_metrics
 from torch.utils.tensorboard.writer import SummaryWriter
 from training_processes import end, require_equal, saved_state, start
 
-from efficientnet.checkpoint import load_checkpoint, read_checkpoint
-from efficientnet.variants import NetworkOptions
-from training import loop, trainer
-from training.loop import StepReport, TrainingError
-from training.metrics import draw_curves, loss_axis_end, read_metrics
-from training.optim import WeightAverage, build_optimizer, learning_rate_at
-from training.recipes import digits_recipe, imagenet_recipe
+from efficientnet.formats.checkpoint import load_checkpoint, read_checkpoint
+from efficientnet.network.variants import NetworkOptions
+from training.learning import epoch as loop
+from training.learning.epoch import StepReport, TrainingError
+from training.learning.optim import WeightAverage, build_optimizer, learning_rate_at
+from training.learning.state import new_state
+from training.learning.step import TrainStep
+from training.recipe.recipes import digits_recipe, imagenet_recipe
 from training.run import ResumeConfig, main
-from training.state import new_state
-from training.step import TrainStep
+from training.running import trainer
+from training.running.metrics import draw_curves, loss_axis_end, read_metrics
 
 
 def tiny_config(output: Path, **changes: object):

@@ -12,21 +12,21 @@ import pytest
 import torch
 from small_trainings import small_run, step_of, with_stages
 
-from efficientnet.checkpoint import read_checkpoint
-from efficientnet.model import build_model
-from efficientnet.variants import VARIANTS, NetworkOptions
-from training import loop
+from efficientnet.formats.checkpoint import read_checkpoint
+from efficientnet.network.model import build_model
+from efficientnet.network.variants import VARIANTS, NetworkOptions
 from training import run as command
-from training.config import TrainConfig
-from training.memory import (
+from training.learning import epoch as loop
+from training.learning.memory import (
     BatchTooLargeError,
     MemoryModel,
     plan_micro_batches,
     require_batch_norm_fits,
     saved_bytes,
 )
-from training.progressive import plan_stages
-from training.recipes import digits_recipe, imagenet_recipe
+from training.recipe.config import TrainConfig
+from training.recipe.recipes import digits_recipe, imagenet_recipe
+from training.recipe.stages import plan_stages
 
 OPTIONS = NetworkOptions()
 GIGABYTE = 1e9
@@ -76,7 +76,7 @@ def test_a_stage_after_a_larger_one_has_a_peak_of_its_own():
     # In a process of its own: how the C library frees memory is set for all of it.
     code = """
 import torch
-from training.memory import *
+from training.learning.memory import *
 cpu = torch.device("cpu")
 keep_freed_memory()
 def peak_of(num_bytes):

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from small_trainings import epoch_metrics
 
-from efficientnet.class_accuracy import ClassAccuracy, count_classes, is_at_chance
-from efficientnet.environment import current_environment
-from training.loop import Evaluation
-from training.progressive import plan_stages
-from training.recipes import digits_recipe
-from training.report import (
+from efficientnet.machine.environment import current_environment
+from efficientnet.reporting.class_accuracy import ClassAccuracy, count_classes, is_at_chance
+from training.learning.epoch import Evaluation
+from training.recipe.recipes import digits_recipe
+from training.recipe.stages import plan_stages
+from training.running.report import (
     FinalEvaluation,
     StageResult,
     confused_pairs,

@@ -16,14 +16,15 @@ from PIL import Image
 from small_trainings import small_run
 from training_processes import die_after, end, require_equal, saved_state, start
 
-from efficientnet.atomic import point_link
-from efficientnet.checkpoint import CheckpointError, load_checkpoint
-from training import rundir, trainer
-from training.distributed import Ranks
-from training.loop import StepReport, TrainingError
-from training.metrics import read_metrics
+from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint
+from efficientnet.machine.atomic import point_link
+from training.learning.distributed import Ranks
+from training.learning.epoch import StepReport, TrainingError
 from training.run import ResumeConfig, find_run, main
-from training.rundir import read_run, remove_unfinished
+from training.running import run_folder as rundir
+from training.running import trainer
+from training.running.metrics import read_metrics
+from training.running.run_folder import read_run, remove_unfinished
 
 NUM_KILLS = 10
 
@@ -89,7 +90,7 @@ def die_at_call(name: str, number: int) -> None:
 
 
 def die_while_writing_weights(number: int) -> None:
-    from efficientnet import checkpoint
+    from efficientnet.formats import checkpoint
 
     calls = iter(range(1, 1000))
     original = checkpoint.save

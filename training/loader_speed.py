@@ -32,19 +32,19 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.loader import create_loader
 from tqdm import tqdm
 
-from efficientnet.atomic import write_text
-from efficientnet.children import obey_parent
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Sample, find_image_files
-from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.errors import PipelineError
-from efficientnet.publishing import find_section, published_directory, write_section
-from efficientnet.tables import Table, format_ms, format_rate, format_ratio
-from training.config import MAX_RANDAUGMENT_MAGNITUDE, ProgressiveConfig
-from training.loader import train_batches
-from training.progressive import plan_stages
-from training.recipes import imagenet_recipe
-from training.sampler import StepPlan, StepSampler
+from efficientnet.images.datasets import Sample, find_image_files
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.children import obey_parent
+from efficientnet.machine.environment import EnvironmentRecord, current_environment
+from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
+from training.batches.loader import train_batches
+from training.batches.sampler import StepPlan, StepSampler
+from training.recipe.config import MAX_RANDAUGMENT_MAGNITUDE, ProgressiveConfig
+from training.recipe.recipes import imagenet_recipe
+from training.recipe.stages import plan_stages
 
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
 

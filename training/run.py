@@ -27,19 +27,13 @@ from typing import cast, get_args
 
 import tyro
 
-from efficientnet.checkpoint import CheckpointError, read_checkpoint
 from efficientnet.command import PROJECT_LOGGERS, parse_flags, run_command
-from efficientnet.variants import get_variant
-from training.config import (
-    Schedule,
-    TrainConfig,
-    changed_values,
-    config_from_json,
-    config_to_json,
-    flat_values,
-)
-from training.data import load_training_data, look_at
-from training.distributed import (
+from efficientnet.formats.checkpoint import CheckpointError, read_checkpoint
+from efficientnet.network.variants import get_variant
+from training.batches.sampler import StepPlan
+from training.inputs.initial_weights import load_start, log_start, start_image_size
+from training.inputs.training_data import load_training_data, look_at
+from training.learning.distributed import (
     Ranks,
     from_main,
     join_ranks,
@@ -47,19 +41,25 @@ from training.distributed import (
     local_world_size,
     may_be_restarted,
 )
-from training.memory import (
+from training.learning.memory import (
     USABLE_SHARE,
     device_memory_bytes,
     plan_micro_batches,
     require_batch_norm_fits,
 )
-from training.progressive import Stage, plan_stages
-from training.recipes import DIGITS_RECIPE, FITTED_RECIPES, choose_recipe, recipes_for
-from training.rundir import CHECKPOINT, Run, SavedRun, is_complete, read_run
-from training.sampler import StepPlan
-from training.start import load_start, log_start, start_image_size
-from training.state import TrainState, new_state
-from training.trainer import Trainer, device_name
+from training.learning.state import TrainState, new_state
+from training.recipe.config import (
+    Schedule,
+    TrainConfig,
+    changed_values,
+    config_from_json,
+    config_to_json,
+    flat_values,
+)
+from training.recipe.recipes import DIGITS_RECIPE, FITTED_RECIPES, choose_recipe, recipes_for
+from training.recipe.stages import Stage, plan_stages
+from training.running.run_folder import CHECKPOINT, Run, SavedRun, is_complete, read_run
+from training.running.trainer import Trainer, device_name
 
 log = logging.getLogger(__name__)
 

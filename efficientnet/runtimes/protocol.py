@@ -9,21 +9,26 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest, read_manifest
-from efficientnet.devices import has_vnni
-from efficientnet.environment import num_usable_cores
-from efficientnet.preprocess import PreprocessSpec
+from efficientnet.formats.artifact import (
+    MANIFEST_FILE,
+    ArtifactError,
+    ArtifactManifest,
+    read_manifest,
+)
+from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.machine.environment import num_usable_cores
+from efficientnet.measuring.peaks import has_vnni
 
 # Runtime's name -> the module that opens it: `open_program(directory, manifest, num_threads)` for
 # an artifact, `open_directory(directory, num_threads)` for a checkpoint. A module is imported only
 # when it is asked for, so that none of these libraries is needed by the others.
 RUNTIME_MODULES = {
     "torch": "efficientnet.runtimes.torch_runtime",
-    "onnxruntime": "efficientnet.runtimes.onnx_runtime",
+    "onnxruntime": "efficientnet.runtimes.onnxruntime_runtime",
     "openvino": "efficientnet.runtimes.openvino_runtime",
     "tensorrt": "efficientnet.runtimes.tensorrt_runtime",
     "tensorrt-rtx": "efficientnet.runtimes.tensorrt_runtime",
-    "torch-tensorrt": "efficientnet.runtimes.torch_trt_runtime",
+    "torch-tensorrt": "efficientnet.runtimes.torch_tensorrt_runtime",
     "aoti": "efficientnet.runtimes.aoti_runtime",
 }
 
@@ -88,7 +93,7 @@ def check_images(images: NDArray[np.float32], info: ProgramInfo) -> None:
     if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise ValueError(
             f"images are {images.dtype} {list(images.shape)}, "
-            f"expected float32 [N, 3, {size}, {size}] as efficientnet.preprocess makes them"
+            f"expected float32 [N, 3, {size}, {size}] as efficientnet.images.preprocess makes them"
         )
     if info.max_batch_size is not None and not 1 <= len(images) <= info.max_batch_size:
         raise ValueError(
