@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.machine.environment import current_environment, num_usable_cores
-from efficientnet.measuring.peaks import cpu_features
+from efficientnet.machine.processor import cpu_features
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
 from efficientnet.reporting.tables import Table, format_ms, format_ratio
 from export.builders.measuring import measure

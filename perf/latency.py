@@ -28,10 +28,10 @@ from efficientnet.measuring.programs import (
     require_writable,
 )
 from efficientnet.measuring.progress import Progress
+from efficientnet.measuring.stability import instabilities
 from efficientnet.measuring.turns import Measured, Pace
 from perf.measurements.measured_programs import choose_best_sizes, measure, open_subjects, planned_s
 from perf.measurements.recording import make_record, results_table
-from perf.pages.rows import instabilities
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from efficientnet.formats.checkpoint import load_checkpoint
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.model import EfficientNet
 from efficientnet.reporting.publishing import PublishError
-from efficientnet.runtimes.protocol import RUNTIME_MODULES
+from efficientnet.runtimes.names import RUNTIMES, RuntimeName
 from export import ablation
 from export.ablation import AblationConfig
 from export.builders.measuring import measure_callables
@@ -238,7 +238,7 @@ def test_a_runtime_without_its_device_or_library_gives_a_reason(monkeypatch: pyt
     for runtime in ("torch-cuda", "aoti-cuda", "tensorrt"):
         reason = why_not_here(runtime)  # type: ignore[arg-type]
         assert reason is not None and "no NVIDIA GPU answers here" in reason
-    monkeypatch.setitem(RUNTIME_MODULES, "openvino", "no_such_library")
+    monkeypatch.setitem(RUNTIMES, "openvino", RuntimeName("OpenVINO", "no_such_library"))
     assert why_not_here("openvino") == "No module named 'no_such_library'"
     assert why_not_here("onnxruntime") is None
 

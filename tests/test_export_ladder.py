@@ -22,7 +22,8 @@ from efficientnet.formats.artifact import (
 from efficientnet.formats.checkpoint import CheckpointError
 from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.network.model import EfficientNet
-from efficientnet.runtimes import open_runtime, protocol
+from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.names import RUNTIMES, RuntimeName
 from export import ort, ov, parity
 from export.builders import openvino_builder as ov_build
 from export.checks import stepwise as ladder
@@ -259,7 +260,7 @@ def test_an_artifact_of_another_checkpoint_is_refused(
 def test_a_runtime_that_is_not_installed_is_said_in_one_line(
     tiny_checkpoint: Path, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(protocol.RUNTIME_MODULES, "onnxruntime", "not_installed")
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", RuntimeName("ONNX Runtime", "not_installed"))
     with pytest.raises(ArtifactError, match="needs the runtime 'onnxruntime', which cannot be"):
         parity.main(ParityConfig((tiny_artifact,), checkpoint=tiny_checkpoint, num_images=64))
 

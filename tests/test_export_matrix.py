@@ -19,7 +19,7 @@ import pytest
 
 from efficientnet.formats.artifact import ArtifactError, read_artifact
 from efficientnet.machine.atomic import sha256_of_file
-from efficientnet.measuring.peaks import has_vnni
+from efficientnet.machine.processor import has_vnni
 from efficientnet.network.variants import Padding
 from efficientnet.runtimes import open_runtime
 from export import ort

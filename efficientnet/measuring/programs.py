@@ -12,7 +12,7 @@ from efficientnet.formats.checkpoint import RECORD_FILE, newest_checkpoint, read
 from efficientnet.images.datasets import Dataset, load_held_out
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.precision import Precision
-from efficientnet.runtimes.protocol import RUNTIME_MODULES
+from efficientnet.runtimes.names import RUNTIMES
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +78,10 @@ def read_program(path: Path) -> Program:
         )
     if (path / MANIFEST_FILE).is_file():
         manifest = read_artifact(path)
-        if manifest.runtime not in RUNTIME_MODULES:
+        if manifest.runtime not in RUNTIMES:
             raise ArtifactError(
                 f"{path} is for the runtime '{manifest.runtime}', "
-                f"this program knows: {', '.join(RUNTIME_MODULES)}"
+                f"this program knows: {', '.join(RUNTIMES)}"
             )
         return Program(
             path=path,

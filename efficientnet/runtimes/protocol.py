@@ -17,21 +17,8 @@ from efficientnet.formats.artifact import (
 )
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.machine.environment import num_usable_cores
-from efficientnet.measuring.peaks import has_vnni
-
-# Runtime's name -> the module that opens it: `open_program(directory, manifest, num_threads)` for
-# an artifact, `open_directory(directory, num_threads)` for a checkpoint. A module is imported only
-# when it is asked for, so that none of these libraries is needed by the others.
-RUNTIME_MODULES = {
-    "torch": "efficientnet.runtimes.torch_runtime",
-    "onnxruntime": "efficientnet.runtimes.onnxruntime_runtime",
-    "openvino": "efficientnet.runtimes.openvino_runtime",
-    "tensorrt": "efficientnet.runtimes.tensorrt_runtime",
-    "tensorrt-rtx": "efficientnet.runtimes.tensorrt_runtime",
-    "torch-tensorrt": "efficientnet.runtimes.torch_tensorrt_runtime",
-    "aoti": "efficientnet.runtimes.aoti_runtime",
-}
-
+from efficientnet.machine.processor import has_vnni
+from efficientnet.runtimes.names import RUNTIMES
 
 # Device of a Binding: weights of 8 bits, which need sums of 32.
 VNNI = "VNNI"
@@ -137,10 +124,9 @@ def open_program(
         ArtifactError: built for another machine, or its runtime is not installed.
     """
     name = manifest.runtime
-    if name not in RUNTIME_MODULES:
+    if name not in RUNTIMES:
         raise ArtifactError(
-            f"{directory} is for the runtime '{name}', "
-            f"this program knows: {', '.join(RUNTIME_MODULES)}"
+            f"{directory} is for the runtime '{name}', this program knows: {', '.join(RUNTIMES)}"
         )
     threads = num_threads or num_usable_cores()
     return _import_runtime(name, directory).open_program(directory, manifest, threads)
@@ -167,7 +153,7 @@ def smallest_that_takes(batch_size: int, sizes: Iterable[int]) -> int | None:
 
 def _import_runtime(name: str, directory: Path) -> Any:
     try:
-        return importlib.import_module(RUNTIME_MODULES[name])
+        return importlib.import_module(RUNTIMES[name].module)
     # A library without its driver fails with an OSError.
     except (ImportError, OSError) as error:
         raise ArtifactError(

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import helper
 
-from efficientnet.measuring.peaks import has_vnni
+from efficientnet.machine.processor import has_vnni
 from efficientnet.runtimes.onnxruntime_sessions import PROVIDERS, require_provider
 from export.builders.search import fastest_within_drop
 from export.builders.streams import choose_streams

@@ -23,7 +23,7 @@ from openvino._offline_transformations import apply_moc_transformations
 
 from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.machine.atomic import sha256_of_file
-from efficientnet.measuring.peaks import has_vnni
+from efficientnet.machine.processor import has_vnni
 from efficientnet.precision import Precision
 from efficientnet.runtimes.openvino_runtime import own_precision, require_capability
 from export.builders.search import fastest_within_drop

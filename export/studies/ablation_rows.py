@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.machine.gpu import current_gpu, why_no_gpu
-from efficientnet.runtimes.protocol import RUNTIME_MODULES
+from efficientnet.runtimes import names
 from export.builders.measuring import measure, measure_callables
 from export.graphs.forms import FORMS, EagerModel, Form, model_in_form, open_eager
 from export.graphs.parts import Executed, count_parts
@@ -92,7 +92,7 @@ def why_not_here(runtime: RuntimeName) -> str | None:
     """Say what a runtime lacks on this machine; None when it runs here."""
     device = "cuda" if runtime.endswith("-cuda") else "cpu"
     try:
-        importlib.import_module(RUNTIME_MODULES[runtime.removesuffix("-cuda")])
+        importlib.import_module(names.RUNTIMES[runtime.removesuffix("-cuda")].module)
         if runtime.startswith("aoti"):
             aoti = importlib.import_module("export.aoti")
             aoti.find_target(aoti.AotiConfig(device=device))

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from efficientnet.formats.artifact import ArtifactManifest
 from efficientnet.network.cost import LayerCost
-from efficientnet.runtimes.protocol import RUNTIME_MODULES
+from efficientnet.runtimes.names import RUNTIMES
 
 NUM_WARM_UP_CALLS = 3
 CALLS_PER_ROUND = 5
@@ -112,7 +112,7 @@ def profile_onnxruntime(
 ) -> Profile:
     """Run an ONNX program on the CPU provider with ONNX Runtime's profiling."""
     ort: Any = importlib.import_module("onnxruntime")
-    providers = importlib.import_module(RUNTIME_MODULES["onnxruntime"]).PROVIDERS
+    providers = importlib.import_module(RUNTIMES["onnxruntime"].module).PROVIDERS
     suffix = "_kernel_time"
     with tempfile.TemporaryDirectory(prefix="layers-") as folder:
         options = ort.SessionOptions()
@@ -147,7 +147,7 @@ def profile_openvino(
 ) -> Profile:
     """Run an OpenVINO program with the plugin's counters, compiled as the runtime does."""
     ov: Any = importlib.import_module("openvino")
-    runtime: Any = importlib.import_module(RUNTIME_MODULES["openvino"])
+    runtime: Any = importlib.import_module(RUNTIMES["openvino"].module)
     first = next(batches)
     quantization = manifest.quantization
     precision = quantization.kept_precision if quantization else manifest.precision

@@ -17,7 +17,7 @@ from efficientnet.measuring.progress import Progress
 from efficientnet.measuring.turns import NUM_SWEEPS, Job, Measured, Pace, measure_in_turns, sweep
 from efficientnet.reporting.tables import NOTHING, Table, format_rate
 from efficientnet.runtimes import ProgramInfo
-from perf.pages.rows import title
+from efficientnet.runtimes.names import title
 
 # A runtime that computes nothing has thousands of samples by then.
 MAX_NULL_SECONDS = 1.0

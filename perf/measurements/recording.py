@@ -10,12 +10,12 @@ from efficientnet.formats.records import LatencyRecord, Scenario
 from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.clock import summarize
 from efficientnet.measuring.peaks import describe_peak
+from efficientnet.measuring.stability import eager_of, instabilities, rate_ratio, time_ratio
 from efficientnet.measuring.turns import Measured
 from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
 from efficientnet.network.variants import get_variant
 from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
 from perf.measurements.measured_programs import Subject
-from perf.pages.rows import eager_of, instabilities, rate_ratio, time_ratio
 
 # More than these go to a .npy file: a line of the records should stay readable.
 MAX_SAMPLES_IN_RECORD = 5000

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from efficientnet.reporting.tables import format_ms, format_rate, format_ratio
+from efficientnet.runtimes.names import title
 from perf.pages.document import machine_name
-from perf.pages.rows import Group, Row, title
+from perf.pages.rows import Group, Row
 
 # Narrow, so that the text can still be read on a phone.
 WIDTH_INCHES = 5.4

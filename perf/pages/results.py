@@ -13,7 +13,8 @@ from efficientnet.reporting.tables import (
     format_rate,
     format_ratio,
 )
-from perf.pages.rows import Group, Row, is_same_machine, title
+from efficientnet.runtimes.names import title
+from perf.pages.rows import Group, Row, is_same_machine
 
 SCENARIO_TITLES: dict[Scenario, str] = {
     "single_stream": "Single stream: one image at a time",

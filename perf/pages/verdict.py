@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from efficientnet.reporting.tables import format_ms, format_percent, format_rate, format_ratio
-from perf.pages.rows import EAGER_RUNTIME, RUNTIME_TITLES, Group, Row, title
+from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES, title
+from perf.pages.rows import Group, Row
 
-EAGER = RUNTIME_TITLES[EAGER_RUNTIME]
+EAGER = RUNTIMES[EAGER_RUNTIME].title
 
 
 def verdict(group: Group, prefix: str = "") -> list[str]:
