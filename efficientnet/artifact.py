@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
+from efficientnet.atomic import dangling_link_hint, replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.errors import PipelineError, first_problem
 from efficientnet.precision import Precision
@@ -270,7 +270,7 @@ def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactMan
     if not path.is_file():
         raise ArtifactError(
             f"{directory} is not an artifact: there is no {MANIFEST_FILE} in it; "
-            "make one with 'python export/ort.py'"
+            f"make one with 'python export/ort.py'{dangling_link_hint(directory)}"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
     found = re.search(r'"format_version"\s*:\s*(-?\d+)', text)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
+from efficientnet.atomic import dangling_link_hint, replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
 from efficientnet.errors import PipelineError, first_problem
 from efficientnet.model import EfficientNet, build_model
@@ -121,6 +121,7 @@ def read_checkpoint(directory: Path) -> CheckpointRecord:
         raise CheckpointError(
             f"{directory} is not a checkpoint: there is no {RECORD_FILE} in it; "
             "expected a directory like runs/<recipe>-<time>/checkpoint"
+            f"{dangling_link_hint(directory)}"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
     found = re.search(r'"format_version"\s*:\s*(-?\d+)', text)
@@ -174,5 +175,6 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
         raise CheckpointError(
             f"no complete run under {runs.resolve()}: train one with "
             "'python training/run.py v2-s', or name a checkpoint directory"
+            f"{dangling_link_hint(latest)}"
         )
     return latest.resolve() / "checkpoint"

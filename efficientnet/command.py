@@ -57,6 +57,8 @@ def run_command(
         config = parse()
     except ValueError as error:
         _fail(error, WRONG_USAGE)
+    except PipelineError as error:
+        _fail(error, FAILED)
     try:
         made = main(config)
     except PipelineError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from efficientnet.artifact import MANIFEST_FILE, ArtifactError, read_artifact
+from efficientnet.atomic import dangling_link_hint
 from efficientnet.checkpoint import RECORD_FILE, newest_checkpoint, read_checkpoint
 from efficientnet.datasets import Dataset, load_held_out
 from efficientnet.precision import Precision
@@ -75,6 +76,7 @@ def read_program(path: Path) -> Program:
         raise FileNotFoundError(
             f"{path} does not exist; expected an artifact directory like artifacts/v2-s/"
             "onnxruntime-fp32 or a checkpoint directory like runs/<recipe>-<time>/checkpoint"
+            f"{dangling_link_hint(path)}"
         )
     if (path / MANIFEST_FILE).is_file():
         manifest = read_artifact(path)

@@ -18,12 +18,11 @@ from training.config import TrainConfig
 from training.distributed import (
     MEETING_PORT,
     DistributedError,
-    Ranks,
     join_ranks,
     meeting_store,
 )
 from training.metrics import read_metrics
-from training.run import find_run
+from training.run import directory_of
 from training.sampler import StepPlan
 
 # Between processes only the order of additions differs: 1e-4 is what is promised, 1e-6 was seen
@@ -186,4 +185,4 @@ def test_a_run_that_torchrun_may_restart_needs_a_name(
 ):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="give it a name with --name"):
-        find_run(config(tmp_path, name=None), Ranks(0, 1, torch.device("cpu")))
+        directory_of(config(tmp_path, name=None))

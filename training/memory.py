@@ -187,9 +187,7 @@ def plan_micro_batches(
     return tuple(sizes[stage.index] for stage in stages)
 
 
-def require_batch_norm_fits(
-    config: TrainConfig, stages: Sequence[Stage], world_size: int
-) -> None:
+def require_batch_norm_fits(config: TrainConfig, stages: Sequence[Stage], world_size: int) -> None:
     """Check that no pass leaves batch norm a single value per channel, which has no variance.
 
     Raises:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest, read_artifact
+from efficientnet.atomic import dangling_link_hint
 from efficientnet.devices import has_vnni
 from efficientnet.environment import num_usable_cores
 from efficientnet.preprocess import PreprocessSpec
@@ -117,6 +118,7 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
         return _import_runtime("torch", directory).open_directory(directory, threads)
     raise ArtifactError(
         f"{directory} holds neither a {MANIFEST_FILE} (artifact) nor a checkpoint.json (checkpoint)"
+        f"{dangling_link_hint(directory)}"
     )
 
 
