@@ -18,12 +18,11 @@ from training.batches.sampler import StepPlan
 from training.learning.distributed import (
     MEETING_PORT,
     DistributedError,
-    Ranks,
     join_ranks,
     meeting_store,
 )
 from training.recipe.config import TrainConfig
-from training.run import find_run
+from training.run import directory_of
 from training.running.metrics import read_metrics
 
 # Between processes only the order of additions differs, and training makes that grow. The held-out
@@ -189,4 +188,4 @@ def test_a_run_that_torchrun_may_restart_needs_a_name(
 ):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="give it a name with --name"):
-        find_run(config(tmp_path, name=None), Ranks(0, 1, torch.device("cpu")))
+        directory_of(config(tmp_path, name=None))

@@ -6,21 +6,24 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
+from processes import wait_until
 from small_trainings import small_run
 from training_processes import die_after, end, require_equal, saved_state, start
 
+from efficientnet.errors import PipelineError
 from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint
 from efficientnet.machine.atomic import point_link
-from training.learning.distributed import Ranks
+from efficientnet.machine.locking import LockedError
+from efficientnet.runtimes import open_runtime
 from training.learning.epoch import StepReport, TrainingError
-from training.run import ResumeConfig, find_run, main
+from training.run import ResumeConfig, directory_of, main, parse
 from training.running import run_folder as rundir
 from training.running import trainer
 from training.running.metrics import read_metrics
@@ -171,8 +174,8 @@ def test_torchrun_would_go_back_to_a_given_checkpoint_at_each_restart(
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     older = tmp_path / "run" / "checkpoints" / "step-0000002"
     with pytest.raises(ValueError, match=r"go back to .*step-0000002 at each restart"):
-        find_run(ResumeConfig(older), Ranks(0, 1, torch.device("cpu")))
-    assert find_run(ResumeConfig(tmp_path / "run"), Ranks(0, 1, torch.device("cpu")))[1]
+        directory_of(ResumeConfig(older))
+    assert directory_of(ResumeConfig(tmp_path / "run")) == tmp_path / "run"
 
 
 def test_a_complete_run_is_not_trained_again(whole: Path):
@@ -214,6 +217,71 @@ def test_a_run_is_not_resumed_with_another_class_list_or_other_images(tmp_path: 
     (data / "dog").rename(data / "wolf")
     with pytest.raises(CheckpointError, match=r"2 classes that are not .*'wolf' in the place"):
         main(ResumeConfig(tmp_path / "run"))
+
+
+def test_a_run_whose_images_have_moved_is_resumed_by_data_and_remembers_it(tmp_path: Path):
+    data, moved = tmp_path / "data", tmp_path / "moved"
+    write_classes(data, ("cat", "dog"))
+    begun = config(tmp_path, data=str(data), batch_size=16, micro_batch_size=16)
+    assert end(start(begun, die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
+    data.rename(moved)
+    flags = ["tiny", "--resume", str(tmp_path / "run"), "--data", str(moved)]
+    (moved / "dog" / "0.png").rename(tmp_path / "aside.png")
+    with pytest.raises(CheckpointError, match=r"are not those that .*--data"):
+        main(parse(flags))
+    (tmp_path / "aside.png").rename(moved / "dog" / "0.png")
+    assert end(start(parse(flags))) == [0]
+    _, record = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert (record.data, record.train_config["data"]) == (str(moved), str(moved))
+
+
+def test_resume_takes_the_flags_of_its_run_and_names_those_that_differ(whole: Path, tmp_path: Path):
+    assert end(start(config(tmp_path), die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
+    run = tmp_path / "run"
+    own = ["tiny", "--recipe", "digits", "--epochs", "3", "--batch-size", "256", "--name", "run"]
+    for flag, value, named in (
+        ("--epochs", "4", "epochs 3 and now 4"),
+        ("--recipe", "imagenet", "recipe digits and now imagenet"),
+        ("--name", "other", "name run and now other"),
+        ("--optimizer.weight-decay", "0.5", r"weight_decay \S+ and now 0.5"),
+        ("--output", "elsewhere", "not in --output elsewhere"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            main(parse([*own, "--resume", str(run), flag, value]))
+    assert end(start(parse([*own, "--resume", str(run), "--keep-checkpoints", "3"]))) == [0]
+    require_same_run(run, whole)
+
+
+def test_two_processes_do_not_train_one_run(whole: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    first = start(config(tmp_path), wait_at_step, 3, tmp_path / "go")
+    assert wait_until(lambda: (tmp_path / "waits").exists(), 60)
+    for command in (config(tmp_path), ResumeConfig(run)):
+        with pytest.raises(LockedError, match=rf"{run} is in use by process {first.pid} .*lock"):
+            main(command)
+    (tmp_path / "go").touch()
+    assert end(first) == [0]
+    require_same_run(run, whole)
+
+
+def wait_at_step(step: int, go: Path) -> None:
+    update = trainer.ProgressBar.update
+
+    def waiting(self: trainer.ProgressBar, report: StepReport) -> None:
+        update(self, report)
+        if report.step == step:
+            go.with_name("waits").touch()
+            assert wait_until(go.exists, 60)
+
+    trainer.ProgressBar.update = waiting
+
+
+def test_a_copied_link_to_a_checkpoint_is_told(whole: Path, tmp_path: Path):
+    copy = tmp_path / "checkpoint"
+    shutil.copy(whole / "checkpoint", copy, follow_symlinks=False)
+    for read in (load_checkpoint, read_run, open_runtime):
+        with pytest.raises(PipelineError, match=r"link to checkpoints/step-0000015.*cp -rL"):
+            read(copy)
 
 
 def test_images_left_out_once_are_not_looked_for_again(tmp_path: Path):

@@ -16,7 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from efficientnet.errors import PipelineError, first_problem
 from efficientnet.images.preprocess import PreprocessSpec, require_sha256
-from efficientnet.machine.atomic import replaced_directory, sha256_of_file, write_text
+from efficientnet.machine.atomic import (
+    dangling_link_hint,
+    replaced_directory,
+    sha256_of_file,
+    write_text,
+)
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.precision import Precision
 
@@ -338,7 +343,7 @@ def read_manifest(directory: Path, allow_unchecked: bool = False) -> ArtifactMan
     if not path.is_file():
         raise ArtifactError(
             f"{directory} is not an artifact: there is no {MANIFEST_FILE} in it; "
-            "make one with 'python export/ort.py'"
+            f"make one with 'python export/ort.py'{dangling_link_hint(directory)}"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
     found = re.search(r'"format_version"\s*:\s*(-?\d+)', text)

@@ -19,7 +19,12 @@ from safetensors.torch import load, save
 
 from efficientnet.errors import PipelineError, first_problem
 from efficientnet.images.preprocess import PreprocessSpec, require_sha256
-from efficientnet.machine.atomic import replaced_directory, sha256_of_file, write_text
+from efficientnet.machine.atomic import (
+    dangling_link_hint,
+    replaced_directory,
+    sha256_of_file,
+    write_text,
+)
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.network.model import EfficientNet, build_model
 from efficientnet.network.variants import NetworkOptions, get_variant
@@ -127,6 +132,7 @@ def _read(directory: Path) -> tuple[CheckpointRecord, bytes]:
         raise CheckpointError(
             f"{directory} is not a checkpoint: there is no {RECORD_FILE} in it; "
             "expected a directory like runs/<recipe>-<time>/checkpoint"
+            f"{dangling_link_hint(directory)}"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
     found = re.search(r'"format_version"\s*:\s*(-?\d+)', text)
@@ -181,5 +187,6 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
         raise CheckpointError(
             f"no complete run under {runs.resolve()}: train one with "
             "'python training/run.py v2-s', or name a checkpoint directory"
+            f"{dangling_link_hint(latest)}"
         )
     return latest.resolve() / "checkpoint"

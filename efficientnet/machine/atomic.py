@@ -53,6 +53,16 @@ def point_link(link: Path, target: Path) -> None:
         fresh.unlink(missing_ok=True)
 
 
+def dangling_link_hint(path: Path) -> str:
+    """Return what to say of a link that leads nowhere, after another message; else nothing."""
+    if not path.is_symlink() or path.exists():
+        return ""
+    return (
+        f"; it is a link to {path.readlink()}, which is not there: 'cp -r' copies a link, "
+        "'cp -rL' what it leads to"
+    )
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line with a single write, so that commands running at once do not mix theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)

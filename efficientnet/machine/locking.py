@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from efficientnet.errors import PipelineError
@@ -40,8 +40,9 @@ def locked_folder(folder: Path) -> Generator[None]:
         # While it is held: another process finds that the file it has locked is not there any more.
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
+        if is_new:
+            with suppress(OSError):  # There is something in it.
+                folder.rmdir()
 
 
 def _lock(path: Path, folder: Path) -> int:
@@ -57,7 +58,10 @@ def _lock(path: Path, folder: Path) -> int:
                     f"{folder} is in use by {holder or 'another process'}, which holds {path}: "
                     "wait for it, end it, or give another folder"
                 ) from None
-            raise
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            log.warning("%s: %s; nothing keeps a second process out", path, error.strerror)
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

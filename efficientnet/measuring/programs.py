@@ -11,6 +11,7 @@ from efficientnet.formats.artifact import MANIFEST_FILE, ArtifactError, read_art
 from efficientnet.formats.checkpoint import RECORD_FILE, newest_checkpoint, read_checkpoint
 from efficientnet.images.datasets import Dataset, load_held_out
 from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.machine.atomic import dangling_link_hint
 from efficientnet.precision import Precision
 from efficientnet.runtimes.names import RUNTIMES
 
@@ -75,6 +76,7 @@ def read_program(path: Path) -> Program:
         raise FileNotFoundError(
             f"{path} does not exist; expected an artifact directory like artifacts/v2-s/"
             "onnxruntime-fp32 or a checkpoint directory like runs/<recipe>-<time>/checkpoint"
+            f"{dangling_link_hint(path)}"
         )
     if (path / MANIFEST_FILE).is_file():
         manifest = read_artifact(path)

@@ -16,6 +16,7 @@ from efficientnet.formats.artifact import (
     read_manifest,
 )
 from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.machine.atomic import dangling_link_hint
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.machine.processor import has_vnni
 from efficientnet.runtimes.names import RUNTIMES
@@ -112,6 +113,7 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
         return _import_runtime("torch", directory).open_directory(directory, threads)
     raise ArtifactError(
         f"{directory} holds neither a {MANIFEST_FILE} (artifact) nor a checkpoint.json (checkpoint)"
+        f"{dangling_link_hint(directory)}"
     )
 
 

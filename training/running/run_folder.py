@@ -33,7 +33,7 @@ from efficientnet.formats.checkpoint import (
 )
 from efficientnet.images.datasets import Dataset, data_name
 from efficientnet.images.preprocess import PreprocessSpec
-from efficientnet.machine.atomic import point_link
+from efficientnet.machine.atomic import dangling_link_hint, point_link
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import NetworkOptions
 from training.learning.epoch import Evaluation
@@ -247,8 +247,30 @@ class SavedRun:
         if self.data_fingerprint != run.data_fingerprint:
             raise CheckpointError(
                 f"the images of {run.dataset.source} are not those that {self.directory} was "
-                "started with; put the data back, or start a new run"
+                "started with; put the data back, say by --data where it is now, or start a new run"
             )
+
+
+def run_of(directory: Path) -> tuple[Path, Path]:
+    """Return a run and its newest checkpoint, or that of the run's checkpoints which is given."""
+    if (directory / RECORD_FILE).is_file():
+        checkpoint = directory.resolve()
+        return checkpoint.parent.parent, checkpoint
+    return directory, (directory / CHECKPOINT).resolve()
+
+
+def read_recipe(directory: Path) -> TrainConfig:
+    """Read what a run was begun with, or last gone on with.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or of an older version of this project.
+    """
+    _, checkpoint = run_of(directory)
+    values = read_checkpoint(checkpoint).train_config
+    try:
+        return config_from_json(values)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint} has a recipe of another version: {error}") from None
 
 
 def read_run(directory: Path, variant: str | None = None) -> SavedRun:
@@ -261,16 +283,13 @@ def read_run(directory: Path, variant: str | None = None) -> SavedRun:
     Raises:
         CheckpointError: no whole checkpoint, nothing left to train, or another variant.
     """
-    if (directory / RECORD_FILE).is_file():
-        checkpoint = directory.resolve()
-        run = checkpoint.parent.parent
-    else:
-        run, checkpoint = directory, (directory / CHECKPOINT).resolve()
+    run, checkpoint = run_of(directory)
     try:
         record = read_checkpoint(checkpoint)
     except CheckpointError as error:
         others = sorted(path for path in (run / CHECKPOINTS).glob("step-*") if path != checkpoint)
-        hint = f"; an older one is there: --resume {others[-1]}" if others else ""
+        hint = dangling_link_hint(directory) or dangling_link_hint(run / CHECKPOINT)
+        hint += f"; an older one is there: --resume {others[-1]}" if others else ""
         raise CheckpointError(f"{error}{hint}") from None
     if variant is not None and variant != record.variant:
         raise CheckpointError(f"{run} trains {record.variant}, not {variant}")
