@@ -16,7 +16,13 @@ MAX_RANDAUGMENT_MAGNITUDE = 30.0
 MAX_TRAIN_IMAGE_SIZE = 1024
 
 # What may change when a run is gone on with: it does not change what is computed.
-FREE_TO_CHANGE = ("recipe_reason", "num_workers", "output", "keep_checkpoints", "checkpoint_every_steps")
+FREE_TO_CHANGE = (
+    "recipe_reason",
+    "num_workers",
+    "output",
+    "keep_checkpoints",
+    "checkpoint_every_steps",
+)
 
 
 @dataclass(frozen=True)
