@@ -1,6 +1,7 @@
 """Batch sizes that are answered image by image, in streams of one thread."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from efficientnet.artifact import read_artifact
+from efficientnet.command import parse_flags
 from efficientnet.runtimes import open_runtime
 from export import ort_build, ov_build, search, streams
 from export.agreement import ParityError
@@ -119,7 +121,12 @@ def test_the_winner_of_a_search_gets_streams(
         max_drop=100,
         search=True,
     )
-    assert read_artifact(ort_build.export_onnxruntime(config)).streamed_batches == (4,)
+    manifest = read_artifact(ort_build.export_onnxruntime(config))
+    assert manifest.streamed_batches == (4,)
+    if manifest.binding is not None:
+        flags = shlex.split(manifest.binding.rebuild)[2:]
+        rebuilt = parse_flags(OrtConfig, None, flags)
+        assert rebuilt == config
 
 
 def test_layers_of_a_streamed_size_are_refused(
