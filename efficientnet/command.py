@@ -61,8 +61,6 @@ def run_command(
         _fail(error, FAILED)
     except ValueError as error:
         _fail(error, WRONG_USAGE)
-    except PipelineError as error:
-        _fail(error, FAILED)
     try:
         made = main(config)
     except PipelineError as error:

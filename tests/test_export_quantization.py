@@ -454,6 +454,35 @@ def test_a_program_that_loses_too_much_with_all_blocks_kept_is_refused(
         )
 
 
+@pytest.mark.parametrize(
+    ("num_right", "labels", "is_judged"),
+    [
+        # Ten classes of 36 images: chance has 36 right.
+        (35, [i % 10 for i in range(360)], False),
+        (40, [i % 10 for i in range(360)], False),
+        (60, [i % 10 for i in range(360)], True),
+        # Two of three images are of one class, and that is what it always says.
+        (240, [max(0, i % 3 - 1) for i in range(360)], False),
+        (300, [max(0, i % 3 - 1) for i in range(360)], True),
+    ],
+)
+def test_a_network_that_knows_no_more_than_chance_cannot_be_judged(
+    num_right: int, labels: list[int], is_judged: bool
+):
+    reference = np.arange(360) < num_right
+    if is_judged:
+        require_better_than_chance(reference, labels, 10)
+        return
+    with pytest.raises(GateError, match=r"of 360 held-out images right, and chance"):
+        require_better_than_chance(reference, labels, 10)
+
+
+def test_an_int8_export_of_a_network_at_chance_is_refused(tiny_checkpoint: Path, tmp_path: Path):
+    with pytest.raises(GateError, match="chance"):
+        ort.main(OrtConfig(tiny_checkpoint, tmp_path / "artifact", "int8", num_parity_images=64))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_images_without_labels_are_no_use_to_the_gate(source: Source):
     photos = load_dataset("sample-photos", is_split=False)
     dataset = Dataset(photos.source, source.record.class_names, (), photos.val)

@@ -174,7 +174,7 @@ def test_nothing_is_written_when_every_mixture_loses_too_much(
 ):
     errors = iter([LossError("it loses too much"), ParityError("it answers otherwise")])
 
-    def refuse(_: Source, config: OpenVinoConfig) -> Path | None:
+    def refuse(_: Source, config: OpenVinoConfig, **__: object) -> Path | None:
         if config.precision == "int8":
             raise next(errors)
         return config.output

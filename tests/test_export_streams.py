@@ -1,6 +1,7 @@
 """Batch sizes that are answered image by image, in streams of one thread."""
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.runtimes import open_runtime
 from export.builders import onnxruntime_builder as ort_build
@@ -121,7 +123,12 @@ def test_the_winner_of_a_search_gets_streams(
         max_drop=100,
         search=True,
     )
-    assert read_artifact(ort_build.export_onnxruntime(config)).streamed_batches == (4,)
+    manifest = read_artifact(ort_build.export_onnxruntime(config))
+    assert manifest.streamed_batches == (4,)
+    if manifest.binding is not None:
+        flags = shlex.split(manifest.binding.rebuild)[2:]
+        rebuilt = parse_flags(OrtConfig, None, flags)
+        assert rebuilt == config
 
 
 def test_layers_of_a_streamed_size_are_refused(

@@ -73,6 +73,9 @@ from training.running.run_folder import (
 )
 from training.running.trainer import Trainer, device_name
 
+# Of the steps; and the weight of the initial batch norm statistics after the last step.
+MAX_WARMUP_SHARE, MAX_INITIAL_SHARE = 0.5, 0.01
+
 log = logging.getLogger(__name__)
 
 
@@ -337,6 +340,23 @@ def log_recipe(config: TrainConfig) -> None:
         log.info("  %-36s %s", name, value)
 
 
+def misfits(plan: StepPlan) -> list[str]:
+    """Tell which values of a recipe are made for more steps than the run has."""
+    config, said = plan.config, list[str]()
+    warmup_steps = config.optimizer.warmup_epochs * plan.steps_per_epoch
+    if warmup_steps > MAX_WARMUP_SHARE * plan.num_steps:
+        said.append(
+            f"optimizer.warmup_epochs {config.optimizer.warmup_epochs:g} is more than half of the "
+            f"{plan.num_steps} steps: the learning rate hardly falls again"
+        )
+    if (1 - config.batch_norm_momentum) ** plan.num_steps > MAX_INITIAL_SHARE:
+        said.append(
+            f"batch_norm_momentum {config.batch_norm_momentum:g} is small for {plan.num_steps} "
+            "steps: the statistics that are deployed still hold the initial ones"
+        )
+    return said
+
+
 def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainState) -> None:
     """Print what is trained on, and what each stage makes of the recipe."""
     log.info("  stage  image size  RandAugment  Mixup  CutMix  dropout   steps  passes x images")
@@ -363,6 +383,8 @@ def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainSt
         f"{plan.world_size} processes, each on " if plan.world_size > 1 else "",
         device_name(state.device),
     )
+    for misfit in misfits(plan):
+        log.warning("%s; --recipe small follows from the number of images", misfit)
 
 
 if __name__ == "__main__":

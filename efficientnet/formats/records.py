@@ -7,6 +7,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from efficientnet.machine.atomic import append_line
 from efficientnet.machine.environment import EnvironmentRecord
+from efficientnet.reporting.class_accuracy import ClassAccuracy
 
 FORMAT_VERSION = 1
 
@@ -104,8 +105,25 @@ class AccuracyRecord(_Measured):
     top1: float = Field(ge=0, le=1)
     top5: float = Field(ge=0, le=1)
     num_images: int
+    classes: tuple[tuple[str, int, int], ...] | None = None
+    """Name, images and hits of each class that has images; None in records of before."""
+    num_classes: int | None = None
+    """Of the program, with or without images."""
     dataset_sha256: str
     """Of the images and labels, in order."""
+
+    @property
+    def class_accuracy(self) -> ClassAccuracy | None:
+        """The counts, in the order of `classes`; None in records of before."""
+        if self.classes is None:
+            return None
+        _, images, hits = zip(*self.classes, strict=True)
+        return ClassAccuracy(images, hits)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of `classes`."""
+        return tuple(name for name, _, _ in self.classes or ())
 
 
 class TrainingSpeedRecord(BaseModel):

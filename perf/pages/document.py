@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.clock import WARM_UP_TOLERANCE, min_samples, relative_spread
 from efficientnet.measuring.stability import MAX_BUSY_ELSEWHERE, MAX_TURN_SPREAD
+from efficientnet.reporting.class_accuracy import class_table
 from efficientnet.reporting.tables import Table, format_bytes, format_ms, format_percent
 from efficientnet.runtimes.names import title
 from perf.pages.results import result_tables
@@ -45,6 +46,7 @@ def build_document(joined: Joined) -> Document:
     for number, group in enumerate(joined.groups, start=1):
         suffix = f", machine {number}" if len(joined.groups) > 1 else ""
         sections += _result_sections(group, suffix)
+        sections += _class_sections(group, suffix)
     if joined.left_out:
         sections.append(_left_out_section(joined))
     sections.append(_method_section(rows))
@@ -84,6 +86,28 @@ def _dates(rows: Sequence[Row]) -> str:
 
 def _result_sections(group: Group, suffix: str) -> list[Section]:
     return [Section(heading + suffix, table=table) for heading, table in result_tables(group)]
+
+
+def _class_sections(group: Group, suffix: str) -> list[Section]:
+    # Of the eager model, or else the first program, of each network.
+    sections: dict[str, Section] = {}
+    for row in sorted(group.rows, key=lambda row: not row.is_eager):
+        record, classes = row.accuracy, row.accuracy.class_accuracy
+        if classes is None or row.label in sections:
+            continue
+        names = record.class_names
+        program = title(record.runtime, record.precision)
+        sections[row.label] = Section(
+            f"Classes of {row.label}{suffix}",
+            paragraphs=(
+                f"Recall, of {program}: the part of a class's images that is given that class; its "
+                f"mean, the balanced accuracy, is {format_percent(classes.balanced)}. Always "
+                f"naming the largest class, {names[classes.largest]}, would have "
+                f"{format_percent(classes.largest_share)} top-1.",
+            ),
+            table=class_table(classes, names),
+        )
+    return list(sections.values())
 
 
 def _left_out_section(joined: Joined) -> Section:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from efficientnet.formats.records import Scenario
 from efficientnet.measuring.clock import min_samples
+from efficientnet.reporting.class_accuracy import is_at_chance
 from efficientnet.reporting.tables import (
     NOTHING,
     Table,
@@ -52,7 +53,7 @@ def _result_table(group: Group, scenario: Scenario) -> Table:
     columns += ("p50 ms", "p90 ms", "p99 ms", "images/s")
     columns += ("time / eager" if is_single else "images/s / eager",)
     columns += ("time / floor",)
-    columns += ("top-1 (images)", "peak memory", "stable")
+    columns += ("top-1 (images)", "balanced", "peak memory", "stable")
     notes = _Notes()
     has_several_data = len({row.accuracy.dataset_sha256 for row in group.rows}) > 1
     rows = tuple(_result_row(row, is_single, has_several_data, notes) for row in group.of(scenario))
@@ -87,6 +88,13 @@ def _result_row(
     where: list[str] = []
     if not is_same_machine(latency.environment, accuracy.environment):
         where.append("accuracy measured on another machine or with other versions")
+    classes = accuracy.class_accuracy
+    if classes and is_at_chance(accuracy.top1, classes.largest_share, accuracy.num_images):
+        where.append(
+            "not clearly above always naming the largest class, "
+            f"{accuracy.class_names[classes.largest]}: "
+            f"{format_percent(classes.largest_share)}"
+        )
     if has_several_data:
         where.append(f"on the images of {accuracy.data}, {accuracy.dataset_sha256[:7]}")
     return (
@@ -105,6 +113,7 @@ def _result_row(
         if latency.p50_ms and latency.floor_ms
         else NOTHING,
         noted(f"{format_percent(accuracy.top1)} ({accuracy.num_images:,})", *where),
+        format_percent(classes.balanced) if classes else NOTHING,
         format_bytes(latency.peak_process_memory_bytes),
         noted("no", *row.instabilities) if row.instabilities else "yes",
     )

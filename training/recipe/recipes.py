@@ -223,8 +223,8 @@ class RecipeFacts:
         """Images per step: what was asked for, or 2 to 256, of which an epoch has several."""
         if self.batch_size is not None:
             return self.batch_size
-        # 50 steps or more an epoch, but batches below 32 only where there are no 4 of them.
-        most = min(max(self.num_images // 50, 32), self.num_images // 4, 256)
+        # 100 steps or more an epoch, but batches below 32 only where there are no 4 of them.
+        most = min(max(self.num_images // 100, 32), self.num_images // 4, 256)
         return 2 ** (max(most, 2).bit_length() - 1)
 
     def fitting_epochs(self, num_passes: int, limits: tuple[int, int]) -> int:
@@ -247,7 +247,7 @@ SMALLEST_FIRST_SIZE = 50
 # Chosen here, by top-1 on 4 classes of CIFAR-10 (3,200 images): AdamW's rate at a batch of 64. It
 # grows with the root of the batch.
 SMALL_LEARNING_RATE = 2e-3
-SMALL_PASSES, SMALL_EPOCHS = 50_000, (15, 100)
+SMALL_PASSES, SMALL_EPOCHS = 64_000, (20, 100)
 TUNED_PASSES, TUNED_EPOCHS = 25_000, (8, 50)
 # Of all steps.
 WARMUP_SHARE, AVERAGED_SHARE = 0.05, 0.05
@@ -271,17 +271,16 @@ def small_recipe(variant: str, schedule: Schedule, facts: RecipeFacts) -> TrainC
         recipe=SMALL_RECIPE,
         progressive=ProgressiveConfig(
             (first, last),
-            (3, 7),
-            (0, 0.1),
+            (2, 5),
+            (0, 0),
             (0.1, spec.dropout_rate),
             num_stages=min(4, recipe.steps or recipe.epochs),
             schedule=schedule,
         ),
         eval_image_size=eval_size,
         crop_fraction=1.0,
-        min_crop_area=0.35,
+        min_crop_area=0.5,
         horizontal_flip=True,
-        num_randaugment_layers=2,
     )
 
 

@@ -87,7 +87,7 @@ def draw_curves(run: Path, epochs: Sequence[EpochMetrics], title: str, num_class
             fontsize=8,
             color="dimgray",
         )
-    loss.legend(loc="upper right", frameon=False)
+    loss.legend(loc="upper right", framealpha=0.8, edgecolor="none")
     top1.plot(minutes, [100 * e.top1 for e in epochs], "o-", ms=3, color="tab:green")
     top1.set_ylabel("top-1 on held-out images, %")
     rate.plot(minutes, [e.learning_rate for e in epochs], "o-", ms=3, color="tab:purple")

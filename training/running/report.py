@@ -21,7 +21,7 @@ from efficientnet.machine.atomic import write_bytes, write_text
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.reporting.class_accuracy import (
     MAX_CLASSES_WITHOUT_TOP5,
-    ClassAccuracy,
+    class_table,
     is_at_chance,
 )
 from efficientnet.reporting.tables import NOTHING, Table, format_bytes, format_percent, format_rate
@@ -35,8 +35,6 @@ REPORT_FILE = "report.md"
 CONFUSION_FILE = "confusion.png"
 
 NUM_CONFUSED_PAIRS = 5
-# Of more classes only the worst are listed.
-MAX_LISTED_CLASSES, NUM_WORST_CLASSES = 100, 20
 
 # Beyond it the counts would be smaller than can be read.
 MAX_CLASSES_WITH_COUNTS = 20
@@ -136,7 +134,8 @@ def write_report(
         "Averaged: the moving average, which is what is deployed. Raw: the last step's. The loss "
         "is the cross entropy without label smoothing.",
         "## Classes",
-        *_class_parts(classes, class_names),
+        class_table(classes, class_names).markdown(),
+        "Recall: the part of a class's images that is given that class.",
         "## Stages",
         stage_table(stages).markdown(),
         "Without evaluation. Memory: the most that the device had in use during the stage, or the "
@@ -178,31 +177,6 @@ def evaluation_table(evaluations: Sequence[FinalEvaluation], eval_image_size: in
     top5 = ("top-5",) if has_top5 else ()
     columns = ("weights", "size", "which is that of", "top-1", *top5, "balanced", "loss")
     return Table(columns, tuple(rows), frozenset({"weights", "which is that of"}))
-
-
-def _class_parts(classes: ClassAccuracy, class_names: Sequence[str]) -> list[str]:
-    order = list(range(len(class_names)))
-    parts: list[str] = []
-    if len(order) > MAX_LISTED_CLASSES:
-        with_images = [index for index in order if classes.images[index]]
-        order = sorted(with_images, key=lambda index: classes.recalls[index] or 0.0)
-        order = order[:NUM_WORST_CLASSES]
-        parts = [f"The {len(order)} of lowest recall, of {len(class_names):,}."]
-    total, recalls = sum(classes.images), classes.recalls
-    rows: list[tuple[str, ...]] = []
-    for index in order:
-        images, recall = classes.images[index], recalls[index]
-        rows.append(
-            (
-                class_names[index],
-                f"{images:,}",
-                format_percent(images / total),
-                NOTHING if recall is None else format_percent(recall),
-            )
-        )
-    columns = ("class", "held-out images", "share", "recall")
-    table = Table(columns, tuple(rows), frozenset(columns[:1])).markdown()
-    return [*parts, table, "Recall: the part of a class's images that is given that class."]
 
 
 def stage_table(stages: Sequence[StageResult]) -> Table:

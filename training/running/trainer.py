@@ -347,7 +347,7 @@ def signs_of_failure(metrics: EpochMetrics, num_classes: int) -> list[str]:
         )
     if metrics.val_loss > EXPLODED * guessing:
         signs.append(
-            f"the held-out loss {metrics.val_loss:.3g} has exploded, guessing has {guessing:.2f}: "
+            f"the held-out loss {metrics.val_loss:,.5g} has exploded, guessing has {guessing:.2f}: "
             + (
                 "the averaged weights still hold those of the first steps, or "
                 if metrics.epoch <= 2
