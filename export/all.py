@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
+import tyro
+
 from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
 from efficientnet.atomic import point_link
 from efficientnet.command import parse_flags, run_command
@@ -23,7 +25,7 @@ from efficientnet.precision import Precision
 from efficientnet.publishing import find_section
 from efficientnet.runtimes import open_runtime
 from export.config import ExportConfig
-from export.gate import Gate, GateError, require_gate_images
+from export.gate import Gate, GateError
 from export.measuring import measure
 from export.source import Source, load_source
 from export.summary import SECTION, Line, Summary, choose_default, publish, table_of
@@ -82,6 +84,10 @@ RUNTIMES = tuple(dict.fromkeys(candidate.command for candidate in CANDIDATES))
 @dataclass(frozen=True)
 class AllConfig(ExportConfig):
     """Settings of all exports."""
+
+    # Of one artifact: what is shared by all of them is what --help lists.
+    precision: tyro.conf.Suppress[Precision] = "fp32"
+    output: tyro.conf.Suppress[Path | None] = None
 
     only: tuple[str, ...] = ()
     """Commands to run, of ort ov aoti torch_trt trt; none = all."""
@@ -204,11 +210,10 @@ def _line(candidate: Candidate, output: Path, manifest: ArtifactManifest) -> Lin
 
 def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Line]:
     try:
-        require_gate_images(source)
+        gate = Gate(source, config.num_gate_images, config.max_drop / 100)
     except GateError as error:
         log.info("no top-1: %s", error)
         return lines
-    gate = Gate(source, config.num_gate_images, config.max_drop / 100)
     measured: list[Line] = []
     for line in lines:
         if line.artifact is not None and line.left_out is None:

@@ -21,7 +21,7 @@ from efficientnet.artifact import (
 )
 from efficientnet.datasets import Dataset, load_dataset
 from efficientnet.model import ConvNormAct
-from export import sensitivity
+from export import ort, sensitivity
 from export.calibration import (
     CALIBRATION_FILE,
     CalibrationError,
@@ -29,7 +29,7 @@ from export.calibration import (
     collect_ranges,
     write_calibration,
 )
-from export.config import ExportConfig
+from export.config import ExportConfig, OrtConfig
 from export.gate import (
     Attempt,
     Gate,
@@ -38,6 +38,7 @@ from export.gate import (
     is_allowed,
     keep_within_drop,
     paired_drop,
+    require_better_than_chance,
 )
 from export.graph import count_ops, export_onnx, fold_batch_norm, is_within
 from export.ov_build import pattern_of
@@ -450,6 +451,35 @@ def test_a_program_that_loses_too_much_with_all_blocks_kept_is_refused(
             lambda built: judged(built, drop=0.02),
             lambda: [BlockCost(block="features.0", logit_error=1.0)],
         )
+
+
+@pytest.mark.parametrize(
+    ("num_right", "labels", "is_judged"),
+    [
+        # Ten classes of 36 images: chance has 36 right.
+        (35, [i % 10 for i in range(360)], False),
+        (40, [i % 10 for i in range(360)], False),
+        (60, [i % 10 for i in range(360)], True),
+        # Two of three images are of one class, and that is what it always says.
+        (240, [max(0, i % 3 - 1) for i in range(360)], False),
+        (300, [max(0, i % 3 - 1) for i in range(360)], True),
+    ],
+)
+def test_a_network_that_knows_no_more_than_chance_cannot_be_judged(
+    num_right: int, labels: list[int], is_judged: bool
+):
+    reference = np.arange(360) < num_right
+    if is_judged:
+        require_better_than_chance(reference, labels, 10)
+        return
+    with pytest.raises(GateError, match=r"of 360 held-out images right, and chance"):
+        require_better_than_chance(reference, labels, 10)
+
+
+def test_an_int8_export_of_a_network_at_chance_is_refused(tiny_checkpoint: Path, tmp_path: Path):
+    with pytest.raises(GateError, match="chance"):
+        ort.main(OrtConfig(tiny_checkpoint, tmp_path / "artifact", "int8", num_parity_images=64))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_without_labels_are_no_use_to_the_gate(source: Source):

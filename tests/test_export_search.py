@@ -172,7 +172,7 @@ def test_nothing_is_written_when_every_mixture_loses_too_much(
 ):
     errors = iter([LossError("it loses too much"), ParityError("it answers otherwise")])
 
-    def refuse(_: Source, config: OpenVinoConfig) -> Path | None:
+    def refuse(_: Source, config: OpenVinoConfig, **__: object) -> Path | None:
         if config.precision == "int8":
             raise next(errors)
         return config.output
@@ -190,7 +190,7 @@ def test_a_search_without_images_to_judge_by_builds_nothing(
     few = replace(source, dataset=replace(source.dataset, val=source.dataset.val[:99]))
     config = OpenVinoConfig(source.checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
     monkeypatch.setattr(ov_build, "load_source", lambda _: few)
-    monkeypatch.setattr(ov_build, "write_openvino", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(ov_build, "write_openvino", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(GateError, match="there are 99 held-out images, the accuracy gate needs"):
         ov_build.export_openvino(config)
 

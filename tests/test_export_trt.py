@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,9 +335,13 @@ def test_the_rebuild_command_has_the_same_settings():
         compute_capability=("8.6", "8.9"),
         size=64,
     )
-    command = shlex.split(rebuild_command("export/trt.py", config))
-    assert command[:2] == ["python", "export/trt.py"]
-    assert parse_flags(TrtConfig, None, command[2:]) == config
+    checkpoint = Path("runs/a b/checkpoint")
+    for settings in (config, replace(config, checkpoint=None)):
+        # The newest run may be another one by then.
+        for path in (checkpoint, checkpoint.absolute()):
+            command = shlex.split(rebuild_command("export/trt.py", settings, path))
+            assert command[:2] == ["python", "export/trt.py"]
+            assert parse_flags(TrtConfig, None, command[2:]) == config
 
 
 @pytest.mark.parametrize(
