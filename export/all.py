@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
+import tyro
+
 from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
@@ -25,7 +27,7 @@ from efficientnet.precision import Precision
 from efficientnet.reporting.publishing import find_section
 from efficientnet.runtimes import open_runtime
 from export.builders.measuring import measure
-from export.checks.gate import Gate, GateError, require_gate_images
+from export.checks.gate import Gate, GateError
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Source, load_source
 from export.studies.summary import (
@@ -89,6 +91,10 @@ RUNTIMES = tuple(dict.fromkeys(candidate.command for candidate in CANDIDATES))
 @dataclass(frozen=True)
 class AllConfig(ExportConfig):
     """Settings of all exports."""
+
+    # Of one artifact: what is shared by all of them is what --help lists.
+    precision: tyro.conf.Suppress[Precision] = "fp32"
+    output: tyro.conf.Suppress[Path | None] = None
 
     only: tuple[str, ...] = ()
     """Commands to run, of ort ov aoti torch_trt trt; none = all."""
@@ -202,11 +208,10 @@ def reason_of(text: str) -> str:
 
 def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Line]:
     try:
-        require_gate_images(source)
+        gate = Gate(source, config.num_gate_images, config.max_drop / 100)
     except GateError as error:
         log.info("no top-1: %s", error)
         return lines
-    gate = Gate(source, config.num_gate_images, config.max_drop / 100)
     measured: list[Line] = []
     for line in lines:
         if line.artifact is not None and line.left_out is None:

@@ -118,7 +118,7 @@ def main(config: AotiConfig) -> Path:
                 version=torch.__version__,
                 compute_capability=target.compute_capability,
                 device=target.name,
-                rebuild=rebuild_command("export/aoti.py", config),
+                rebuild=rebuild_command("export/aoti.py", config, source.checkpoint),
             ),
         )
 

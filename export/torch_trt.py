@@ -109,7 +109,7 @@ def main(config: TorchTrtConfig) -> Path:
                 version=version,
                 compute_capability=gpu.compute_capability,
                 device=gpu.name,
-                rebuild=rebuild_command("export/torch_trt.py", config),
+                rebuild=rebuild_command("export/torch_trt.py", config, source.checkpoint),
             ),
         )
 

@@ -107,7 +107,7 @@ def main(config: TrtConfig) -> Path:
         version=version,
         compute_capability=" ".join(target.compute_capabilities) or None,
         device=target.device,
-        rebuild=rebuild_command("export/trt.py", config),
+        rebuild=rebuild_command("export/trt.py", config, source.checkpoint),
     )
     scheme = "tensorrt-fp8" if config.precision == "fp8" else "tensorrt"
 

@@ -8,10 +8,11 @@ import torch
 
 from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import ParityRecord, ParityTolerances
-from efficientnet.formats.checkpoint import load_checkpoint
+from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from efficientnet.precision import Precision
 from efficientnet.runtimes import ProgramInfo, Runtime, open_runtime
 from export import ort
+from export.builders import onnxruntime_builder as ort_build
 from export.checks import agreement
 from export.checks.agreement import (
     ParityError,
@@ -109,6 +110,20 @@ def test_a_refused_artifact_leaves_nothing_behind(
     with pytest.raises(ParityError):
         ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=output))
     assert list((tmp_path / "artifacts").iterdir()) == []
+
+
+def test_an_eager_network_that_answers_with_infinity_is_named_before_anything_is_built(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, record = load_checkpoint(tiny_checkpoint)
+    # All its values are finite, and it is not.
+    model.classifier[1].weight.data.fill_(3e38)
+    save_checkpoint(tmp_path / "checkpoint", model.state_dict(), record, None)
+    monkeypatch.setattr(ort_build, "typed_graph", lambda *_: pytest.fail("it was built"))
+    config = ExportConfig(checkpoint=tmp_path / "checkpoint", output=tmp_path / "artifacts" / "a")
+    with pytest.raises(CheckpointError, match="broken itself, before any export"):
+        ort.main(config)
+    assert not list((tmp_path / "artifacts").glob("*"))
 
 
 def test_too_few_held_out_images_are_an_error(tiny_checkpoint: Path):

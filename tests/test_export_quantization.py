@@ -21,6 +21,7 @@ from efficientnet.formats.artifact import (
 )
 from efficientnet.images.datasets import Dataset, load_dataset
 from efficientnet.network.model import ConvNormAct, ResidualBlock
+from export import ort
 from export.builders.openvino_builder import pattern_of
 from export.checks import sensitivity
 from export.checks.gate import (
@@ -31,6 +32,7 @@ from export.checks.gate import (
     is_allowed,
     keep_within_drop,
     paired_drop,
+    require_better_than_chance,
 )
 from export.checks.sensitivity import named_blocks, rank_blocks
 from export.graphs.calibration import (
@@ -43,7 +45,7 @@ from export.graphs.calibration import (
 from export.graphs.folding import count_ops, export_onnx, fold_batch_norm, is_within
 from export.graphs.precision import typed_graph
 from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_quantize
-from export.inputs.config import ExportConfig
+from export.inputs.config import ExportConfig, OrtConfig
 from export.inputs.reference import Source, load_source
 
 BLOCKS = ("features.1.0", "features.2.0", "features.3.0")

@@ -192,7 +192,7 @@ def test_a_search_without_images_to_judge_by_builds_nothing(
     few = replace(source, dataset=replace(source.dataset, val=source.dataset.val[:99]))
     config = OpenVinoConfig(source.checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
     monkeypatch.setattr(ov_build, "load_source", lambda _: few)
-    monkeypatch.setattr(ov_build, "write_openvino", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(ov_build, "write_openvino", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(GateError, match="there are 99 held-out images, the accuracy gate needs"):
         ov_build.export_openvino(config)
 

@@ -22,6 +22,7 @@ from training.recipe.recipes import digits_recipe, imagenet_recipe
 from training.run import ResumeConfig, main
 from training.running import trainer
 from training.running.metrics import draw_curves, loss_axis_end, read_metrics
+from training.running.run_folder import is_complete
 
 
 def tiny_config(output: Path, **changes: object):
@@ -233,22 +234,27 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], attempts: set[int]
     monkeypatch.setattr(TrainStep, "__call__", failing)
 
 
-def test_weights_that_are_not_finite_are_never_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["classifier.1.bias", "features.0.1.running_var"])
+@pytest.mark.parametrize("is_averaged", [False, True])
+def test_a_run_that_ends_with_values_that_are_not_finite_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_averaged: bool
 ):
     call = TrainStep.__call__
 
     def poisoning(self: TrainStep, *args: object) -> object:
         result = call(self, *args)
-        if self._state.step == 22:
+        state = self._state
+        if state.step == 22:
             with torch.no_grad():
-                self._state.model.classifier[1].bias[0] = math.inf
+                tensors = state.average.tensors if is_averaged else state.model.state_dict()
+                tensors[name][0] = math.inf
         return result
 
     monkeypatch.setattr(TrainStep, "__call__", poisoning)
-    with pytest.raises(TrainingError, match="a weight is not finite after step 22"):
+    with pytest.raises(TrainingError, match=rf"{name} .* step 22 .*checkpoints/step-0000011;"):
         main(tiny_config(tmp_path, name="run"))
     assert read_checkpoint(tmp_path / "run" / "checkpoint").step == 11
+    assert not is_complete(tmp_path / "run") and not (tmp_path / "latest").exists()
 
 
 def test_a_run_can_be_given_by_its_steps(tmp_path: Path):

@@ -9,6 +9,7 @@ runs/<recipe>-<UTC time>/checkpoint/
 import hashlib
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -162,7 +163,8 @@ def load_checkpoint(directory: Path) -> tuple[EfficientNet, CheckpointRecord]:
     """Build the checkpoint's network with its weights, float32, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: see read_checkpoint; or the weights are not those of the variant.
+        CheckpointError: see read_checkpoint; or the weights are not those of the variant, or some
+            are not finite.
     """
     record, weights = _read(directory)
     try:
@@ -173,7 +175,21 @@ def load_checkpoint(directory: Path) -> tuple[EfficientNet, CheckpointRecord]:
         model.load_state_dict(load(weights), assign=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} does not hold a {record.variant}: {error}") from None
+    broken = first_not_finite(model.state_dict())
+    if broken is not None:
+        raise CheckpointError(
+            f"{directory} holds a network that is broken itself: {broken} has values that are NaN "
+            "or infinite; take an earlier checkpoint of the run, or train again with a lower "
+            "--optimizer.learning-rate"
+        )
     return model.eval(), record
+
+
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the first tensor with NaN or infinite values; waits for the device."""
+    floats = {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
+    are_finite = torch.stack([tensor.isfinite().all() for tensor in floats.values()]).tolist()
+    return next((n for n, is_finite in zip(floats, are_finite, strict=True) if not is_finite), None)
 
 
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:

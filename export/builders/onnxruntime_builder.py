@@ -18,6 +18,7 @@ from export.builders.writing import Built, default_output, vnni_binding, write_c
 from export.graphs.folding import count_ops, count_weight_bytes
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig, OrtConfig
+from export.inputs.rebuild import rebuild_command
 from export.inputs.reference import Source, load_source
 
 PROGRAM_FILE = "model.onnx"
@@ -42,6 +43,9 @@ def export_onnxruntime(config: ExportConfig) -> Path:
     provider = provider_of(config)
     require_provider(PROVIDERS[provider])
     source = load_source(config)
+    # Also in the artifacts of a search, whose own settings are results.
+    rebuild = rebuild_command("export/ort.py", config, source.checkpoint)
+    write = partial(write_onnxruntime, rebuild=rebuild)
     finish = None
     if provider == "cpu":
         finish = partial(choose_streams, source, sizes=config.static_batches)
@@ -49,12 +53,16 @@ def export_onnxruntime(config: ExportConfig) -> Path:
         output = default_output(config, source, OUTPUT_NAMES["cpu"])
         in_float: OrtConfig = replace(config, precision="fp32", search=False)
         kinds = {"int8": config}
-        return fastest_within_drop(source, kinds, in_float, output, write_onnxruntime, finish)
-    return write_onnxruntime(source, config, finish)
+        return fastest_within_drop(source, kinds, in_float, output, write, finish)
+    return write(source, config, finish)
 
 
 def write_onnxruntime(
-    source: Source, config: ExportConfig, finish: Callable[[Path], None] | None = None
+    source: Source,
+    config: ExportConfig,
+    finish: Callable[[Path], None] | None = None,
+    *,
+    rebuild: str,
 ) -> Path:
     """Export, check and write one artifact; return its directory."""
     provider = provider_of(config)
@@ -85,7 +93,7 @@ def write_onnxruntime(
             provider=None if provider == "cpu" else PROVIDERS[provider],
             opset=typed.opset,
             target_device="cpu" if provider == "cpu" else "cuda",
-            binding=vnni_binding("onnxruntime", "python export/ort.py") if is_bound else None,
+            binding=vnni_binding("onnxruntime", rebuild) if is_bound else None,
             quantization=typed.quantization,
         )
 

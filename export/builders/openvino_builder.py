@@ -33,6 +33,7 @@ from export.graphs.calibration import METHOD, choose_samples, images_of, write_c
 from export.graphs.folding import INPUT_NAME, OPSET, count_weight_bytes
 from export.graphs.precision import graph_of
 from export.inputs.config import Activations, OpenVinoConfig
+from export.inputs.rebuild import rebuild_command
 from export.inputs.reference import Source, load_source
 
 PROGRAM_FILE = "model.xml"
@@ -77,22 +78,34 @@ def export_openvino(config: OpenVinoConfig) -> Path:
         require_capability(core, config.precision, "the artifact")
     source = load_source(config)
     finish = partial(choose_streams, source, sizes=config.static_batches)
+    # Also in the artifacts of a search, whose own settings are results.
+    rebuild = rebuild_command("export/ov.py", config, source.checkpoint)
+    write = partial(write_openvino, rebuild=rebuild)
     if config.search:
-        return search_openvino(source, config, finish)
-    return write_openvino(source, config, finish)
+        return search_openvino(source, config, finish, write)
+    return write(source, config, finish)
 
 
-def search_openvino(source: Source, config: OpenVinoConfig, finish: Callable[[Path], None]) -> Path:
+def search_openvino(
+    source: Source,
+    config: OpenVinoConfig,
+    finish: Callable[[Path], None],
+    write: Callable[[Source, OpenVinoConfig], Path],
+) -> Path:
     """Write the fastest mixture of int8 and float layers; return its directory."""
     every = [config.activations] if config.activations else get_args(Activations)
     kinds = {f"{kind} int8": replace(config, activations=kind) for kind in every}
     output = default_output(config, source, "openvino")
     in_float = replace(config, precision=own_precision(ov.Core()), activations=None, search=False)
-    return fastest_within_drop(source, kinds, in_float, output, write_openvino, finish)
+    return fastest_within_drop(source, kinds, in_float, output, write, finish)
 
 
 def write_openvino(
-    source: Source, config: OpenVinoConfig, finish: Callable[[Path], None] | None = None
+    source: Source,
+    config: OpenVinoConfig,
+    finish: Callable[[Path], None] | None = None,
+    *,
+    rebuild: str,
 ) -> Path:
     """Export, check and write one artifact; return its directory."""
     output = default_output(config, source, "openvino")
@@ -113,9 +126,7 @@ def write_openvino(
             log=(f"OpenVINO {ov.__version__}, nncf {nncf.__version__}, opset {OPSET}",),
             opset=OPSET,
             quantization=quantization,
-            binding=vnni_binding("openvino", "python export/ov.py")
-            if quantization and has_vnni()
-            else None,
+            binding=vnni_binding("openvino", rebuild) if quantization and has_vnni() else None,
         )
 
     return write_checked_artifact(source, config, output, "openvino", build, finish=finish)

@@ -59,14 +59,14 @@ class Built:
 Builder = Callable[[Path, tuple[str, ...]], Built]
 
 
-def vnni_binding(library: str, command: str) -> Binding:
+def vnni_binding(library: str, rebuild: str) -> Binding:
     """Bind an int8 program whose weights have all 8 bits to processors with VNNI."""
     return Binding(
         library=library,
         version=metadata.version(library),
         compute_capability=None,
         device=VNNI,
-        rebuild=f"{command} --precision int8",
+        rebuild=rebuild,
     )
 
 
@@ -102,11 +102,15 @@ def write_checked_artifact(
 
     Raises:
         ArtifactError: something else than an artifact stands at `output`.
+        CheckpointError: the eager model answers with NaN or infinity; nothing is built.
         ParityError: the program does not answer like the eager model; nothing is written.
         GateError: there are no images that a quantised program can be judged by.
         LossError: a quantised program loses more than --max-drop; nothing is written.
     """
     started = time.perf_counter()
+    if can_run_here:
+        # A network that is broken itself is told before anything is built.
+        _ = source.parity_logits
     with new_artifact_directory(output) as directory:
 
         def attempt(kept: tuple[str, ...]) -> Attempt:
@@ -151,6 +155,13 @@ def write_checked_artifact(
     return output
 
 
+def log_line(directory: Path, line: str) -> None:
+    """Log a line, and add it to an artifact's build.log."""
+    log.info("%s", line)
+    with (directory / BUILD_LOG).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def check_parity(
     source: Source, directory: Path, manifest: ArtifactManifest, is_judged: bool = True
 ) -> ArtifactManifest:
@@ -171,9 +182,7 @@ def check_parity(
         f"(at most {tolerances.max_abs_logit_error:.0e}), "
         f"top-1 agreement {parity.top1_agreement:.1%}, {parity.num_flips} other top-1 classes"
     )
-    log.info("%s", line)
-    with (directory / BUILD_LOG).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    log_line(directory, line)
     if is_judged:
         require_parity(parity)
     return manifest.model_copy(update={"parity": parity})

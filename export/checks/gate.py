@@ -5,6 +5,7 @@ Where it loses too much, the blocks that cost most are kept in a higher precisio
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -50,7 +51,8 @@ class Gate:
     model's answers for labels, where it is sure of them: any other answer counts as lost.
 
     Raises:
-        GateError: there are fewer than 100.
+        GateError: there are fewer than 100, or the eager model is not clearly better on them than
+            chance.
     """
 
     def __init__(self, source: Source, num_images: int | None, max_drop: float) -> None:
@@ -60,6 +62,8 @@ class Gate:
         self._max_drop = max_drop
         self._sha256 = sha256_of_samples(self._samples)
         self._reference = _reference(source, num_images)
+        labels = [sample.label for sample in self._samples]
+        require_better_than_chance(self._reference, labels, source.record.num_classes)
 
     def measure(self, runtime: Runtime) -> AccuracyGate:
         """Classify all images with a program."""
@@ -95,6 +99,29 @@ def require_gate_images(source: Source) -> None:
         raise GateError(
             f"there are {len(source.dataset.val)} held-out images, the accuracy gate needs "
             f"{MIN_GATE_IMAGES}; add images to val, or give others with --data"
+        )
+
+
+def require_better_than_chance(
+    reference: NDArray[np.bool_], labels: Sequence[int], num_classes: int
+) -> None:
+    """Check that the eager model knows something that could be lost.
+
+    Chance is the better of a guess and of the most frequent class for every image; clearly better
+    is what chance reaches in fewer than 1 of 40 draws of as many images.
+
+    Raises:
+        GateError: it does not.
+    """
+    num_images = len(reference)
+    chance = max(1 / num_classes, Counter(labels).most_common(1)[0][1] / num_images)
+    least = chance + Z_95 * math.sqrt(chance * (1 - chance) / num_images)
+    if reference.mean() <= least:
+        raise GateError(
+            f"the eager model has {reference.mean():.2%} of {num_images} held-out images right, "
+            f"and chance {chance:.2%}: where nothing is known nothing can be lost, so the accuracy "
+            "gate cannot judge; export a network that has learned these classes, at the --size it "
+            "was trained for, give other images with --data, or export in fp32"
         )
 
 

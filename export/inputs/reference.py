@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from efficientnet.formats.checkpoint import CheckpointRecord, load_checkpoint, newest_checkpoint
+from efficientnet.formats.checkpoint import (
+    CheckpointError,
+    CheckpointRecord,
+    load_checkpoint,
+    newest_checkpoint,
+)
 from efficientnet.images.datasets import Dataset, Sample, load_held_out
 from efficientnet.images.preprocess import PreprocessSpec, preprocess
 from efficientnet.machine.environment import num_usable_cores
@@ -61,8 +66,20 @@ class Source:
 
     @cached_property
     def parity_logits(self) -> NDArray[np.float32]:
-        """What the eager model answers to parity_images."""
-        return self.answer(self.parity_images)
+        """What the eager model answers to parity_images.
+
+        Raises:
+            CheckpointError: some of it is NaN or infinite.
+        """
+        logits = self.answer(self.parity_images)
+        num_broken = int((~np.isfinite(logits).all(axis=1)).sum())
+        if num_broken:
+            raise CheckpointError(
+                f"the network in {self.checkpoint} is broken itself, before any export: it answers "
+                f"{num_broken} of {len(logits)} held-out images with NaN or infinity; take an "
+                "earlier checkpoint of the run, or train again"
+            )
+        return logits
 
     def answer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the eager model's logits for images [N, 3, H, W]."""

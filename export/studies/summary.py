@@ -89,7 +89,8 @@ def section_of(summary: Summary) -> str:
 def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
     """Return the fastest artifact, and what is worth saying of the others.
 
-    An int8 or fp8 artifact is slower than one of more bits on some devices; it is said then.
+    An int8 or fp8 artifact is slower than one of more bits on some devices, of its own runtime or
+    of another (bf16 on processors with AMX); it is said then.
     """
     timed = [line for line in lines if line.artifact is not None and line.p50_ms is not None]
     if not timed:
@@ -100,17 +101,24 @@ def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
         wider = [
             other
             for other in timed
-            if other.name == line.name and other.precision in ("bf16", "fp16", "fp32")
+            if is_for_cpu(other.name) == is_for_cpu(line.name)
+            and other.precision in ("bf16", "fp16", "fp32")
         ]
         if line.precision in ("int8", "fp8") and wider:
             best = min(wider, key=lambda other: other.p50_ms or 0.0)
             assert line.p50_ms is not None and best.p50_ms is not None
             if line.p50_ms > best.p50_ms:
                 notes.append(
-                    f"{line.name} {line.precision} is slower here than {best.precision} "
-                    f"({line.p50_ms:.1f} ms against {best.p50_ms:.1f} ms): not worth its rounding"
+                    f"{line.name} {line.precision} is slower here than {best.name} "
+                    f"{best.precision} ({line.p50_ms:.1f} ms against {best.p50_ms:.1f} ms): not "
+                    "worth its rounding"
                 )
     return fastest.artifact, notes
+
+
+def is_for_cpu(name: str) -> bool:
+    """Whether the artifacts of that name run on a CPU; those for a GPU are not compared to them."""
+    return name in ("onnxruntime", "openvino", "aoti")
 
 
 def table_of(lines: list[Line], default: str | None) -> Table:

@@ -34,7 +34,7 @@ class TrainingError(PipelineError):
 
 
 class LossError(TrainingError):
-    """A loss or weights that are not finite."""
+    """A loss, weights or running statistics that are not finite."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def train_epoch(
         Whether training was stopped.
 
     Raises:
-        LossError: the loss is not finite.
+        LossError: the loss, or at the end a weight or a running statistic, is not finite.
     """
     config, totals, device = plan.config, state.totals, state.device
     state.model.train()
@@ -148,8 +148,9 @@ def train_epoch(
             break
     totals.loss_sum = loss_sum.item()
     state.elapsed_s += perf_counter() - started
-    if not state.is_finite():
-        raise LossError(f"a weight is not finite after step {state.step} of {plan.num_steps}")
+    broken = state.first_not_finite()
+    if broken is not None:
+        raise LossError(f"{broken} is not finite after step {state.step} of {plan.num_steps}")
     return stopped
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from efficientnet.formats.checkpoint import first_not_finite
 from efficientnet.network.model import EfficientNet, SqueezeExcite, build_model
 from efficientnet.network.variants import NetworkOptions, get_variant
 from training.learning.memory import keep_freed_memory
@@ -105,11 +106,9 @@ class TrainState:
         self.best = state["best"]
         self.elapsed_s = state["elapsed_s"]
 
-    def is_finite(self) -> bool:
-        """Tell whether all weights are numbers; waits for the device."""
-        weights = [p.detach() for p in self.model.parameters()]
-        norms = torch._foreach_norm(weights)  # pyright: ignore[reportPrivateImportUsage]
-        return bool(torch.stack(list(norms)).isfinite().all())
+    def first_not_finite(self) -> str | None:
+        """Return the first weight or running statistic, averaged or not, with NaN or infinity."""
+        return first_not_finite(self.model.state_dict()) or first_not_finite(self.average.tensors)
 
 
 def _on_cpu(value: Any) -> Any:
