@@ -657,7 +657,7 @@ def test_as_many_photographs_are_right_as_with_timm(variant: str, expected: int,
 def test_weights_of_lite_are_not_those_of_b0(tmp_path: Path):
     source = saved_file(tmp_path, timm.create_model("tf_efficientnet_lite0").state_dict())
     with pytest.raises(
-        WeightsError, match="not the weights of b0: .*; it looks like lite0, not b0"
+        WeightsError, match=r"not the weights of b0: .*; it looks like lite0, not b0"
     ):
         load_published(source, VARIANTS["b0"], "timm:tf_efficientnet_b0.in1k")
     with pytest.raises(WeightsError, match="package:lite0 is a lite0, expected a b0"):
