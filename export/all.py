@@ -14,20 +14,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
-from efficientnet.artifact import MANIFEST_FILE, AccuracyGate, read_artifact
-from efficientnet.atomic import point_link
+from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import SAMPLE_PHOTOS
-from efficientnet.environment import current_environment
 from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import MANIFEST_FILE, AccuracyGate, read_artifact
+from efficientnet.images.datasets import SAMPLE_PHOTOS
+from efficientnet.machine.atomic import point_link
+from efficientnet.machine.children import stop_command
+from efficientnet.machine.environment import current_environment
 from efficientnet.precision import Precision
-from efficientnet.publishing import find_section
+from efficientnet.reporting.publishing import find_section
 from efficientnet.runtimes import open_runtime
-from export.config import ExportConfig
-from export.gate import Gate, GateError, is_labelled
-from export.measuring import measure
-from export.source import Source, load_source
-from export.summary import (
+from export.builders.measuring import measure
+from export.checks.gate import Gate, GateError, is_labelled
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
+from export.studies.summary import (
     DEFAULT_LINK,
     PUBLISHED_WEIGHTS_SECTION,
     SECTION,
@@ -38,8 +40,6 @@ from export.summary import (
     publish,
     table_of,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
 
 NUM_TURNS = 6
 
@@ -176,7 +176,7 @@ def main(config: AllConfig) -> Summary:
 def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Path) -> Line:
     output = folder / f"{candidate.name}-{candidate.precision}"
     command = [
-        *(sys.executable, str(ROOT / "export" / f"{candidate.command}.py")),
+        *(sys.executable, str(PROJECT_ROOT / "export" / f"{candidate.command}.py")),
         *("--checkpoint", str(source.checkpoint), "--output", str(output)),
         *("--precision", candidate.precision, *candidate.flags, *_shared_flags(config)),
     ]
@@ -185,10 +185,14 @@ def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Pat
     ) as run:
         assert run.stderr is not None and run.stdout is not None
         text = ""
-        for text_line in run.stderr:
-            text += text_line
-            sys.stderr.write(f"    {text_line}")
-        run.stdout.read()
+        try:
+            for text_line in run.stderr:
+                text += text_line
+                sys.stderr.write(f"    {text_line}")
+            run.stdout.read()
+        except BaseException:
+            stop_command(run)
+            raise
     if run.returncode != 0:
         reason = reason_of(text) or f"it ended with exit code {run.returncode}, see its log above"
         return Line(
@@ -202,7 +206,7 @@ def reason_of(text: str) -> str:
     """Return the message of a command that failed, in one line."""
     found = re.search(r"^error: (.*)", text, re.M)
     if found:
-        return found.group(1).replace(f"{ROOT}/", "")
+        return found.group(1).replace(f"{PROJECT_ROOT}/", "")
     # A wrong flag's box: its words without the frame.
     inner = re.findall(r"^│ (.*?)\s*│$", text, re.M)
     return re.sub(r"^Error parsing \w+: ", "", " ".join(inner).partition(" ───")[0])

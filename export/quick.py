@@ -16,18 +16,18 @@ from pathlib import Path
 
 import openvino as ov
 
-from efficientnet.artifact import read_artifact
-from efficientnet.atomic import point_link
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.machine.atomic import point_link
 from efficientnet.precision import Precision
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.openvino_runtime import own_precision
-from export.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.ort_build import write_onnxruntime
-from export.ov_build import write_openvino
-from export.source import Source, load_source
-from export.summary import DEFAULT_LINK, Line, choose_default, line_of, table_of
+from export.builders.onnxruntime_builder import write_onnxruntime
+from export.builders.openvino_builder import write_openvino
+from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
+from export.inputs.reference import Source, load_source
+from export.studies.summary import DEFAULT_LINK, Line, choose_default, line_of, table_of
 
 SECONDS = 0.5
 TURNS = 4

@@ -18,17 +18,12 @@ from typing import Any, Literal
 import onnx
 import torch
 
-from efficientnet.artifact import Binding
-from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
+from efficientnet.formats.artifact import Binding, ProgramFile
+from efficientnet.machine.atomic import write_text
 from efficientnet.precision import Precision
 from efficientnet.runtimes.tensorrt_library import PACKAGES, deserialize
-from export.config import ExportConfig
-from export.graph import count_weight_bytes
-from export.precision import typed_graph
-from export.rebuild import rebuild_command
-from export.source import load_source
-from export.trt_build import (
+from export.builders.tensorrt_builder import (
     BuildSettings,
     build_engine,
     fix_batch,
@@ -36,8 +31,13 @@ from export.trt_build import (
     profiles_for,
     read_layers,
 )
-from export.trt_target import Target, find_target, member_for
-from export.writing import Built, default_output, programs_for, write_checked_artifact
+from export.builders.tensorrt_target import Target, find_target, member_for
+from export.builders.writing import Built, default_output, programs_for, write_checked_artifact
+from export.graphs.folding import count_weight_bytes
+from export.graphs.precision import typed_graph
+from export.inputs.config import ExportConfig
+from export.inputs.rebuild import rebuild_command
+from export.inputs.reference import load_source
 
 PROGRAM_FILE = "model.engine"
 LAYERS_FILE = "layers.json"
@@ -173,7 +173,7 @@ def write_layers(trt: Any, directory: Path, files: list[str], binding: Binding) 
     """Write layers.json: what the engines consist of, for reports on single layers."""
     layers: dict[str, object] = {}
     for file in files:
-        engine: Any = deserialize(trt, directory / file, binding)
+        engine: Any = deserialize(trt, ProgramFile.read(directory / file), binding)
         layers[file] = read_layers(layers_of(trt, engine))
     write_text(directory / LAYERS_FILE, json.dumps(layers, indent=1) + "\n")
 

@@ -15,20 +15,20 @@ import numpy as np
 import tyro
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Dataset, data_name, sha256_of_samples
-from efficientnet.environment import current_environment
-from efficientnet.probabilities import top_classes
-from efficientnet.records import AccuracyRecord, append_record
-from efficientnet.runtimes import open_runtime
-from efficientnet.tables import Table, format_percent
-from perf.predictions import Predictions, predict, write_predictions
-from perf.programs import (
+from efficientnet.formats.records import AccuracyRecord, append_record
+from efficientnet.images.datasets import Dataset, data_name, sha256_of_samples
+from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.programs import (
     Program,
     images_for,
     read_programs,
     require_different_paths,
     require_writable,
 )
+from efficientnet.reporting.tables import Table, format_percent
+from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.probabilities import top_classes
+from perf.measurements.predictions import Predictions, predict, write_predictions
 
 DEFAULT_BATCH_SIZE = 32
 

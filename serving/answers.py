@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from efficientnet.probabilities import softmax, top_classes
+from efficientnet.runtimes.probabilities import softmax, top_classes
 
 BAR_WIDTH = 40
 
@@ -62,9 +62,10 @@ def best_classes(
     """Return the most probable classes of one picture's logits [1, num_classes], best first."""
     probabilities = softmax(logits)
     (best,) = top_classes(probabilities, top_k)
+    indices: list[int] = best.tolist()
     return [
         Prediction(label=class_names[i], class_index=i, probability=probabilities[0, i])
-        for i in best.tolist()
+        for i in indices
     ]
 
 

@@ -19,9 +19,9 @@ import tyro
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from efficientnet.preprocess import ImageError, preprocess
+from efficientnet.images.preprocess import ImageError, preprocess
+from efficientnet.images.tar_index import IMAGE_SUFFIXES
 from efficientnet.runtimes import Runtime, open_runtime
-from efficientnet.tar_index import IMAGE_SUFFIXES
 from serving.answers import PictureAnswer, bars_of, best_classes
 from serving.settings import read_settings
 

@@ -14,9 +14,9 @@ from typing import Any
 import bentoml
 from PIL import Image
 
-from efficientnet.artifact import read_artifact
-from efficientnet.environment import num_usable_cores
-from efficientnet.preprocess import preprocess
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.images.preprocess import preprocess
+from efficientnet.machine.environment import num_usable_cores
 from efficientnet.runtimes import open_runtime
 from serving.answers import ModelFacts, Prediction, best_classes
 from serving.routes import app

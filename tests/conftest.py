@@ -8,14 +8,14 @@ import pytest
 import torch
 from networks import fit_classifier, images_of, random_network
 
-from efficientnet.artifact import QuantizationRecord
-from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
-from efficientnet.datasets import load_dataset
-from efficientnet.environment import current_environment
-from efficientnet.preprocess import PreprocessSpec
-from efficientnet.variants import VARIANTS, NetworkOptions, Padding
+from efficientnet.formats.artifact import QuantizationRecord
+from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.machine.environment import current_environment
+from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding
 from export import ort
-from export.config import ExportConfig
+from export.inputs.config import ExportConfig
 
 # Tests run side by side, one process a core: more threads would only wait for each other. Commands
 # that tests start inherit it.

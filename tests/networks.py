@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from efficientnet.datasets import Sample
-from efficientnet.model import EfficientNet, SqueezeExcite, build_model
-from efficientnet.preprocess import PreprocessSpec, preprocess
-from efficientnet.variants import NetworkOptions, Padding, VariantSpec
+from efficientnet.images.datasets import Sample
+from efficientnet.images.preprocess import PreprocessSpec, preprocess
+from efficientnet.network.model import EfficientNet, SqueezeExcite, build_model
+from efficientnet.network.variants import NetworkOptions, Padding, VariantSpec
 
 
 def images_of(samples: list[Sample], spec: PreprocessSpec) -> Tensor:

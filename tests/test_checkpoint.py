@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import TINY_PREPROCESS
 
-from efficientnet.checkpoint import (
+from efficientnet.formats.checkpoint import (
     CheckpointError,
     load_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
-from efficientnet.variants import NetworkOptions
+from efficientnet.network.variants import NetworkOptions
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet.artifact import read_artifact
-from efficientnet.environment import current_environment
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.machine.environment import current_environment
 from export.all import AllConfig, reason_of
-from export.summary import Line, Summary, choose_default, publish, table_of
+from export.studies.summary import Line, Summary, choose_default, publish, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from conftest import TINY_PREPROCESS, write_tiny_checkpoint
 
-from efficientnet.artifact import ArtifactError, read_artifact
-from efficientnet.datasets import load_dataset
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import preprocess
+from efficientnet.network.variants import Padding
 from efficientnet.precision import Precision
-from efficientnet.preprocess import preprocess
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.aoti_runtime import missing_extensions
 from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
-from efficientnet.variants import Padding
 from export import aoti
-from export.agreement import tolerances_for
 from export.aoti import AotiConfig
-from export.aoti_build import AotiError
+from export.builders.aoti_builder import AotiError
+from export.checks.agreement import tolerances_for
 
 COMMAND = [sys.executable, "export/aoti.py"]
 
@@ -123,6 +123,13 @@ def test_the_manifest_says_what_the_program_runs_on(artifact: Path):
 def test_nothing_but_the_artifact_is_left(artifact: Path):
     assert {path.name for path in artifact.iterdir()} == {"model.pt2", "manifest.json", "build.log"}
     assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
+
+
+def test_what_was_opened_answers_when_its_files_are_gone(artifact: Path, tmp_path: Path):
+    images, copy = digits(3), Path(shutil.copytree(artifact, tmp_path / "copy"))
+    opened = open_runtime(copy)
+    shutil.rmtree(copy)
+    np.testing.assert_array_equal(opened.infer(images), open_runtime(artifact).infer(images))
 
 
 def test_another_torch_is_refused_with_the_command_to_run(artifact: Path, tmp_path: Path):

@@ -11,9 +11,9 @@ from networks import random_network
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from efficientnet.model import build_model
-from efficientnet.variants import VARIANTS, NetworkOptions, Padding
-from export.graph import (
+from efficientnet.network.model import build_model
+from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding
+from export.graphs.folding import (
     GraphError,
     check_graph,
     count_ops,

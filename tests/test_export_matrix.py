@@ -17,16 +17,17 @@ import onnxruntime
 import openvino as ov
 import pytest
 
-from efficientnet.artifact import ArtifactError, read_artifact
-from efficientnet.atomic import sha256_of_file
-from efficientnet.devices import has_vnni
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.machine.atomic import sha256_of_file
+from efficientnet.machine.processor import has_vnni
+from efficientnet.network.variants import Padding
 from efficientnet.runtimes import open_runtime
-from efficientnet.variants import Padding
-from export import ort, ov_build
+from export import ort
 from export import ov as openvino_export
-from export.agreement import compare_logits, tolerances_for
-from export.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.source import Source, load_source
+from export.builders import openvino_builder as ov_build
+from export.checks.agreement import compare_logits, tolerances_for
+from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
+from export.inputs.reference import Source, load_source
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from efficientnet.artifact import ParityRecord, ParityTolerances
-from efficientnet.checkpoint import load_checkpoint
 from efficientnet.command import parse_flags
+from efficientnet.formats.artifact import ParityRecord, ParityTolerances
+from efficientnet.formats.checkpoint import load_checkpoint
 from efficientnet.precision import Precision
 from efficientnet.runtimes import ProgramInfo, Runtime, open_runtime
-from export import agreement, ort
-from export.agreement import (
+from export import ort
+from export.checks import agreement
+from export.checks.agreement import (
     ParityError,
     compare_logits,
     require_parity,
     run_in_batches,
     tolerances_for,
 )
-from export.config import ExportConfig
-from export.source import Source, load_source
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
 from perf.accuracy import AccuracyConfig
 from perf.latency import LatencyConfig
 

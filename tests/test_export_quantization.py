@@ -14,26 +14,19 @@ import torch
 from conftest import QUANTIZATION
 from networks import random_network
 
-from efficientnet.artifact import (
+from efficientnet.formats.artifact import (
     AccuracyGate,
     BlockCost,
     ParityRecord,
     ParityTolerances,
     read_artifact,
 )
-from efficientnet.datasets import Dataset, load_dataset
-from efficientnet.model import ConvNormAct, ReLU6
-from efficientnet.variants import VARIANTS
-from export import sensitivity
-from export.calibration import (
-    CALIBRATION_FILE,
-    CalibrationError,
-    choose_samples,
-    collect_ranges,
-    write_calibration,
-)
-from export.config import ExportConfig
-from export.gate import (
+from efficientnet.images.datasets import Dataset, load_dataset
+from efficientnet.network.model import ConvNormAct, ReLU6, ResidualBlock
+from efficientnet.network.variants import VARIANTS
+from export.builders.openvino_builder import pattern_of
+from export.checks import sensitivity
+from export.checks.gate import (
     Attempt,
     Gate,
     LossError,
@@ -41,13 +34,20 @@ from export.gate import (
     keep_within_drop,
     paired_drop,
 )
-from export.graph import count_ops, export_onnx, fold_batch_norm, is_within
-from export.layers import layers_by_block
-from export.ov_build import pattern_of
-from export.precision import typed_graph
-from export.quantization import SCHEMES, insert_quantization, tensors_to_quantize
-from export.sensitivity import named_blocks, rank_blocks
-from export.source import Source, load_source
+from export.checks.layers import layers_by_block
+from export.checks.sensitivity import named_blocks, rank_blocks
+from export.graphs.calibration import (
+    CALIBRATION_FILE,
+    CalibrationError,
+    choose_samples,
+    collect_ranges,
+    write_calibration,
+)
+from export.graphs.folding import count_ops, export_onnx, fold_batch_norm, is_within
+from export.graphs.precision import typed_graph
+from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_quantize
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
 
 BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
 
@@ -368,13 +368,15 @@ def test_every_block_is_ranked_by_what_it_does_to_the_logits(source: Source, con
 def test_a_block_with_one_huge_weight_in_each_channel_is_the_costliest(
     source: Source, config: ExportConfig
 ):
-    torch.manual_seed(0)
     broken = load_source(ExportConfig(checkpoint=source.checkpoint, num_parity_images=64))
     block = dict(named_blocks(broken.model))["features.3.1"]
-    conv = next(m for m in block.modules() if isinstance(m, torch.nn.Conv2d))
+    assert isinstance(block, ResidualBlock)
+    depthwise_norm, projection = block.block[1][1], block.block[3][0]
     with torch.no_grad():
-        # All other weights of the channel round to zero.
-        conv.weight[:, 0] *= 1000
+        # The huge weights meet a channel that is always zero: the network's answers stay as they
+        # are, and in 8 bits all other weights of the layer round to zero.
+        depthwise_norm.weight[0] = depthwise_norm.bias[0] = 0
+        projection.weight[:, 0] = 1000 * projection.weight.abs().max()
     assert rank_blocks(broken, config)[0].block == "features.3.1"
 
 

@@ -7,15 +7,17 @@ import onnx
 import openvino
 import pytest
 
-from efficientnet.artifact import read_artifact
-from efficientnet.model import EfficientNet
-from export import ort_build, ov_build, search
-from export.agreement import ParityError
-from export.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.gate import GateError, LossError
-from export.graph import is_within
-from export.search import faster_in_float, time_of
-from export.source import Source, load_source
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.network.model import EfficientNet
+from export.builders import onnxruntime_builder as ort_build
+from export.builders import openvino_builder as ov_build
+from export.builders import search
+from export.builders.search import faster_in_float, time_of
+from export.checks.agreement import ParityError
+from export.checks.gate import GateError, LossError
+from export.graphs.folding import is_within
+from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
+from export.inputs.reference import Source, load_source
 
 DEPTHWISE = "features.3.0.block.1"
 BLOCK = "features.1.0"

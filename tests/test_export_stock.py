@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet.environment import current_environment
-from export.config import OpenVinoConfig
+from efficientnet.machine.environment import current_environment
+from export.inputs.config import OpenVinoConfig
 from export.ov import main as export_openvino
 from export.stock import Comparison, Comparisons, Ratio, StockConfig, publish, section_of
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from efficientnet.artifact import read_artifact
+from efficientnet.formats.artifact import read_artifact
 from efficientnet.runtimes import open_runtime
-from export import ort_build, ov_build, search, streams
-from export.agreement import ParityError
-from export.config import OpenVinoConfig, OrtConfig
+from export.builders import onnxruntime_builder as ort_build
+from export.builders import openvino_builder as ov_build
+from export.builders import search, streams
+from export.checks.agreement import ParityError
+from export.inputs.config import OpenVinoConfig, OrtConfig
 from perf.layers import read_profiled
 
 EXPORTS = {

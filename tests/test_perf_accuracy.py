@@ -10,15 +10,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from efficientnet.artifact import ArtifactError, read_artifact
-from efficientnet.datasets import DatasetError, Sample, load_dataset, sha256_of_samples
-from efficientnet.preprocess import PreprocessSpec, preprocess
-from efficientnet.probabilities import softmax
-from efficientnet.records import AccuracyRecord, read_records
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.formats.records import AccuracyRecord, read_records
+from efficientnet.images.datasets import DatasetError, Sample, load_dataset, sha256_of_samples
+from efficientnet.images.preprocess import PreprocessSpec, preprocess
 from efficientnet.runtimes import ProgramInfo, open_runtime
+from efficientnet.runtimes.probabilities import softmax
 from perf import accuracy
 from perf.accuracy import AccuracyConfig, top_k_accuracy
-from perf.predictions import Predictions, predict
+from perf.measurements.predictions import Predictions, predict
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientnet.preprocess import preprocess
-from efficientnet.probabilities import softmax
+from efficientnet.images.preprocess import preprocess
 from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.probabilities import softmax
 from serving.classify import ClassifyConfig, ClassifyError, main
 
 

@@ -14,21 +14,24 @@ from small_trainings import small_run, with_stages
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from training_processes import end, require_equal, saved_state, start, start_ranks
 
-from training.config import TrainConfig
-from training.distributed import (
+from training.batches.sampler import StepPlan
+from training.learning.distributed import (
     MEETING_PORT,
     DistributedError,
     Ranks,
     join_ranks,
     meeting_store,
 )
-from training.metrics import read_metrics
+from training.recipe.config import TrainConfig
 from training.run import find_run
-from training.sampler import StepPlan
+from training.running.metrics import read_metrics
 
-# Between processes only the order of additions differs: 1e-4 is what is promised, 1e-6 was seen
-# after a few steps, and training makes it grow.
-TOLERANCE = 1e-4
+# Between processes only the order of additions differs, and training makes that grow. The held-out
+# loss of this run, on one process, differs by 3.3e-5 between AVX-512 and AVX2 and by 1.5e-4 between
+# AVX-512 and SSE 4.1 (its training loss by 9e-7); on AMX one process and four were 2.4e-4 apart.
+# Gradients that are not averaged change the training loss by more than 1e-2.
+TRAIN_TOLERANCE = 1e-4
+VAL_TOLERANCE = 6e-4
 
 
 def config(output: Path, **changes: object) -> TrainConfig:
@@ -53,8 +56,8 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def require_same_curves(found: Path, expected: Path) -> None:
     for epoch, other in zip(read_metrics(found), read_metrics(expected), strict=True):
-        assert epoch.train_loss == pytest.approx(other.train_loss, abs=TOLERANCE)
-        assert epoch.val_loss == pytest.approx(other.val_loss, abs=TOLERANCE)
+        assert epoch.train_loss == pytest.approx(other.train_loss, abs=TRAIN_TOLERANCE)
+        assert epoch.val_loss == pytest.approx(other.val_loss, abs=VAL_TOLERANCE)
         assert (epoch.step, epoch.image_size, epoch.learning_rate) == (
             other.step,
             other.image_size,
@@ -86,7 +89,7 @@ def test_the_statistics_of_batch_norm_do_not_depend_on_the_number_of_processes(t
 
 
 def die_at_step(rank: int, step: int) -> None:
-    from training.step import TrainStep
+    from training.learning.step import TrainStep
 
     call = TrainStep.__call__
 

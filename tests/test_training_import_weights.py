@@ -18,19 +18,20 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from efficientnet.atomic import sha256_of_file
-from efficientnet.checkpoint import read_checkpoint
-from efficientnet.datasets import load_held_out
-from efficientnet.layouts import names_in
-from efficientnet.model import build_model
-from efficientnet.preprocess import IMAGENET_MEAN, preprocess
+from efficientnet.formats.checkpoint import read_checkpoint
+from efficientnet.images.datasets import load_held_out
+from efficientnet.images.preprocess import IMAGENET_MEAN, preprocess
+from efficientnet.machine.atomic import sha256_of_file
+from efficientnet.network.layouts import names_in
+from efficientnet.network.model import build_model
+from efficientnet.network.variants import VARIANTS
+from efficientnet.network.weights_file import WeightsError, read_weights_file
 from efficientnet.runtimes import open_runtime
-from efficientnet.variants import VARIANTS
-from efficientnet.weights_file import WeightsError, read_weights_file
-from training import import_weights, published
+from training import import_weights
 from training.import_weights import ImportConfig
-from training.published import load_published, published_entries
-from training.released import PACKAGES
+from training.inputs import published_weights as published
+from training.inputs.published_weights import load_published, published_entries
+from training.inputs.released_weights import PACKAGES
 
 # float32 through some 50 layers, relative to the largest logit.
 FLOAT32_TOLERANCE = 1e-5

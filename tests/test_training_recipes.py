@@ -6,17 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientnet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
-from efficientnet.model import EfficientNet, build_model
-from efficientnet.variants import VARIANTS, NetworkOptions
-from training import start
-from training.augment import Augmentation
-from training.config import config_from_json, config_to_json
-from training.progressive import plan_stages
-from training.published import PublishedWeights
-from training.recipes import RECIPES, digits_recipe, imagenet_recipe
+from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
+from efficientnet.network.model import EfficientNet, build_model
+from efficientnet.network.variants import VARIANTS, NetworkOptions
+from training.batches.augmentation import Augmentation
+from training.inputs import initial_weights as start
+from training.inputs.published_weights import PublishedWeights
+from training.learning.state import new_state
+from training.recipe.config import config_from_json, config_to_json
+from training.recipe.recipes import RECIPES, digits_recipe, imagenet_recipe
+from training.recipe.stages import plan_stages
 from training.run import main, parse
-from training.state import new_state
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

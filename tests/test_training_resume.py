@@ -3,10 +3,12 @@
 import errno
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +16,15 @@ from PIL import Image
 from small_trainings import small_run
 from training_processes import die_after, end, require_equal, saved_state, start
 
-from efficientnet.atomic import point_link
-from efficientnet.checkpoint import CheckpointError, load_checkpoint
-from training import rundir
-from training.distributed import Ranks
-from training.metrics import read_metrics
+from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint
+from efficientnet.machine.atomic import point_link
+from training.learning.distributed import Ranks
+from training.learning.epoch import StepReport, TrainingError
 from training.run import ResumeConfig, find_run, main
-from training.rundir import read_run, remove_unfinished
+from training.running import run_folder as rundir
+from training.running import trainer
+from training.running.metrics import read_metrics
+from training.running.run_folder import read_run, remove_unfinished
 
 NUM_KILLS = 10
 
@@ -86,7 +90,7 @@ def die_at_call(name: str, number: int) -> None:
 
 
 def die_while_writing_weights(number: int) -> None:
-    from efficientnet import checkpoint
+    from efficientnet.formats import checkpoint
 
     calls = iter(range(1, 1000))
     original = checkpoint.save
@@ -245,9 +249,36 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole_and_training_goes_on(
     assert "step-0000004; training goes on and tries again" in log
 
 
-def test_a_full_disk_at_the_last_checkpoint_fails_the_run(tmp_path: Path):
-    last = tuple(range(4, 30))
-    assert end(start(config(tmp_path), fill_the_disk, tmp_path / "log", last)) == [1]
+def test_a_full_disk_at_the_last_checkpoint_fails_the_run_and_says_how_to_go_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original, calls = rundir.save_checkpoint, itertools.count(1)
+
+    def failing(*args: Any) -> object:
+        if next(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)
+
     run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "save_checkpoint", failing)
+        with pytest.raises(TrainingError, match=rf"disk is full.*step-0000005.*--resume {run}$"):
+            main(config(tmp_path))
     assert read_run(run).record.step == 5 and not (run / "report.md").exists()
-    load_checkpoint(run / "checkpoint")
+    assert end(start(ResumeConfig(run))) == [0]
+    require_same_run(run, whole)
+
+
+def test_a_dead_loader_worker_is_told_with_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    update = trainer.ProgressBar.update
+
+    def killing(self: trainer.ProgressBar, report: StepReport) -> None:
+        update(self, report)
+        if report.step == 3:
+            multiprocessing.active_children()[0].kill()
+
+    monkeypatch.setattr(trainer.ProgressBar, "update", killing)
+    with pytest.raises(TrainingError, match=r"--num-workers.*step-0000002.*--resume"):
+        main(config(tmp_path, num_workers=1))

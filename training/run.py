@@ -6,9 +6,11 @@
     python training/run.py --resume runs/v2-s-20261122T101500Z
     torchrun --nproc-per-node 4 training/run.py v2-s --data FOLDER --name s1
 
-Without --data it trains on the handwritten digits that come with scikit-learn; with it, by the
-paper's recipe from scratch (imagenet).
---recipe imagenet | pretrain | finetune | transfer | digits: other values for all that follows.
+Without --data it trains on the handwritten digits that come with scikit-learn. With it the recipe
+follows from the number of images and classes and from whether there are --weights; the log says
+which was taken, and why.
+--recipe small | small-finetune | imagenet | pretrain | finetune | transfer | digits: other values
+for all that follows.
 --schedule paper | released | fixed | random: how image size and regularisation change.
 --weights starts from published weights or from a checkpoint, with a new classifier.
 --resume goes on with an interrupted run, by the recipe it was started with.
@@ -18,26 +20,20 @@ paper's recipe from scratch (imagenet).
 import argparse
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast, get_args
 
 import tyro
 
-from efficientnet.checkpoint import CheckpointError, read_checkpoint
 from efficientnet.command import PROJECT_LOGGERS, parse_flags, run_command
-from efficientnet.variants import get_variant
-from training.config import (
-    Schedule,
-    TrainConfig,
-    changed_values,
-    config_from_json,
-    config_to_json,
-    flat_values,
-)
-from training.data import load_training_data
-from training.distributed import (
+from efficientnet.formats.checkpoint import CheckpointError, read_checkpoint
+from efficientnet.network.variants import get_variant
+from training.batches.sampler import StepPlan
+from training.inputs.initial_weights import load_start, log_start, start_image_size
+from training.inputs.training_data import load_training_data, look_at
+from training.learning.distributed import (
     Ranks,
     from_main,
     join_ranks,
@@ -45,14 +41,25 @@ from training.distributed import (
     local_world_size,
     may_be_restarted,
 )
-from training.memory import USABLE_SHARE, device_memory_bytes, plan_micro_batches
-from training.progressive import Stage, plan_stages
-from training.recipes import DIGITS_RECIPE, recipes_for
-from training.rundir import CHECKPOINT, Run, SavedRun, is_complete, read_run
-from training.sampler import StepPlan
-from training.start import load_start, log_start
-from training.state import TrainState, new_state
-from training.trainer import Trainer, device_name
+from training.learning.memory import (
+    USABLE_SHARE,
+    device_memory_bytes,
+    plan_micro_batches,
+    require_batch_norm_fits,
+)
+from training.learning.state import TrainState, new_state
+from training.recipe.config import (
+    Schedule,
+    TrainConfig,
+    changed_values,
+    config_from_json,
+    config_to_json,
+    flat_values,
+)
+from training.recipe.recipes import DIGITS_RECIPE, FITTED_RECIPES, choose_recipe, recipes_for
+from training.recipe.stages import Stage, plan_stages
+from training.running.run_folder import CHECKPOINT, Run, SavedRun, is_complete, read_run
+from training.running.trainer import Trainer, device_name
 
 log = logging.getLogger(__name__)
 
@@ -69,31 +76,52 @@ class ResumeConfig:
 
 
 def parse(args: list[str]) -> TrainConfig | ResumeConfig:
-    """Read the command line; the values depend on --recipe, --schedule and whether there is --data.
+    """Read the command line; the values depend on --recipe, --schedule, and the data.
 
     Raises:
         ValueError: unknown variant, with the nearest names, or a value outside its limits.
+        FileNotFoundError, DatasetError: the data cannot be used.
     """
     chosen, rest = _peek(args, "--recipe")
-    given, _ = _peek(rest, "--resume", "--data", "--schedule")
+    given, _ = _peek(rest, "--resume", "--data", "--schedule", "--weights", "--image-key")
     if given.resume is not None:
         return parse_flags(ResumeConfig, __doc__, args)
     if args and not args[0].startswith("-"):
         get_variant(args[0])
-    recipe = chosen.recipe or (DIGITS_RECIPE if given.data is None else "imagenet")
     schedule = given.schedule or "paper"
     if schedule not in get_args(Schedule):
         raise ValueError(f"no schedule {schedule!r}; there are {', '.join(get_args(Schedule))}")
-    recipes = recipes_for(recipe, cast(Schedule, schedule))
+    recipe, reason, facts = chosen.recipe, "", None
+    if recipe is None and given.data is None:
+        recipe, reason = DIGITS_RECIPE, "no --data"
+    elif recipe is None or recipe in FITTED_RECIPES:
+        facts = replace(look_at(given.data, given.image_key), **_asked_values(rest))
+        if given.weights is not None:
+            facts = replace(facts, start_image_size=start_image_size(given.weights))
+        if recipe is None:
+            recipe, reason = choose_recipe(facts, given.weights is not None)
+    recipes = recipes_for(recipe, cast(Schedule, schedule), facts)
+    recipes = {name: replace(values, recipe_reason=reason) for name, values in recipes.items()}
     described = {name: (f"train {name}", values) for name, values in recipes.items()}
     return tyro.extras.overridable_config_cli(described, description=__doc__, args=rest)
+
+
+def _asked_values(args: list[str]) -> dict[str, int]:
+    # What is asked for in numbers that other values of a recipe follow from. What is none is
+    # refused with the other flags.
+    asked, _ = _peek(args, "--epochs", "--steps", "--batch-size", "--micro-batch-size")
+    return {
+        name: int(value)
+        for name, value in vars(asked).items()
+        if value is not None and value.isdecimal() and int(value)
+    }
 
 
 def _peek(args: list[str], *flags: str) -> tuple[argparse.Namespace, list[str]]:
     """Return the flags' values, None where not given, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in flags:
-        parser.add_argument(flag)
+        parser.add_argument(flag, *({flag.replace("-", "_").replace("__", "--", 1)} - {flag}))
     return parser.parse_known_args(args)
 
 
@@ -142,6 +170,7 @@ def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
         preprocess = config.preprocess_spec(start.preprocess if start else None)
         network = config.network_options(start.network if start else None)
     stages = plan_stages(config.progressive, config.seed)
+    require_batch_norm_fits(config, stages, ranks.world_size)
     log_recipe(config)
 
     dataset = load_training_data(config, ranks, saved.left_out if saved else None)
@@ -215,7 +244,8 @@ def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path)
 
 def log_recipe(config: TrainConfig) -> None:
     """Print every value that decides the run."""
-    log.info("recipe %s of %s", config.recipe, config.variant)
+    reason = f", for {config.recipe_reason}" if config.recipe_reason else ""
+    log.info("recipe %s of %s%s", config.recipe, config.variant, reason)
     for name, value in flat_values(config_to_json(config)).items():
         log.info("  %-36s %s", name, value)
 
