@@ -19,7 +19,8 @@ import tyro
 from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from efficientnet.formats.artifact import AccuracyGate, read_artifact
+from efficientnet.formats.artifact import MANIFEST_FILE, AccuracyGate, read_artifact
+from efficientnet.images.datasets import SAMPLE_PHOTOS
 from efficientnet.machine.atomic import point_link
 from efficientnet.machine.children import stop_command
 from efficientnet.machine.environment import current_environment
@@ -27,11 +28,12 @@ from efficientnet.precision import Precision
 from efficientnet.reporting.publishing import find_section
 from efficientnet.runtimes import open_runtime
 from export.builders.measuring import measure
-from export.checks.gate import Gate, GateError
+from export.checks.gate import Gate, GateError, is_labelled
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Source, load_source
 from export.studies.summary import (
     DEFAULT_LINK,
+    PUBLISHED_WEIGHTS_SECTION,
     SECTION,
     Line,
     Summary,
@@ -42,6 +44,8 @@ from export.studies.summary import (
 )
 
 NUM_TURNS = 6
+
+EAGER = "eager"
 
 log = logging.getLogger(__name__)
 
@@ -132,9 +136,11 @@ def main(config: AllConfig) -> Summary:
         PipelineError: not one artifact could be made.
     """
     started_at = datetime.now(UTC)
-    if config.publish:
-        find_section(config.readme, SECTION)
     source = load_source(config)
+    is_published = source.record.data == SAMPLE_PHOTOS
+    section = PUBLISHED_WEIGHTS_SECTION if is_published else SECTION
+    if config.publish:
+        find_section(config.readme, section)
     folder = Path("artifacts") / source.variant
     lines: list[Line] = []
     chosen = [c for c in CANDIDATES if not config.only or c.command in config.only]
@@ -143,11 +149,15 @@ def main(config: AllConfig) -> Summary:
         lines.append(_export(candidate, source, config, folder))
     if not any(line.artifact for line in lines):
         raise PipelineError("not one artifact could be made: see the reasons above")
-    lines = _with_top1(lines, source, config)
-    lines = _with_latency(lines, config)
+    eager = Line(name=EAGER, precision="fp32", artifact=str(source.checkpoint))
+    lines, num_images = _with_top1([eager, *lines], source, config)
+    eager, *lines = _with_latency(lines, config)
     default, notes = choose_default(lines)
+    if num_images is not None and not is_labelled(source):
+        notes.append("images without labels: top-1 is the share that is answered as by eager")
     if default is not None:
         point_link(folder / DEFAULT_LINK, Path(Path(default).name))
+    lines = [eager, *lines]
     table = table_of(lines, default)
     log.info("%s", table.aligned_text())
     for note in (*table.notes, *notes):
@@ -158,6 +168,8 @@ def main(config: AllConfig) -> Summary:
         batch_size=config.tuned_batch_size,
         environment=current_environment(),
         started_at=started_at,
+        section=section,
+        num_images=num_images,
         lines=tuple(lines),
         default=default,
         notes=tuple(notes),
@@ -206,20 +218,32 @@ def reason_of(text: str) -> str:
     return re.sub(r"^Error parsing \w+: ", "", " ".join(inner).partition(" ───")[0])
 
 
-def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Line]:
+def _with_top1(
+    lines: list[Line], source: Source, config: AllConfig
+) -> tuple[list[Line], int | None]:
     try:
         gate = Gate(source, config.num_gate_images, config.max_drop / 100)
     except GateError as error:
         log.info("no top-1: %s", error)
-        return lines
+        return lines, None
     measured: list[Line] = []
+    num_images = None
     for line in lines:
         if line.artifact is not None and line.left_out is None:
-            path = Path(line.artifact)
-            found: AccuracyGate = read_artifact(path).gate or gate.measure(open_runtime(path))
-            line = line.model_copy(update={"top1": found.top1, "drop": found.drop})
+            found = _top1_of(Path(line.artifact), gate)
+            num_images = found.num_images
+            update: dict[str, object] = {"top1": found.top1}
+            if line.name != EAGER:
+                update |= {"drop": found.drop}
+                update |= {"drop_low": found.drop_low, "drop_high": found.drop_high}
+            line = line.model_copy(update=update)
         measured.append(line)
-    return measured
+    return measured, num_images
+
+
+def _top1_of(path: Path, gate: Gate) -> AccuracyGate:
+    measured = read_artifact(path).gate if (path / MANIFEST_FILE).is_file() else None
+    return measured or gate.measure(open_runtime(path))
 
 
 def _with_latency(lines: list[Line], config: AllConfig) -> list[Line]:

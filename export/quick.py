@@ -26,6 +26,7 @@ from efficientnet.runtimes.openvino_runtime import own_precision
 from export.builders.onnxruntime_builder import write_onnxruntime
 from export.builders.openvino_builder import write_openvino
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
+from export.inputs.rebuild import rebuild_command
 from export.inputs.reference import Source, load_source
 from export.studies.summary import DEFAULT_LINK, Line, choose_default, line_of, table_of
 
@@ -87,9 +88,11 @@ def export(source: Source, config: OrtConfig | OpenVinoConfig, folder: Path) -> 
     try:
         config = replace(config, output=output)
         if isinstance(config, OrtConfig):
-            write_onnxruntime(source, config)
+            rebuild = rebuild_command("export/ort.py", config, source.checkpoint)
+            write_onnxruntime(source, config, rebuild=rebuild)
         else:
-            write_openvino(source, config)
+            rebuild = rebuild_command("export/ov.py", config, source.checkpoint)
+            write_openvino(source, config, rebuild=rebuild)
     except PipelineError as error:
         log.info("left out: %s", error)
         return Line(name=name, precision=config.precision, artifact=None, left_out=str(error))

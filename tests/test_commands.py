@@ -18,6 +18,7 @@ COMMANDS = [
     "export/ort.py",
     "export/ov.py",
     "export/parity.py",
+    "export/quick.py",
     "export/stock.py",
     "export/torch_trt.py",
     "export/trt.py",
@@ -29,6 +30,7 @@ COMMANDS = [
     "perf/report.py",
     "serving/run.py",
     "serving/demo.py",
+    "serving/classify.py",
 ]
 
 
