@@ -1,12 +1,13 @@
 """What all commands do alike: flags in, log on stderr, answer on stdout, exit code 0, 1 or 2."""
 
 import errno
+import importlib
 import logging
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from pydantic import BaseModel
@@ -39,6 +40,14 @@ def parse_flags(
     return tyro.cli(
         config_class, args=args, description=doc, config=(tyro.conf.FlagCreatePairsOff,)
     )
+
+
+def late(module: str) -> Callable[[Any], Any]:
+    """Return the `main` of a module that is imported when it is called.
+
+    So that --help and wrong flags are answered before torch is loaded.
+    """
+    return lambda config: importlib.import_module(module).main(config)
 
 
 def run_command(

@@ -16,6 +16,11 @@ import numpy as np
 import tyro
 
 from efficientnet.command import parse_flags, run_command
+from efficientnet.formats.class_accuracy import (
+    MAX_CLASSES_WITHOUT_TOP5,
+    count_classes,
+    is_at_chance,
+)
 from efficientnet.formats.records import AccuracyRecord, append_record
 from efficientnet.images.datasets import Dataset, data_name, sha256_of_samples
 from efficientnet.machine.environment import current_environment
@@ -26,12 +31,7 @@ from efficientnet.measuring.programs import (
     require_different_paths,
     require_writable,
 )
-from efficientnet.reporting.class_accuracy import (
-    MAX_CLASSES_WITHOUT_TOP5,
-    class_table,
-    count_classes,
-    is_at_chance,
-)
+from efficientnet.reporting.class_table import class_table
 from efficientnet.reporting.tables import Table, format_percent
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.probabilities import top_classes

@@ -27,11 +27,11 @@ from efficientnet.network.model import build_model
 from efficientnet.network.variants import VARIANTS
 from efficientnet.network.weights_file import WeightsError, read_weights_file
 from efficientnet.runtimes import open_runtime
-from training import import_weights
-from training.import_weights import ImportConfig
 from training.inputs import published_weights as published
 from training.inputs.published_weights import load_published, published_entries
 from training.inputs.released_weights import PACKAGES
+from training.running import imported_weights as import_weights
+from training.running.imported_weights import ImportConfig
 
 # float32 through some 50 layers, relative to the largest logit.
 FLOAT32_TOLERANCE = 1e-5

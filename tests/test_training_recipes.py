@@ -27,7 +27,8 @@ from training.recipe.recipes import (
     imagenet_recipe,
 )
 from training.recipe.stages import plan_stages
-from training.run import main, misfits, parse
+from training.running.begin_run import main, misfits
+from training.running.command_line import parse
 from training.running.trainer import signs_of_failure
 
 

@@ -5,9 +5,9 @@ from typing import Literal, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from efficientnet.formats.class_accuracy import ClassAccuracy
 from efficientnet.machine.atomic import append_line
 from efficientnet.machine.environment import EnvironmentRecord
-from efficientnet.reporting.class_accuracy import ClassAccuracy
 
 FORMAT_VERSION = 1
 

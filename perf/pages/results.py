@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.formats.records import Scenario
 from efficientnet.measuring.clock import min_samples
-from efficientnet.reporting.class_accuracy import is_at_chance
 from efficientnet.reporting.tables import (
     NOTHING,
     Table,
