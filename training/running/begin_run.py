@@ -124,9 +124,10 @@ def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks
         network = config.network_options(start.network if start else None)
     stages = plan_stages(config.progressive, config.seed)
     require_batch_norm_fits(config, stages, ranks.world_size)
-    log_recipe(config)
 
     dataset = load_training_data(config, ranks, saved.left_out if saved else None)
+    # After what can be wrong with the data, so that an error is not the 46th line.
+    log_recipe(config)
     run = Run(directory, config, dataset, preprocess, network)
     if saved:
         saved.require_dataset(run)

@@ -16,6 +16,25 @@ from training.recipe.config import (
 from training.recipe.recipes import DIGITS_RECIPE, FITTED_RECIPES, choose_recipe, recipes_for
 
 
+# What other tools call a flag.
+FLAGS_ELSEWHERE = {
+    "--lr": "--optimizer.learning-rate",
+    "--learning-rate": "--optimizer.learning-rate",
+    "--wd": "--optimizer.weight-decay",
+    "--weight-decay": "--optimizer.weight-decay",
+    "--opt": "--optimizer.name",
+    "--bs": "--batch-size",
+    "--batch": "--batch-size",
+    "--imgsz": "--progressive.image-size",
+    "--img-size": "--progressive.image-size",
+    "--image-size": "--progressive.image-size",
+    "--workers": "--num-workers",
+    "--pretrained": "--weights",
+    "--amp": "--precision bf16",
+    "--data-dir": "--data",
+}
+
+
 @dataclass(frozen=True)
 class ResumeConfig:
     """Go on with a run."""
@@ -38,6 +57,9 @@ def parse(args: list[str], doc: str | None = None) -> TrainConfig | ResumeConfig
         ValueError: unknown variant, with the nearest names, or a value outside its limits.
         FileNotFoundError, DatasetError: the data cannot be used.
     """
+    for argument in args:
+        if (here := FLAGS_ELSEWHERE.get(argument.partition("=")[0])) is not None:
+            raise ValueError(f"there is no {argument.partition('=')[0]}; here it is {here}")
     chosen, rest = _peek(args, "--recipe")
     given, _ = _peek(rest, "--resume", "--data", "--schedule", "--weights", "--image-key")
     if given.resume is not None:
