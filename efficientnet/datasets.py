@@ -9,11 +9,8 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-
-from tqdm import tqdm
 
 from efficientnet.braces import expand_braces
 from efficientnet.embedded import digit_images, photo_crops
@@ -22,6 +19,7 @@ from efficientnet.fetching import is_remote, remote_path
 from efficientnet.preprocess import ImageError, decode_image
 from efficientnet.shards import LabelledMember, is_shard_source, load_shards
 from efficientnet.tar_index import IMAGE_SUFFIXES, DatasetError, TarMember
+from efficientnet.threads import map_in_threads
 
 DIGITS = "digits"
 SAMPLE_PHOTOS = "sample-photos"
@@ -247,9 +245,7 @@ def without_broken_images(dataset: Dataset) -> Dataset:
             return f"{sample.name}: {error}"
         return None
 
-    with ThreadPoolExecutor(num_usable_cores()) as pool:
-        checks = pool.map(problem, on_disk)
-        problems = list(tqdm(checks, "checking images", len(on_disk), disable=None, leave=False))
+    problems = map_in_threads(problem, on_disk, num_usable_cores(), "checking images")
     broken = {
         id(sample): text for sample, text in zip(on_disk, problems, strict=True) if text is not None
     }

@@ -12,16 +12,14 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn
 
-from tqdm import tqdm
-
 from efficientnet.braces import expand_braces
 from efficientnet.fetching import CLASSES_FILE, fetch_shards, is_remote
 from efficientnet.tar_index import IMAGE_SUFFIXES, DatasetError, TarMember, walk_tar
+from efficientnet.threads import map_in_threads
 
 # Little more than a header: large images are jumped over, small ones still come many to a read.
 READ_BYTES = 16 * 1024
@@ -89,9 +87,9 @@ def load_shards(source: str) -> ShardImages:
         origin, paths = _find_shards(source)
         places = paths
     shards = sorted(zip(_short_names(places), paths, strict=True))
-    with ThreadPoolExecutor(NUM_INDEXING_THREADS) as pool:
-        indexing = pool.map(lambda shard: _index_shard(*shard), shards)
-        indexed = list(tqdm(indexing, "reading shards", len(shards), disable=None, leave=False))
+    indexed = map_in_threads(
+        lambda shard: _index_shard(*shard), shards, NUM_INDEXING_THREADS, "reading shards"
+    )
     class_names = _class_names([path for _, path in shards], indexed)
     parts: dict[bool, list[LabelledMember]] = {False: [], True: []}
     for (name, _), members in zip(shards, indexed, strict=True):
