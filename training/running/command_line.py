@@ -15,7 +15,6 @@ from training.recipe.config import (
 )
 from training.recipe.recipes import DIGITS_RECIPE, FITTED_RECIPES, choose_recipe, recipes_for
 
-
 # What other tools call a flag.
 FLAGS_ELSEWHERE = {
     "--lr": "--optimizer.learning-rate",
