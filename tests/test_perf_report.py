@@ -191,6 +191,19 @@ def test_each_row_has_its_speed_accuracy_and_ratio():
     assert cells(text, "eager PyTorch")["time / eager"] == "1.00"
 
 
+def test_recall_balance_and_the_largest_class_stand_in_the_report():
+    latencies, accuracies = pair()
+    classes = (("cat", 240, 240), ("dog", 120, 0))
+    changes = {"classes": classes, "num_classes": 2, "top1": 240 / 360, "num_images": 360}
+    accuracies = [record.model_copy(update=changes) for record in accuracies]
+    markdown = markdown_of(latencies, accuracies)
+    assert cells(markdown, "ONNX Runtime")["balanced"] == "50.0 %"
+    assert cells(markdown, "ONNX Runtime")["top-1 (images)"].startswith("66.7 % (360) (")
+    assert "| dog | 120 | 33.3 % | 0.0 % |" in markdown
+    verdict = markdown.partition("\n## ")[0]
+    assert "largest class, cat: 66.7 %" in verdict
+
+
 def test_the_report_says_how_where_and_when_it_was_measured():
     text = markdown_of(*pair())
 
