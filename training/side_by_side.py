@@ -90,8 +90,8 @@ def main(config: SideBySideConfig) -> SideBySide:
     if config.publish:
         find_section(config.readme, SECTION)
     records = [read_checkpoint(run / "checkpoint") for run in config.runs]
-    for field in ("variant", "data", "num_images_evaluated", "environment"):
-        if len({str(getattr(record, field)) for record in records}) > 1:
+    for field in ("variant", "data", "num_images_evaluated"):
+        if len({getattr(record, field) for record in records}) > 1:
             raise SideBySideError(
                 f"the runs differ in {field.replace('_', ' ')}: nothing to compare"
             )
