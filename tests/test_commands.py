@@ -12,6 +12,7 @@ COMMANDS = [
     "training/speed.py",
     "training/loader_speed.py",
     "training/ablation.py",
+    "training/side_by_side.py",
     "export/ablation.py",
     "export/all.py",
     "export/aoti.py",
