@@ -79,10 +79,13 @@ def test_every_rung_of_a_faithful_artifact_agrees(report: ParityReport):
     assert names["openvino fp32"] == exported
 
 
-def test_folding_itself_changes_the_logits_by_less_than_1e_5(report: ParityReport):
+def test_folding_may_change_the_logits_by_1e_5_of_their_deviation(report: ParityReport):
     fold = report.ladders[0].rungs[0].parity
-    assert fold is not None and fold.tolerances.max_abs_logit_error == 1e-5
-    assert 0 < fold.max_abs_logit_error < 1e-6
+    assert fold is not None
+    bound = fold.tolerances.max_abs_logit_error
+    # That of these logits is about 1, and the bound is not the same for all networks.
+    assert 0.5e-5 < bound < 2e-5 and bound != 1e-5
+    assert 0 < fold.max_abs_logit_error < 0.1 * bound
 
 
 def test_layers_of_each_runtime_are_those_of_the_eager_model(report: ParityReport, source: Source):

@@ -477,14 +477,14 @@ def test_a_network_that_knows_no_more_than_chance_cannot_be_judged(
 ):
     reference = np.arange(360) < num_right
     if is_judged:
-        require_better_than_chance(reference, labels, 10)
+        require_better_than_chance(reference, labels)
         return
-    with pytest.raises(GateError, match=r"of 360 held-out images right, and chance"):
-        require_better_than_chance(reference, labels, 10)
+    with pytest.raises(GateError, match="of 360 held-out images right"):
+        require_better_than_chance(reference, labels)
 
 
 def test_an_int8_export_of_a_network_at_chance_is_refused(tiny_checkpoint: Path, tmp_path: Path):
-    with pytest.raises(GateError, match="chance"):
+    with pytest.raises(GateError, match="nothing is known"):
         ort.main(OrtConfig(tiny_checkpoint, tmp_path / "artifact", "int8", num_parity_images=64))
     assert list(tmp_path.iterdir()) == []
 
