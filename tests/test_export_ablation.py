@@ -17,8 +17,6 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.network.model import EfficientNet
 from efficientnet.reporting.publishing import PublishError
 from efficientnet.runtimes.names import RUNTIMES, RuntimeName
-from export import ablation
-from export.ablation import AblationConfig
 from export.builders.measuring import measure_callables
 from export.graphs.folding import count_ops
 from export.graphs.forms import FORMS, EagerModel, graph_in_form, model_in_form, open_eager
@@ -32,6 +30,7 @@ from export.graphs.parts import (
     count_parts,
     find_parts,
 )
+from export.studies import form_comparison as ablation
 from export.studies.ablation_rows import FormRecord, why_not_here
 from export.studies.ablation_table import AblationRecord, table_of, to_markdown
 from export.studies.executed import (
@@ -41,6 +40,7 @@ from export.studies.executed import (
     executed_by_tensorrt,
     executed_by_torch,
 )
+from export.studies.form_comparison import AblationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
