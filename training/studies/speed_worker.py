@@ -20,9 +20,6 @@ MIN_WARM_UP_STEPS = 2
 # Of a cell's time, at most, for steps that do not count.
 WARM_UP_FRACTION = 0.5
 
-# For it to end its loader's workers.
-EXIT_TIMEOUT_S = 2.0
-
 
 class SpeedError(PipelineError):
     """A process that measures has failed."""
@@ -66,7 +63,6 @@ class SpeedProcess:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        self._process.join(EXIT_TIMEOUT_S)
         self._process.kill()
         self._process.join()
 
