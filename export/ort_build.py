@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import helper
 
-from efficientnet.devices import has_vnni
+from efficientnet.processor import has_vnni
 from efficientnet.runtimes.onnx_sessions import PROVIDERS, require_provider
 from export.config import ExportConfig, OrtConfig
 from export.graph import count_ops, count_weight_bytes

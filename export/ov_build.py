@@ -23,8 +23,8 @@ from openvino._offline_transformations import apply_moc_transformations
 
 from efficientnet.artifact import QuantizationRecord
 from efficientnet.atomic import sha256_of_file
-from efficientnet.devices import has_vnni
 from efficientnet.precision import Precision
+from efficientnet.processor import has_vnni
 from efficientnet.runtimes.openvino_runtime import own_precision, require_capability
 from export.calibration import METHOD, choose_samples, images_of, write_calibration
 from export.config import Activations, OpenVinoConfig

@@ -17,8 +17,8 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.devices import cpu_features
 from efficientnet.environment import current_environment, num_usable_cores
+from efficientnet.processor import cpu_features
 from efficientnet.publishing import Measured, find_section, publish_part
 from efficientnet.tables import Table, format_ms, format_ratio
 from export.config import ExportConfig

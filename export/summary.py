@@ -54,7 +54,7 @@ def publish(summary: Summary, readme: Path) -> None:
 def section_of(summary: Summary) -> str:
     """Write a table as Markdown."""
     table = table_of(list(summary.lines), summary.default).markdown()
-    cpu, cores = summary.environment.cpu, summary.environment.num_cores
+    cpu, cores = summary.environment.processor, summary.environment.num_cores
     return "\n\n".join(
         [
             f"**{summary.variant}, {summary.image_size} px**",

@@ -226,7 +226,7 @@ def to_markdown(record: NetworkRecord) -> str:
     versions = record.environment.libraries
     return (
         f"{table.markdown()}\n\n"
-        f"Float32, channels_last, {record.num_threads} threads of {record.environment.cpu}, "
+        f"Float32, channels_last, {record.num_threads} threads of {record.environment.processor}, "
         f"torch {versions.get('torch')}, timm {timm.__version__}, "
         f"{record.started_at:%Y-%m-%d} UTC. "
         "Each contender in a process of its own, taking turns; ms: median of the turns' medians; "

@@ -12,7 +12,7 @@ from efficientnet.tables import (
     format_rate,
     format_ratio,
 )
-from perf.rows import Group, Row, is_same_machine, title
+from perf.rows import BELOW_FLOOR, Group, Row, is_below_floor, is_same_machine, title
 from perf.timing import min_samples
 
 SCENARIO_TITLES: dict[Scenario, str] = {
@@ -83,6 +83,9 @@ def _result_row(
         )
     elif ratio is None:
         ratio_cell = percentile_cell(None)
+    floor_cell = NOTHING
+    if latency.p50_ms and latency.floor_ms:
+        floor_cell = format_ratio(latency.p50_ms / latency.floor_ms)
     where: list[str] = []
     if not is_same_machine(latency.environment, accuracy.environment):
         where.append("accuracy measured on another machine or with other versions")
@@ -100,9 +103,7 @@ def _result_row(
         percentile_cell(latency.p99_ms),
         format_rate(latency.throughput_images_per_s),
         ratio_cell,
-        format_ratio(latency.p50_ms / latency.floor_ms)
-        if latency.p50_ms and latency.floor_ms
-        else NOTHING,
+        noted(floor_cell, BELOW_FLOOR) if is_below_floor(latency) else floor_cell,
         noted(f"{format_percent(accuracy.top1)} ({accuracy.num_images:,})", *where),
         format_bytes(latency.peak_process_memory_bytes),
         noted("no", *row.instabilities) if row.instabilities else "yes",

@@ -30,6 +30,12 @@ MAX_TURN_SPREAD = 0.10
 MAX_BUSY_ELSEWHERE = 0.10
 
 
+BELOW_FLOOR = (
+    "faster than its floor, which therefore is wrong: the device does more than the peak that was "
+    "measured (was it busy then?)"
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """One program in one scenario."""
@@ -113,6 +119,13 @@ def instabilities(record: LatencyRecord) -> list[str]:
     if elsewhere is not None and elsewhere > MAX_BUSY_ELSEWHERE * num_cores:
         reasons.append(f"other programs kept {elsewhere:.1f} of {num_cores} cores busy meanwhile")
     return reasons
+
+
+def is_below_floor(record: LatencyRecord) -> bool:
+    """Whether a call took less time than is possible by what is known of the device."""
+    if record.p50_ms is None or record.floor_ms is None:
+        return False
+    return record.p50_ms < record.floor_ms
 
 
 def eager_of(record: LatencyRecord, records: Sequence[LatencyRecord]) -> LatencyRecord | None:

@@ -18,7 +18,7 @@ import pytest
 
 from efficientnet.artifact import ArtifactError, read_artifact
 from efficientnet.atomic import sha256_of_file
-from efficientnet.devices import has_vnni
+from efficientnet.processor import has_vnni
 from efficientnet.runtimes import open_runtime
 from export import ort, ov_build
 from export import ov as openvino_export

@@ -14,7 +14,10 @@ from PIL import Image
 
 from efficientnet.artifact import ArtifactError
 from efficientnet.command import parse_flags
+from efficientnet.cost import DevicePeak
 from efficientnet.datasets import DatasetError, Sample, load_dataset
+from efficientnet.devices import gpu_peak
+from efficientnet.environment import current_environment
 from efficientnet.preprocess import PreprocessSpec, preprocess
 from efficientnet.records import LatencyRecord, read_records
 from perf import latency, recording
@@ -30,6 +33,7 @@ COMMAND = [sys.executable, str(ROOT / "perf" / "latency.py")]
 SPEC = PreprocessSpec(
     image_size=8, interpolation="bilinear", crop_fraction=None, mean=(0, 0, 0), std=(1, 1, 1)
 )
+CPU_PEAK = DevicePeak(1e11, 1e10, "measured")
 TINY_PREPROCESS = SPEC.model_copy(update={"image_size": 32})
 
 
@@ -437,3 +441,21 @@ def test_ctrl_c_ends_all_processes_and_leaves_no_records(tiny_artifact: Path, tm
     assert len(workers) == 2
     assert wait_until(lambda: not any(map(process_exists, workers)))
     assert not (tmp_path / "reports" / "latency.jsonl").exists()
+
+
+def test_a_program_on_a_gpu_gets_the_peak_of_the_gpu(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here = read_program(tiny_artifact)
+    environment = current_environment().model_copy(update={"gpus": ("NVIDIA L4, 23034 MiB, 580",)})
+    monkeypatch.setattr(latency, "current_environment", lambda: environment)
+    monkeypatch.setattr(latency, "cpu_peaks", lambda _, kinds: dict.fromkeys(kinds, CPU_PEAK))
+    there = dataclasses.replace(here, path=Path("there"), runs_on_gpu=True, precision="fp16")
+    unknown = dataclasses.replace(there, path=Path("unknown"), precision="fp8")
+    peaks = latency.peaks_of([here, there], 1)
+    assert peaks[here.path] == CPU_PEAK
+    assert peaks[there.path] == gpu_peak("NVIDIA L4", "fp16")
+    monkeypatch.setattr(
+        latency, "current_environment", lambda: environment.model_copy(update={"gpus": ()})
+    )
+    assert latency.peaks_of([unknown], 1) == {unknown.path: None}

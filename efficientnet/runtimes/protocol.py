@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest, read_manifest
-from efficientnet.devices import has_vnni
 from efficientnet.environment import num_usable_cores
 from efficientnet.preprocess import PreprocessSpec
+from efficientnet.processor import has_vnni
 
 # Runtime's name -> the module that opens it: `open_program(directory, manifest, num_threads)` for
 # an artifact, `open_directory(directory, num_threads)` for a checkpoint. A module is imported only
