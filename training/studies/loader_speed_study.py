@@ -135,7 +135,9 @@ def main(config: LoaderSpeedConfig) -> Path:
     if config.publish:
         directory = published_directory(started_at, [report.environment])
         write_text(directory / "loader.json", report.model_dump_json(indent=1) + "\n")
-        about = f"On {report.environment.cpu}, timm {report.timm_version}, {started_at:%Y-%m-%d}."
+        about = (
+            f"On {report.environment.processor}, timm {report.timm_version}, {started_at:%Y-%m-%d}."
+        )
         write_section(config.readme, SECTION, f"{to_table(report).markdown()}\n\n{about}")
         log.info("published: %s, and the table in %s", directory, config.readme)
     return config.output

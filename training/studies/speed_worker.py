@@ -1,5 +1,6 @@
 """Cells of a group -> what their processes measured, taking turns."""
 
+import contextlib
 import multiprocessing
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -90,14 +91,16 @@ class SpeedProcess:
         return answer
 
     def _ask(self, question: tuple[int | None, float]) -> object:
-        self._connection.send(question)
+        # A process that died is noticed by _receive, which knows what it left.
+        with contextlib.suppress(ConnectionError):
+            self._connection.send(question)
         answer = self._receive()
         return None if isinstance(answer, OutOfMemory) else answer
 
     def _receive(self) -> object:
         try:
             answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             raise SpeedError(
                 f"the process that measured {self._cell.describe()} ended with exit code "
