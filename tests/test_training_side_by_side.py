@@ -7,7 +7,7 @@ from conftest import write_tiny_checkpoint
 
 from training.recipe.config import config_to_json
 from training.recipe.recipes import digits_recipe
-from training.side_by_side import SideBySideConfig, SideBySideError, main, table_of
+from training.studies.side_by_side_study import SideBySideConfig, SideBySideError, main, table_of
 
 
 def write_run(folder: Path, top1: list[float], weights: str | None, **changes: object) -> Path:
