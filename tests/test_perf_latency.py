@@ -23,9 +23,8 @@ from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
 from efficientnet.measuring.peaks import gpu_peak
 from efficientnet.measuring.programs import read_program, read_programs
 from efficientnet.network.cost import DevicePeak
-from perf import latency
-from perf.latency import LatencyConfig, choose_batch_sizes
-from perf.measurements import recording
+from perf.measurements import latency, recording
+from perf.measurements.latency import LatencyConfig, choose_batch_sizes
 from perf.measurements.recording import results_table
 
 ROOT = Path(__file__).resolve().parent.parent

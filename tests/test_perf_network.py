@@ -9,8 +9,8 @@ import pytest
 from efficientnet.errors import PipelineError
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.architectures import peer_of
-from perf import network
-from perf.network import (
+from perf.measurements import network
+from perf.measurements.network import (
     Comparison,
     ComparisonRecord,
     NetworkConfig,

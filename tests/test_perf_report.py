@@ -17,11 +17,11 @@ from efficientnet.formats.records import (
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.clock import summarize
 from efficientnet.reporting.publishing import PublishError, device_slug
-from perf import report
+from perf.pages import report
 from perf.pages.document import build_document
 from perf.pages.plots import draw
+from perf.pages.report import ReportConfig, ReportError
 from perf.pages.rows import join
-from perf.report import ReportConfig, ReportError
 
 BEGIN = "<!-- results: written by perf/report.py -->"
 END = "<!-- /results -->"

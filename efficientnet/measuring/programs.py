@@ -36,15 +36,6 @@ class Program:
     runs_on_gpu: bool
 
 
-def require_different_paths(paths: Sequence[Path]) -> None:
-    """Raise a ValueError that names a path which is given twice, in whatever spelling."""
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise ValueError(f"{path} is given twice; name each path once")
-        seen.add(path.resolve())
-
-
 def read_programs(
     paths: Sequence[Path], runs: Path = Path("runs"), artifacts: Path = Path("artifacts")
 ) -> list[Program]:

@@ -12,6 +12,11 @@ MAX_TURN_SPREAD = 0.10
 # Of all cores: a call that uses them all waits for whatever else runs.
 MAX_BUSY_ELSEWHERE = 0.10
 
+BELOW_FLOOR = (
+    "faster than its floor, which therefore is wrong: the device does more than the peak that was "
+    "measured (was it busy then?)"
+)
+
 
 def time_ratio(record: LatencyRecord, eager: LatencyRecord) -> float | None:
     """Divide the medians of a call; None when one of them has too few samples."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.formats.records import Scenario
 from efficientnet.measuring.clock import min_samples
-from efficientnet.measuring.stability import is_below_floor
+from efficientnet.measuring.stability import BELOW_FLOOR, is_below_floor
 from efficientnet.reporting.tables import (
     NOTHING,
     Table,
@@ -16,7 +16,7 @@ from efficientnet.reporting.tables import (
     format_ratio,
 )
 from efficientnet.runtimes.names import title
-from perf.pages.rows import BELOW_FLOOR, Group, Row, is_same_machine
+from perf.pages.rows import Group, Row, is_same_machine
 
 SCENARIO_TITLES: dict[Scenario, str] = {
     "single_stream": "Single stream: one image at a time",
