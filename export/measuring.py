@@ -174,6 +174,7 @@ def _contend(connection: Connection, opener: Callable[[], Infer], batch_size: in
     # Ctrl-C reaches the whole group; who asked for this process ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(num_usable_cores())
+    torch.set_flush_denormal(True)  # as the runtimes do
     images: NDArray[np.float32] = connection.recv()
     infer = opener()
     gc.disable()

@@ -285,6 +285,7 @@ def _contend(connection: Connection, name: str, row: Comparison, num_threads: in
     # Ctrl-C reaches the whole group; who asked for this process ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)  # noise may make them, and times would be of those
     torch.manual_seed(0)
     spec = get_variant(row.variant)
     if name == "ours":
