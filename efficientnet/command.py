@@ -3,6 +3,7 @@
 import errno
 import importlib
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -38,8 +39,16 @@ def parse_flags(
     checks.
     """
     return tyro.cli(
-        config_class, args=args, description=doc, config=(tyro.conf.FlagCreatePairsOff,)
+        config_class,
+        args=args,
+        description=describe(doc),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def describe(doc: str | None) -> str | None:
+    """Make a docstring the text of --help, which runs lines together that are not indented."""
+    return doc and re.sub(r"^ *(?=(python|curl|torchrun) )", "    ", doc, flags=re.MULTILINE)
 
 
 def late(module: str) -> Callable[[Any], Any]:

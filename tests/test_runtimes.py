@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 
 from efficientnet.formats.artifact import ArtifactError
@@ -21,10 +22,10 @@ PROGRAMS = ["torch", "onnxruntime", "openvino"]
 def programs(
     tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    openvino = ov.main(
+    exported = ov.main(
         OpenVinoConfig(tiny_checkpoint, tmp_path_factory.mktemp("openvino") / "artifact")
     )
-    return {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": openvino}
+    return {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": exported}
 
 
 @pytest.fixture(params=PROGRAMS)
@@ -131,6 +132,24 @@ def test_what_was_opened_answers_whatever_becomes_of_its_files(
         np.testing.assert_allclose(
             opened.infer(images[:size]), expected.infer(images[:size]), atol=1e-5
         )
+
+
+def test_openvino_keeps_the_kernels_of_few_batch_sizes(
+    programs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    compiled: list[dict[str, object]] = []
+
+    class Core(openvino.Core):
+        def compile_model(self, model, device_name=None, config=None):  # type: ignore
+            compiled.append(config)
+            return super().compile_model(model, device_name, config)
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    opened = open_runtime(programs["openvino"])
+    assert len(compiled) == 1 and "CPU_RUNTIME_CACHE_CAPACITY" not in compiled[0]
+    for size in (3, 5):
+        opened.infer(digits(size))
+    assert len(compiled) == 2 and compiled[1]["CPU_RUNTIME_CACHE_CAPACITY"] == 500
 
 
 def test_a_folder_that_is_neither_is_an_artifact_error(tmp_path: Path):

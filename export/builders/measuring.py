@@ -172,6 +172,7 @@ class _Contender:
 def _contend(connection: Connection, opener: Callable[[], Infer], batch_size: int) -> None:
     obey_parent()
     torch.set_num_threads(num_usable_cores())
+    torch.set_flush_denormal(True)  # as the runtimes do
     images: NDArray[np.float32] = connection.recv()
     infer = opener()
     gc.disable()

@@ -244,6 +244,7 @@ class _Contender:
 def _contend(connection: Connection, name: str, row: Comparison, num_threads: int) -> None:
     obey_parent()
     torch.set_num_threads(num_threads)
+    torch.set_flush_denormal(True)  # noise may make them, and times would be of those
     torch.manual_seed(0)
     spec = get_variant(row.variant)
     if name == "ours":

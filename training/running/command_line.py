@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 import tyro
 
+from efficientnet.command import describe
 from efficientnet.network.variants import get_variant
 from training.recipe.config import (
     Schedule,
@@ -86,7 +87,7 @@ def parse(args: list[str], doc: str | None = None) -> TrainConfig | ResumeConfig
     recipes = recipes_for(recipe, cast(Schedule, schedule), facts)
     recipes = {name: replace(values, recipe_reason=reason) for name, values in recipes.items()}
     described = {name: (f"train {name}", values) for name, values in recipes.items()}
-    return tyro.extras.overridable_config_cli(described, description=doc, args=rest)
+    return tyro.extras.overridable_config_cli(described, description=describe(doc), args=rest)
 
 
 def _asked_values(args: list[str]) -> dict[str, int]:
@@ -112,7 +113,7 @@ def _parse_resume(run: Path, args: list[str], doc: str | None) -> ResumeConfig:
         TrainConfig,
         default=asked,
         args=flags,
-        description=doc,
+        description=describe(doc),
         config=(tyro.conf.AvoidSubcommands,),
     )
     return ResumeConfig(run, variant, asked)

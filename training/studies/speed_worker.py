@@ -157,6 +157,8 @@ def _serve(connection: Connection, cell: Cell) -> None:
     # The loader's workers are forks, as in training; this process was spawned and would spawn.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(cell.num_threads)
+    # As in training; of timm's steps, too. Random pixels may make them.
+    torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
