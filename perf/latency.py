@@ -20,7 +20,7 @@ import tyro
 from efficientnet.command import parse_flags, run_command
 from efficientnet.formats.records import Scenario, append_record
 from efficientnet.machine.environment import current_environment, num_usable_cores
-from efficientnet.measuring.peaks import CPU_PRECISION, cpu_peak, describe_peak
+from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
 from efficientnet.measuring.programs import (
     Program,
     read_programs,
@@ -28,10 +28,12 @@ from efficientnet.measuring.programs import (
     require_writable,
 )
 from efficientnet.measuring.progress import Progress
-from efficientnet.measuring.stability import instabilities
+from efficientnet.measuring.stability import instabilities, is_below_floor
 from efficientnet.measuring.turns import Measured, Pace
+from efficientnet.network.cost import DevicePeak
 from perf.measurements.measured_programs import choose_best_sizes, measure, open_subjects, planned_s
 from perf.measurements.recording import make_record, results_table
+from perf.pages.rows import BELOW_FLOOR
 
 log = logging.getLogger(__name__)
 
@@ -107,12 +109,11 @@ def main(config: LatencyConfig) -> Path:
         num_threads,
         config.seconds,
         config.turns,
-        current_environment().cpu,
+        current_environment().processor,
         num_usable_cores(),
     )
     # Before the programs are opened: nothing else computes now.
-    peak = cpu_peak(num_threads)
-    log.info("the CPU's peak in float32: %s", describe_peak(peak))
+    peaks = peaks_of(programs, num_threads)
     results: dict[Scenario, list[tuple[Measured, float]]] = {}
     with (
         open_subjects(programs, batch_sizes, num_threads, config.data, config.seed) as subjects,
@@ -135,7 +136,7 @@ def main(config: LatencyConfig) -> Path:
             started_at,
             config.seed,
             folder,
-            peak if subject.program.precision == CPU_PRECISION else None,
+            peaks[subject.program.path],
         )
         for scenario, measurements in results.items()
         for subject, (measured, overhead_ms) in zip(subjects, measurements, strict=True)
@@ -147,8 +148,25 @@ def main(config: LatencyConfig) -> Path:
     for name, record in zip(names, records, strict=True):
         for reason in instabilities(record):
             log.info("unstable: %s, %s: %s", name, record.scenario, reason)
+        if is_below_floor(record):
+            log.info("wrong floor: %s, %s: %s", name, record.scenario, BELOW_FLOOR)
     log.info("a speed is reported with its accuracy only: 'python perf/accuracy.py' measures it")
     return config.output
+
+
+def peaks_of(programs: Sequence[Program], num_threads: int) -> dict[Path, DevicePeak | None]:
+    """Find what the device of each program can do at most; None where that is not known."""
+    of_cpu = cpu_peaks(num_threads, [p.precision for p in programs if not p.runs_on_gpu])
+    for precision, peak in of_cpu.items():
+        log.info("the CPU's peak in %s: %s", precision, describe_peak(peak))
+    gpus = current_environment().gpus
+    gpu_name = gpus[0].partition(",")[0] if gpus else ""
+    return {
+        program.path: gpu_peak(gpu_name, program.precision)
+        if program.runs_on_gpu
+        else of_cpu.get(program.precision)
+        for program in programs
+    }
 
 
 def choose_batch_sizes(program: Program, asked: Sequence[int]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from efficientnet.machine.environment import (
     num_usable_cores,
 )
 from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
-from efficientnet.measuring.peaks import CPU_PRECISION, cpu_peak, describe_peak
+from efficientnet.measuring.peaks import cpu_peaks, describe_peak
 from efficientnet.measuring.programs import (
     Program,
     images_for,
@@ -116,18 +116,17 @@ def main(config: LayersConfig) -> LayerTimes:
     log.info(
         "programs: %d; threads: %d; batch size: %d; calls: %d; machine: %s, %d cores",
         *(len(programs), num_threads, config.batch_size, config.calls),
-        *(current_environment().cpu, num_usable_cores()),
+        *(current_environment().processor, num_usable_cores()),
     )
-    operations_per_s = None
-    if any(program.precision == CPU_PRECISION for program in programs):
-        # Before the programs are opened: nothing else computes now.
-        peak = cpu_peak(num_threads)
-        operations_per_s = peak.operations_per_s
-        log.info("the CPU's peak in float32: %s", describe_peak(peak))
+    # Before the programs are opened: nothing else computes now.
+    peaks = cpu_peaks(num_threads, [program.precision for program in programs])
+    for precision, peak in peaks.items():
+        log.info("the CPU's peak in %s: %s", precision, describe_peak(peak))
     found: list[ProgramLayers] = []
     for program in programs:
-        own_peak = operations_per_s if program.precision == CPU_PRECISION else None
-        found.append(measure_layers(program, config, num_threads, own_peak))
+        peak = peaks.get(program.precision)
+        operations_per_s = peak.operations_per_s if peak else None
+        found.append(measure_layers(program, config, num_threads, operations_per_s))
         log_tables(found[-1])
     if len(found) > 1:
         log.info("\nside by side, ms\n%s", side_by_side_table(found).aligned_text())

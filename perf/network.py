@@ -10,6 +10,7 @@ process of its own and they take turns, timm twice: how far timm is from itself 
 import gc
 import logging
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from efficientnet.command import parse_flags, run_command
+from efficientnet.errors import PipelineError
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.children import obey_parent
 from efficientnet.machine.environment import (
@@ -229,7 +231,7 @@ def to_markdown(record: NetworkRecord) -> str:
     versions = record.environment.libraries
     return (
         f"{table.markdown()}\n\n"
-        f"Float32, channels_last, {record.num_threads} threads of {record.environment.cpu}, "
+        f"Float32, channels_last, {record.num_threads} threads of {record.environment.processor}, "
         f"torch {versions.get('torch')}, timm {timm.__version__}, "
         f"{record.started_at:%Y-%m-%d} UTC. "
         "Each contender in a process of its own, taking turns; ms: median of the turns' medians; "
@@ -246,6 +248,7 @@ def _range(row: ComparisonRecord, contender: str) -> str:
 class _Contender:
     # A process that computes only when it is asked to.
     def __init__(self, name: str, row: Comparison, num_threads: int) -> None:
+        self._what = f"{name}, {row.variant}, {row.padding} padding, {row.passes}"
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -260,11 +263,27 @@ class _Contender:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.join()
+        self._connection.close()
 
     def ask(self, seconds: float | None) -> float:
-        """Let it measure for some seconds, or warm up; return the median of a call in ms."""
-        self._connection.send(seconds)
-        return self._connection.recv()
+        """Let it measure for some seconds, or warm up; return the median of a call in ms.
+
+        Raises:
+            PipelineError: the process died.
+        """
+        try:
+            self._connection.send(seconds)
+            return self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise PipelineError(f"the process of {self._what} {self._epitaph()}") from None
+
+    def _epitaph(self) -> str:
+        self._process.join()
+        code = self._process.exitcode or 0
+        if code < 0:
+            hint = "; the machine may be out of memory" if -code == signal.SIGKILL else ""
+            return f"was ended by {signal.Signals(-code).name}{hint}"
+        return f"ended with exit code {code}; what it said stands above"
 
 
 def _contend(connection: Connection, name: str, row: Comparison, num_threads: int) -> None:
@@ -283,7 +302,10 @@ def _contend(connection: Connection, name: str, row: Comparison, num_threads: in
     gc.disable()
     clock = time.perf_counter_ns
     while True:
-        seconds: float | None = connection.recv()
+        try:
+            seconds: float | None = connection.recv()
+        except EOFError:
+            return
         if seconds is None:
             warm_up_until_stable(call, clock, WARM_UP_WINDOW_S, WARM_UP_MAX_S)
             connection.send(0.0)

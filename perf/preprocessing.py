@@ -229,7 +229,7 @@ def to_markdown(cases: Sequence[PreprocessingRecord]) -> str:
     environment = cases[0].environment
     return (
         f"{results_table(cases).markdown()}\n\n"
-        f"From the bytes of a file to the tensor, one thread of {environment.cpu}, "
+        f"From the bytes of a file to the tensor, one thread of {environment.processor}, "
         f"{cases[0].num_images} photos, contenders taking turns, {cases[0].started_at:%Y-%m-%d} "
         "UTC. timm / timm is the noise. Differences are from timm's pixels, in counts of 255. Same "
         "top-1: how many photos one network classifies the same after exact and fast.\n"

@@ -21,9 +21,9 @@ from efficientnet.precision import Precision
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.aoti_runtime import missing_extensions
 from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
-from export import aoti
-from export.aoti import AotiConfig
+from export.builders import aoti_export as aoti
 from export.builders.aoti_builder import AotiError
+from export.builders.aoti_export import AotiConfig
 from export.checks.agreement import tolerances_for
 
 COMMAND = [sys.executable, "export/aoti.py"]

@@ -24,16 +24,17 @@ from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.network.model import EfficientNet
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.names import RUNTIMES, RuntimeName
-from export import ort, ov, parity
+from export import ort, ov
 from export.builders import openvino_builder as ov_build
+from export.checks import parity
 from export.checks import stepwise as ladder
 from export.checks.layers import first_above, layers_by_block, relative_error
+from export.checks.parity import GATE, ParityConfig, ParityReport, complete, find_checkpoint
 from export.checks.stepwise import Ladder, Skipped
 from export.graphs.folding import fold_batch_norm
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Source, batches_of, load_source
-from export.parity import GATE, ParityConfig, ParityReport, complete, find_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

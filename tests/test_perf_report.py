@@ -16,7 +16,7 @@ from efficientnet.formats.records import (
 )
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.clock import summarize
-from efficientnet.reporting.publishing import PublishError
+from efficientnet.reporting.publishing import PublishError, device_slug
 from perf import report
 from perf.pages.document import build_document
 from perf.pages.plots import draw
@@ -558,3 +558,23 @@ def test_a_measured_v100_row_takes_the_place_of_the_papers_line():
     text = markdown_of(records, [make_accuracy("tensorrt", **changes)])
 
     assert "no V100" not in text
+
+
+def test_a_row_below_its_floor_says_that_the_floor_is_wrong():
+    latencies, accuracies = pair()
+    possible = [record.model_copy(update={"floor_ms": 1.0}) for record in latencies]
+    assert "which therefore is wrong" not in markdown_of(possible, accuracies)
+    impossible = [record.model_copy(update={"floor_ms": 4.0}) for record in latencies]
+    text = markdown_of(impossible, accuracies)
+    assert "0.75 (" in text and "which therefore is wrong" in text
+
+
+def test_a_machine_is_named_by_its_instruction_sets():
+    sets = ("avx2", "avx512", "vnni", "bf16", "amx")
+    xeon = CPU.model_copy(
+        update={"cpu": "Intel(R) Xeon(R) Processor", "instruction_sets": sets, "num_cores": 2}
+    )
+    assert device_slug([xeon]) == "intel-xeon-avx2-avx512-vnni-bf16-amx-2-cores"
+    assert "Xeon(R) Processor with avx2, avx512, vnni, bf16, amx" in xeon.processor
+    # A record from before they were written down.
+    assert device_slug([xeon.model_copy(update={"instruction_sets": ()})]) == "intel-xeon-2-cores"

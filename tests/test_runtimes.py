@@ -84,6 +84,24 @@ def test_a_wrong_shape_or_type_says_what_is_expected(runtime: Runtime, images: n
         runtime.infer(images)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_pixel_that_is_no_number_is_refused_with_its_image(runtime: Runtime, value: float):
+    images = digits(3)
+    images[1, 2, 5, 7] = value
+    with pytest.raises(ValueError, match=r"\[1\] of 3"):
+        runtime.infer(images)
+
+
+def test_arrays_are_read_in_their_order_whatever_their_strides(runtime: Runtime):
+    images = digits(4)
+    read_only = images.copy()
+    read_only.flags.writeable = False
+    channels_last = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    for view in (images[::-1], images[:, ::-1], images[..., ::-1], read_only, channels_last):
+        expected = runtime.infer(np.array(view, order="C"))
+        np.testing.assert_allclose(runtime.infer(view), expected, atol=1e-6)
+
+
 def test_a_batch_above_the_maximum_is_refused(tiny_artifact: Path):
     with pytest.raises(ValueError, match="a batch of 65 images, the program takes 1 to 64"):
         open_runtime(tiny_artifact).infer(np.zeros((65, 3, 32, 32), np.float32))

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from efficientnet import threads
+from efficientnet.machine import threads
 from efficientnet.machine.threads import map_in_threads
 
 

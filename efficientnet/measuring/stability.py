@@ -39,6 +39,13 @@ def instabilities(record: LatencyRecord) -> list[str]:
     return reasons
 
 
+def is_below_floor(record: LatencyRecord) -> bool:
+    """Whether a call took less time than is possible by what is known of the device."""
+    if record.p50_ms is None or record.floor_ms is None:
+        return False
+    return record.p50_ms < record.floor_ms
+
+
 def eager_of(record: LatencyRecord, records: Sequence[LatencyRecord]) -> LatencyRecord | None:
     """Find the eager model of the same weights, measured in the same run and scenario."""
     for other in records:

@@ -20,6 +20,7 @@ from efficientnet.formats.artifact import (
     ProgramFile,
     read_program,
 )
+from efficientnet.machine.denormals import flushed_denormals
 from efficientnet.machine.gpu import current_gpu
 from efficientnet.precision import Precision
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
@@ -55,6 +56,7 @@ class AotiRuntime:
         self._static = static
         self._any_size = any_size
 
+    @flushed_denormals()
     @torch.inference_mode()
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
@@ -68,7 +70,7 @@ class AotiRuntime:
                 [images, np.zeros((size - num_images, *images.shape[1:]), np.float32)]
             )
         # Compiled code takes the strides that it was compiled for as given.
-        logits = program(torch.from_numpy(np.ascontiguousarray(images))).numpy()
+        logits = program(torch.from_numpy(np.require(images, requirements=["C", "W"]))).numpy()
         return logits if size == num_images else logits[:num_images].copy()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from torch._inductor.utils import fresh_cache
 from efficientnet.errors import PipelineError
 from efficientnet.network.model import EfficientNet
 from export.graphs.folding import fold_batch_norm
-from export.inputs.config import ExportConfig
-
-Device = Literal["cpu", "cuda"]
+from export.inputs.config import Device, ExportConfig
 
 # A program's batch size, or the fewest and the most images of a call.
 Batch = int | tuple[int, int]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from efficientnet.reporting.class_accuracy import is_at_chance
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import AccuracyGate, ArtifactManifest, BlockCost
+from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.images.datasets import SAMPLE_PHOTOS, Sample, sha256_of_samples
 from efficientnet.runtimes import Runtime
 from export.checks.agreement import QUANTIZED_FLIP_MARGIN, problem_of, usual_batch_size

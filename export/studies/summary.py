@@ -85,7 +85,7 @@ def publish(summary: Summary, readme: Path) -> None:
 def section_of(summary: Summary) -> str:
     """Write a table as Markdown."""
     table = table_of(list(summary.lines), summary.default).markdown()
-    cpu, cores = summary.environment.cpu, summary.environment.num_cores
+    cpu, cores = summary.environment.processor, summary.environment.num_cores
     images = "" if summary.num_images is None else f"Top-1: on {summary.num_images:,} images. "
     return "\n\n".join(
         [

@@ -11,6 +11,11 @@ from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.stability import eager_of, instabilities, rate_ratio, time_ratio
 from efficientnet.runtimes.names import EAGER_RUNTIME
 
+BELOW_FLOOR = (
+    "faster than its floor, which therefore is wrong: the device does more than the peak that was "
+    "measured (was it busy then?)"
+)
+
 
 @dataclass(frozen=True)
 class Row:

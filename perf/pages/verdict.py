@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from efficientnet.reporting.class_accuracy import is_at_chance
-
+from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.reporting.tables import format_ms, format_percent, format_rate, format_ratio
 from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES, title
 from perf.pages.rows import Group, Row

@@ -218,7 +218,7 @@ def environment_table(environment: EnvironmentRecord, device_name: str, world_si
     rows = (
         ("device", _processes(device_name, world_size)),
         *(("GPU", gpu) for gpu in environment.gpus),
-        ("CPU", f"{environment.cpu}, {environment.num_cores} cores, {memory}"),
+        ("CPU", f"{environment.processor}, {environment.num_cores} cores, {memory}"),
         ("system", f"{environment.system}, Python {environment.python}"),
         ("libraries", ", ".join(f"{n} {v}" for n, v in environment.libraries.items())),
         ("commit", environment.git_commit or NOTHING),

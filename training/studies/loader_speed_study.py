@@ -6,10 +6,11 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
@@ -45,9 +46,6 @@ SECTION = "loader"
 
 NUM_RANDAUGMENT_LAYERS = 2
 MIN_CROP_AREA = 0.05
-
-# For a process to end its loader's workers.
-EXIT_TIMEOUT_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +135,9 @@ def main(config: LoaderSpeedConfig) -> Path:
     if config.publish:
         directory = published_directory(started_at, [report.environment])
         write_text(directory / "loader.json", report.model_dump_json(indent=1) + "\n")
-        about = f"On {report.environment.cpu}, timm {report.timm_version}, {started_at:%Y-%m-%d}."
+        about = (
+            f"On {report.environment.processor}, timm {report.timm_version}, {started_at:%Y-%m-%d}."
+        )
         write_section(config.readme, SECTION, f"{to_table(report).markdown()}\n\n{about}")
         log.info("published: %s, and the table in %s", directory, config.readme)
     return config.output
@@ -258,7 +258,6 @@ class LoaderProcess:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        self._process.join(EXIT_TIMEOUT_S)
         self._process.kill()
         self._process.join()
 
@@ -348,4 +347,11 @@ def _timm_batches(turn: Turn) -> Iterable[Any]:
         device=torch.device("cpu"),
     )
     # What the prefetcher around it does is the device's work.
-    return loader.loader
+    batches = loader.loader
+    batches.worker_init_fn = partial(_begin_timm_worker, batches.worker_init_fn)
+    return batches
+
+
+def _begin_timm_worker(theirs: Callable[[int], None], number: int) -> None:
+    obey_parent()
+    theirs(number)
