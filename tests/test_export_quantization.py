@@ -27,6 +27,7 @@ from efficientnet.network.variants import VARIANTS
 from export import ort
 from export.builders.openvino_builder import pattern_of
 from export.checks import sensitivity
+from export.checks.agreement import compare_logits, require_parity, tolerances_for
 from export.checks.gate import (
     Attempt,
     Gate,
@@ -83,10 +84,11 @@ def test_an_int8_graph_answers_nearly_like_the_model(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
     (logits,) = session.run(None, {"images": source.parity_images})
-    error = np.abs(logits - source.parity_logits).max() / source.parity_logits.std()
-    assert 1e-4 < error < 0.5
-    same = (logits.argmax(axis=1) == source.parity_logits.argmax(axis=1)).mean()
-    assert same >= 0.95
+    expected = source.parity_logits
+    parity = compare_logits(logits, expected, tolerances_for("int8", expected))
+    require_parity(parity)
+    # 0.1 deviations by a simulation in torch; a graph that is not rounded at all has 1e-6.
+    assert 1e-3 < parity.mean_abs_logit_error / expected.std() < 0.3
 
 
 def test_each_runtime_gets_the_number_types_of_its_kernels(source: Source, config: ExportConfig):
