@@ -3,9 +3,12 @@
 artifacts/<variant>/<runtime>-<precision>/
 """
 
+import hashlib
+import os
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
@@ -256,6 +259,28 @@ def write_manifest(directory: Path, manifest: ArtifactManifest) -> None:
     write_text(directory / MANIFEST_FILE, manifest.model_dump_json(indent=2) + "\n")
 
 
+@dataclass(frozen=True)
+class ProgramFile:
+    """A file of a program as it was read, whatever stands at its path since."""
+
+    path: Path
+    """For messages."""
+    data: bytes
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a file that has no manifest yet; others are read by read_program."""
+        return cls(path, path.read_bytes())
+
+    @contextmanager
+    def opened(self) -> Generator[str]:
+        """Give a path to the bytes in memory, for a library that reads from paths alone."""
+        with os.fdopen(os.memfd_create(self.path.name), "wb") as file:
+            file.write(self.data)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+
+
 def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactManifest:
     """Read manifest.json and check that the program is the one it speaks of.
 
@@ -266,6 +291,46 @@ def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactMan
     Raises:
         ArtifactError: no artifact there, another format, damaged, or not checked.
     """
+    manifest = read_manifest(directory, allow_unchecked)
+    for name, sha256 in _hashes(manifest).items():
+        _require_hash(_file_of(directory, name), sha256_of_file(directory / name), sha256)
+    return manifest
+
+
+def read_program(directory: Path, manifest: ArtifactManifest, name: str) -> ProgramFile:
+    """Read a file of the program, once: what was checked is what a runtime gets.
+
+    Raises:
+        ArtifactError: it is not there, or not the one that the manifest speaks of.
+    """
+    file = ProgramFile.read(_file_of(directory, name))
+    found = hashlib.sha256(file.data).hexdigest()
+    _require_hash(file.path, found, _hashes(manifest)[name])
+    return file
+
+
+def _hashes(manifest: ArtifactManifest) -> dict[str, str]:
+    return {manifest.program_file: manifest.program_sha256, **manifest.other_files}
+
+
+def _file_of(directory: Path, name: str) -> Path:
+    path = directory / name
+    if path.parent != directory or not path.is_file():
+        raise ArtifactError(f"{directory} has no program {name}: it is not whole")
+    return path
+
+
+def _require_hash(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise ArtifactError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}, {MANIFEST_FILE} says "
+            f"{expected[:12]}; export the checkpoint again, or open it again if that was done "
+            "meanwhile"
+        )
+
+
+def read_manifest(directory: Path, allow_unchecked: bool = False) -> ArtifactManifest:
+    """Read manifest.json alone; see read_artifact."""
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise ArtifactError(
@@ -283,17 +348,6 @@ def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactMan
         manifest = ArtifactManifest.model_validate_json(text)
     except ValidationError as error:
         raise ArtifactError(f"{path} is damaged or not ours: {first_problem(error)}") from None
-    hashes = {manifest.program_file: manifest.program_sha256, **manifest.other_files}
-    for name, sha256 in hashes.items():
-        file = directory / name
-        if file.parent != directory or not file.is_file():
-            raise ArtifactError(f"{directory} has no program {name}: it is not whole")
-        found_sha256 = sha256_of_file(file)
-        if found_sha256 != sha256:
-            raise ArtifactError(
-                f"{file} is damaged: its SHA-256 is {found_sha256[:12]}, "
-                f"{MANIFEST_FILE} says {sha256[:12]}; export the checkpoint again"
-            )
     if manifest.parity is None and not allow_unchecked:
         raise ArtifactError(
             f"{directory} was built where it could not run, and was never compared with its model: "

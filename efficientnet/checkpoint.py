@@ -6,6 +6,7 @@ runs/<recipe>-<UTC time>/checkpoint/
     train_state.pt        what training needs to go on; nothing else reads it
 """
 
+import hashlib
 import io
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from efficientnet.atomic import replaced_directory, sha256_of_file, write_text
 from efficientnet.environment import EnvironmentRecord
@@ -116,6 +117,11 @@ def read_checkpoint(directory: Path) -> CheckpointRecord:
     Raises:
         CheckpointError: no checkpoint there, another format, or damaged.
     """
+    return _read(directory)[0]
+
+
+def _read(directory: Path) -> tuple[CheckpointRecord, bytes]:
+    # The weights are read once: what was checked is what is loaded.
     path = directory / RECORD_FILE
     if not path.is_file():
         raise CheckpointError(
@@ -136,13 +142,14 @@ def read_checkpoint(directory: Path) -> CheckpointRecord:
     weights_path = directory / WEIGHTS_FILE
     if not weights_path.is_file():
         raise CheckpointError(f"{directory} has no {WEIGHTS_FILE}: the checkpoint is not whole")
-    found_sha256 = sha256_of_file(weights_path)
+    weights = weights_path.read_bytes()
+    found_sha256 = hashlib.sha256(weights).hexdigest()
     if found_sha256 != record.weights_sha256:
         raise CheckpointError(
             f"{weights_path} is damaged: its SHA-256 is {found_sha256[:12]}, "
             f"{RECORD_FILE} says {record.weights_sha256[:12]}; copy or train the checkpoint again"
         )
-    return record
+    return record, weights
 
 
 def load_checkpoint(directory: Path) -> tuple[EfficientNet, CheckpointRecord]:
@@ -151,13 +158,13 @@ def load_checkpoint(directory: Path) -> tuple[EfficientNet, CheckpointRecord]:
     Raises:
         CheckpointError: see read_checkpoint; or the weights are not those of the variant.
     """
-    record = read_checkpoint(directory)
+    record, weights = _read(directory)
     try:
         # Built without memory and then given the file's tensors: no time goes into initial weights.
         with torch.device("meta"):
             spec = get_variant(record.variant)
             model = build_model(spec, record.num_classes, options=record.network)
-        model.load_state_dict(load_file(directory / WEIGHTS_FILE), assign=True)
+        model.load_state_dict(load(weights), assign=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} does not hold a {record.variant}: {error}") from None
     return model.eval(), record

@@ -7,6 +7,7 @@ which have no labels: enough to check and to time a network that was trained els
 import hashlib
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ SAMPLE_PHOTOS = "sample-photos"
 
 # WordNet number and name of the 1,000 classes, in the order of the logits.
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
+
+WORDNET_NUMBER = re.compile(r"n\d{8}(?=[_.])")
 
 # Part of the data's definition, not a setting: train and val must be the same in every command.
 SPLIT_SEED = 0
@@ -74,8 +77,9 @@ def load_dataset(source: str | Path, is_split: bool = True) -> Dataset:
     """Load `digits`, `sample-photos`, a folder of images, or WebDataset tar shards.
 
     Args:
-        source: a name; a folder that holds one folder per class, or a `train/` and a `val/` of
-            such folders; or what shards.load_shards accepts.
+        source: a name; a folder that holds one folder per class, or files that begin with the
+            WordNet number of their class (n01440764_tench.JPEG), or a `train/` and a `val/` of
+            one of these; or what shards.load_shards accepts.
         is_split: whether one folder per class, or shards none of which are val's, are split 80 / 20
             within each class, with a fixed seed; if not, all images are val's.
 
@@ -326,6 +330,8 @@ def _read_classes(folder: Path, top: Path) -> tuple[tuple[str, ...], tuple[Sampl
     classes = sorted(
         entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
     )
+    if not classes and (numbered := _read_numbered(folder, top)):
+        return numbered
     if len(classes) < 2:
         found = f"only '{classes[0].name}'" if classes else "none"
         raise DatasetError(f"{folder} needs at least two class folders with images, found {found}")
@@ -343,6 +349,21 @@ def _read_classes(folder: Path, top: Path) -> tuple[tuple[str, ...], tuple[Sampl
             )
         samples += [Sample(str(path.relative_to(top)), label, path) for path in files]
     return tuple(entry.name for entry in classes), tuple(samples)
+
+
+def _read_numbered(folder: Path, top: Path) -> tuple[tuple[str, ...], tuple[Sample, ...]] | None:
+    # Photographs of ImageNet that lie side by side; None if one file is named otherwise.
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = [WORDNET_NUMBER.match(path.name) for path in files]
+    numbers = [match.group() for match in found if match]
+    names = sorted(set(numbers))
+    if len(numbers) < len(files) or len(names) < 2:
+        return None
+    labels = {name: label for label, name in enumerate(names)}
+    return tuple(names), tuple(
+        Sample(str(path.relative_to(top)), labels[number], path)
+        for path, number in zip(files, numbers, strict=True)
+    )
 
 
 def _split(

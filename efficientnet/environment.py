@@ -1,5 +1,6 @@
 """This machine -> EnvironmentRecord: device, driver, library versions, git commit."""
 
+import math
 import os
 import platform
 import shutil
@@ -9,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
+from efficientnet.cgroup import cpu_quota
 
 # Versions that change a speed or a result; those not installed are left out of the record.
 LIBRARIES = (
@@ -71,10 +74,16 @@ def current_environment() -> EnvironmentRecord:
 
 
 def num_usable_cores() -> int:
-    """Count the logical processors that this process may run on."""
+    """Count the logical processors that this process may run on, all at the same time.
+
+    A container's quota of processor time counts in whole processors: a thread more than those would
+    use the time up early and leave all of them standing still until the next period.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, math.floor(cpu_quota() or cores)))
 
 
 def _cpu_name() -> str:

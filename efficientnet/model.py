@@ -8,10 +8,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear, pad, silu
+from torch.nn.functional import conv2d, linear, pad, relu6, silu
 
 from efficientnet.cost import squeeze_channels
-from efficientnet.variants import NetworkOptions, StageSpec, VariantSpec
+from efficientnet.variants import Activation, NetworkOptions, StageSpec, VariantSpec
 
 
 class SamePadConv2d(nn.Conv2d):
@@ -22,9 +22,11 @@ class SamePadConv2d(nn.Conv2d):
         top, bottom = self._margins(input.shape[2])
         left, right = self._margins(input.shape[3])
         if top == bottom and left == right:
-            return conv2d(input, self.weight, None, self.stride, (top, left), groups=self.groups)
+            return conv2d(
+                input, self.weight, self.bias, self.stride, (top, left), groups=self.groups
+            )
         input = pad(input, (left, right, top, bottom))
-        return conv2d(input, self.weight, None, self.stride, 0, groups=self.groups)
+        return conv2d(input, self.weight, self.bias, self.stride, 0, groups=self.groups)
 
     def _margins(self, size: int) -> tuple[int, int]:
         # Pixels before and after, of which the odd one comes after.
@@ -45,8 +47,19 @@ class SiLU(nn.Module):
         return silu(x, inplace=not x.requires_grad)
 
 
+class ReLU6(nn.Module):
+    """min(max(x, 0), 6), in place: autograd needs its output only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a tensor to one of the same shape."""
+        return relu6(x, inplace=True)
+
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"silu": SiLU, "relu6": ReLU6}
+
+
 class ConvNormAct(nn.Sequential):
-    """Convolution without bias -> batch norm -> SiLU (or nothing)."""
+    """Convolution without bias -> batch norm -> activation (or nothing)."""
 
     def __init__(
         self,
@@ -56,7 +69,7 @@ class ConvNormAct(nn.Sequential):
         kernel_size: int,
         stride: int = 1,
         groups: int = 1,
-        has_activation: bool = True,
+        activation: Activation | None = None,
     ) -> None:
         # With stride 1 and an odd kernel both paddings are the same.
         is_same = options.padding == "same" and stride > 1
@@ -70,7 +83,7 @@ class ConvNormAct(nn.Sequential):
             bias=False,
         )
         norm = nn.BatchNorm2d(out_channels, options.batch_norm_epsilon, options.batch_norm_momentum)
-        super().__init__(conv, norm, *([SiLU()] if has_activation else []))
+        super().__init__(conv, norm, *([ACTIVATIONS[activation]()] if activation else []))
 
 
 class SqueezeExcite(nn.Module):
@@ -164,19 +177,21 @@ class MBConv(ResidualBlock):
         in_channels: int,
         stride: int,
         stochastic_depth_rate: float,
+        activation: Activation,
     ) -> None:
         expanded = in_channels * spec.expand_ratio
         layers: list[nn.Module] = []
         if spec.expand_ratio != 1:
-            layers.append(ConvNormAct(options, in_channels, expanded, 1))
+            layers.append(ConvNormAct(options, in_channels, expanded, 1, activation=activation))
+        kernel_size = spec.kernel_size
         layers.append(
-            ConvNormAct(options, expanded, expanded, spec.kernel_size, stride, groups=expanded)
+            ConvNormAct(options, expanded, expanded, kernel_size, stride, expanded, activation)
         )
         if spec.squeeze_ratio is not None:
             layers.append(
                 SqueezeExcite(expanded, squeeze_channels(in_channels, spec.squeeze_ratio))
             )
-        layers.append(ConvNormAct(options, expanded, spec.out_channels, 1, has_activation=False))
+        layers.append(ConvNormAct(options, expanded, spec.out_channels, 1))
         has_residual = stride == 1 and in_channels == spec.out_channels
         super().__init__(layers, has_residual, stochastic_depth_rate)
 
@@ -194,17 +209,19 @@ class FusedMBConv(ResidualBlock):
         in_channels: int,
         stride: int,
         stochastic_depth_rate: float,
+        activation: Activation,
     ) -> None:
-        expanded = in_channels * spec.expand_ratio
-        if spec.expand_ratio == 1:
-            layers: list[nn.Module] = [
-                ConvNormAct(options, in_channels, spec.out_channels, spec.kernel_size, stride)
-            ]
-        else:
-            layers = [
-                ConvNormAct(options, in_channels, expanded, spec.kernel_size, stride),
-                ConvNormAct(options, expanded, spec.out_channels, 1, has_activation=False),
-            ]
+        out_channels = (
+            spec.out_channels if spec.expand_ratio == 1 else in_channels * spec.expand_ratio
+        )
+        kernel_size = spec.kernel_size
+        layers: list[nn.Module] = [
+            ConvNormAct(
+                options, in_channels, out_channels, kernel_size, stride, activation=activation
+            )
+        ]
+        if spec.expand_ratio != 1:
+            layers.append(ConvNormAct(options, out_channels, spec.out_channels, 1))
         has_residual = stride == 1 and in_channels == spec.out_channels
         super().__init__(layers, has_residual, stochastic_depth_rate)
 
@@ -231,16 +248,21 @@ class EfficientNet(nn.Module):
     ) -> None:
         super().__init__()
         channels, block_index = spec.stem_channels, 0
-        layers: list[nn.Module] = [ConvNormAct(options, 3, channels, 3, stride=2)]
+        layers: list[nn.Module] = [
+            ConvNormAct(options, 3, channels, 3, stride=2, activation=spec.activation)
+        ]
         for stage in spec.stages:
             blocks: list[nn.Module] = []
             for layer in range(stage.num_layers):
                 rate = stochastic_depth_rate * block_index / spec.num_blocks
                 stride = stage.stride if layer == 0 else 1
-                blocks.append(BLOCKS[stage.operator](options, stage, channels, stride, rate))
+                block = BLOCKS[stage.operator]
+                blocks.append(block(options, stage, channels, stride, rate, spec.activation))
                 channels, block_index = stage.out_channels, block_index + 1
             layers.append(nn.Sequential(*blocks))
-        layers.append(ConvNormAct(options, channels, spec.head_channels, 1))
+        layers.append(
+            ConvNormAct(options, channels, spec.head_channels, 1, activation=spec.activation)
+        )
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(

@@ -3,6 +3,7 @@
 EfficientNet (V1): Tan and Le 2019 (arXiv 1905.11946), table 1 for B0. EfficientNetV2: Tan and Le
 2021 (arXiv 2104.00298 v3), table 4 for S; the released code (google/automl,
 efficientnetv2/effnetv2_configs.py) for M, L, XL, B0 to B3, and for V1's scaling coefficients.
+EfficientNet-Lite has no paper: tensorflow/tpu, models/official/efficientnet/lite.
 """
 
 import difflib
@@ -20,6 +21,7 @@ from efficientnet.scaling import (
 
 Operator = Literal["mbconv", "fused_mbconv"]
 Padding = Literal["same", "symmetric"]
+Activation = Literal["silu", "relu6"]
 
 
 class NetworkOptions(BaseModel):
@@ -81,6 +83,10 @@ class VariantSpec:
     eval_image_size: int
     stochastic_depth_rate: float = 0.2
     """Drop rate that the last block approaches: survival 0.8 in both papers."""
+    activation: Activation = "silu"
+    """Of all convolutions but the projections; relu6 is SiLU's stand-in where 8 bits are wanted."""
+    has_fixed_ends: bool = False
+    """Whether scaling leaves stem, head and the number of layers of the first and last stage."""
     published: PublishedResult | None = None
 
     @property
@@ -104,6 +110,8 @@ def _mbconv(
 def scale_variant(base: VariantSpec, width: float, depth: float, min_kept: float) -> VariantSpec:
     """Scale the channels and layers of `base`, stem and head included; sizes stay.
 
+    What `base.has_fixed_ends` names stays, too.
+
     Args:
         base: network to scale.
         width: multiplier of the channels.
@@ -114,18 +122,21 @@ def scale_variant(base: VariantSpec, width: float, depth: float, min_kept: float
     def channels(count: int) -> int:
         return scale_channels(count, width, min_kept)
 
+    fixed = {0, len(base.stages) - 1} if base.has_fixed_ends else set[int]()
     stages = tuple(
         replace(
             stage,
-            num_layers=scale_layers(stage.num_layers, depth),
+            num_layers=stage.num_layers if i in fixed else scale_layers(stage.num_layers, depth),
             out_channels=channels(stage.out_channels),
         )
-        for stage in base.stages
+        for i, stage in enumerate(base.stages)
     )
+    scaled = replace(base, stages=stages)
+    if base.has_fixed_ends:
+        return scaled
     return replace(
-        base,
+        scaled,
         stem_channels=channels(base.stem_channels),
-        stages=stages,
         head_channels=channels(base.head_channels),
     )
 
@@ -162,6 +173,25 @@ _V1_ROWS = (
     ("b5", 1.6, 2.2, 456, 0.4, PublishedResult(_TABLE_7, 0.837, 60, 43)),
     ("b6", 1.8, 2.6, 528, 0.5, PublishedResult(_TABLE_7, 0.843, 97, 75)),
     ("b7", 2.0, 3.1, 600, 0.5, PublishedResult(_TABLE_7, 0.847, 170, 139)),
+    # In neither paper: of the released code, and of "Adversarial Examples Improve Image Recognition".
+    ("b8", 2.2, 3.6, 672, 0.5, None),
+)
+
+_LITE0 = replace(
+    _V1_B0,
+    name="lite0",
+    stages=tuple(replace(stage, squeeze_ratio=None) for stage in _V1_B0.stages),
+    activation="relu6",
+    has_fixed_ends=True,
+)
+
+# Name, width, depth, size in training and evaluation, dropout, top-1 of float32.
+_LITE_ROWS = (
+    ("lite0", 1.0, 1.0, 224, 0.2, 0.751),
+    ("lite1", 1.0, 1.1, 240, 0.2, 0.767),
+    ("lite2", 1.1, 1.2, 260, 0.3, 0.776),
+    ("lite3", 1.2, 1.4, 280, 0.3, 0.798),
+    ("lite4", 1.4, 1.8, 300, 0.3, 0.815),
 )
 
 _V2_B0 = VariantSpec(
@@ -200,6 +230,20 @@ def _v1_variants() -> dict[str, VariantSpec]:
             train_image_size=eval_size * 4 // 5 // 16 * 16,
             eval_image_size=eval_size,
             published=published,
+        )
+    return specs
+
+
+def _lite_variants() -> dict[str, VariantSpec]:
+    specs: dict[str, VariantSpec] = {}
+    for name, width, depth, size, dropout, top1 in _LITE_ROWS:
+        specs[name] = replace(
+            scale_variant(_LITE0, width, depth, V1_MIN_KEPT_CHANNELS),
+            name=name,
+            dropout_rate=dropout,
+            train_image_size=size,
+            eval_image_size=size,
+            published=PublishedResult("released code", top1),
         )
     return specs
 
@@ -249,6 +293,7 @@ _SPECS = (
     _fuse_first_stages(_V1["b4"], 3, top1=0.831),
     _fuse_first_stages(_V1["b4"], 5, top1=0.831),
     _fuse_first_stages(_V1["b4"], 7, top1=0.817),
+    *_lite_variants().values(),
     *_v2_b_variants().values(),
     VariantSpec(
         name="v2-s",

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import onnx
 import torch
 
-from efficientnet.artifact import Binding, StaticProgram
+from efficientnet.artifact import Binding, ProgramFile, StaticProgram
 from export.config import ExportConfig
 from export.executed import (
     executed_by_inductor,
@@ -139,7 +139,7 @@ def make_tensorrt(source: Source, config: ExportConfig, form: Form, output: Path
         )
 
     artifact = _write(source, config, output, "tensorrt", build)
-    engine = library.deserialize(target.trt, artifact / "model.engine", binding)
+    engine = library.deserialize(target.trt, ProgramFile.read(artifact / "model.engine"), binding)
     layers = builder.read_layers(builder.layers_of(target.trt, engine))["layers"]
     return Made(artifact, executed_by_tensorrt(layers, graph))
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import onnx
 import torch
 
-from efficientnet.artifact import Binding
+from efficientnet.artifact import Binding, ProgramFile
 from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.precision import Precision
@@ -173,7 +173,7 @@ def write_layers(trt: Any, directory: Path, files: list[str], binding: Binding) 
     """Write layers.json: what the engines consist of, for reports on single layers."""
     layers: dict[str, object] = {}
     for file in files:
-        engine: Any = deserialize(trt, directory / file, binding)
+        engine: Any = deserialize(trt, ProgramFile.read(directory / file), binding)
         layers[file] = read_layers(layers_of(trt, engine))
     write_text(directory / LAYERS_FILE, json.dumps(layers, indent=1) + "\n")
 

@@ -98,6 +98,13 @@ def test_nothing_but_the_artifact_is_left(artifact: Path):
     assert [path.name for path in artifact.parent.iterdir()] == [artifact.name]
 
 
+def test_what_was_opened_answers_when_its_files_are_gone(artifact: Path, tmp_path: Path):
+    images, copy = digits(3), Path(shutil.copytree(artifact, tmp_path / "copy"))
+    opened = open_runtime(copy)
+    shutil.rmtree(copy)
+    np.testing.assert_array_equal(opened.infer(images), open_runtime(artifact).infer(images))
+
+
 def test_another_torch_is_refused_with_the_command_to_run(artifact: Path, tmp_path: Path):
     other = copy_with_binding(artifact, tmp_path / "other", version="2.99.0")
     with pytest.raises(ArtifactError, match=r"by torch 2.99.0, here is.*python export/aoti.py"):

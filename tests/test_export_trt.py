@@ -15,7 +15,7 @@ import pytest
 import torch
 from onnx import helper
 
-from efficientnet.artifact import ArtifactError, Binding, read_artifact
+from efficientnet.artifact import ArtifactError, Binding, ProgramFile, read_artifact
 from efficientnet.checkpoint import load_checkpoint, save_checkpoint
 from efficientnet.command import parse_flags
 from efficientnet.datasets import load_dataset
@@ -184,7 +184,7 @@ def test_a_foreign_engine_is_refused_with_the_command_that_makes_it(rtx: Any, tm
     with pytest.raises(
         ArtifactError, match=r"refuses .*model\.engine: .*; make it again: python x"
     ):
-        deserialize(rtx, file, binding_for(rebuild="python x"))
+        deserialize(rtx, ProgramFile.read(file), binding_for(rebuild="python x"))
 
 
 def test_a_damaged_engine_is_found_by_its_hash(fp16_artifact: Path, tmp_path: Path):

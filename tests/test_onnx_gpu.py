@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from efficientnet.artifact import ArtifactError
+from efficientnet.artifact import ArtifactError, ProgramFile
 from efficientnet.runtimes import onnx_gpu_runtime, onnx_sessions, open_runtime
 from efficientnet.runtimes.onnx_gpu_runtime import require_tensorrt, tensorrt_options
 from efficientnet.runtimes.onnx_sessions import PROVIDERS, open_session
@@ -25,7 +25,10 @@ HAS_GPU = torch.cuda.is_available()
 def test_calls_of_one_size_have_a_fixed_shape(tiny_artifact: Path):
     def shape(batch_size: int | None) -> list[int | str]:
         session = open_session(
-            tiny_artifact / "model.onnx", PROVIDERS["cpu"], 1, batch_size=batch_size
+            ProgramFile.read(tiny_artifact / "model.onnx"),
+            PROVIDERS["cpu"],
+            1,
+            batch_size=batch_size,
         )
         return session.get_inputs()[0].shape
 
@@ -44,7 +47,7 @@ def test_a_provider_that_does_not_start_is_named_with_what_to_check(
     # As with a package that has it and no driver.
     monkeypatch.setattr(onnx_sessions, "require_provider", lambda _: None)
     with pytest.raises(ArtifactError, match=f"{PROVIDERS[provider]} did not start.*driver, CUDA"):
-        open_session(tiny_artifact / "model.onnx", PROVIDERS[provider], 1)
+        open_session(ProgramFile.read(tiny_artifact / "model.onnx"), PROVIDERS[provider], 1)
     assert "Falling back" not in capfd.readouterr().out
 
 
@@ -63,12 +66,11 @@ def test_another_tensorrt_than_the_providers_is_refused(
 def test_engines_of_each_batch_size_have_a_folder_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    program = tmp_path / "model.onnx"
-    folders = {tensorrt_options(program, size)["trt_engine_cache_path"] for size in (1, 16)}
+    folders = {tensorrt_options(tmp_path, size)["trt_engine_cache_path"] for size in (1, 16)}
     assert len(folders) == 2
     monkeypatch.setattr(os, "access", lambda *_: False)
     caplog.set_level(logging.WARNING)
-    assert "trt_engine_cache_path" not in tensorrt_options(program, 1)
+    assert "trt_engine_cache_path" not in tensorrt_options(tmp_path, 1)
     assert "engines are built at each start" in caplog.text
 
 

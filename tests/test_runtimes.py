@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,32 @@ from efficientnet.datasets import load_dataset
 from efficientnet.preprocess import preprocess
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.null_runtime import NullRuntime
+from export import ov
+from export.config import OpenVinoConfig
 
-RUNTIMES = ["torch", "onnxruntime", "null"]
+PROGRAMS = ["torch", "onnxruntime", "openvino"]
 
 
-@pytest.fixture(params=RUNTIMES)
-def runtime(request: pytest.FixtureRequest, tiny_checkpoint: Path, tiny_artifact: Path) -> Runtime:
+@pytest.fixture(scope="module")
+def programs(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    openvino = ov.main(
+        OpenVinoConfig(tiny_checkpoint, tmp_path_factory.mktemp("openvino") / "artifact")
+    )
+    return {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": openvino}
+
+
+@pytest.fixture(params=PROGRAMS)
+def program(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Path:
+    return programs[request.param]
+
+
+@pytest.fixture(params=[*PROGRAMS, "null"])
+def runtime(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Runtime:
     if request.param == "null":
-        return NullRuntime(open_runtime(tiny_artifact).info)
-    return open_runtime(tiny_checkpoint if request.param == "torch" else tiny_artifact)
+        return NullRuntime(open_runtime(programs["onnxruntime"]).info)
+    return open_runtime(programs[request.param])
 
 
 def digits(num_images: int) -> np.ndarray:
@@ -76,6 +94,25 @@ def test_the_artifact_answers_like_the_checkpoint(tiny_checkpoint: Path, tiny_ar
     expected = open_runtime(tiny_checkpoint).infer(images)
     np.testing.assert_allclose(open_runtime(tiny_artifact).infer(images), expected, atol=1e-4)
     assert np.ptp(expected) > 0.1
+
+
+@pytest.mark.parametrize("are_files_kept", [True, False])
+def test_what_was_opened_answers_whatever_becomes_of_its_files(
+    program: Path, are_files_kept: bool, tmp_path: Path
+):
+    images, expected = digits(5), open_runtime(program)
+    copy = Path(shutil.copytree(program, tmp_path / "copy"))
+    opened = open_runtime(copy)
+    if are_files_kept:
+        for file in copy.iterdir():  # in place, so that a mapped file would show it
+            with file.open("r+b") as stream:
+                stream.write(bytes(file.stat().st_size))
+    else:
+        shutil.rmtree(copy)
+    for size in (1, 3, 2, 5):
+        np.testing.assert_allclose(
+            opened.infer(images[:size]), expected.infer(images[:size]), atol=1e-5
+        )
 
 
 def test_a_folder_that_is_neither_is_an_artifact_error(tmp_path: Path):

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from efficientnet.architectures import ARCHITECTURES
 from efficientnet.model import Dropout, build_model
 from efficientnet.variants import VARIANTS, NetworkOptions
-from efficientnet.weights import WeightsError, convert_weights, recognize_layout, timm_names
+from efficientnet.layouts import names_in, timm_names
+from efficientnet.weights import WeightsError, convert_weights, recognize_layout
 
 # Largest |ours - theirs| over largest |theirs|, for each tensor as a whole: single gradients may be
 # the difference of large terms. Both sum in float64, whose rounding (1e-16) grows over up to 300
@@ -27,9 +28,11 @@ SIZE, LARGE_SIZE, ODD_SIZE = 64, 48, 63
 BATCH_SIZE, NUM_CLASSES = 3, 1000
 
 TIMM = [
-    *(f"timm:tf_efficientnet_b{i}" for i in range(8)),
+    *(f"timm:tf_efficientnet_b{i}" for i in range(9)),
+    *(f"timm:tf_efficientnet_lite{i}" for i in range(5)),
     *(f"timm:tf_efficientnetv2_{v}" for v in ("s", "m", "l", "xl", "b0", "b1", "b2", "b3")),
     *(f"timm:efficientnet_b{i}" for i in range(6)),
+    *(f"timm:efficientnet_lite{i}" for i in range(5)),
     *(f"timm:efficientnetv2_{v}" for v in ("s", "m", "l", "xl")),
 ]
 TORCHVISION = [
@@ -38,6 +41,7 @@ TORCHVISION = [
 ]
 FAST = {
     "timm:tf_efficientnet_b0",
+    "timm:tf_efficientnet_lite0",
     "timm:tf_efficientnetv2_b0",
     "timm:tf_efficientnetv2_s",
     "timm:efficientnet_b0",
@@ -167,7 +171,7 @@ def compare(architecture: str, size: int) -> tuple[float, float, float]:
 def test_logits_loss_and_gradients_equal_the_peers(
     architecture: str, record_property: Callable[[str, object], None]
 ):
-    is_large = architecture.endswith(("_b6", "_b7", "_m", "_l", "_xl"))
+    is_large = architecture.endswith(("_b6", "_b7", "_b8", "_m", "_l", "_xl"))
     found = compare(architecture, LARGE_SIZE if is_large else SIZE)
     record_property("disagreement", found)
     print(f"\n{architecture}: logits {found[0]:.1e}, loss {found[1]:.1e}, gradient {found[2]:.1e}")

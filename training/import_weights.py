@@ -1,12 +1,15 @@
 """Published weights -> checkpoint, as it comes out of training.
 
     python training/import_weights.py v2-s --from timm:tf_efficientnetv2_s.in1k
+    python training/import_weights.py lite0 --from package:lite0
     python training/import_weights.py b0 --from b0.pth --like timm:tf_efficientnet_b0.aa_in1k
 
-The source is timm:NAME or torchvision:NAME, which that library fetches, or a .safetensors or .pth
-file in the layout of one of the two.
+The source is timm:NAME, torchvision:NAME or efficientnet_pytorch:NAME, which is fetched,
+package:NAME, which is installed, or a .safetensors or .pth file in the layout of one of them: a
+state dict, or a training checkpoint with one in it.
 """
 
+import json
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +25,7 @@ from efficientnet.datasets import SAMPLE_PHOTOS
 from efficientnet.environment import current_environment
 from efficientnet.model import build_model
 from efficientnet.variants import get_variant
-from efficientnet.weights import WeightsError
+from efficientnet.weights_file import WeightsError
 from training.published import PublishedWeights, load_published
 from training.rundir import point_latest_to
 
@@ -34,14 +37,25 @@ class ImportConfig:
     """What is imported."""
 
     variant: tyro.conf.Positional[str]
-    """b0 to b7, v2-b0 to v2-b3, v2-s, v2-m, v2-l or v2-xl."""
+    """A row of `python -m efficientnet`."""
 
     source: Annotated[str, tyro.conf.arg(name="from")]
-    """timm:NAME, torchvision:NAME, or a .safetensors or .pth file."""
+    """LIBRARY:NAME (of timm, torchvision, efficientnet_pytorch or package), or a .safetensors or
+    .pth file."""
 
     like: str | None = None
-    """For a file, the timm:NAME or torchvision:NAME whose padding, epsilon and preprocessing it
-    is used with; None: as the file, or what stands beside it, tells."""
+    """For a file, the LIBRARY:NAME whose padding, epsilon and preprocessing it is used with; None:
+    as the file, or what stands beside it, tells."""
+
+    entry: str | None = None
+    """Of a training checkpoint with several state dicts, the name of the one that is meant."""
+
+    drop: tuple[str, ...] = ()
+    """Tensors of the file that are not the network's, or what their names begin with."""
+
+    class_names: Path | None = None
+    """File with the names of the classes in the order of the logits: one a line, or a JSON list;
+    None = ImageNet's where there are 1,000, else class_0, class_1 and so on."""
 
     preprocess_method: Literal["exact", "fast"] = "exact"
     """How images are decoded and resized: exactly as for these weights, or faster with slightly
@@ -59,15 +73,17 @@ def main(config: ImportConfig) -> Path:
     """Check the weights and write a checkpoint; return its directory.
 
     Raises:
-        WeightsError: see load_published; or the logits are not finite.
+        WeightsError: see load_published and read_class_names; or the logits are not finite.
     """
     spec = get_variant(config.variant)
-    published = load_published(config.source, spec, config.like)
+    names = None if config.class_names is None else read_class_names(config.class_names)
+    published = load_published(
+        config.source, spec, config.like, None, entry=config.entry, drop=config.drop
+    )
+    class_names = name_classes(published, names)
     preprocess = published.preprocess.model_copy(update={"method": config.preprocess_method})
     log_weights(published)
     log.info("               method %s", preprocess.method)
-    class_names = published.class_names
-    assert class_names is not None, "load_published takes 1,000 classes only"
 
     size = published.preprocess.image_size
     with torch.device("meta"):
@@ -104,6 +120,48 @@ def main(config: ImportConfig) -> Path:
     point_latest_to(run)
     log.info("%s points to %s: commands without --checkpoint take it", run.parent / "latest", run)
     return run / "checkpoint"
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read the names of classes, one a line or a JSON list.
+
+    Raises:
+        WeightsError: no such file, or not names that differ from each other.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"the class names cannot be read from {path}: {error}") from None
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise WeightsError(f"{path} holds no JSON list of names")
+    names = tuple(line.strip() for line in lines)
+    for number, name in enumerate(names):
+        if not name or name in names[:number]:
+            problem = f"'{name}' twice" if name else f"nothing in line {number + 1}"
+            raise WeightsError(f"{path} has {problem}, expected a name of its own for each class")
+    return names
+
+
+def name_classes(published: PublishedWeights, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the names of a network's classes: those given, ImageNet's, or numbered ones.
+
+    Raises:
+        WeightsError: there are more or fewer names than classes.
+    """
+    count = len(published.tensors["classifier.1.bias"])
+    if names is not None and len(names) != count:
+        raise WeightsError(
+            f"--class-names has {len(names)} names, and {published.origin} has {count} classes"
+        )
+    if names is None and published.class_names is None:
+        log.info(
+            "%d classes without names: they are called class_0 to class_%d; "
+            "--class-names FILE gives them others",
+            count,
+            count - 1,
+        )
+    return names or published.class_names or tuple(f"class_{index}" for index in range(count))
 
 
 def log_weights(published: PublishedWeights) -> None:

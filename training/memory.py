@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from efficientnet.cgroup import memory_limit_bytes
 from efficientnet.errors import PipelineError
 from efficientnet.model import EfficientNet, build_model
 from efficientnet.variants import NetworkOptions, get_variant
@@ -38,11 +39,7 @@ def device_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if Path(path).is_file() else "max"
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
+    return min(total, memory_limit_bytes() or total)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

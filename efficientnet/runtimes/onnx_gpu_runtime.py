@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest
+from efficientnet.artifact import ArtifactError, ArtifactManifest, read_program
 from efficientnet.runtimes.onnx_sessions import PROVIDERS, open_session
 from efficientnet.runtimes.protocol import (
     ProgramInfo,
@@ -88,26 +88,28 @@ def _open_sessions(
 ) -> dict[int, _GpuSession]:
     provider = manifest.provider
     assert provider is not None
-    program = directory / manifest.program_file
+    program = read_program(directory, manifest, manifest.program_file)
     if provider == PROVIDERS["tensorrt"]:
         require_tensorrt(directory)
     by_size: dict[int, _GpuSession] = {}
     for size in sorted({*manifest.static_batches, manifest.input.batch.max}):
-        options = CUDA_OPTIONS if provider == PROVIDERS["cuda"] else tensorrt_options(program, size)
+        options = (
+            CUDA_OPTIONS if provider == PROVIDERS["cuda"] else tensorrt_options(directory, size)
+        )
         session = open_session(program, provider, num_threads, options, batch_size=size)
         by_size[size] = _GpuSession(session, info, size)
     return by_size
 
 
-def tensorrt_options(program: Path, batch_size: int) -> dict[str, str]:
+def tensorrt_options(directory: Path, batch_size: int) -> dict[str, str]:
     """Return the provider's options; engines are kept beside the program, of each size its own.
 
     In one folder the session of a second size would take the first one's engine, widen its range
     and build it again in its place.
     """
-    folder = program.parent / ".engines" / f"batch-{batch_size}"
-    if not os.access(program.parent, os.W_OK):
-        log.warning("%s cannot be written to: engines are built at each start", program.parent)
+    folder = directory / ".engines" / f"batch-{batch_size}"
+    if not os.access(directory, os.W_OK):
+        log.warning("%s cannot be written to: engines are built at each start", directory)
         return TENSORRT_OPTIONS
     # ONNX Runtime makes one level of folders only.
     folder.mkdir(parents=True, exist_ok=True)

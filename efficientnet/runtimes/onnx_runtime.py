@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactManifest
+from efficientnet.artifact import ArtifactManifest, ProgramFile, read_program
 from efficientnet.runtimes.onnx_gpu_runtime import OnnxGpuRuntime
 from efficientnet.runtimes.onnx_sessions import PROVIDERS, open_session
 from efficientnet.runtimes.protocol import (
@@ -27,7 +27,7 @@ class OnnxRuntime:
 
     def __init__(
         self,
-        program: Path,
+        program: ProgramFile,
         info: ProgramInfo,
         streamed_batches: tuple[int, ...],
         num_threads: int,
@@ -68,5 +68,5 @@ def open_program(
     require_processor(directory, manifest)
     if manifest.provider is not None:
         return OnnxGpuRuntime(directory, manifest, info, num_threads)
-    program = directory / manifest.program_file
+    program = read_program(directory, manifest, manifest.program_file)
     return OnnxRuntime(program, info, manifest.streamed_batches, num_threads)

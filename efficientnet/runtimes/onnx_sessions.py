@@ -1,10 +1,8 @@
 """A program file and a provider -> a session of ONNX Runtime on that provider, and on no other."""
 
-from pathlib import Path
-
 import onnxruntime as ort
 
-from efficientnet.artifact import ArtifactError
+from efficientnet.artifact import ArtifactError, ProgramFile
 
 # Name of the free axis in exported graphs.
 BATCH_AXIS = "batch"
@@ -31,7 +29,7 @@ def require_provider(provider: str) -> None:
 
 
 def open_session(
-    program: Path,
+    program: ProgramFile,
     provider: str,
     num_threads: int,
     options: dict[str, str] | None = None,
@@ -68,14 +66,15 @@ def open_session(
         )
     try:
         session = ort.InferenceSession(
-            program, settings, providers=[(provider, options or {})], enable_fallback=0
+            program.data, settings, providers=[(provider, options or {})], enable_fallback=0
         )
     # ONNX Runtime's own exception classes share no public base but Exception.
     except Exception as error:
-        raise ArtifactError(f"ONNX Runtime cannot open {program}{why}: {error}") from error
+        raise ArtifactError(f"ONNX Runtime cannot open {program.path}{why}: {error}") from error
     first = session.get_providers()[0]
     if first != provider:
         raise ArtifactError(
-            f"{program} is for ONNX Runtime's {provider}, and {first} would run in its place{why}"
+            f"{program.path} is for ONNX Runtime's {provider}, and {first} would run in its "
+            f"place{why}"
         )
     return session

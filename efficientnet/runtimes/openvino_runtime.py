@@ -7,7 +7,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest
+from efficientnet.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
 from efficientnet.runtimes.protocol import (
     ProgramInfo,
     check_images,
@@ -33,21 +33,22 @@ class OpenVinoRuntime:
 
     def __init__(
         self,
-        program: Path,
+        program: ProgramFile,
+        weights: ProgramFile,
         info: ProgramInfo,
         static_batches: tuple[int, ...],
         streamed_batches: tuple[int, ...],
         float_precision: str,
         num_threads: int,
     ) -> None:
-        self._program = program
         self._precision = float_precision
         self._num_threads = num_threads
         self._streamed_batches = streamed_batches
         self.info = info
         try:
             self._core = ov.Core()
-            require_capability(self._core, float_precision, program)
+            require_capability(self._core, float_precision, program.path)
+            self._model = self._core.read_model(program.data, weights.data)
             self._static = {
                 size: self._compile(size).create_infer_request()
                 for size in static_batches
@@ -59,7 +60,7 @@ class OpenVinoRuntime:
                 self._streams.set_callback(_keep_logits)
         # OpenVINO raises plain RuntimeErrors.
         except RuntimeError as error:
-            raise ArtifactError(f"OpenVINO cannot open {program}: {error}") from error
+            raise ArtifactError(f"OpenVINO cannot open {program.path}: {error}") from error
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
@@ -82,7 +83,8 @@ class OpenVinoRuntime:
         return logits
 
     def _compile(self, batch_size: int | None, num_streams: int = 1) -> Any:
-        model = self._core.read_model(self._program)
+        # Sizes that are met later are of the same model: the files may be others' by then.
+        model = self._model.clone()
         size = self.info.preprocess.image_size
         model.reshape([-1 if batch_size is None else batch_size, 3, size, size])
         properties = compile_properties(self._precision, self._num_threads, num_streams)
@@ -133,8 +135,10 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
     """
     require_processor(directory, manifest)
     quantization = manifest.quantization
+    (weights,) = manifest.other_files
     return OpenVinoRuntime(
-        directory / manifest.program_file,
+        read_program(directory, manifest, manifest.program_file),
+        read_program(directory, manifest, weights),
         info_of_artifact(manifest),
         manifest.static_batches,
         manifest.streamed_batches,

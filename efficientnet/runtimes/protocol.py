@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest, read_artifact
+from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest, read_manifest
 from efficientnet.devices import has_vnni
 from efficientnet.environment import num_usable_cores
 from efficientnet.preprocess import PreprocessSpec
@@ -100,6 +100,9 @@ def check_images(images: NDArray[np.float32], info: ProgramInfo) -> None:
 def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
     """Open an artifact (manifest.json) or a checkpoint (checkpoint.json: the eager float32 model).
 
+    The files are read here and never again: what was opened answers, and `info` tells of it, even
+    when another program takes the directory's place.
+
     Args:
         path: the directory.
         num_threads: CPU threads of a call; None = one per usable core.
@@ -111,7 +114,7 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
     """
     directory = Path(path)
     if (directory / MANIFEST_FILE).is_file():
-        return open_program(directory, read_artifact(directory), num_threads)
+        return open_program(directory, read_manifest(directory), num_threads)
     if (directory / "checkpoint.json").is_file():
         threads = num_threads or num_usable_cores()
         return _import_runtime("torch", directory).open_directory(directory, threads)

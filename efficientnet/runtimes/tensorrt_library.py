@@ -8,10 +8,9 @@ tests/tensorrt_names.txt lists all that is used of them.
 import importlib
 from collections import deque
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from efficientnet.artifact import ArtifactError, Binding
+from efficientnet.artifact import ArtifactError, Binding, ProgramFile
 
 # Runtime's name -> Python package.
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -61,7 +60,7 @@ def import_package(runtime: str) -> Any:
     return importlib.import_module(PACKAGES[runtime])
 
 
-def deserialize(trt: Any, file: Path, binding: Binding | None) -> Any:
+def deserialize(trt: Any, file: ProgramFile, binding: Binding | None) -> Any:
     """Load an engine.
 
     Raises:
@@ -70,11 +69,11 @@ def deserialize(trt: Any, file: Path, binding: Binding | None) -> Any:
     messages = messages_of(trt)
     messages.take()
     runtime: Any = trt.Runtime(logger_of(trt))
-    engine: Any = runtime.deserialize_cuda_engine(file.read_bytes())
+    engine: Any = runtime.deserialize_cuda_engine(file.data)
     if engine is None:
         raise ArtifactError(
-            f"{trt.__name__} {trt.__version__} refuses {file}: {messages.take_problems()}; make it "
-            f"again: {binding.rebuild if binding else 'python export/trt.py'}"
+            f"{trt.__name__} {trt.__version__} refuses {file.path}: {messages.take_problems()}; "
+            f"make it again: {binding.rebuild if binding else 'python export/trt.py'}"
         )
     return engine
 

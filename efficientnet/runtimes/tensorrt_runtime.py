@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
+from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding, read_program
 from efficientnet.gpu import Gpu, current_gpu, no_room, why_no_gpu
 from efficientnet.runtimes.device_buffers import DeviceBuffers
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
@@ -154,7 +154,10 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
         ) from error
     require_same_machine(directory, manifest.binding, trt.__version__, current_gpu())
     files = [program.file for program in manifest.static_programs] or [manifest.program_file]
-    engines: list[Any] = [deserialize(trt, directory / file, manifest.binding) for file in files]
+    engines: list[Any] = [
+        deserialize(trt, read_program(directory, manifest, file), manifest.binding)
+        for file in files
+    ]
     return TensorRTRuntime(trt, engines, manifest, info_of_artifact(manifest))
 
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, BatchRange
+from efficientnet.artifact import (
+    ArtifactError,
+    ArtifactManifest,
+    BatchRange,
+    ProgramFile,
+    read_program,
+)
 from efficientnet.gpu import current_gpu
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
 
@@ -52,13 +58,18 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
             f"'{binding.rebuild}' here"
         )
     files = {p.batch_size: p.file for p in manifest.static_programs}
-    static = {size: load(torch_tensorrt, directory / file) for size, file in files.items()}
+    static = {
+        size: load(torch_tensorrt, read_program(directory, manifest, file))
+        for size, file in files.items()
+    }
     torch.set_num_threads(num_threads)
     if static:
         return CudaGraphRuntime(static, None, manifest)
     # An engine inside torch has one execution context, whose state each call of another size
     # changes under the graphs that were captured before (NVIDIA/TensorRT issue 3798).
-    open_any = partial(load, torch_tensorrt, directory / manifest.program_file)
+    open_any = partial(
+        load, torch_tensorrt, read_program(directory, manifest, manifest.program_file)
+    )
     return CudaGraphRuntime({}, open_any, manifest, captured_sizes(manifest.input.batch))
 
 
@@ -86,17 +97,18 @@ def version_of(torch_tensorrt: Any) -> str:
     )
 
 
-def load(torch_tensorrt: Any, file: Path) -> Program:
+def load(torch_tensorrt: Any, file: ProgramFile) -> Program:
     """Load a saved program.
 
     Raises:
         ArtifactError: the library refuses it.
     """
     try:
-        return torch_tensorrt.load(str(file)).module()
+        with file.opened() as path:
+            return torch_tensorrt.load(path).module()
     # It tries two formats and says ValueError when neither fits.
     except (RuntimeError, ValueError) as error:
         raise ArtifactError(
-            f"torch-tensorrt {torch_tensorrt.__version__} cannot load {file}: {error}; make it "
-            "again with 'python export/torch_trt.py'"
+            f"torch-tensorrt {torch_tensorrt.__version__} cannot load {file.path}: {error}; make "
+            "it again with 'python export/torch_trt.py'"
         ) from error
