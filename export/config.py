@@ -181,3 +181,15 @@ class OpenVinoConfig(MixedConfig):
                 "--precision is fp8, which no CPU that OpenVINO runs on computes in; "
                 "expected fp32, bf16, fp16 or int8"
             )
+
+
+@dataclass(frozen=True)
+class NativeConfig(ExportConfig):
+    """Settings of an export to the project's own CPU engine."""
+
+    precision: Literal["bf16", "int8"] = "bf16"
+    """Number format that the convolutions compute in."""
+
+    reference: bool = False
+    """Let processors run it that have neither VNNI nor AMX, too, with the portable kernels that the
+    others are checked by: the same answers, many times slower."""

@@ -119,7 +119,9 @@ def windows_of(layer: np.void, x: Array, outside: Array, out: np.void) -> Array:
     before = int(layer["pad_top"]), int(layer["pad_left"])
     needed = [(int(out[side]) - 1) * stride + size for side in ("height", "width")]
     ends = [max(0, n - b - s) for n, b, s in zip(needed, before, x.shape, strict=False)]
-    padded = np.empty((x.shape[0] + before[0] + ends[0], x.shape[1] + before[1] + ends[1], x.shape[2]))
+    padded = np.empty(
+        (x.shape[0] + before[0] + ends[0], x.shape[1] + before[1] + ends[1], x.shape[2])
+    )
     padded[:] = outside
     padded[before[0] : before[0] + x.shape[0], before[1] : before[1] + x.shape[1]] = x
     windows = sliding_window_view(padded, (size, size), axis=(0, 1))  # type: ignore[call-overload]

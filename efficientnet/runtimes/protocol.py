@@ -25,6 +25,7 @@ RUNTIME_MODULES = {
     "tensorrt-rtx": "efficientnet.runtimes.tensorrt_runtime",
     "torch-tensorrt": "efficientnet.runtimes.torch_trt_runtime",
     "aoti": "efficientnet.runtimes.aoti_runtime",
+    "native": "efficientnet.runtimes.native_runtime",
 }
 
 

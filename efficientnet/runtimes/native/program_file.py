@@ -88,6 +88,11 @@ class Program:
             record[name] = self._store(value) if name in ARRAYS else value
         self.layers.append(record)
 
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of weights, scales and tables."""
+        return len(self._blob)
+
     def write(self, path: Path) -> None:
         """Write the file."""
         tensors, layers = np.array(self.tensors, TENSOR), np.array(self.layers, LAYER)
