@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.cost import Cost, layer_costs, network_cost, total_cost
-from efficientnet.tables import NOTHING, Table, format_percent
-from efficientnet.variants import VARIANTS, PublishedResult, VariantSpec, get_variant
+from efficientnet.network.cost import Cost, layer_costs, network_cost, total_cost
+from efficientnet.network.variants import VARIANTS, PublishedResult, VariantSpec, get_variant
+from efficientnet.reporting.tables import NOTHING, Table, format_percent
 
 
 @dataclass(frozen=True)

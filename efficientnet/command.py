@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,21 @@ from typing import NoReturn, TypeVar
 import tyro
 from pydantic import BaseModel
 
+from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
+from efficientnet.images.tar_index import DatasetError
+from efficientnet.machine.children import kill_children_at_exit
 
 Config = TypeVar("Config")
 
 PROJECT_LOGGERS = ("__main__", "efficientnet", "training", "export", "serving", "perf")
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which batch systems and containers send: like Ctrl-C it ends a command in order."""
 
 
 def parse_flags(
@@ -37,14 +46,19 @@ def run_command(
 ) -> NoReturn:
     """Parse, run, print what was made on the last line of stdout, and exit.
 
-    Exit codes: 0 done, 1 failed or refused, 2 wrong usage. A failure that its message explains is
-    printed in one line; anything else is a bug and keeps its traceback.
+    Exit codes: 0 done, 1 failed or refused, 2 wrong usage, 130 interrupted by Ctrl-C, 143 ended by
+    SIGTERM. A failure that its message explains is printed in one line; anything else is a bug and
+    keeps its traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in PROJECT_LOGGERS:  # the libraries' own chatter stays out of the log
         logging.getLogger(name).setLevel(logging.INFO)
+    kill_children_at_exit()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         config = parse()
+    except (DatasetError, PipelineError, OSError) as error:
+        _fail(error, FAILED)
     except ValueError as error:
         _fail(error, WRONG_USAGE)
     try:
@@ -63,6 +77,8 @@ def run_command(
                 FAILED,
             )
         _fail(error, FAILED)
+    except Terminated as end:
+        _fail(end, TERMINATED)
     except KeyboardInterrupt as interrupt:
         _fail(str(interrupt) or "interrupted", INTERRUPTED)
     if isinstance(made, BaseModel):
@@ -72,14 +88,19 @@ def run_command(
     sys.exit(DONE)
 
 
+def _terminate(*_: object) -> None:
+    # It may come twice, as torchrun sends it on: the second would break off the cleaning up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated("ended by SIGTERM")
+
+
 def _was_raised_here(error: BaseException) -> bool:
     # A ValueError of ours speaks of a user's value; one out of a library is a bug to be seen whole.
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    project = Path(__file__).resolve().parent.parent
-    source = Path(trace.tb_frame.f_code.co_filename).resolve() if trace else project
-    return source.is_relative_to(project) and "site-packages" not in source.parts
+    source = Path(trace.tb_frame.f_code.co_filename).resolve() if trace else PROJECT_ROOT
+    return source.is_relative_to(PROJECT_ROOT) and "site-packages" not in source.parts
 
 
 def _fail(reason: object, code: int) -> NoReturn:

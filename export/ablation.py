@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import data_name
-from efficientnet.environment import current_environment
-from efficientnet.publishing import find_section, published_directory, write_section
-from export.ablation_rows import RUNTIMES, FormRecord, RuntimeName, measure_forms
-from export.ablation_table import AblationRecord, fate_lines, table_of, to_markdown
-from export.config import ExportConfig
-from export.source import load_source
+from efficientnet.images.datasets import data_name
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.environment import current_environment
+from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from export.inputs.config import ExportConfig
+from export.inputs.reference import load_source
+from export.studies.ablation_rows import RUNTIMES, FormRecord, RuntimeName, measure_forms
+from export.studies.ablation_table import AblationRecord, fate_lines, table_of, to_markdown
 
 SECTION = "fusion"
 

@@ -14,23 +14,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
-from efficientnet.artifact import AccuracyGate, ArtifactManifest, read_artifact
-from efficientnet.atomic import point_link
+import tyro
+
+from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
-from efficientnet.environment import current_environment
 from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import AccuracyGate, read_artifact
+from efficientnet.machine.atomic import point_link
+from efficientnet.machine.children import stop_command
+from efficientnet.machine.environment import current_environment
 from efficientnet.precision import Precision
-from efficientnet.publishing import find_section
+from efficientnet.reporting.publishing import find_section
 from efficientnet.runtimes import open_runtime
-from export.config import ExportConfig
-from export.gate import Gate, GateError, require_gate_images
-from export.measuring import measure
-from export.source import Source, load_source
-from export.summary import SECTION, Line, Summary, choose_default, publish, table_of
-
-ROOT = Path(__file__).resolve().parent.parent
-
-DEFAULT_LINK = "default"
+from export.builders.measuring import measure
+from export.checks.gate import Gate, GateError
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
+from export.studies.summary import (
+    DEFAULT_LINK,
+    SECTION,
+    Line,
+    Summary,
+    choose_default,
+    line_of,
+    publish,
+    table_of,
+)
 
 NUM_TURNS = 6
 
@@ -57,6 +66,7 @@ class Candidate:
 PROGRAMS: tuple[tuple[str, str, tuple[str, ...], tuple[Precision, ...]], ...] = (
     ("ort", "onnxruntime", (), ("fp32", "fp16", "int8")),
     ("ov", "openvino", (), ("fp32", "bf16", "fp16", "int8")),
+    ("native", "native", (), ("bf16", "int8")),
     ("aoti", "aoti", ("--device", "cpu"), ("fp32", "bf16", "fp16")),
     ("aoti", "aoti-cuda", ("--device", "cuda"), ("fp32", "bf16", "fp16")),
     ("ort", "onnxruntime-cuda", ("--provider", "cuda"), ("fp32", "fp16")),
@@ -83,8 +93,12 @@ RUNTIMES = tuple(dict.fromkeys(candidate.command for candidate in CANDIDATES))
 class AllConfig(ExportConfig):
     """Settings of all exports."""
 
+    # Of one artifact: what is shared by all of them is what --help lists.
+    precision: tyro.conf.Suppress[Precision] = "fp32"
+    output: tyro.conf.Suppress[Path | None] = None
+
     only: tuple[str, ...] = ()
-    """Commands to run, of ort ov aoti torch_trt trt; none = all."""
+    """Commands to run, of ort ov native aoti torch_trt trt; none = all."""
 
     seconds: float = 4.0
     """Measured time of each artifact, in calls of the images that --batch is tuned for."""
@@ -157,7 +171,7 @@ def main(config: AllConfig) -> Summary:
 def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Path) -> Line:
     output = folder / f"{candidate.name}-{candidate.precision}"
     command = [
-        *(sys.executable, str(ROOT / "export" / f"{candidate.command}.py")),
+        *(sys.executable, str(PROJECT_ROOT / "export" / f"{candidate.command}.py")),
         *("--checkpoint", str(source.checkpoint), "--output", str(output)),
         *("--precision", candidate.precision, *candidate.flags, *_shared_flags(config)),
     ]
@@ -166,49 +180,39 @@ def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Pat
     ) as run:
         assert run.stderr is not None and run.stdout is not None
         text = ""
-        for text_line in run.stderr:
-            text += text_line
-            sys.stderr.write(f"    {text_line}")
-        run.stdout.read()
+        try:
+            for text_line in run.stderr:
+                text += text_line
+                sys.stderr.write(f"    {text_line}")
+            run.stdout.read()
+        except BaseException:
+            stop_command(run)
+            raise
     if run.returncode != 0:
         reason = reason_of(text) or f"it ended with exit code {run.returncode}, see its log above"
         return Line(
             name=candidate.name, precision=candidate.precision, artifact=None, left_out=reason
         )
     manifest = read_artifact(output, allow_unchecked=True)
-    return _line(candidate, output, manifest)
+    return line_of(candidate.name, output, manifest)
 
 
 def reason_of(text: str) -> str:
     """Return the message of a command that failed, in one line."""
     found = re.search(r"^error: (.*)", text, re.M)
     if found:
-        return found.group(1).replace(f"{ROOT}/", "")
+        return found.group(1).replace(f"{PROJECT_ROOT}/", "")
     # A wrong flag's box: its words without the frame.
     inner = re.findall(r"^│ (.*?)\s*│$", text, re.M)
     return re.sub(r"^Error parsing \w+: ", "", " ".join(inner).partition(" ───")[0])
 
 
-def _line(candidate: Candidate, output: Path, manifest: ArtifactManifest) -> Line:
-    quantization = manifest.quantization
-    return Line(
-        name=candidate.name,
-        precision=candidate.precision,
-        artifact=str(output),
-        size_bytes=manifest.size_bytes,
-        max_abs_logit_error=manifest.parity.max_abs_logit_error if manifest.parity else None,
-        kept_blocks=len(quantization.kept_blocks) if quantization else 0,
-        left_out=None if manifest.parity else "built here, to be checked where it can run",
-    )
-
-
 def _with_top1(lines: list[Line], source: Source, config: AllConfig) -> list[Line]:
     try:
-        require_gate_images(source)
+        gate = Gate(source, config.num_gate_images, config.max_drop / 100)
     except GateError as error:
         log.info("no top-1: %s", error)
         return lines
-    gate = Gate(source, config.num_gate_images, config.max_drop / 100)
     measured: list[Line] = []
     for line in lines:
         if line.artifact is not None and line.left_out is None:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from efficientnet.artifact import Binding
 from efficientnet.command import parse_flags, run_command
-from efficientnet.gpu import current_gpu, why_no_gpu
+from efficientnet.formats.artifact import Binding
+from efficientnet.machine.gpu import current_gpu, why_no_gpu
 from efficientnet.runtimes.aoti_runtime import missing_extensions
-from export.aoti_build import (
+from export.builders.aoti_builder import (
     AotiError,
     CompileSettings,
     Device,
@@ -27,11 +27,11 @@ from export.aoti_build import (
     require_compiler,
     weight_bytes_of,
 )
-from export.config import ExportConfig
-from export.graph import TORCH_TYPES
-from export.rebuild import rebuild_command
-from export.source import load_source
-from export.writing import Built, default_output, programs_for, write_checked_artifact
+from export.builders.writing import Built, default_output, programs_for, write_checked_artifact
+from export.graphs.folding import TORCH_TYPES
+from export.inputs.config import ExportConfig
+from export.inputs.rebuild import rebuild_command
+from export.inputs.reference import load_source
 
 PROGRAM_FILE = "model.pt2"
 
@@ -118,7 +118,7 @@ def main(config: AotiConfig) -> Path:
                 version=torch.__version__,
                 compute_capability=target.compute_capability,
                 device=target.name,
-                rebuild=rebuild_command("export/aoti.py", config),
+                rebuild=rebuild_command("export/aoti.py", config, source.checkpoint),
             ),
         )
 

@@ -7,8 +7,8 @@ python export/native.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --siz
 from pathlib import Path
 
 from efficientnet.command import parse_flags, run_command
-from export.config import NativeConfig
-from export.native_build import export_native
+from export.builders.native_builder import export_native
+from export.inputs.config import NativeConfig
 
 
 def main(config: NativeConfig) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from export.config import ExportConfig, OrtConfig
+from export.inputs.config import ExportConfig, OrtConfig
 
 
 def main(config: ExportConfig) -> Path:
@@ -20,7 +20,7 @@ def main(config: ExportConfig) -> Path:
         PipelineError: ONNX Runtime is not installed; and see ort_build.export_onnxruntime.
     """
     try:
-        builder = importlib.import_module("export.ort_build")
+        builder = importlib.import_module("export.builders.onnxruntime_builder")
     except ImportError as error:
         raise PipelineError(
             f"{error}: this export needs onnxruntime: 'make setup', or pip install onnxruntime "

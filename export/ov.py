@@ -9,7 +9,7 @@ from pathlib import Path
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from export.config import OpenVinoConfig
+from export.inputs.config import OpenVinoConfig
 
 
 def main(config: OpenVinoConfig) -> Path:
@@ -19,7 +19,7 @@ def main(config: OpenVinoConfig) -> Path:
         PipelineError: OpenVINO or NNCF is not installed; and see ov_build.export_openvino.
     """
     try:
-        builder = importlib.import_module("export.ov_build")
+        builder = importlib.import_module("export.builders.openvino_builder")
     except ImportError as error:
         raise PipelineError(
             f"{error}: this export needs openvino and nncf: 'make setup', or "

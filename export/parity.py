@@ -14,17 +14,22 @@ from pathlib import Path
 import tyro
 from pydantic import BaseModel, ConfigDict
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, read_artifact, write_manifest
-from efficientnet.checkpoint import RECORD_FILE, CheckpointError
 from efficientnet.command import parse_flags, run_command
-from efficientnet.environment import EnvironmentRecord, current_environment
+from efficientnet.formats.artifact import (
+    ArtifactError,
+    ArtifactManifest,
+    read_artifact,
+    write_manifest,
+)
+from efficientnet.formats.checkpoint import RECORD_FILE, CheckpointError
+from efficientnet.machine.environment import EnvironmentRecord, current_environment
 from efficientnet.runtimes.protocol import open_program
-from export.agreement import ParityError
-from export.config import ExportConfig
-from export.gate import Gate, describe, is_allowed
-from export.ladder import Ladder
-from export.ladder_record import LadderRecord, report_of
-from export.source import Source, load_source
+from export.checks.agreement import ParityError
+from export.checks.gate import Gate, describe, is_allowed
+from export.checks.stepwise import Ladder
+from export.checks.stepwise_record import LadderRecord, report_of
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
 
 FORMAT_VERSION = 1
 

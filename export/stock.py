@@ -17,14 +17,14 @@ import tyro
 from pydantic import BaseModel, ConfigDict
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.devices import cpu_features
-from efficientnet.environment import current_environment, num_usable_cores
-from efficientnet.publishing import Measured, find_section, publish_part
-from efficientnet.tables import Table, format_ms, format_ratio
-from export.config import ExportConfig
-from export.measuring import measure
-from export.source import Source, load_source
-from export.stock_tools import make_stock_artifacts
+from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.machine.processor import cpu_features
+from efficientnet.reporting.publishing import Measured, find_section, publish_part
+from efficientnet.reporting.tables import Table, format_ms, format_ratio
+from export.builders.measuring import measure
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
+from export.studies.stock_tools import make_stock_artifacts
 
 SECTION = "stock"
 

@@ -17,24 +17,24 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config as shape_settings
 
-from efficientnet.artifact import Binding
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from efficientnet.gpu import Gpu, current_gpu, why_no_gpu
+from efficientnet.formats.artifact import Binding
+from efficientnet.machine.gpu import Gpu, current_gpu, why_no_gpu
 from efficientnet.precision import Precision
-from efficientnet.runtimes.torch_trt_runtime import PACKAGE, import_torch_tensorrt, version_of
-from export.aoti_build import Batch, batches_for, weight_bytes_of
-from export.config import ExportConfig
-from export.graph import (
+from efficientnet.runtimes.torch_tensorrt_runtime import PACKAGE, import_torch_tensorrt, version_of
+from export.builders.aoti_builder import Batch, batches_for, weight_bytes_of
+from export.builders.writing import Built, default_output, programs_for, write_checked_artifact
+from export.graphs.folding import (
     INPUT_NAME,
     TORCH_TYPES,
     InPrecision,
     fold_batch_norm,
     use_convolutions_in_squeeze_excite,
 )
-from export.rebuild import rebuild_command
-from export.source import Source, load_source
-from export.writing import Built, default_output, programs_for, write_checked_artifact
+from export.inputs.config import ExportConfig
+from export.inputs.rebuild import rebuild_command
+from export.inputs.reference import Source, load_source
 
 PROGRAM_FILE = "model.pt2"
 TIMING_CACHE_FILE = "timing.cache"
@@ -109,7 +109,7 @@ def main(config: TorchTrtConfig) -> Path:
                 version=version,
                 compute_capability=gpu.compute_capability,
                 device=gpu.name,
-                rebuild=rebuild_command("export/torch_trt.py", config),
+                rebuild=rebuild_command("export/torch_trt.py", config, source.checkpoint),
             ),
         )
 

@@ -18,17 +18,12 @@ from typing import Any, Literal
 import onnx
 import torch
 
-from efficientnet.artifact import Binding, ProgramFile
-from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
+from efficientnet.formats.artifact import Binding, ProgramFile
+from efficientnet.machine.atomic import write_text
 from efficientnet.precision import Precision
 from efficientnet.runtimes.tensorrt_library import PACKAGES, deserialize
-from export.config import ExportConfig
-from export.graph import count_weight_bytes
-from export.precision import typed_graph
-from export.rebuild import rebuild_command
-from export.source import load_source
-from export.trt_build import (
+from export.builders.tensorrt_builder import (
     BuildSettings,
     build_engine,
     fix_batch,
@@ -36,8 +31,13 @@ from export.trt_build import (
     profiles_for,
     read_layers,
 )
-from export.trt_target import Target, find_target, member_for
-from export.writing import Built, default_output, programs_for, write_checked_artifact
+from export.builders.tensorrt_target import Target, find_target, member_for
+from export.builders.writing import Built, default_output, programs_for, write_checked_artifact
+from export.graphs.folding import count_weight_bytes
+from export.graphs.precision import typed_graph
+from export.inputs.config import ExportConfig
+from export.inputs.rebuild import rebuild_command
+from export.inputs.reference import load_source
 
 PROGRAM_FILE = "model.engine"
 LAYERS_FILE = "layers.json"
@@ -107,7 +107,7 @@ def main(config: TrtConfig) -> Path:
         version=version,
         compute_capability=" ".join(target.compute_capabilities) or None,
         device=target.device,
-        rebuild=rebuild_command("export/trt.py", config),
+        rebuild=rebuild_command("export/trt.py", config, source.checkpoint),
     )
     scheme = "tensorrt-fp8" if config.precision == "fp8" else "tensorrt"
 

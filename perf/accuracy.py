@@ -7,6 +7,7 @@ Without a path: the checkpoint of the newest complete run and every artifact mad
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,20 +16,26 @@ import numpy as np
 import tyro
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Dataset, data_name, sha256_of_samples
-from efficientnet.environment import current_environment
-from efficientnet.probabilities import top_classes
-from efficientnet.records import AccuracyRecord, append_record
-from efficientnet.runtimes import open_runtime
-from efficientnet.tables import Table, format_percent
-from perf.predictions import Predictions, predict, write_predictions
-from perf.programs import (
+from efficientnet.formats.records import AccuracyRecord, append_record
+from efficientnet.images.datasets import Dataset, data_name, sha256_of_samples
+from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.programs import (
     Program,
     images_for,
     read_programs,
     require_different_paths,
     require_writable,
 )
+from efficientnet.reporting.class_accuracy import (
+    MAX_CLASSES_WITHOUT_TOP5,
+    class_table,
+    count_classes,
+    is_at_chance,
+)
+from efficientnet.reporting.tables import Table, format_percent
+from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.probabilities import top_classes
+from perf.measurements.predictions import Predictions, predict, write_predictions
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -89,7 +96,7 @@ def main(config: AccuracyConfig) -> Path:
     require_writable(config.output, "--output")
     if config.predictions is not None:
         require_writable(config.predictions, "--predictions")
-    rows: list[tuple[str, ...]] = []
+    records: list[AccuracyRecord] = []
     for program, dataset, batch_size in zip(programs, datasets, batch_sizes, strict=True):
         started_at = datetime.now(UTC)
         log.info("%s: %d held-out images of %s", program.path, len(dataset.val), dataset.source)
@@ -101,11 +108,41 @@ def main(config: AccuracyConfig) -> Path:
             write_predictions(config.predictions, predictions)
             log.info("predictions: %s", config.predictions)
         append_record(config.output, record)
-        numbers = (format_percent(record.top1), format_percent(record.top5))
-        rows.append((str(program.path), *numbers, f"{record.num_images:,}"))
-    columns = ("program", "top-1", "top-5", "images")
-    log.info("%s", Table(columns, tuple(rows), frozenset(columns[:1])).aligned_text())
+        records.append(record)
+        if record.class_accuracy is not None:
+            table = class_table(record.class_accuracy, record.class_names)
+            log.info("%s\n%s", program.path, table.aligned_text())
+    table = result_table([program.path for program in programs], records)
+    log.info("%s", table.aligned_text())
+    for note in table.notes:
+        log.warning("%s", note)
     return config.output
+
+
+def result_table(paths: Sequence[Path], records: Sequence[AccuracyRecord]) -> Table:
+    """Lay out what each program reached, and what naming the largest class would reach."""
+    has_top5 = any((r.num_classes or 0) > MAX_CLASSES_WITHOUT_TOP5 for r in records)
+    rows: list[tuple[str, ...]] = []
+    notes: dict[str, None] = {}
+    for path, record in zip(paths, records, strict=True):
+        classes = record.class_accuracy
+        assert classes is not None, "records made here have their classes"
+        name, share = record.class_names[classes.largest], classes.largest_share
+        if is_at_chance(record.top1, share, record.num_images):
+            notes[f"{path}: not clearly above always naming '{name}'."] = None
+        rows.append(
+            (
+                str(path),
+                format_percent(record.top1),
+                *([format_percent(record.top5)] if has_top5 else []),
+                format_percent(classes.balanced),
+                f"{format_percent(share)} ({name})",
+                f"{record.num_images:,}",
+            )
+        )
+    top5 = ("top-5",) if has_top5 else ()
+    columns = ("program", "top-1", *top5, "balanced", "largest class", "images")
+    return Table(columns, tuple(rows), frozenset(columns[:1]), tuple(notes))
 
 
 def top_k_accuracy(predictions: Predictions, k: int) -> float:
@@ -133,6 +170,11 @@ def _batch_size(program: Program, asked: int | None) -> int:
 def _make_record(
     program: Program, dataset: Dataset, predictions: Predictions, started_at: datetime
 ) -> AccuracyRecord:
+    counted = count_classes(
+        [sample.label for sample in predictions.samples],
+        [int(guess) for guess in top_classes(predictions.probabilities, 1)[:, 0]],
+        len(dataset.class_names),
+    )
     return AccuracyRecord(
         program_sha256=program.program_sha256,
         checkpoint_sha256=program.checkpoint_sha256,
@@ -147,6 +189,12 @@ def _make_record(
         top1=top_k_accuracy(predictions, 1),
         top5=top_k_accuracy(predictions, 5),
         num_images=len(predictions.samples),
+        classes=tuple(
+            counts
+            for counts in zip(dataset.class_names, counted.images, counted.hits, strict=True)
+            if counts[1]
+        ),
+        num_classes=len(dataset.class_names),
         dataset_sha256=sha256_of_samples(predictions.samples),
     )
 

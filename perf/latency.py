@@ -18,15 +18,20 @@ from typing import get_args
 import tyro
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.devices import CPU_PRECISION, cpu_peak, describe_peak
-from efficientnet.environment import current_environment, num_usable_cores
-from efficientnet.records import Scenario, append_record
-from perf.programs import Program, read_programs, require_different_paths, require_writable
-from perf.progress import Progress
-from perf.recording import make_record, results_table
-from perf.rows import instabilities
-from perf.subjects import choose_best_sizes, measure, open_subjects, planned_s
-from perf.turns import Measured, Pace
+from efficientnet.formats.records import Scenario, append_record
+from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.measuring.peaks import CPU_PRECISION, cpu_peak, describe_peak
+from efficientnet.measuring.programs import (
+    Program,
+    read_programs,
+    require_different_paths,
+    require_writable,
+)
+from efficientnet.measuring.progress import Progress
+from efficientnet.measuring.stability import instabilities
+from efficientnet.measuring.turns import Measured, Pace
+from perf.measurements.measured_programs import choose_best_sizes, measure, open_subjects, planned_s
+from perf.measurements.recording import make_record, results_table
 
 log = logging.getLogger(__name__)
 

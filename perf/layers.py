@@ -18,24 +18,33 @@ from typing import Literal
 import tyro
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
-from efficientnet.artifact import ArtifactError, read_artifact
 from efficientnet.command import parse_flags, run_command
-from efficientnet.cost import layer_costs, total_cost
-from efficientnet.devices import CPU_PRECISION, cpu_peak, describe_peak
-from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.machine.environment import (
+    EnvironmentRecord,
+    current_environment,
+    num_usable_cores,
+)
+from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.peaks import CPU_PRECISION, cpu_peak, describe_peak
+from efficientnet.measuring.programs import (
+    Program,
+    images_for,
+    read_program,
+    require_different_paths,
+)
+from efficientnet.network.cost import layer_costs, total_cost
+from efficientnet.network.variants import get_variant
+from efficientnet.reporting.tables import format_percent
 from efficientnet.runtimes import open_runtime
-from efficientnet.tables import format_percent
-from efficientnet.variants import get_variant
-from perf.inputs import map_inputs, prepare_inputs, rotate
-from perf.layer_profile import (
+from perf.measurements.layer_profile import (
     NUM_WARM_UP_CALLS,
     PROFILERS,
     Batches,
     layer_times,
     time_calls,
 )
-from perf.layer_tables import ProgramLayers, kind_times, log_tables, side_by_side_table
-from perf.programs import Program, images_for, read_program, require_different_paths
+from perf.pages.layer_tables import ProgramLayers, kind_times, log_tables, side_by_side_table
 
 MAX_CALLS = 200
 SEED = 0

@@ -27,15 +27,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from efficientnet.architectures import peer_of
-from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
-from efficientnet.environment import EnvironmentRecord, current_environment, num_usable_cores
-from efficientnet.model import build_model
-from efficientnet.publishing import find_section, published_directory, write_section
-from efficientnet.tables import Table, format_ms, format_ratio
-from efficientnet.variants import NetworkOptions, Padding, get_variant
-from perf.timing import Call, measure_turn, warm_up_until_stable
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.children import obey_parent
+from efficientnet.machine.environment import (
+    EnvironmentRecord,
+    current_environment,
+    num_usable_cores,
+)
+from efficientnet.measuring.clock import Call, measure_turn, warm_up_until_stable
+from efficientnet.network.architectures import peer_of
+from efficientnet.network.model import build_model
+from efficientnet.network.variants import NetworkOptions, Padding, get_variant
+from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from efficientnet.reporting.tables import Table, format_ms, format_ratio
 
 Pass = Literal["forward", "forward + backward"]
 
@@ -263,6 +268,7 @@ class _Contender:
 
 
 def _contend(connection: Connection, name: str, row: Comparison, num_threads: int) -> None:
+    obey_parent()
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     spec = get_variant(row.variant)

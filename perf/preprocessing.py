@@ -22,14 +22,21 @@ from numpy.typing import NDArray
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 from tqdm import tqdm
 
-from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
-from efficientnet.environment import EnvironmentRecord, current_environment
-from efficientnet.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, preprocess
-from efficientnet.publishing import find_section, published_directory, write_section
+from efficientnet.images.preprocess import IMAGENET_MEAN, IMAGENET_STD, PreprocessSpec, preprocess
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.environment import EnvironmentRecord, current_environment
+from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_ratio
 from efficientnet.runtimes import Runtime, open_runtime
-from efficientnet.tables import NOTHING, Table, format_ms, format_percent, format_ratio
-from perf.contenders import Comparison, Contender, Difference, measure, read_photos, timm_transform
+from perf.measurements.photo_contenders import (
+    Comparison,
+    Contender,
+    Difference,
+    measure,
+    read_photos,
+    timm_transform,
+)
 
 SECTION = "preprocessing"
 OUTPUT_FILE = "preprocessing.json"

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from efficientnet.atomic import write_bytes, write_text
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from efficientnet.records import AccuracyRecord, LatencyRecord, read_records
-from perf.document import build_document
-from perf.page import to_html, to_markdown
-from perf.plots import DARK, LIGHT, draw
-from perf.publishing import PICTURE_FILE, publish
-from perf.rows import Joined, command_for_accuracy, join, title
+from efficientnet.formats.records import AccuracyRecord, LatencyRecord, read_records
+from efficientnet.machine.atomic import write_bytes, write_text
+from efficientnet.runtimes.names import title
+from perf.pages.document import build_document
+from perf.pages.page import to_html, to_markdown
+from perf.pages.plots import DARK, LIGHT, draw
+from perf.pages.publishing import PICTURE_FILE, publish
+from perf.pages.rows import Joined, command_for_accuracy, join
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,14 @@
 """What the service answers, as pydantic models: predictions, the model's facts, errors."""
 
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
+
+from efficientnet.runtimes.probabilities import softmax, top_classes
+
+BAR_WIDTH = 40
 
 
 class _Answer(BaseModel):
@@ -16,6 +24,15 @@ class Prediction(_Answer):
     """Position of the class in the network's output."""
     probability: float = Field(ge=0, le=1)
     """Softmax over all classes, so that the probabilities of all classes add up to 1."""
+
+
+class PictureAnswer(_Answer):
+    """A picture and its classes."""
+
+    picture: str
+    """Path, or - for standard input."""
+    predictions: tuple[Prediction, ...]
+    """The most probable first."""
 
 
 class ModelFacts(_Answer):
@@ -37,3 +54,26 @@ class ErrorAnswer(_Answer):
 
     error: str
     """One sentence."""
+
+
+def best_classes(
+    logits: NDArray[np.float32], class_names: Sequence[str], top_k: int
+) -> list[Prediction]:
+    """Return the most probable classes of one picture's logits [1, num_classes], best first."""
+    probabilities = softmax(logits)
+    (best,) = top_classes(probabilities, top_k)
+    indices: list[int] = best.tolist()
+    return [
+        Prediction(label=class_names[i], class_index=i, probability=probabilities[0, i])
+        for i in indices
+    ]
+
+
+def bars_of(predictions: Sequence[Prediction]) -> str:
+    """Lay predictions out for a terminal, a line with a bar for each."""
+    width = max(len(prediction.label) for prediction in predictions)
+    return "\n".join(
+        f"  {p.label:{width}}  {100 * p.probability:6.2f} %  "
+        f"{'#' * round(p.probability * BAR_WIDTH)}".rstrip()
+        for p in predictions
+    )

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -22,17 +21,17 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import psutil
 from pydantic import RootModel
 
-from efficientnet.artifact import read_artifact
+from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Sample, choose_source, load_dataset
 from efficientnet.errors import PipelineError
-from serving.answers import Prediction
-from serving.settings import DEFAULT_ARTIFACT, ROOT, read_settings
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.images.datasets import Sample, choose_source, load_dataset
+from serving.answers import Prediction, bars_of
+from serving.settings import DEFAULT_ARTIFACT, read_settings
 
 HOST = "127.0.0.1"
 PICTURES_DIR = Path("reports") / "demo"
@@ -78,14 +77,11 @@ def main(config: DemoConfig) -> Predictions:
     picture = PICTURES_DIR / sample.name.replace("/", "-")
     picture.parent.mkdir(parents=True, exist_ok=True)
     picture.write_bytes(sample.read())
-    signal.signal(signal.SIGTERM, _interrupt)
     with running_service(artifact) as port:
         answer = classify_over_http(port, picture)
     log.info("")
     log.info("%s, a held-out picture of the class '%s':", picture, true_label)
-    for prediction in answer.root:
-        bar = "#" * round(prediction.probability * 40)
-        log.info("  %-20s %6.2f %%  %s", prediction.label, 100 * prediction.probability, bar)
+    log.info("%s", bars_of(answer.root))
     log.info("")
     if config.report is not None and config.report.is_file():
         log.info("report         %s", config.report)
@@ -114,7 +110,10 @@ def command_to_serve(artifact: Path) -> str:
     """Return the command line that serves an artifact."""
     if artifact == DEFAULT_ARTIFACT:
         return "make serve"
-    program, script = os.path.relpath(sys.executable), os.path.relpath(ROOT / "serving" / "run.py")
+    program, script = (
+        os.path.relpath(sys.executable),
+        os.path.relpath(PROJECT_ROOT / "serving" / "run.py"),
+    )
     return shlex.join([program, script, "--artifact", os.path.relpath(artifact)])
 
 
@@ -128,7 +127,12 @@ def running_service(artifact: Path) -> Generator[int]:
     with tempfile.TemporaryDirectory(prefix="efficientnet-demo-") as scratch:
         log_path = Path(scratch) / "service.log"
         port = free_port()
-        command = [sys.executable, str(ROOT / "serving" / "run.py"), "--artifact", str(artifact)]
+        command = [
+            sys.executable,
+            str(PROJECT_ROOT / "serving" / "run.py"),
+            "--artifact",
+            str(artifact),
+        ]
         command += ["--host", HOST, "--port", str(port)]
         log.info("start the service on port %d", port)
         with log_path.open("wb") as log_file:
@@ -235,10 +239,6 @@ def _is_ready(port: int) -> bool:
 def _last_lines(log_path: Path) -> str:
     lines = log_path.read_text(errors="replace").splitlines()
     return "\n".join(lines[-NUM_LOG_LINES:])
-
-
-def _interrupt(_: int, __: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
-from efficientnet.preprocess import ImageError, ImageTooLargeError
+from efficientnet.images.preprocess import ImageError, ImageTooLargeError
 from serving.answers import ErrorAnswer, ModelFacts, Prediction
 from serving.settings import Settings
 from serving.uploads import too_large

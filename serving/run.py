@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from efficientnet.artifact import read_artifact
+from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import read_artifact
 from efficientnet.runtimes import open_runtime
-from serving.settings import ARTIFACT_VARIABLE, ROOT, read_settings
+from serving.settings import ARTIFACT_VARIABLE, read_settings
 
 SERVICE = "serving.service:Classifier"
 
@@ -94,7 +95,7 @@ def main(config: ServeConfig) -> NoReturn:
     command = [sys.executable, "-m", "bentoml", "serve", SERVICE]
     command += ["--host", config.host, "--port", str(config.port)]
     command += ["--timeout-graceful-shutdown", str(GRACE_S)]
-    os.chdir(ROOT)
+    os.chdir(PROJECT_ROOT)
     os.execve(sys.executable, command, environment)
 
 

@@ -14,12 +14,11 @@ from typing import Any
 import bentoml
 from PIL import Image
 
-from efficientnet.artifact import read_artifact
-from efficientnet.environment import num_usable_cores
-from efficientnet.preprocess import preprocess
-from efficientnet.probabilities import softmax, top_classes
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.images.preprocess import preprocess
+from efficientnet.machine.environment import num_usable_cores
 from efficientnet.runtimes import open_runtime
-from serving.answers import ModelFacts, Prediction
+from serving.answers import ModelFacts, Prediction, best_classes
 from serving.routes import app
 from serving.settings import read_settings
 from serving.uploads import UploadLimit
@@ -100,16 +99,7 @@ class Classifier:
         images = preprocess(data, info.preprocess)[None]
         with self._runtime_lock:
             logits = self._runtime.infer(images)
-        probabilities = softmax(logits)
-        (best,) = top_classes(probabilities, top_k)
-        return [
-            Prediction(
-                label=info.class_names[index],
-                class_index=index,
-                probability=probabilities[0, index],
-            )
-            for index in best.tolist()
-        ]
+        return best_classes(logits, info.class_names, top_k)
 
     def _warm_up(self) -> None:
         # The whole path with a batch of one, the only size the service runs. The first picture also

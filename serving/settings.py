@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from efficientnet.environment import num_usable_cores
-
-# The project's root in a checkout, src/ in a bento.
-ROOT = Path(__file__).resolve().parent.parent
+from efficientnet import PROJECT_ROOT
+from efficientnet.machine.environment import num_usable_cores
 
 ARTIFACT_VARIABLE = "CLASSIFIER_ARTIFACT"
-DEFAULT_ARTIFACT = ROOT / "artifacts" / "v2-s" / "onnxruntime-fp32"
+DEFAULT_ARTIFACT = PROJECT_ROOT / "artifacts" / "v2-s" / "onnxruntime-fp32"
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         if text and variable != ARTIFACT_VARIABLE:
             numbers[name] = _positive_number(variable, text)
     artifact = environment.get(ARTIFACT_VARIABLE, "").strip()
-    return Settings(artifact=ROOT / artifact if artifact else DEFAULT_ARTIFACT, **numbers)
+    return Settings(artifact=PROJECT_ROOT / artifact if artifact else DEFAULT_ARTIFACT, **numbers)
 
 
 def _positive_number(variable: str, text: str) -> int:

@@ -1,23 +1,21 @@
 """A `tiny` checkpoint and its artifact, made once per test session."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from networks import fit_classifier, images_of, random_network
 
-from efficientnet.artifact import QuantizationRecord
-from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
-from efficientnet.environment import current_environment
-from efficientnet.model import build_model
-from efficientnet.preprocess import PreprocessSpec
-from efficientnet.variants import VARIANTS
+from efficientnet.formats.artifact import QuantizationRecord
+from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.machine.environment import current_environment
+from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding
 from export import ort
-from export.config import ExportConfig
-from training import run
-from training.config import ProgressiveConfig
-from training.recipes import digits_recipe
+from export.inputs.config import ExportConfig
 
 # Tests run side by side, one process a core: more threads would only wait for each other. Commands
 # that tests start inherit it.
@@ -49,21 +47,21 @@ QUANTIZATION = QuantizationRecord(
 )
 
 
-def write_tiny_checkpoint(directory: Path) -> Path:
-    """Write an untrained `tiny` network for the digits, with batch norm statistics of its own."""
+def write_tiny_checkpoint(
+    directory: Path, padding: Padding = "symmetric", is_fitted: bool = False
+) -> Path:
+    """Write a random `tiny` network for the digits; fitted, it knows three of four."""
     torch.manual_seed(0)
-    model = build_model(VARIANTS["tiny"], num_classes=10).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            # Far from the initial 0 and 1, so that folding them wrongly would show.
-            torch.nn.init.normal_(module.running_mean, std=0.2)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, std=0.2)
+    samples = list(load_dataset("digits").train)
+    images = images_of(samples if is_fitted else samples[:64], TINY_PREPROCESS)
+    model = random_network(VARIANTS["tiny"], 10, images[:64], padding)
+    if is_fitted:
+        fit_classifier(model, images, torch.tensor([sample.label for sample in samples]))
     record = CheckpointRecord(
         variant="tiny",
         num_classes=10,
         class_names=tuple("0123456789"),
+        network=NetworkOptions(padding=padding),
         preprocess=TINY_PREPROCESS,
         data="digits",
         weights_sha256="",
@@ -92,12 +90,15 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def trained_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train `tiny` on the digits until it knows most of them, about 20 seconds on a core."""
-    one_size = ProgressiveConfig((32, 32), (0, 0), (0, 0), (0.0, 0.0), num_stages=1)
-    output = tmp_path_factory.mktemp("runs")
-    checkpoint = run.main(
-        replace(digits_recipe("tiny"), epochs=6, progressive=one_size, output=output)
-    )
-    assert checkpoint is not None
-    return checkpoint
+def fitted_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Padding, Path]:
+    """Networks that int8 can be judged by, in a few seconds."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        padding: write_tiny_checkpoint(folder / padding / "checkpoint", padding, is_fitted=True)
+        for padding in get_args(Padding)
+    }
+
+
+@pytest.fixture(scope="session")
+def fitted_checkpoint(fitted_checkpoints: dict[Padding, Path]) -> Path:
+    return fitted_checkpoints["same"]

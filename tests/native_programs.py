@@ -14,7 +14,7 @@ from efficientnet.runtimes.native.program_file import (
     read_program_file,
     to_bf16,
 )
-from export.native_rounding import (
+from export.builders.native_rounding import (
     MapScale,
     curve_to,
     gate_multiplier,
@@ -224,7 +224,9 @@ class Chain:
         return fields
 
 
-def random_chain(rng: np.random.Generator, dtype: DType, is_wild: bool = False) -> Chain:
+def random_chain(
+    rng: np.random.Generator, dtype: DType, is_wild: bool = False, has_converts: bool = False
+) -> Chain:
     """Chain some of the blocks that networks are made of, of 1 to 70 channels and 1 to 40 pixels."""
     shape = int(rng.integers(1, 41)), int(rng.integers(1, 41))
     chain = Chain(rng, shape, dtype, is_wild)
@@ -242,7 +244,8 @@ def random_chain(rng: np.random.Generator, dtype: DType, is_wild: bool = False) 
         outputs = inputs if has_residual else channels()
         residual = came_in if has_residual else -1
         expanded = channels()
-        block = rng.choice(["mbconv", "mbconv", "fused", "single", "convert"])
+        kinds = ["mbconv", "mbconv", "fused", "single"] + ["convert"] * has_converts
+        block = rng.choice(kinds)
         if block == "mbconv":
             if rng.random() < 0.8:
                 chain.convolution(expanded, 1, activation=activation)

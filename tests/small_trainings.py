@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from efficientnet.preprocess import PreprocessSpec
-from efficientnet.variants import NetworkOptions
-from training.config import TrainConfig
-from training.distributed import Ranks
-from training.metrics import EpochMetrics
-from training.recipes import digits_recipe
-from training.state import TrainState, new_state
-from training.step import TrainStep
+from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.network.variants import NetworkOptions
+from training.learning.distributed import Ranks
+from training.learning.state import TrainState, new_state
+from training.learning.step import TrainStep
+from training.recipe.config import TrainConfig
+from training.recipe.recipes import digits_recipe
+from training.running.metrics import EpochMetrics
 
 SPEC = PreprocessSpec(
     image_size=32,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet.artifact import ArtifactError, new_artifact_directory, read_artifact
+from efficientnet.formats.artifact import ArtifactError, new_artifact_directory, read_artifact
 from efficientnet.runtimes import open_runtime
 
 

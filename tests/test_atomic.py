@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet import atomic
-from efficientnet.atomic import append_line, replaced_directory, write_text
+from efficientnet.machine import atomic
+from efficientnet.machine.atomic import append_line, replaced_directory, write_text
 
 
 def test_a_directory_appears_only_when_its_block_has_ended(tmp_path: Path):

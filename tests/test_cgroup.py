@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet import environment
-from efficientnet.cgroup import cpu_quota, memory_limit_bytes
-from efficientnet.environment import num_usable_cores
+from efficientnet.machine import environment
+from efficientnet.machine.cgroup import cpu_quota, memory_limit_bytes
+from efficientnet.machine.environment import num_usable_cores
 
 # What /proc/self/cgroup says -> files under /sys/fs/cgroup, and processors and bytes.
 MACHINES = {

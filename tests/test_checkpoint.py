@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import TINY_PREPROCESS
 
-from efficientnet.checkpoint import (
+from efficientnet.formats.checkpoint import (
     CheckpointError,
     load_checkpoint,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
-from efficientnet.variants import NetworkOptions
+from efficientnet.network.variants import NetworkOptions
 
 
 @pytest.fixture
@@ -55,6 +55,17 @@ def test_damaged_weights_are_found_by_their_hash(copy_of_checkpoint: Path):
     weights.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged: its SHA-256"):
         load_checkpoint(copy_of_checkpoint)
+
+
+@pytest.mark.parametrize("name", ["features.0.0.weight", "features.0.1.running_mean"])
+def test_a_network_with_values_that_are_not_finite_is_refused_by_name(
+    tiny_checkpoint: Path, tmp_path: Path, name: str
+):
+    model, record = load_checkpoint(tiny_checkpoint)
+    model.state_dict()[name].view(-1)[0] = torch.inf
+    save_checkpoint(tmp_path / "broken", model.state_dict(), record, None)
+    with pytest.raises(CheckpointError, match=f"network that is broken itself: {name}"):
+        load_checkpoint(tmp_path / "broken")
 
 
 def test_missing_weights_mean_a_checkpoint_that_is_not_whole(copy_of_checkpoint: Path):

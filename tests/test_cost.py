@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from efficientnet.cost import (
+from efficientnet.network.cost import (
     DevicePeak,
     latency_floor_ms,
     layer_costs,
     network_cost,
     total_cost,
 )
-from efficientnet.model import SqueezeExcite, build_model
-from efficientnet.variants import VARIANTS
+from efficientnet.network.model import SqueezeExcite, build_model
+from efficientnet.network.variants import VARIANTS
 
 # 1000 classes. Parameters and batch norm statistics of the official test files and torchvision's
 # metadata; multiply-adds in units of 1e-4 G recounted from the papers' tables.

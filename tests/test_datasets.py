@@ -6,7 +6,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.models import EfficientNet_B0_Weights
 
-from efficientnet.datasets import (
+from efficientnet.images.datasets import (
     IMAGENET_CLASSES,
     Dataset,
     DatasetError,
@@ -18,7 +18,7 @@ from efficientnet.datasets import (
     sha256_of_samples,
     without_broken_images,
 )
-from efficientnet.preprocess import decode_image
+from efficientnet.images.preprocess import decode_image
 
 
 def fill(folder: Path, num_images: int, value: int = 100) -> None:
@@ -115,13 +115,87 @@ def test_one_class_only_is_an_error(tmp_path: Path):
         load_dataset(tmp_path)
 
 
-def test_classes_that_differ_between_train_and_val_are_named(tmp_path: Path):
-    fill(tmp_path / "train" / "cat", 2)
-    fill(tmp_path / "train" / "dog", 2)
-    fill(tmp_path / "val" / "cat", 2)
-    fill(tmp_path / "val" / "fox", 2)
-    with pytest.raises(DatasetError, match="only in train: dog; only in val: fox"):
+def test_a_class_that_only_val_has_is_an_error(tmp_path: Path):
+    write_classes(tmp_path / "train", "cat", "dog")
+    write_classes(tmp_path / "val", "cat", "fox")
+    with pytest.raises(DatasetError, match=r"only val has fox"):
         load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("is_there_but_empty", [False, True])
+def test_held_out_folders_may_lack_classes_which_are_named_and_shift_no_label(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_there_but_empty: bool
+):
+    write_classes(tmp_path / "train", "ape", "cat", "dog")
+    write_classes(tmp_path / "val", "dog")
+    if is_there_but_empty:
+        (tmp_path / "val" / "ape").mkdir()
+    dataset = load_dataset(tmp_path)
+    assert dataset.class_names == ("ape", "cat", "dog")
+    assert {s.label for s in dataset.val} == {2}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "ape; cat" in record.getMessage()
+
+
+def test_held_out_folders_without_any_image_are_an_error(tmp_path: Path):
+    write_classes(tmp_path / "train", "cat", "dog")
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    with pytest.raises(DatasetError, match="val holds no images"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "taken"),
+    [
+        (("valid",), "valid"),
+        (("validation",), "validation"),
+        (("test",), "test"),
+        (("test", "validation"), "validation"),
+        (("test", "valid", "validation"), "valid"),
+        (("test", "val"), "val"),
+    ],
+)
+def test_what_other_tools_call_val_is_taken_in_a_fixed_order_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, folders: tuple[str, ...], taken: str
+):
+    caplog.set_level("INFO")
+    for name in ("train", *folders):
+        write_classes(tmp_path / name, "cat", "dog")
+    assert {Path(s.name).parts[0] for s in load_dataset(tmp_path).val} == {taken}
+    (said,) = caplog.messages
+    assert str(tmp_path / taken) in said
+    assert all(name in said for name in folders)
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "val")])
+def test_hidden_images_count_nowhere_and_the_log_says_how_many(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, parts: tuple[str, ...]
+):
+    caplog.set_level("INFO")
+    for part in parts:
+        write_classes(tmp_path / part, "cat", "dog")
+    last = tmp_path / parts[-1]
+    for hidden in (
+        last / "cat" / ".ipynb_checkpoints",
+        last / "cat" / "pictures" / ".thumbs" / "small",
+        last / ".cache",
+        last / "__MACOSX" / "cat",
+        last / "dog" / "__MACOSX",
+    ):
+        fill(hidden, 2)
+    (last / "dog" / "._000.png").write_bytes(b"of a Mac")
+    (last / "dog" / ".DS_Store").write_bytes(b"of a Mac")
+    dataset = load_dataset(tmp_path)
+    assert len(dataset.train) + len(dataset.val) == 10 * len(parts)
+    assert dataset.class_names == ("cat", "dog")
+    assert [message for message in caplog.messages if "hidden" in message] == [
+        f"passed over 11 hidden images under {last}"
+    ]
+
+
+def test_a_folder_below_a_hidden_one_is_read(tmp_path: Path):
+    data = write_classes(tmp_path / ".cache" / "pets", "cat", "dog")
+    assert len(load_dataset(data).train) == 8
 
 
 def test_train_without_val_is_an_error(tmp_path: Path):

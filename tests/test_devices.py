@@ -1,7 +1,7 @@
 import pytest
 
-from efficientnet.cost import DevicePeak
-from efficientnet.devices import GPU_PEAKS, cpu_peak, describe_peak, gpu_peak
+from efficientnet.measuring.peaks import GPU_PEAKS, cpu_peak, describe_peak, gpu_peak
+from efficientnet.network.cost import DevicePeak
 
 
 @pytest.mark.parametrize(

@@ -11,27 +11,18 @@ import pytest
 import torch
 from onnx import helper
 
-from efficientnet.checkpoint import load_checkpoint
-from efficientnet.environment import current_environment
 from efficientnet.errors import PipelineError
-from efficientnet.model import EfficientNet
-from efficientnet.publishing import PublishError
-from efficientnet.runtimes.protocol import RUNTIME_MODULES
+from efficientnet.formats.checkpoint import load_checkpoint
+from efficientnet.machine.environment import current_environment
+from efficientnet.network.model import EfficientNet
+from efficientnet.reporting.publishing import PublishError
+from efficientnet.runtimes.names import RUNTIMES, RuntimeName
 from export import ablation
 from export.ablation import AblationConfig
-from export.ablation_rows import FormRecord, why_not_here
-from export.ablation_table import AblationRecord, table_of, to_markdown
-from export.executed import (
-    executed_by_inductor,
-    executed_by_onnxruntime,
-    executed_by_openvino,
-    executed_by_tensorrt,
-    executed_by_torch,
-)
-from export.forms import FORMS, EagerModel, graph_in_form, model_in_form, open_eager
-from export.graph import count_ops
-from export.measuring import measure_callables
-from export.parts import (
+from export.builders.measuring import measure_callables
+from export.graphs.folding import count_ops
+from export.graphs.forms import FORMS, EagerModel, graph_in_form, model_in_form, open_eager
+from export.graphs.parts import (
     GATE_MUL,
     GATE_SIGMOID,
     RESIDUAL,
@@ -40,6 +31,15 @@ from export.parts import (
     Fate,
     count_parts,
     find_parts,
+)
+from export.studies.ablation_rows import FormRecord, why_not_here
+from export.studies.ablation_table import AblationRecord, table_of, to_markdown
+from export.studies.executed import (
+    executed_by_inductor,
+    executed_by_onnxruntime,
+    executed_by_openvino,
+    executed_by_tensorrt,
+    executed_by_torch,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,7 +238,7 @@ def test_a_runtime_without_its_device_or_library_gives_a_reason(monkeypatch: pyt
     for runtime in ("torch-cuda", "aoti-cuda", "tensorrt"):
         reason = why_not_here(runtime)  # type: ignore[arg-type]
         assert reason is not None and "no NVIDIA GPU answers here" in reason
-    monkeypatch.setitem(RUNTIME_MODULES, "openvino", "no_such_library")
+    monkeypatch.setitem(RUNTIMES, "openvino", RuntimeName("OpenVINO", "no_such_library"))
     assert why_not_here("openvino") == "No module named 'no_such_library'"
     assert why_not_here("onnxruntime") is None
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet.artifact import read_artifact
-from efficientnet.environment import current_environment
+from efficientnet.command import parse_flags
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.machine.environment import current_environment
 from export.all import AllConfig, reason_of
-from export.summary import Line, Summary, choose_default, publish, table_of
+from export.studies.summary import Line, Summary, choose_default, publish, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,9 +31,24 @@ def test_an_int8_artifact_that_is_slower_is_reported_and_not_the_default():
     lines = [line("openvino", "fp32", 8.0), line("openvino", "int8", 9.5)]
     default, notes = choose_default(lines)
     assert default == "artifacts/tiny/openvino-fp32"
-    assert any("openvino int8 is slower here than fp32 (9.5 ms against 8.0 ms)" in n for n in notes)
+    assert any("openvino int8" in note and "fp32 (9.5 ms against 8.0 ms)" in note for note in notes)
     default, notes = choose_default([line("openvino", "fp32", 8.0), line("openvino", "int8", 5.0)])
     assert default == "artifacts/tiny/openvino-int8" and len(notes) == 1
+
+
+def test_int8_that_is_slower_than_bf16_of_another_runtime_is_not_advised():
+    lines = [
+        line("onnxruntime", "fp32", 140.0),
+        line("onnxruntime", "int8", 34.9),
+        line("openvino", "bf16", 24.4),
+        line("openvino", "int8", 26.4),
+        line("aoti-cuda", "fp16", 2.0),
+    ]
+    default, notes = choose_default(lines)
+    assert default == "artifacts/tiny/aoti-cuda-fp16"
+    for runtime in ("onnxruntime", "openvino"):
+        (note,) = [note for note in notes if note.startswith(f"{runtime} int8")]
+        assert "openvino bf16" in note and "24.4 ms" in note
 
 
 def test_the_table_tells_why_something_was_left_out():
@@ -90,16 +106,26 @@ def test_an_unknown_command_is_refused():
         AllConfig(only=("tflite",))
 
 
+def test_what_belongs_to_one_artifact_is_not_offered_for_all_of_them(
+    capsys: pytest.CaptureFixture[str],
+):
+    with pytest.raises(SystemExit):
+        parse_flags(AllConfig, None, ["--help"])
+    text = capsys.readouterr().out
+    assert "--batches" in text and "--only" in text
+    assert "--precision" not in text and "--output" not in text
+
+
 def test_one_precision_is_not_taken():
     with pytest.raises(ValueError, match="--precision is int8, but all of them are made"):
         AllConfig(precision="int8")
 
 
 def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
-    trained_checkpoint: Path, tmp_path: Path
+    fitted_checkpoint: Path, tmp_path: Path
 ):
     command = [
-        *(sys.executable, str(ROOT / "export/all.py"), "--checkpoint", str(trained_checkpoint)),
+        *(sys.executable, str(ROOT / "export/all.py"), "--checkpoint", str(fitted_checkpoint)),
         *("--only", "ort", "--seconds", "0.5", "--num-parity-images", "64"),
         *("--num-calibration-images", "64", "--max-drop", "2"),
     ]

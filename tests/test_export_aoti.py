@@ -5,21 +5,25 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_PREPROCESS
+from conftest import TINY_PREPROCESS, write_tiny_checkpoint
 
-from efficientnet.artifact import ArtifactError, read_artifact
-from efficientnet.datasets import load_dataset
-from efficientnet.preprocess import preprocess
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import preprocess
+from efficientnet.network.variants import Padding
+from efficientnet.precision import Precision
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.aoti_runtime import missing_extensions
 from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
 from export import aoti
 from export.aoti import AotiConfig
-from export.aoti_build import AotiError
+from export.builders.aoti_builder import AotiError
+from export.checks.agreement import tolerances_for
 
 COMMAND = [sys.executable, "export/aoti.py"]
 
@@ -34,9 +38,15 @@ def digits(num_images: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def same_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a network with SAME padding; `tiny_checkpoint` has the other one."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("same") / "checkpoint", "same")
+
+
+@pytest.fixture(scope="module")
+def artifact(same_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("aoti") / "tiny"
-    return aoti.main(AotiConfig(checkpoint=tiny_checkpoint, output=output))
+    return aoti.main(AotiConfig(checkpoint=same_checkpoint, output=output))
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +63,27 @@ def copy_with_binding(artifact: Path, directory: Path, **changes: str) -> Path:
     return directory
 
 
-def test_the_program_answers_like_the_checkpoint(runtime: Runtime, tiny_checkpoint: Path):
+def test_the_program_answers_like_the_checkpoint(runtime: Runtime, same_checkpoint: Path):
     images = digits(32)
-    expected = open_runtime(tiny_checkpoint).infer(images)
+    expected = open_runtime(same_checkpoint).infer(images)
     np.testing.assert_allclose(runtime.infer(images), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", get_args(Padding))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_answers_like_the_checkpoint(
+    tmp_path: Path, precision: Precision, padding: Padding
+):
+    if missing_extensions(precision) is not None:
+        pytest.skip(f"this processor does not compute in {precision}")
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", padding)
+    config = AotiConfig(checkpoint, tmp_path / "artifact", precision, device="cpu")
+    images = digits(32)
+    expected = open_runtime(checkpoint).infer(images)
+    found = open_runtime(aoti.main(config)).infer(images)
+    tolerances = tolerances_for(precision, expected)
+    assert np.abs(found - expected).max() <= tolerances.max_abs_logit_error
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])

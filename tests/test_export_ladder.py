@@ -12,25 +12,28 @@ import pytest
 from conftest import QUANTIZATION
 from onnx import numpy_helper
 
-from efficientnet.artifact import (
+from efficientnet.command import parse_flags
+from efficientnet.formats.artifact import (
     ArtifactError,
     ArtifactManifest,
     read_artifact,
     write_manifest,
 )
-from efficientnet.atomic import sha256_of_file
-from efficientnet.checkpoint import CheckpointError
-from efficientnet.command import parse_flags
-from efficientnet.model import EfficientNet
-from efficientnet.runtimes import open_runtime, protocol
-from export import ladder, ort, ov, ov_build, parity
-from export.config import ExportConfig
-from export.graph import fold_batch_norm
-from export.ladder import Ladder, Skipped
-from export.layers import first_above, layers_by_block, relative_error
+from efficientnet.formats.checkpoint import CheckpointError
+from efficientnet.machine.atomic import sha256_of_file
+from efficientnet.network.model import EfficientNet
+from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.names import RUNTIMES, RuntimeName
+from export import ort, ov, parity
+from export.builders import openvino_builder as ov_build
+from export.checks import stepwise as ladder
+from export.checks.layers import first_above, layers_by_block, relative_error
+from export.checks.stepwise import Ladder, Skipped
+from export.graphs.folding import fold_batch_norm
+from export.graphs.precision import typed_graph
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, batches_of, load_source
 from export.parity import GATE, ParityConfig, ParityReport, complete, find_checkpoint
-from export.precision import typed_graph
-from export.source import Source, batches_of, load_source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -257,7 +260,7 @@ def test_an_artifact_of_another_checkpoint_is_refused(
 def test_a_runtime_that_is_not_installed_is_said_in_one_line(
     tiny_checkpoint: Path, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(protocol.RUNTIME_MODULES, "onnxruntime", "not_installed")
+    monkeypatch.setitem(RUNTIMES, "onnxruntime", RuntimeName("ONNX Runtime", "not_installed"))
     with pytest.raises(ArtifactError, match="needs the runtime 'onnxruntime', which cannot be"):
         parity.main(ParityConfig((tiny_artifact,), checkpoint=tiny_checkpoint, num_images=64))
 

@@ -1,4 +1,4 @@
-"""Every runtime that runs here in every precision, on a network that has learned something."""
+"""Every runtime that runs here in every precision, on networks that know something."""
 
 import errno
 import json
@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -16,15 +17,17 @@ import onnxruntime
 import openvino as ov
 import pytest
 
-from efficientnet.artifact import ArtifactError, read_artifact
-from efficientnet.atomic import sha256_of_file
-from efficientnet.devices import has_vnni
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.machine.atomic import sha256_of_file
+from efficientnet.machine.processor import has_vnni
+from efficientnet.network.variants import Padding
 from efficientnet.runtimes import open_runtime
-from export import ort, ov_build
+from export import ort
 from export import ov as openvino_export
-from export.agreement import compare_logits, tolerances_for
-from export.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.source import Source, load_source
+from export.builders import openvino_builder as ov_build
+from export.checks.agreement import compare_logits, tolerances_for
+from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
+from export.inputs.reference import Source, load_source
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -36,8 +39,16 @@ MAX_DROP = 1.2
 
 
 @pytest.fixture(scope="module")
-def source(trained_checkpoint: Path) -> Source:
-    return load_source(ExportConfig(checkpoint=trained_checkpoint, num_parity_images=128))
+def sources(fitted_checkpoints: dict[Padding, Path]) -> dict[Padding, Source]:
+    return {
+        padding: load_source(ExportConfig(checkpoint=checkpoint, num_parity_images=128))
+        for padding, checkpoint in fitted_checkpoints.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def source(sources: dict[Padding, Source]) -> Source:
+    return sources["same"]
 
 
 def export(kind: str, checkpoint: Path, output: Path, precision: str) -> Path:
@@ -61,10 +72,12 @@ MATRIX = [
 ]
 
 
+@pytest.mark.parametrize("padding", get_args(Padding))
 @pytest.mark.parametrize(("kind", "precision"), MATRIX)
-def test_an_artifact_answers_like_the_trained_network(
-    source: Source, tmp_path: Path, kind: str, precision: str
+def test_an_artifact_answers_like_the_network(
+    sources: dict[Padding, Source], tmp_path: Path, kind: str, precision: str, padding: Padding
 ):
+    source = sources[padding]
     if kind == "openvino" and precision != "int8" and precision.upper() not in CAPABILITIES:
         with pytest.raises(ArtifactError, match=f"computes in {precision}, and this processor"):
             export(kind, source.checkpoint, tmp_path / "artifact", precision)
@@ -95,9 +108,9 @@ def test_an_artifact_answers_like_the_trained_network(
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_the_onnx_files_load_in_other_tools(
-    trained_checkpoint: Path, source: Source, tmp_path: Path, precision
+    fitted_checkpoint: Path, source: Source, tmp_path: Path, precision
 ):
-    artifact = export("onnxruntime", trained_checkpoint, tmp_path / "artifact", precision)
+    artifact = export("onnxruntime", fitted_checkpoint, tmp_path / "artifact", precision)
     onnx.checker.check_model(onnx.load(artifact / "model.onnx"), full_check=True)
     model = ov.Core().read_model(artifact / "model.onnx")
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -110,11 +123,11 @@ def test_the_onnx_files_load_in_other_tools(
 
 @pytest.mark.parametrize("batches", [(1,), (1, 8)])
 def test_int8_is_judged_in_batches_that_the_program_takes(
-    trained_checkpoint: Path, tmp_path: Path, batches: tuple[int, ...]
+    fitted_checkpoint: Path, tmp_path: Path, batches: tuple[int, ...]
 ):
     small = {name: value for name, value in SMALL.items() if name != "batch"}
     config = OrtConfig(
-        trained_checkpoint,
+        fitted_checkpoint,
         tmp_path / "a",
         "int8",
         batches=batches,
@@ -127,10 +140,10 @@ def test_int8_is_judged_in_batches_that_the_program_takes(
 
 
 def test_programs_of_two_precisions_of_the_same_weights_have_two_hashes(
-    trained_checkpoint: Path, tmp_path: Path
+    fitted_checkpoint: Path, tmp_path: Path
 ):
     graph = ov_build.read_fused(
-        onnx.load(ort.main(OrtConfig(trained_checkpoint, tmp_path / "o")) / "model.onnx")
+        onnx.load(ort.main(OrtConfig(fitted_checkpoint, tmp_path / "o")) / "model.onnx")
     )
     found: set[str] = set()
     for precision in ("fp32", "bf16", "fp16"):
@@ -141,9 +154,9 @@ def test_programs_of_two_precisions_of_the_same_weights_have_two_hashes(
 
 
 def test_a_full_disk_is_told_as_such_where_openvino_does_not(
-    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    artifact = export("openvino", trained_checkpoint, tmp_path / "artifact", "fp32")
+    artifact = export("openvino", fitted_checkpoint, tmp_path / "artifact", "fp32")
     before = read_artifact(artifact)
 
     def fail(*_: object, **__: object) -> None:
@@ -154,15 +167,15 @@ def test_a_full_disk_is_told_as_such_where_openvino_does_not(
         usage = SimpleNamespace(free=free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
         with pytest.raises(OSError, match="iostream error") as caught:
-            export("openvino", trained_checkpoint, artifact, "fp32")
+            export("openvino", fitted_checkpoint, artifact, "fp32")
         assert caught.value.errno == code
     assert read_artifact(artifact) == before
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 @pytest.mark.parametrize("size", [32, 33, 47])
-def test_any_size_from_32_pixels_can_be_exported(trained_checkpoint: Path, tmp_path, size: int):
-    config = OrtConfig(trained_checkpoint, tmp_path / "a", size=size, **SMALL)  # type: ignore
+def test_any_size_from_32_pixels_can_be_exported(fitted_checkpoint: Path, tmp_path, size: int):
+    config = OrtConfig(fitted_checkpoint, tmp_path / "a", size=size, **SMALL)  # type: ignore
     manifest = read_artifact(ort.main(config))
     assert manifest.input.shape == (3, size, size)
     assert manifest.preprocess.image_size == size
@@ -230,8 +243,8 @@ def test_weights_for_vnni_are_refused_without_it(tiny_artifact: Path, tmp_path: 
         open_runtime(copy)
 
 
-def test_a_lost_or_damaged_weights_file_is_found(trained_checkpoint: Path, tmp_path: Path):
-    artifact = export("openvino", trained_checkpoint, tmp_path / "artifact", "fp32")
+def test_a_lost_or_damaged_weights_file_is_found(fitted_checkpoint: Path, tmp_path: Path):
+    artifact = export("openvino", fitted_checkpoint, tmp_path / "artifact", "fp32")
     weights = artifact / "model.bin"
     data = bytearray(weights.read_bytes())
     data[100] ^= 1

@@ -6,20 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from efficientnet.artifact import ParityRecord, ParityTolerances
-from efficientnet.checkpoint import load_checkpoint
 from efficientnet.command import parse_flags
+from efficientnet.formats.artifact import ParityRecord, ParityTolerances
+from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from efficientnet.precision import Precision
 from efficientnet.runtimes import ProgramInfo, Runtime, open_runtime
-from export import agreement, ort
-from export.agreement import (
+from export import ort
+from export.builders import onnxruntime_builder as ort_build
+from export.checks import agreement
+from export.checks.agreement import (
     ParityError,
     compare_logits,
     require_parity,
     run_in_batches,
     tolerances_for,
 )
-from export.config import ExportConfig
-from export.source import Source, load_source
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
 from perf.accuracy import AccuracyConfig
 from perf.latency import LatencyConfig
 
@@ -90,21 +93,37 @@ def test_another_top1_class_within_the_margin_is_told_and_does_not_count():
 
 def test_tolerances_grow_with_the_logits_and_with_the_rounding():
     logits = np.float32([[0, 4], [4, 0]])
-    errors = {p: tolerances_for(p, logits).max_abs_logit_error for p in ("fp32", "fp16", "bf16")}
-    assert errors["fp32"] < errors["fp16"] < errors["bf16"]
-    assert tolerances_for("fp16", 10 * logits).max_abs_logit_error == pytest.approx(
-        10 * errors["fp16"]
-    )
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
+    errors = [tolerances_for(p, logits).max_abs_logit_error for p in precisions]
+    assert errors == sorted(set(errors))
+    assert errors[0] <= 1e-3 * logits.std()
+    for precision, error in zip(precisions, errors, strict=True):
+        small = tolerances_for(precision, 0.01 * logits)
+        assert small.max_abs_logit_error == pytest.approx(0.01 * error)
 
 
 def test_a_refused_artifact_leaves_nothing_behind(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(agreement, "FP32_TOLERANCE", 0.0)
+    monkeypatch.setitem(agreement.RELATIVE_TOLERANCE, "fp32", 0.0)
     output = tmp_path / "artifacts" / "onnxruntime-fp32"
     with pytest.raises(ParityError):
         ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=output))
     assert list((tmp_path / "artifacts").iterdir()) == []
+
+
+def test_an_eager_network_that_answers_with_infinity_is_named_before_anything_is_built(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, record = load_checkpoint(tiny_checkpoint)
+    # All its values are finite, and it is not.
+    model.classifier[1].weight.data.fill_(3e38)
+    save_checkpoint(tmp_path / "checkpoint", model.state_dict(), record, None)
+    monkeypatch.setattr(ort_build, "typed_graph", lambda *_: pytest.fail("it was built"))
+    config = ExportConfig(checkpoint=tmp_path / "checkpoint", output=tmp_path / "artifacts" / "a")
+    with pytest.raises(CheckpointError, match="broken itself, before any export"):
+        ort.main(config)
+    assert not list((tmp_path / "artifacts").glob("*"))
 
 
 def test_too_few_held_out_images_are_an_error(tiny_checkpoint: Path):

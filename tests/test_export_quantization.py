@@ -12,25 +12,19 @@ import pytest
 import torch
 from conftest import QUANTIZATION
 
-from efficientnet.artifact import (
+from efficientnet.formats.artifact import (
     AccuracyGate,
     BlockCost,
     ParityRecord,
     ParityTolerances,
     read_artifact,
 )
-from efficientnet.datasets import Dataset, load_dataset
-from efficientnet.model import ConvNormAct, ResidualBlock
-from export import sensitivity
-from export.calibration import (
-    CALIBRATION_FILE,
-    CalibrationError,
-    choose_samples,
-    collect_ranges,
-    write_calibration,
-)
-from export.config import ExportConfig
-from export.gate import (
+from efficientnet.images.datasets import Dataset, load_dataset
+from efficientnet.network.model import ConvNormAct, ResidualBlock
+from export import ort
+from export.builders.openvino_builder import pattern_of
+from export.checks import sensitivity
+from export.checks.gate import (
     Attempt,
     Gate,
     GateError,
@@ -38,20 +32,28 @@ from export.gate import (
     is_allowed,
     keep_within_drop,
     paired_drop,
+    require_better_than_chance,
 )
-from export.graph import count_ops, export_onnx, fold_batch_norm, is_within
-from export.ov_build import pattern_of
-from export.precision import typed_graph
-from export.quantization import SCHEMES, insert_quantization, tensors_to_quantize
-from export.sensitivity import named_blocks, rank_blocks
-from export.source import Source, load_source
+from export.checks.sensitivity import named_blocks, rank_blocks
+from export.graphs.calibration import (
+    CALIBRATION_FILE,
+    CalibrationError,
+    choose_samples,
+    collect_ranges,
+    write_calibration,
+)
+from export.graphs.folding import count_ops, export_onnx, fold_batch_norm, is_within
+from export.graphs.precision import typed_graph
+from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_quantize
+from export.inputs.config import ExportConfig, OrtConfig
+from export.inputs.reference import Source, load_source
 
 BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
 
 
 @pytest.fixture(scope="module")
-def source(trained_checkpoint: Path) -> Source:
-    return load_source(ExportConfig(checkpoint=trained_checkpoint, num_parity_images=64))
+def source(fitted_checkpoint: Path) -> Source:
+    return load_source(ExportConfig(checkpoint=fitted_checkpoint, num_parity_images=64))
 
 
 @pytest.fixture(scope="module")
@@ -452,6 +454,35 @@ def test_a_program_that_loses_too_much_with_all_blocks_kept_is_refused(
             lambda built: judged(built, drop=0.02),
             lambda: [BlockCost(block="features.0", logit_error=1.0)],
         )
+
+
+@pytest.mark.parametrize(
+    ("num_right", "labels", "is_judged"),
+    [
+        # Ten classes of 36 images: chance has 36 right.
+        (35, [i % 10 for i in range(360)], False),
+        (40, [i % 10 for i in range(360)], False),
+        (60, [i % 10 for i in range(360)], True),
+        # Two of three images are of one class, and that is what it always says.
+        (240, [max(0, i % 3 - 1) for i in range(360)], False),
+        (300, [max(0, i % 3 - 1) for i in range(360)], True),
+    ],
+)
+def test_a_network_that_knows_no_more_than_chance_cannot_be_judged(
+    num_right: int, labels: list[int], is_judged: bool
+):
+    reference = np.arange(360) < num_right
+    if is_judged:
+        require_better_than_chance(reference, labels, 10)
+        return
+    with pytest.raises(GateError, match=r"of 360 held-out images right, and chance"):
+        require_better_than_chance(reference, labels, 10)
+
+
+def test_an_int8_export_of_a_network_at_chance_is_refused(tiny_checkpoint: Path, tmp_path: Path):
+    with pytest.raises(GateError, match="chance"):
+        ort.main(OrtConfig(tiny_checkpoint, tmp_path / "artifact", "int8", num_parity_images=64))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_without_labels_are_no_use_to_the_gate(source: Source):

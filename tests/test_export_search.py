@@ -7,15 +7,17 @@ import onnx
 import openvino
 import pytest
 
-from efficientnet.artifact import read_artifact
-from efficientnet.model import EfficientNet
-from export import ort_build, ov_build, search
-from export.agreement import ParityError
-from export.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.gate import GateError, LossError
-from export.graph import is_within
-from export.search import faster_in_float, time_of
-from export.source import Source, load_source
+from efficientnet.formats.artifact import read_artifact
+from efficientnet.network.model import EfficientNet
+from export.builders import onnxruntime_builder as ort_build
+from export.builders import openvino_builder as ov_build
+from export.builders import search
+from export.builders.search import faster_in_float, time_of
+from export.checks.agreement import ParityError
+from export.checks.gate import GateError, LossError
+from export.graphs.folding import is_within
+from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
+from export.inputs.reference import Source, load_source
 
 DEPTHWISE = "features.3.0.block.1"
 BLOCK = "features.1.0"
@@ -29,8 +31,8 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def source(trained_checkpoint: Path) -> Source:
-    return load_source(ExportConfig(checkpoint=trained_checkpoint, num_parity_images=64))
+def source(fitted_checkpoint: Path) -> Source:
+    return load_source(ExportConfig(checkpoint=fitted_checkpoint, num_parity_images=64))
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +76,7 @@ def test_the_same_choice_by_layer_and_by_block_is_built_once(source: Source):
     assert faster_in_float(source.model, in_float, in_int8) == {"layers": ("features.0",)}
 
 
-def test_layers_in_float_have_float_weights_in_openvino(trained_checkpoint: Path, tmp_path: Path):
+def test_layers_in_float_have_float_weights_in_openvino(fitted_checkpoint: Path, tmp_path: Path):
     def in_int8(path: Path) -> set[str]:
         model = openvino.Core().read_model(path / ov_build.PROGRAM_FILE)
         found: set[str] = set()
@@ -89,7 +91,7 @@ def test_layers_in_float_have_float_weights_in_openvino(trained_checkpoint: Path
 
     def export(name: str, layers: tuple[str, ...]) -> Path:
         config = OpenVinoConfig(
-            trained_checkpoint, tmp_path / name, "int8", float_layers=layers, **SMALL
+            fitted_checkpoint, tmp_path / name, "int8", float_layers=layers, **SMALL
         )
         return ov_build.export_openvino(config)
 
@@ -103,11 +105,9 @@ def test_layers_in_float_have_float_weights_in_openvino(trained_checkpoint: Path
     assert record.kept_blocks == ()
 
 
-def test_layers_in_float_have_float_weights_in_onnxruntime(
-    trained_checkpoint: Path, tmp_path: Path
-):
+def test_layers_in_float_have_float_weights_in_onnxruntime(fitted_checkpoint: Path, tmp_path: Path):
     config = OrtConfig(
-        trained_checkpoint, tmp_path / "mixed", "int8", float_layers=(DEPTHWISE, BLOCK), **SMALL
+        fitted_checkpoint, tmp_path / "mixed", "int8", float_layers=(DEPTHWISE, BLOCK), **SMALL
     )
     graph = onnx.load(ort_build.export_onnxruntime(config) / ort_build.PROGRAM_FILE).graph
     convolutions = [n for n in graph.node if n.op_type == "Conv" and ".gate." not in n.name]
@@ -121,7 +121,7 @@ def test_layers_in_float_have_float_weights_in_onnxruntime(
 
 
 def test_a_search_measures_every_mixture_and_keeps_the_fastest(
-    trained_checkpoint: Path,
+    fitted_checkpoint: Path,
     source: Source,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -146,7 +146,7 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
     monkeypatch.setattr(search, "profile_modules", profile)
     monkeypatch.setattr(search, "measure_callables", measure)
     caplog.set_level(logging.INFO)
-    config = OpenVinoConfig(trained_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
+    config = OpenVinoConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
     best = ov_build.export_openvino(config)
     assert len(profiled) == 2
     quantization = read_artifact(best).quantization
@@ -159,10 +159,10 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
 
 
 def test_a_search_with_the_runtimes_own_profile(
-    trained_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fitted_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
-    config = OrtConfig(trained_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
+    config = OrtConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
     best = ort_build.export_onnxruntime(config)
     assert read_artifact(best).precision == "int8"
     assert "all layers in fp32, to compare with" in caplog.messages
@@ -170,17 +170,17 @@ def test_a_search_with_the_runtimes_own_profile(
 
 
 def test_nothing_is_written_when_every_mixture_loses_too_much(
-    trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     errors = iter([LossError("it loses too much"), ParityError("it answers otherwise")])
 
-    def refuse(_: Source, config: OpenVinoConfig) -> Path | None:
+    def refuse(_: Source, config: OpenVinoConfig, **__: object) -> Path | None:
         if config.precision == "int8":
             raise next(errors)
         return config.output
 
     monkeypatch.setattr(ov_build, "write_openvino", refuse)
-    config = OpenVinoConfig(trained_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
+    config = OpenVinoConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
     with pytest.raises(LossError, match="no kind of int8 artifact is within --max-drop"):
         ov_build.export_openvino(config)
     assert list(tmp_path.iterdir()) == []
@@ -192,7 +192,7 @@ def test_a_search_without_images_to_judge_by_builds_nothing(
     few = replace(source, dataset=replace(source.dataset, val=source.dataset.val[:99]))
     config = OpenVinoConfig(source.checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
     monkeypatch.setattr(ov_build, "load_source", lambda _: few)
-    monkeypatch.setattr(ov_build, "write_openvino", lambda *_: pytest.fail("it was built"))
+    monkeypatch.setattr(ov_build, "write_openvino", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(GateError, match="there are 99 held-out images, the accuracy gate needs"):
         ov_build.export_openvino(config)
 
@@ -222,10 +222,10 @@ def test_settings_that_contradict_each_other(
 
 
 def test_a_layer_that_is_not_there_is_named_before_work_starts(
-    trained_checkpoint: Path, tmp_path: Path
+    fitted_checkpoint: Path, tmp_path: Path
 ):
     config = OrtConfig(
-        trained_checkpoint, tmp_path / "x", "int8", float_layers=("features.9.block",), **SMALL
+        fitted_checkpoint, tmp_path / "x", "int8", float_layers=("features.9.block",), **SMALL
     )
     with pytest.raises(ValueError, match=r"features\.9\.block, which the network has not got"):
         ort_build.export_onnxruntime(config)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet.environment import current_environment
-from export.config import OpenVinoConfig
+from efficientnet.machine.environment import current_environment
+from export.inputs.config import OpenVinoConfig
 from export.ov import main as export_openvino
 from export.stock import Comparison, Comparisons, Ratio, StockConfig, publish, section_of
 
@@ -56,14 +56,14 @@ def test_settings_that_would_not_be_used_are_refused():
 
 
 @pytest.mark.slow
-def test_the_stock_tools_take_turns_with_ours(trained_checkpoint: Path, tmp_path: Path):
+def test_the_stock_tools_take_turns_with_ours(fitted_checkpoint: Path, tmp_path: Path):
     few = {"num_parity_images": 64, "num_calibration_images": 64}
     ours = export_openvino(
-        OpenVinoConfig(checkpoint=trained_checkpoint, output=tmp_path / "ours", **few)  # type: ignore
+        OpenVinoConfig(checkpoint=fitted_checkpoint, output=tmp_path / "ours", **few)  # type: ignore
     )
     command = [
         *(sys.executable, str(ROOT / "export/stock.py"), str(ours)),
-        *("--checkpoint", str(trained_checkpoint), "--num-parity-images", "64"),
+        *("--checkpoint", str(fitted_checkpoint), "--num-parity-images", "64"),
         *("--num-calibration-images", "64", "--seconds", "0.5", "--turns", "2"),
         *("--batch-sizes", "1", "2"),
         *("--output", str(tmp_path / "stock")),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from efficientnet.artifact import ArtifactError, BatchRange
-from efficientnet.gpu import Gpu
+from efficientnet.formats.artifact import ArtifactError, BatchRange
+from efficientnet.machine.gpu import Gpu
 from efficientnet.runtimes import open_runtime
-from efficientnet.runtimes.torch_trt_runtime import captured_sizes
+from efficientnet.runtimes.torch_tensorrt_runtime import captured_sizes
 from export import torch_trt
 from export.torch_trt import TorchTensorRTError, TorchTrtConfig
 

@@ -1,11 +1,10 @@
 import ast
 import functools
-import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,20 @@ import pytest
 import torch
 from onnx import helper
 
-from efficientnet.artifact import ArtifactError, Binding, ProgramFile, read_artifact
-from efficientnet.checkpoint import load_checkpoint, save_checkpoint
 from efficientnet.command import parse_flags
-from efficientnet.datasets import load_dataset
-from efficientnet.gpu import Gpu
-from efficientnet.model import build_model
-from efficientnet.preprocess import preprocess
+from efficientnet.formats.artifact import ArtifactError, Binding, ProgramFile, read_artifact
+from efficientnet.formats.checkpoint import load_checkpoint, save_checkpoint
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import preprocess
+from efficientnet.machine.gpu import Gpu
+from efficientnet.network.model import build_model
+from efficientnet.network.variants import VARIANTS
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.protocol import open_program
-from efficientnet.runtimes.tensorrt_library import Message, deserialize, messages_of
+from efficientnet.runtimes.tensorrt_library import deserialize
 from efficientnet.runtimes.tensorrt_runtime import Profile, choose_profile, require_same_machine
-from efficientnet.variants import VARIANTS
 from export import trt
-from export.rebuild import rebuild_command
-from export.trt import TrtConfig
-from export.trt_build import (
+from export.builders.tensorrt_builder import (
     BuildSettings,
     TensorRTError,
     build_engine,
@@ -38,7 +35,9 @@ from export.trt_build import (
     profiles_for,
     read_layers,
 )
-from export.trt_target import find_target, require_precision, require_supported
+from export.builders.tensorrt_target import find_target, require_precision, require_supported
+from export.inputs.rebuild import rebuild_command
+from export.trt import TrtConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +47,7 @@ import sys
 import onnx
 from efficientnet.command import parse_flags, run_command
 from export import trt
-from export.precision import TypedGraph
+from export.graphs.precision import TypedGraph
 graph = onnx.load(sys.argv.pop(1))
 trt.typed_graph = lambda *_: TypedGraph(graph, 20)
 run_command(lambda: parse_flags(trt.TrtConfig, None), trt.main)
@@ -334,9 +333,13 @@ def test_the_rebuild_command_has_the_same_settings():
         compute_capability=("8.6", "8.9"),
         size=64,
     )
-    command = shlex.split(rebuild_command("export/trt.py", config))
-    assert command[:2] == ["python", "export/trt.py"]
-    assert parse_flags(TrtConfig, None, command[2:]) == config
+    checkpoint = Path("runs/a b/checkpoint")
+    for settings in (config, replace(config, checkpoint=None)):
+        # The newest run may be another one by then.
+        for path in (checkpoint, checkpoint.absolute()):
+            command = shlex.split(rebuild_command("export/trt.py", settings, path))
+            assert command[:2] == ["python", "export/trt.py"]
+            assert parse_flags(TrtConfig, None, command[2:]) == config
 
 
 @pytest.mark.parametrize(
@@ -375,45 +378,63 @@ def test_the_inspectors_of_10_and_11_are_read_alike(text: str):
     }
 
 
-def test_an_interrupt_ends_a_build_at_its_next_step(rtx: Any, monkeypatch: pytest.MonkeyPatch):
-    its_builder = rtx.Builder
-    ended_by: list[str] = []
+# Ctrl-C in a process of its own: pytest's would take it, too.
+INTERRUPTED_BUILDS = """
+import os, signal, sys, time
+import onnx
+import tensorrt_rtx as rtx
+from efficientnet.runtimes.tensorrt_library import messages_of
+from export.builders.tensorrt_builder import BuildSettings, build_engine, profiles_for
 
-    class EndlessBuilder:
-        def __init__(self, logger: object) -> None:
-            self.builder = its_builder(logger)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+graph = onnx.load(sys.argv[1])
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.builder, name)
+def build(case):
+    try:
+        build_engine(rtx, graph, profiles_for((1, 1, 1)), BuildSettings(), "x")
+    except KeyboardInterrupt:
+        print("interrupted", case)
 
-        def build_serialized_network(self, network: object, config: Any) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            end = time.monotonic() + 20
-            while time.monotonic() < end:
-                if not config.progress_monitor.step_complete("endless", 0):
-                    ended_by.append("monitor")
-                    return
-                time.sleep(0.01)
+def interrupt_once(message):
+    said.append(message)
+    if len(said) == 1:
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(rtx, "Builder", EndlessBuilder)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(rtx, small_graph(), profiles_for((1, 1, 1)), BuildSettings(), "x")
-    assert ended_by == ["monitor"]
+said, messages = [], messages_of(rtx)
+its_add, messages.add = messages.add, interrupt_once
+build("in the log")
+messages.add = its_add
+
+class EndlessBuilder:
+    def __init__(self, logger):
+        self.builder = its_builder(logger)
+
+    def __getattr__(self, name):
+        return getattr(self.builder, name)
+
+    def build_serialized_network(self, network, config):
+        os.kill(os.getpid(), signal.SIGINT)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            if not config.progress_monitor.step_complete("endless", 0):
+                print("ended by the monitor")
+                return
+            time.sleep(0.01)
+
+its_builder, rtx.Builder = rtx.Builder, EndlessBuilder
+build("in a step")
+"""
 
 
-def test_an_interrupt_is_not_lost_while_the_library_writes_its_log(
-    rtx: Any, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupt_ends_a_build_at_its_next_step_and_is_not_lost_in_the_log(
+    rtx: Any, tmp_path: Path
 ):
-    said: list[Message] = []
-
-    def interrupt_once(message: Message) -> None:
-        said.append(message)
-        if len(said) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(messages_of(rtx), "add", interrupt_once)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(rtx, small_graph(), profiles_for((1, 1, 1)), BuildSettings(), "x")
+    onnx.save(small_graph(), tmp_path / "small.onnx")
+    command = [sys.executable, "-c", INTERRUPTED_BUILDS, str(tmp_path / "small.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = ["interrupted in the log", "ended by the monitor", "interrupted in a step"]
+    assert done.stdout.splitlines() == found
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])

@@ -1,7 +1,7 @@
 import pytest
 
 from efficientnet.__main__ import FamilyConfig, main
-from efficientnet.variants import VARIANTS
+from efficientnet.network.variants import VARIANTS
 
 
 def cells_of(text: str, name: str) -> list[str]:

@@ -4,8 +4,14 @@ import pytest
 import torch
 import torchvision
 
-from efficientnet.model import ConvNormAct, Dropout, SamePadConv2d, StochasticDepth, build_model
-from efficientnet.variants import VARIANTS, NetworkOptions, get_variant
+from efficientnet.network.model import (
+    ConvNormAct,
+    Dropout,
+    SamePadConv2d,
+    StochasticDepth,
+    build_model,
+)
+from efficientnet.network.variants import VARIANTS, NetworkOptions, get_variant
 
 
 def test_logits_and_gradients_equal_torchvisions_for_the_same_weights():

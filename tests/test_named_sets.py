@@ -15,10 +15,10 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import CIFAR10
 
-from efficientnet.datasets import DatasetError, load_dataset
-from efficientnet.preprocess import decode_image
-from training import named_sets
-from training.named_sets import NAMED_SETS, NamedSet, prepare_named_set
+from efficientnet.images.datasets import DatasetError, load_dataset
+from efficientnet.images.preprocess import decode_image
+from training.inputs import named_sets
+from training.inputs.named_sets import NAMED_SETS, NamedSet, prepare_named_set
 
 
 def picture(value: int, size: int = 8) -> Image.Image:

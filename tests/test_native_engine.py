@@ -1,21 +1,15 @@
 """The native engine against docs/native.md's numerics in numpy, bit by bit, on every level here."""
 
-import os
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import native_reference
 import numpy as np
 import pytest
-from native_programs import Chain, random_chain
+from native_programs import random_chain
 
-from efficientnet.artifact import ArtifactError
 from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.native.engine import Engine, levels
 from efficientnet.runtimes.native.program_file import (
-    Activation,
     DType,
     ProgramView,
     from_bf16,

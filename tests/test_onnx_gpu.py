@@ -12,12 +12,14 @@ import onnxruntime
 import pytest
 import torch
 
-from efficientnet.artifact import ArtifactError, ProgramFile
-from efficientnet.runtimes import onnx_gpu_runtime, onnx_sessions, open_runtime
-from efficientnet.runtimes.onnx_gpu_runtime import require_tensorrt, tensorrt_options
-from efficientnet.runtimes.onnx_sessions import PROVIDERS, open_session
+from efficientnet.formats.artifact import ArtifactError, ProgramFile
+from efficientnet.runtimes import onnxruntime_gpu as onnx_gpu_runtime
+from efficientnet.runtimes import onnxruntime_sessions as onnx_sessions
+from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.onnxruntime_gpu import require_tensorrt, tensorrt_options
+from efficientnet.runtimes.onnxruntime_sessions import PROVIDERS, open_session
 from export import ort
-from export.config import OrtConfig
+from export.inputs.config import OrtConfig
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from efficientnet.artifact import ArtifactError, read_artifact
-from efficientnet.datasets import DatasetError, Sample, load_dataset, sha256_of_samples
-from efficientnet.preprocess import PreprocessSpec, preprocess
-from efficientnet.probabilities import softmax
-from efficientnet.records import AccuracyRecord, read_records
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.formats.records import AccuracyRecord, read_records
+from efficientnet.images.datasets import DatasetError, Sample, load_dataset, sha256_of_samples
+from efficientnet.images.preprocess import PreprocessSpec, preprocess
+from efficientnet.machine.environment import current_environment
 from efficientnet.runtimes import ProgramInfo, open_runtime
+from efficientnet.runtimes.probabilities import softmax
 from perf import accuracy
-from perf.accuracy import AccuracyConfig, top_k_accuracy
-from perf.predictions import Predictions, predict
+from perf.accuracy import AccuracyConfig, result_table, top_k_accuracy
+from perf.measurements.predictions import Predictions, predict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,6 +123,43 @@ def test_a_few_broken_images_are_named_and_left_out():
     assert top_k_accuracy(predictions, 1) == 1.0
 
 
+def record_of(classes: tuple[tuple[str, int, int], ...], num_classes: int) -> AccuracyRecord:
+    images, hits = (sum(counts[i] for counts in classes) for i in (1, 2))
+    return AccuracyRecord(
+        program_sha256="0" * 64,
+        checkpoint_sha256="0" * 64,
+        variant="tiny",
+        runtime="torch",
+        precision="fp32",
+        image_size=32,
+        preprocess_sha256="0" * 64,
+        data="things",
+        environment=current_environment(),
+        started_at=datetime.now(UTC),
+        top1=hits / images,
+        top5=1.0,
+        num_images=images,
+        classes=classes,
+        num_classes=num_classes,
+        dataset_sha256="0" * 64,
+    )
+
+
+def test_a_class_for_every_image_is_no_accuracy_of_its_own():
+    naming = record_of((("thing", 200, 200), ("other", 100, 0)), 3)
+    table = result_table([Path("a")], [naming])
+    assert table.rows[0][1:] == ("66.7 %", "50.0 %", "66.7 % (thing)", "300")
+    assert len(table.notes) == 1
+    learned = record_of((("thing", 200, 190), ("other", 100, 80)), 3)
+    assert not result_table([Path("a")], [learned]).notes
+
+
+@pytest.mark.parametrize(("num_classes", "is_shown"), [(5, False), (6, True)])
+def test_top5_is_shown_of_six_classes_or_more(num_classes: int, is_shown: bool):
+    table = result_table([Path("a")], [record_of((("a", 9, 3), ("b", 9, 9)), num_classes)])
+    assert ("top-5" in table.columns) == is_shown
+
+
 def test_one_percent_of_broken_images_is_an_error():
     samples = [make_sample(f"{i}.png", label=i % 3) for i in range(100)]
     samples[99] = Sample("damaged.png", 1, b"not an image")
@@ -152,6 +191,9 @@ def test_the_command_measures_checkpoint_and_artifact_alike(
     assert eager.num_images == onnx.num_images == 360
     assert eager.dataset_sha256 == onnx.dataset_sha256 == sha256_of_samples(val)
     assert eager.data == "digits"
+    assert eager.classes == onnx.classes and eager.num_classes == 10
+    assert sum(images for _, images, _ in eager.classes) == 360
+    assert sum(hits for _, _, hits in eager.classes) == round(360 * eager.top1)
     assert onnx.program_sha256 == manifest.program_sha256
     assert onnx.checkpoint_sha256 == eager.program_sha256 == manifest.checkpoint_sha256
 

@@ -5,24 +5,25 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import child_pids, process_exists, wait_until
 
-from efficientnet.artifact import ArtifactError
 from efficientnet.command import parse_flags
-from efficientnet.datasets import DatasetError, Sample, load_dataset
-from efficientnet.preprocess import PreprocessSpec, preprocess
-from efficientnet.records import LatencyRecord, read_records
-from perf import latency, recording
-from perf.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.formats.artifact import ArtifactError
+from efficientnet.formats.records import LatencyRecord, read_records
+from efficientnet.images.datasets import DatasetError, Sample, load_dataset
+from efficientnet.images.preprocess import PreprocessSpec, preprocess
+from efficientnet.measuring.contender import Worker, WorkerError
+from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.programs import read_program, read_programs
+from perf import latency
 from perf.latency import LatencyConfig, choose_batch_sizes
-from perf.programs import read_program, read_programs
-from perf.recording import results_table
-from perf.workers import Worker, WorkerError
+from perf.measurements import recording
+from perf.measurements.recording import results_table
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "perf" / "latency.py")]
@@ -58,35 +59,6 @@ def make_samples(num_images: int) -> list[Sample]:
         Image.new("RGB", (8, 8), (value % 256, value // 256, 0)).save(buffer, format="PNG")
         samples.append(Sample(f"{value}.png", 0, buffer.getvalue()))
     return samples
-
-
-def process_exists(pid: int) -> bool:
-    # A process that has ended but was not waited for by its new parent yet does nothing any more.
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def child_pids(pid: int) -> list[int]:
-    pids: list[int] = []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(
-                line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line
-            )
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if fields["PPid"].strip() == str(pid):
-            pids.append(int(status.parent.name))
-    return pids
-
-
-def wait_until(condition, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 def test_the_command_appends_a_record_for_each_path_and_scenario(run):
@@ -382,8 +354,7 @@ def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
     worker = Worker("row", tiny_artifact, 1, inputs)
     try:
         worker.receive()
-        for pid in child_pids(os.getpid()):
-            os.kill(pid, signal.SIGKILL)
+        os.kill(worker._process.pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match="ended by SIGKILL; the machine may be out of memory"):
             worker.take_turn(1, seconds=0.1)
     finally:
@@ -395,10 +366,10 @@ def test_a_process_ends_with_the_one_that_started_it(tiny_artifact: Path):
 import time
 from pathlib import Path
 from efficientnet.command import parse_flags
-from efficientnet.datasets import load_dataset
-from efficientnet.preprocess import PreprocessSpec
-from perf.inputs import prepare_inputs
-from perf.workers import TurnRequest, Worker
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.measuring.inputs import prepare_inputs
+from efficientnet.measuring.contender import TurnRequest, Worker
 spec = PreprocessSpec.model_validate_json({TINY_PREPROCESS.model_dump_json()!r})
 inputs = prepare_inputs(load_dataset("digits").val, spec, 1, seed=0)
 worker = Worker("row", Path({str(tiny_artifact)!r}), 1, inputs)

@@ -6,21 +6,27 @@ from typing import Any
 
 import pytest
 
-from efficientnet.artifact import ArtifactError, read_artifact, write_manifest
-from efficientnet.cost import layer_costs, network_cost
-from efficientnet.variants import VARIANTS
-from export.config import OpenVinoConfig
+from efficientnet.formats.artifact import ArtifactError, read_artifact, write_manifest
+from efficientnet.network.cost import layer_costs, network_cost
+from efficientnet.network.variants import VARIANTS
+from export.inputs.config import OpenVinoConfig
 from export.ov import main as export_openvino
 from perf import layers
-from perf.layer_profile import HALF_MICROSECOND, LayerTime, Node, later_mean_us, layer_times
-from perf.layer_tables import (
+from perf.layers import LayersConfig, LayerTimes
+from perf.measurements.layer_profile import (
+    HALF_MICROSECOND,
+    LayerTime,
+    Node,
+    later_mean_us,
+    layer_times,
+)
+from perf.pages.layer_tables import (
     ProgramLayers,
     kind_times,
     kinds_table,
     side_by_side_table,
     slowest_table,
 )
-from perf.layers import LayersConfig, LayerTimes
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "perf" / "layers.py")]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet.architectures import peer_of
-from efficientnet.environment import current_environment
+from efficientnet.machine.environment import current_environment
+from efficientnet.network.architectures import peer_of
 from perf import network
 from perf.network import (
     ComparisonRecord,

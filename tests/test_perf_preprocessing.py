@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientnet.preprocess import PreprocessSpec
-from perf import contenders, preprocessing
-from perf.contenders import PreprocessingError, measure
+from efficientnet.images.preprocess import PreprocessSpec
+from perf import preprocessing
+from perf.measurements import photo_contenders as contenders
+from perf.measurements.photo_contenders import PreprocessingError, measure
 from perf.preprocessing import PreprocessingConfig, PreprocessingReport, describe, results_table
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 
 from efficientnet.command import parse_flags
-from efficientnet.environment import EnvironmentRecord
-from efficientnet.publishing import PublishError
-from efficientnet.records import (
+from efficientnet.formats.records import (
     AccuracyRecord,
     LatencyRecord,
     Scenario,
     append_record,
     read_records,
 )
+from efficientnet.machine.environment import EnvironmentRecord
+from efficientnet.measuring.clock import summarize
+from efficientnet.reporting.publishing import PublishError
 from perf import report
-from perf.document import build_document
-from perf.plots import draw
+from perf.pages.document import build_document
+from perf.pages.plots import draw
+from perf.pages.rows import join
 from perf.report import ReportConfig, ReportError
-from perf.rows import join
-from perf.timing import summarize
 
 BEGIN = "<!-- results: written by perf/report.py -->"
 END = "<!-- /results -->"

@@ -2,7 +2,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from perf.timing import (
+from efficientnet.measuring.clock import (
     measure_turn,
     min_samples,
     percentile,

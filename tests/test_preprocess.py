@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 from timm.data.transforms_factory import create_transform
 
-from efficientnet.decoding import decode_jpeg, largest_reduction, read_jpeg_header
-from efficientnet.preprocess import (
+from efficientnet.images.decoding import decode_jpeg, largest_reduction, read_jpeg_header
+from efficientnet.images.preprocess import (
     GOOGLE_MEAN,
     GOOGLE_STD,
     IMAGENET_MEAN,

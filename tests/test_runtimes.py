@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficientnet.artifact import ArtifactError
-from efficientnet.datasets import load_dataset
-from efficientnet.preprocess import preprocess
+from efficientnet.formats.artifact import ArtifactError
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import preprocess
+from efficientnet.measuring.null_runtime import NullRuntime
 from efficientnet.runtimes import Runtime, open_runtime
-from efficientnet.runtimes.null_runtime import NullRuntime
 from export import ov
-from export.config import OpenVinoConfig
+from export.inputs.config import OpenVinoConfig
 
 PROGRAMS = ["torch", "onnxruntime", "openvino"]
 

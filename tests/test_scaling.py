@@ -2,14 +2,14 @@ import math
 
 import pytest
 
-from efficientnet.scaling import (
+from efficientnet.network.scaling import (
     CompoundCoefficients,
     compound_scale,
     fit_compound_coefficients,
     scale_channels,
     scale_layers,
 )
-from efficientnet.variants import VARIANTS, scale_variant
+from efficientnet.network.variants import VARIANTS, scale_variant
 
 
 def test_phi_multiplies_depth_width_and_resolution_by_the_papers_coefficients():
@@ -48,7 +48,7 @@ def test_fit_with_a_cost_function_of_real_networks():
     base = VARIANTS["b0"]
 
     def cost(scale) -> float:
-        from efficientnet.cost import network_cost
+        from efficientnet.network.cost import network_cost
 
         scaled = scale_variant(base, scale.width, scale.depth, 0.9)
         return network_cost(scaled, round(224 * scale.resolution)).multiply_adds

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from efficientnet.datasets import load_dataset
+from efficientnet.images.datasets import load_dataset
 from serving.demo import running_service
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

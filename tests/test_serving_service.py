@@ -24,10 +24,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from efficientnet.datasets import load_dataset
-from efficientnet.preprocess import ImageError, preprocess
-from efficientnet.probabilities import softmax
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import ImageError, preprocess
 from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.probabilities import softmax
 from serving.answers import ModelFacts, Prediction
 from serving.demo import free_port, running_service, stop, wait_until_ready
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings

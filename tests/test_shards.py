@@ -18,19 +18,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientnet import fetching
-from efficientnet.braces import expand_braces
-from efficientnet.datasets import (
+from efficientnet.images import fetching
+from efficientnet.images.braces import expand_braces
+from efficientnet.images.datasets import (
     Dataset,
     DatasetError,
+    data_name,
     hold_out,
     load_dataset,
     load_held_out,
     sha256_of_samples,
     without_broken_images,
 )
-from efficientnet.shards import is_shard_source
-from efficientnet.tar_index import TarMember
+from efficientnet.images.shards import is_shard_source, split_image_key, with_image_key
+from efficientnet.images.tar_index import TarMember
 from serving.demo import choose_picture
 
 
@@ -231,6 +232,106 @@ def test_cls_wins_over_json_and_other_files_are_ignored(tmp_path: Path):
     assert (labels["a.PNG"], labels["b.png"], len(labels)) == (1, 0, 10)
 
 
+def views(first: int, num: int) -> list[tuple[str, bytes]]:
+    return [
+        file
+        for index in range(first, first + num)
+        for file in (
+            (f"{index}.left.png", png(index)),
+            (f"{index}.RIGHT.PNG", png(index + 100)),
+            (f"{index}.cls", str(index % 2).encode()),
+        )
+    ]
+
+
+@pytest.mark.parametrize(("image_key", "first"), [("left.png", 0), ("right.png", 100)])
+def test_of_several_images_of_a_key_one_is_chosen_and_the_source_gives_it_again(
+    tmp_path: Path, image_key: str, first: int
+):
+    write_tar(tmp_path / "train-0.tar", views(0, 6))
+    dataset = load_dataset(with_image_key(str(tmp_path), image_key))
+    assert images_of(dataset) == Counter(png(first + i) for i in range(6))
+    assert load_dataset(dataset.source) == dataset
+    assert data_name(dataset.source) == tmp_path.name
+    pattern = load_dataset(f"{tmp_path}/train-{{0..0}}.tar#{image_key}")
+    assert (pattern.train, pattern.val) == (dataset.train, dataset.val)
+
+
+def test_an_image_key_that_no_image_has_is_told_with_those_there_are(tmp_path: Path):
+    write_tar(tmp_path / "train-0.tar", views(0, 6))
+    with pytest.raises(DatasetError, match=r"no top.png, but 2 images \(left.png, right.png\)"):
+        load_dataset(f"{tmp_path}#top.png")
+
+
+def test_an_image_key_needs_shards_and_the_end_of_an_images_name(tmp_path: Path):
+    write_set(tmp_path / "shards")
+    with pytest.raises(DatasetError, match="image_key is 'left', expected"):
+        with_image_key(str(tmp_path / "shards"), "left")
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DatasetError, match="is for tar shards, and"):
+        with_image_key(str(tmp_path), "left.png")
+
+
+def test_a_number_sign_in_a_folders_name_is_no_image_key(tmp_path: Path):
+    write_set(tmp_path / "shards#left.png")
+    assert len(load_dataset(tmp_path / "shards#left.png").train) == 16
+    assert split_image_key("/data/c#/train.tar") == ("/data/c#/train.tar", None)
+    assert split_image_key("pipe:cat x.tar#png") == ("pipe:cat x.tar", "png")
+
+
+@pytest.mark.parametrize("extension", ["cls", "txt", "json"])
+@pytest.mark.parametrize("classes", [None, '["fox", "dog", "cat"]'])
+def test_a_label_may_be_a_class_name(tmp_path: Path, extension: str, classes: str | None):
+    names = ["dog", "cat"]
+    files: list[tuple[str, bytes]] = []
+    for index in range(10):
+        name = names[index % 2]
+        text = json.dumps({"label": name}) if extension == "json" else f"{name}\n"
+        files += [(f"{index}.png", png(index)), (f"{index}.{extension}", text.encode())]
+    write_tar(tmp_path / "train-0.tar", files)
+    if classes:
+        (tmp_path / "classes.json").write_text(classes)
+    dataset = load_dataset(tmp_path)
+    assert dataset.class_names == (("fox", "dog", "cat") if classes else ("cat", "dog"))
+    for sample in (*dataset.train, *dataset.val):
+        assert dataset.class_names[sample.label] == names[int(Path(sample.name).stem) % 2]
+
+
+def test_a_class_name_outside_the_list_is_named(tmp_path: Path):
+    write_tar(tmp_path / "train-0.tar", [*pairs(0, 4), ("x.jpg", png(9)), ("x.txt", b"cow")])
+    (tmp_path / "classes.json").write_text('["cat", "dog"]')
+    with pytest.raises(DatasetError, match=r"train-0.tar: x.jpg has the class 'cow'"):
+        load_dataset(tmp_path)
+
+
+def test_a_number_in_a_txt_is_a_label_and_a_long_txt_a_caption(tmp_path: Path):
+    files = [(f"{i}.png", png(i)) for i in range(8)]
+    files += [(f"{i}.txt", str(i % 2).encode()) for i in range(8)]
+    files += [("c.png", png(9)), ("c.txt", b"a cat on a mat " * 20), ("c.cls", b"1")]
+    write_tar(tmp_path / "train-0.tar", files)
+    dataset = load_dataset(tmp_path)
+    assert Counter(s.label for s in (*dataset.train, *dataset.val)) == {0: 4, 1: 5}
+
+
+def test_hidden_files_in_and_among_the_shards_are_passed_over_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    hidden = [
+        ("._000000.png", b"of a Mac"),
+        ("./.thumbs/a.png", b"a thumbnail"),
+        ("__MACOSX/sub/b.png", b"x"),
+        ("__MACOSX/sub/b.cls", b"1"),
+        (".cache/c.json", b'{"label": 1}'),
+    ]
+    write_tar(tmp_path / "train-0.tar", [*hidden, *pairs(0, 10)])
+    (tmp_path / "._train-0.tar").write_bytes(b"of a Mac")
+    (tmp_path / "__MACOSX").mkdir()
+    dataset = load_dataset(tmp_path)
+    assert images_of(dataset) == Counter(png(i) for i in range(10))
+    assert "passed over 3 hidden images in the shards" in caplog.messages
+
+
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 @pytest.mark.parametrize("folder", ["", "./", "v1.2/klasse-ä/", "deep/" * 30])
 def test_names_of_any_length_and_form_are_read(tmp_path: Path, form: int, folder: str):
@@ -293,10 +394,14 @@ def test_a_broken_image_in_a_shard_is_named_and_left_out(tmp_path: Path):
     assert dataset.broken[0].startswith("train-0.tar/bad.png: ")
 
 
-def test_val_shards_may_lack_a_class(tmp_path: Path):
+def test_val_shards_may_lack_a_class_which_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     write_tar(tmp_path / "train-0.tar", pairs(0, 9, num_classes=3))
     write_tar(tmp_path / "val-0.tar", pairs(0, 4))
+    (tmp_path / "classes.json").write_text('["cat", "dog", "fox"]')
     assert len(without_broken_images(load_dataset(tmp_path)).val) == 4
+    assert "1 of the 3 classes: fox" in caplog.text
 
 
 def test_a_part_of_the_train_shards_can_be_held_out(tmp_path: Path):
@@ -313,12 +418,24 @@ WRONG_SHARDS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     ),
     "label without image": ([("7.cls", b"1")], r"train-0003.tar: 7.cls is the label of no image"),
     "json without image": ([("7.json", b'{"label": 1}')], r"7.json is the label of no image"),
-    "no integer": ([("7.jpg", b"x"), ("7.cls", b"cat")], r"7.cls holds b'cat'; expected a class"),
+    "name among numbers": (
+        [("7.jpg", b"x"), ("7.cls", b"cat")],
+        r"train-0003.tar: 7.jpg a class's name, 'cat'",
+    ),
+    "no text": ([("7.jpg", b"x"), ("7.cls", b"\xff")], r"7.cls holds b'\\xff'; expected a class"),
+    "empty": ([("7.jpg", b"x"), ("7.txt", b" \n")], r"7.txt holds b' \\n'; expected a class"),
     "negative": ([("7.jpg", b"x"), ("7.cls", b"-1")], r"7.cls holds b'-1'; expected a class"),
     "json without label": ([("7.jpg", b"x"), ("7.json", b'{"l": 1}')], r"7.jpg has no label: 7.j"),
     "json of a bool": ([("7.jpg", b"x"), ("7.json", b'{"label": true}')], r"7.json is no object"),
     "same image": ([("7.jpg", b"x"), ("7.cls", b"1"), ("7.jpg", b"y")], "holds the key 7 twice"),
-    "two images": ([("7.jpg", b"x"), ("7.png", b"x")], r"key 7 twice \(7.jpg and 7.png\)"),
+    "two images": (
+        [("7.jpg", b"x"), ("7.png", b"x")],
+        r"key 7 twice \(7.jpg and 7.png\).*--image-key jpg",
+    ),
+    "two views": (
+        [("7.left.png", b"x"), ("7.right.png", b"x"), ("7.cls", b"1")],
+        r"the key 7 has 2 images \(left.png, right.png\).*--image-key left.png",
+    ),
     "two labels": ([("7.jpg", b"x"), ("7.cls", b"1"), ("7.cls", b"1")], "the key 7 twice"),
 }
 
@@ -546,7 +663,8 @@ def test_shards_in_the_cache_need_no_server(server: Server):
 
 def test_two_processes_at_once_fetch_each_shard_once(server: Server):
     server.delay_s = 0.3
-    code = f"from efficientnet.datasets import load_dataset; load_dataset({source_of(server)!r})"
+    module = "efficientnet.images.datasets"
+    code = f"from {module} import load_dataset; load_dataset({source_of(server)!r})"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
     assert {

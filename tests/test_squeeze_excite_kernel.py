@@ -18,8 +18,8 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from efficientnet.model import SqueezeExcite, build_model
-from efficientnet.squeeze_excite_kernel import (
+from efficientnet.network.model import SqueezeExcite, build_model
+from efficientnet.network.squeeze_excite_kernel import (
     BLOCK_CHANNELS,
     BLOCK_POSITIONS,
     MAX_PARTS,
@@ -31,7 +31,7 @@ from efficientnet.squeeze_excite_kernel import (
     squeeze_excite_kernel,
     use_triton_squeeze_excite,
 )
-from efficientnet.variants import get_variant
+from efficientnet.network.variants import get_variant
 
 # Images, channels, squeezed, height, width.
 SHAPES = {

@@ -1,8 +1,6 @@
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -14,13 +12,16 @@ from pathlib import Path
 import pytest
 from small_trainings import epoch_metrics
 
-from efficientnet.atomic import write_text
-from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
-from efficientnet.environment import current_environment
-from efficientnet.publishing import PublishError
+from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.environment import current_environment
+from efficientnet.reporting.publishing import PublishError
 from training.ablation import main
-from training.ablation_findings import headline, magnitude_findings, schedule_findings
-from training.ablation_plan import (
+from training.recipe.config import config_to_json
+from training.recipe.stages import plan_stages
+from training.running.metrics import write_metrics
+from training.studies.ablation_findings import headline, magnitude_findings, schedule_findings
+from training.studies.ablation_plan import (
     FIXED,
     PROGRESSIVE,
     PROGRESSIVE_ADAPTIVE,
@@ -33,8 +34,8 @@ from training.ablation_plan import (
     plan_rounds,
     plan_rows,
 )
-from training.ablation_report import publish, schedules_table, to_markdown, write_files
-from training.ablation_results import (
+from training.studies.ablation_report import publish, schedules_table, to_markdown, write_files
+from training.studies.ablation_results import (
     AblationRecord,
     Spread,
     difference,
@@ -44,10 +45,7 @@ from training.ablation_results import (
     spread,
     time_saved,
 )
-from training.ablation_runs import train_all
-from training.config import config_to_json
-from training.metrics import write_metrics
-from training.progressive import plan_stages
+from training.studies.ablation_runs import train_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -251,7 +249,7 @@ def test_each_round_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     written: list[int] = []
     monkeypatch.setattr("training.ablation.train_all", train)
-    monkeypatch.setattr("training.ablation_report.write_files", write)
+    monkeypatch.setattr("training.studies.ablation_report.write_files", write)
     main(tiny(tmp_path, experiments="schedules", seeds=2))
     assert written == [1, 2]
 
@@ -504,7 +502,7 @@ def test_nothing_is_trained_where_it_cannot_be_published(tmp_path: Path):
 def fake_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"import pathlib, sys, time\n{body}")
-    monkeypatch.setattr("training.ablation_runs.RUN_COMMAND", program)
+    monkeypatch.setattr("training.studies.ablation_runs.RUN_COMMAND", program)
 
 
 def test_a_failed_run_is_told_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -518,6 +516,8 @@ def test_an_interruption_asks_each_run_once_and_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     body = (
+        "import signal\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "name = sys.argv[sys.argv.index('--name') + 1]\n"
         f"place = pathlib.Path({str(tmp_path)!r}) / name\n"
         "try:\n"
@@ -534,11 +534,11 @@ def test_an_interruption_asks_each_run_once_and_waits_for_it(
         if next(waits) > 500:
             raise AssertionError("the runs have not begun")
         if len(list(tmp_path.glob("*.began"))) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            raise KeyboardInterrupt
         pause(0.02)
 
     pause = time.sleep
-    monkeypatch.setattr("training.ablation_runs.time.sleep", look)
+    monkeypatch.setattr("training.studies.ablation_runs.time.sleep", look)
     with pytest.raises(KeyboardInterrupt, match="14 runs left; the same command goes on"):
         train_all(planned, 2, lambda _: None)
     assert len(list(tmp_path.glob("*.saved"))) == 2

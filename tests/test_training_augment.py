@@ -10,14 +10,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from efficientnet.datasets import load_dataset
-from efficientnet.preprocess import ImageError
-from training.augment import Augmentation, draw_crop, resize
-from training.config import TrainConfig
-from training.device_augment import BatchRandAugment, apply
-from training.mixing import mix
-from training.progressive import Stage, plan_stages
-from training.randaugment import (
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import ImageError
+from training.batches.augmentation import Augmentation, draw_crop, resize
+from training.batches.device_augmentation import BatchRandAugment, apply
+from training.batches.mixing import mix
+from training.batches.randaugment import (
     OPERATIONS,
     SIGNED_OPERATIONS,
     Operation,
@@ -25,7 +23,9 @@ from training.randaugment import (
     Strength,
     draw_operations,
 )
-from training.recipes import digits_recipe, imagenet_recipe
+from training.recipe.config import TrainConfig
+from training.recipe.recipes import digits_recipe, imagenet_recipe
+from training.recipe.stages import Stage, plan_stages
 
 SIZE = 224
 GRAY = (128, 128, 128)

@@ -8,12 +8,12 @@ import torch
 from small_trainings import step_of, with_stages
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from efficientnet.model import EfficientNet
-from training.config import TrainConfig
-from training.loader import Batch
-from training.progressive import Stage, plan_stages
-from training.recipes import digits_recipe
-from training.step import TrainStep
+from efficientnet.network.model import EfficientNet
+from training.batches.loader import Batch
+from training.learning.step import TrainStep
+from training.recipe.config import TrainConfig
+from training.recipe.recipes import digits_recipe
+from training.recipe.stages import Stage, plan_stages
 
 
 def config(**changes: object) -> TrainConfig:
@@ -78,8 +78,8 @@ def test_another_dropout_rate_learning_rate_or_magnitude_compiles_nothing(
 def test_a_compiled_run_ends_where_an_eager_one_does(
     counter: CompileCounterWithBackend, tmp_path: Path
 ):
-    from training.metrics import read_metrics
     from training.run import main
+    from training.running.metrics import read_metrics
 
     recipe = replace(
         digits_recipe("tiny"), epochs=2, steps=4, batch_size=256, stochastic_depth_rate=0.0

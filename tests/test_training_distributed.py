@@ -14,17 +14,16 @@ from small_trainings import small_run, with_stages
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from training_processes import end, require_equal, saved_state, start, start_ranks
 
-from training.config import TrainConfig
-from training.distributed import (
+from training.batches.sampler import StepPlan
+from training.learning.distributed import (
     MEETING_PORT,
     DistributedError,
-    Ranks,
     join_ranks,
     meeting_store,
 )
-from training.metrics import read_metrics
-from training.run import find_run
-from training.sampler import StepPlan
+from training.recipe.config import TrainConfig
+from training.run import directory_of
+from training.running.metrics import read_metrics
 
 # Between processes only the order of additions differs, and training makes that grow. The held-out
 # loss of this run, on one process, differs by 3.3e-5 between AVX-512 and AVX2 and by 1.5e-4 between
@@ -89,7 +88,7 @@ def test_the_statistics_of_batch_norm_do_not_depend_on_the_number_of_processes(t
 
 
 def die_at_step(rank: int, step: int) -> None:
-    from training.step import TrainStep
+    from training.learning.step import TrainStep
 
     call = TrainStep.__call__
 
@@ -189,4 +188,4 @@ def test_a_run_that_torchrun_may_restart_needs_a_name(
 ):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="give it a name with --name"):
-        find_run(config(tmp_path, name=None), Ranks(0, 1, torch.device("cpu")))
+        directory_of(config(tmp_path, name=None))

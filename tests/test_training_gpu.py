@@ -11,12 +11,12 @@ from test_training_compile import batches, config, take_steps
 from test_training_resume import die_at_call
 from training_processes import end, start
 
-from efficientnet.variants import NetworkOptions
-from training.memory import MemoryModel, peak_memory_bytes, reset_peak_memory
-from training.metrics import read_metrics
-from training.prefetch import on_device
-from training.progressive import plan_stages
-from training.recipes import digits_recipe, imagenet_recipe
+from efficientnet.network.variants import NetworkOptions
+from training.batches.prefetch import on_device
+from training.learning.memory import MemoryModel, peak_memory_bytes, reset_peak_memory
+from training.recipe.recipes import digits_recipe, imagenet_recipe
+from training.recipe.stages import plan_stages
+from training.running.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,15 +15,16 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from efficientnet.atomic import sha256_of_file
-from efficientnet.checkpoint import read_checkpoint
-from efficientnet.preprocess import preprocess
+from efficientnet.formats.checkpoint import read_checkpoint
+from efficientnet.images.preprocess import preprocess
+from efficientnet.machine.atomic import sha256_of_file
+from efficientnet.network.variants import VARIANTS
+from efficientnet.network.weights import WeightsError
 from efficientnet.runtimes import open_runtime
-from efficientnet.variants import VARIANTS
-from efficientnet.weights import WeightsError
-from training import import_weights, published
+from training import import_weights
 from training.import_weights import ImportConfig
-from training.published import load_published, published_entries
+from training.inputs import published_weights as published
+from training.inputs.published_weights import load_published, published_entries
 
 # float32 through some 50 layers, relative to the largest logit.
 FLOAT32_TOLERANCE = 1e-5

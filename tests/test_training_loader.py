@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientnet.datasets import Sample, load_dataset
-from efficientnet.preprocess import ImageError, PreprocessSpec
-from training.augment import Augmentation
-from training.loader import Batch, eval_batches, train_batches
-from training.progressive import plan_stages
-from training.recipes import digits_recipe, imagenet_recipe
-from training.sampler import StepPlan, StepSampler
+from efficientnet.images.datasets import Sample, load_dataset
+from efficientnet.images.preprocess import ImageError, PreprocessSpec
+from training.batches.augmentation import Augmentation
+from training.batches.loader import Batch, eval_batches, train_batches
+from training.batches.sampler import StepPlan, StepSampler
+from training.recipe.recipes import digits_recipe, imagenet_recipe
+from training.recipe.stages import plan_stages
 
 CONFIG = replace(digits_recipe("tiny"), epochs=2, batch_size=16, micro_batch_size=8)
 PLAN = StepPlan(100, CONFIG, [8] * 4)

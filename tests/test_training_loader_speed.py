@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientnet.environment import current_environment
+from efficientnet.machine.environment import current_environment
 from training.loader_speed import (
     CONTENDERS,
     LoaderCase,

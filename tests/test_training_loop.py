@@ -9,18 +9,20 @@ import pytest
 import torch
 from small_trainings import epoch_metrics
 from torch.utils.tensorboard.writer import SummaryWriter
-from training_processes import require_equal, saved_state
+from training_processes import end, require_equal, saved_state, start
 
-from efficientnet.checkpoint import load_checkpoint, read_checkpoint
-from efficientnet.variants import NetworkOptions
-from training import loop, trainer
-from training.loop import StepReport, TrainingError
-from training.metrics import draw_curves, read_metrics
-from training.optim import WeightAverage, build_optimizer, learning_rate_at
-from training.recipes import digits_recipe, imagenet_recipe
+from efficientnet.formats.checkpoint import load_checkpoint, read_checkpoint
+from efficientnet.network.variants import NetworkOptions
+from training.learning import epoch as loop
+from training.learning.epoch import StepReport, TrainingError
+from training.learning.optim import WeightAverage, build_optimizer, learning_rate_at
+from training.learning.state import new_state
+from training.learning.step import TrainStep
+from training.recipe.recipes import digits_recipe, imagenet_recipe
 from training.run import ResumeConfig, main
-from training.state import new_state
-from training.step import TrainStep
+from training.running import trainer
+from training.running.metrics import draw_curves, loss_axis_end, read_metrics
+from training.running.run_folder import is_complete
 
 
 def tiny_config(output: Path, **changes: object):
@@ -34,8 +36,8 @@ def state_of(run: Path) -> dict:
     return torch.load(run / "checkpoint" / "train_state.pt", weights_only=True)["state"]
 
 
-def stop_after(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send the process what Ctrl-C or Slurm sends, during a step."""
+def stop_after(step: int, number: signal.Signals) -> None:
+    """Send this process what Ctrl-C or Slurm sends, during a step: for `start`."""
     original = trainer.ProgressBar.update
     seen = iter(range(1, 10_000))
 
@@ -44,7 +46,7 @@ def stop_after(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatc
         if next(seen) == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(trainer.ProgressBar, "update", update)
+    trainer.ProgressBar.update = update
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +82,10 @@ def test_a_small_network_learns_the_digits(tmp_path: Path):
 
 @pytest.mark.parametrize(("stop_step", "number"), [(3, signal.SIGINT), (17, signal.SIGTERM)])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
-    stop_step: int,
-    number: signal.Signals,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop_step: int, number: signal.Signals, whole: Path, tmp_path: Path
 ):
-    with monkeypatch.context() as patch:
-        stop_after(stop_step, number, patch)
-        with pytest.raises(KeyboardInterrupt, match="--resume") as interrupt:
-            main(tiny_config(tmp_path / "cut"))
+    assert end(start(tiny_config(tmp_path / "cut"), stop_after, stop_step, number)) == [1]
     (cut,) = [p for p in (tmp_path / "cut").iterdir() if p.is_dir()]
-    assert str(cut) in str(interrupt.value)
     # The flag is looked at before a step, which is then still taken.
     assert state_of(cut)["step"] == stop_step + 1
     assert not (tmp_path / "cut" / "latest").exists()
@@ -141,7 +135,16 @@ def test_a_full_disk_ends_tensorboards_log_and_not_the_training(
 
 def test_curves_are_drawn_of_any_number_of_stages(tmp_path: Path):
     epochs = [epoch_metrics(number, stage=number) for number in range(1, 31)]
-    assert draw_curves(tmp_path, epochs, "thirty stages").is_file()
+    assert draw_curves(tmp_path, epochs, "thirty stages", 10).is_file()
+
+
+def test_a_spike_does_not_stretch_the_loss_axis(tmp_path: Path):
+    usual = [epoch_metrics(n, train_loss=1.0 + 1 / n, val_loss=0.9) for n in range(1, 9)]
+    end = loss_axis_end(usual, 10)
+    assert 2.0 < end < 1.5 * math.log(10)
+    spiked = [*usual, epoch_metrics(9, val_loss=37.5), epoch_metrics(10, val_loss=24_133.0)]
+    assert loss_axis_end(spiked, 10) == pytest.approx(1.5 * math.log(10))
+    assert draw_curves(tmp_path, spiked, "a spike", 10).is_file()
 
 
 @pytest.mark.parametrize(
@@ -231,22 +234,27 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, steps: set[int], attempts: set[int]
     monkeypatch.setattr(TrainStep, "__call__", failing)
 
 
-def test_weights_that_are_not_finite_are_never_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["classifier.1.bias", "features.0.1.running_var"])
+@pytest.mark.parametrize("is_averaged", [False, True])
+def test_a_run_that_ends_with_values_that_are_not_finite_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_averaged: bool
 ):
     call = TrainStep.__call__
 
     def poisoning(self: TrainStep, *args: object) -> object:
         result = call(self, *args)
-        if self._state.step == 22:
+        state = self._state
+        if state.step == 22:
             with torch.no_grad():
-                self._state.model.classifier[1].bias[0] = math.inf
+                tensors = state.average.tensors if is_averaged else state.model.state_dict()
+                tensors[name][0] = math.inf
         return result
 
     monkeypatch.setattr(TrainStep, "__call__", poisoning)
-    with pytest.raises(TrainingError, match="a weight is not finite after step 22"):
+    with pytest.raises(TrainingError, match=rf"{name} .* step 22 .*checkpoints/step-0000011;"):
         main(tiny_config(tmp_path, name="run"))
     assert read_checkpoint(tmp_path / "run" / "checkpoint").step == 11
+    assert not is_complete(tmp_path / "run") and not (tmp_path / "latest").exists()
 
 
 def test_a_run_can_be_given_by_its_steps(tmp_path: Path):

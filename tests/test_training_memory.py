@@ -1,25 +1,32 @@
 """How much a pass holds, and the batch plan made of it."""
 
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_trainings import step_of
+from small_trainings import small_run, step_of, with_stages
 
-from efficientnet.checkpoint import read_checkpoint
-from efficientnet.model import build_model
-from efficientnet.variants import VARIANTS, NetworkOptions
+from efficientnet.formats.checkpoint import read_checkpoint
+from efficientnet.network.model import build_model
+from efficientnet.network.variants import VARIANTS, NetworkOptions
 from training import run as command
-from training.config import TrainConfig
-from training.memory import (
+from training.learning import epoch as loop
+from training.learning.memory import (
     BatchTooLargeError,
     MemoryModel,
     plan_micro_batches,
+    require_batch_norm_fits,
     saved_bytes,
 )
-from training.progressive import plan_stages
-from training.recipes import digits_recipe, imagenet_recipe
+from training.recipe.config import TrainConfig
+from training.recipe.recipes import digits_recipe, imagenet_recipe
+from training.recipe.stages import plan_stages
 
 OPTIONS = NetworkOptions()
 GIGABYTE = 1e9
@@ -65,6 +72,35 @@ def test_memory_plan_takes_the_largest_part_of_the_batch_that_fits_each_stage():
     assert all(128 % size == 0 for size in plan(config, limit, world_size=4))
 
 
+def test_a_stage_after_a_larger_one_has_a_peak_of_its_own():
+    # In a process of its own: how the C library frees memory is set for all of it.
+    code = """
+import torch
+from training.learning.memory import *
+cpu = torch.device("cpu")
+keep_freed_memory()
+def peak_of(num_bytes):
+    give_back_freed_memory(cpu)
+    assert reset_peak_memory(cpu)
+    parts = [torch.ones(num_bytes // 40) for _ in range(10)]
+    return peak_memory_bytes(cpu)
+large, small = peak_of(400_000_000), peak_of(40_000_000)
+assert large - small > 300_000_000, (large, small)
+"""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this container does not let a process start a new count of its peak")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_peak_that_cannot_be_counted_anew_is_not_a_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop, "reset_peak_memory", lambda _: False)
+    command.main(replace(small_run(tmp_path), epochs=3))
+    rows = re.findall(r"^\| [123] \| \d+ px .*", (tmp_path / "run/report.md").read_text(), re.M)
+    assert len(rows) == 3 and all(row.endswith("| - |") for row in rows)
+
+
 def test_half_precision_fits_about_twice_as_many():
     config = replace(imagenet_recipe("tiny"), batch_size=512, batch_plan="memory")
     full, half = (plan(replace(config, precision=p), 0.1 * GIGABYTE) for p in ("fp32", "bf16"))
@@ -97,6 +133,38 @@ def test_a_share_without_small_divisors_is_refused_by_the_pass_it_would_take():
     config = replace(digits_recipe("tiny"), batch_size=521, batch_plan="memory")
     with pytest.raises(BatchTooLargeError, match="a pass of 521 images, the smallest that divides"):
         plan(config, 0.02 * GIGABYTE)
+
+
+@pytest.mark.parametrize(("image_size", "fits"), [(32, False), (33, True)])
+def test_a_pass_of_one_image_is_refused_where_batch_norm_cannot_take_it(
+    image_size: int, fits: bool
+):
+    recipe = digits_recipe("b0")
+    one_size = replace(recipe.progressive, image_size=(image_size, image_size))
+    recipe = replace(recipe, progressive=one_size, batch_size=4, micro_batch_size=1)
+    stages = plan_stages(recipe.progressive)
+    model = build_model(VARIANTS["b0"], 10, 0.0, OPTIONS).train()
+    refused = nullcontext() if fits else pytest.raises(ValueError, match=f"at {image_size} px")
+    torchs = nullcontext() if fits else pytest.raises(ValueError, match="more than 1 value")
+    with refused:
+        require_batch_norm_fits(recipe, stages, 1)
+    with torchs:
+        model(torch.zeros(1, 3, image_size, image_size))
+    require_batch_norm_fits(replace(recipe, micro_batch_size=2), stages, 2)
+    shared = replace(recipe, micro_batch_size=None)
+    require_batch_norm_fits(shared, stages, 2)
+    with refused:
+        require_batch_norm_fits(shared, stages, 4)
+    with refused:
+        require_batch_norm_fits(replace(shared, batch_plan="memory"), stages, 4)
+
+
+def test_a_batch_that_batch_norm_cannot_take_starts_no_run(tmp_path: Path):
+    recipe = with_stages(replace(digits_recipe("b0"), batch_size=1, output=tmp_path), 1)
+    one_size = replace(recipe.progressive, image_size=(32, 32))
+    with pytest.raises(ValueError, match="single pixel"):
+        command.main(replace(recipe, progressive=one_size))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_with_a_memory_plan_keeps_batch_and_schedule(

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from training.config import ProgressiveConfig
-from training.progressive import plan_stages, stage_index
-from training.recipes import PAPER_PROGRESSIVE, RELEASED_PROGRESSIVE, imagenet_recipe
+from training.recipe.config import ProgressiveConfig
+from training.recipe.recipes import PAPER_PROGRESSIVE, RELEASED_PROGRESSIVE, imagenet_recipe
+from training.recipe.stages import plan_stages, stage_index
 
 # Algorithm 1 with M = 4 applied to Table 6, recounted by hand; sizes truncated.
 EXPECTED = {

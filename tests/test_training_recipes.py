@@ -5,18 +5,30 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from small_trainings import epoch_metrics
 
-from efficientnet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
-from efficientnet.model import EfficientNet, build_model
-from efficientnet.variants import VARIANTS, NetworkOptions
-from training import start
-from training.augment import Augmentation
-from training.config import config_from_json, config_to_json
-from training.progressive import plan_stages
-from training.published import PublishedWeights
-from training.recipes import RECIPES, digits_recipe, imagenet_recipe
-from training.run import main, parse
-from training.state import new_state
+from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
+from efficientnet.network.model import EfficientNet, build_model
+from efficientnet.network.variants import VARIANTS, NetworkOptions
+from training.batches.augmentation import Augmentation
+from training.batches.sampler import StepPlan
+from training.inputs import initial_weights as start
+from training.inputs.named_sets import NAMED_SETS
+from training.inputs.published_weights import PublishedWeights
+from training.inputs.training_data import NAMED_FACTS
+from training.learning.state import new_state
+from training.recipe.config import config_from_json, config_to_json
+from training.recipe.recipes import (
+    FITTED_RECIPES,
+    RECIPES,
+    RecipeFacts,
+    choose_recipe,
+    digits_recipe,
+    imagenet_recipe,
+)
+from training.recipe.stages import plan_stages
+from training.run import main, misfits, parse
+from training.running.trainer import signs_of_failure
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -36,7 +48,7 @@ def test_every_variant_has_a_recipe_for_a_folder_and_one_for_the_digits(variant:
 def test_v1_and_the_b_models_train_at_one_size_with_autoaugment(
     variant, train_size, eval_size, dropout
 ):
-    recipe = parse([variant, "--data", "."])
+    recipe = parse([variant, "--data", "imagenet"])
     (stage,) = plan_stages(recipe.progressive)
     assert (stage.image_size, stage.dropout_rate) == (train_size, dropout)
     assert stage.randaugment_magnitude == stage.mixup_alpha == 0 and recipe.autoaugment
@@ -158,8 +170,142 @@ def test_recipes_are_chosen_by_name_with_any_data():
     assert digits == replace(digits_recipe("v2-b0"), data="cifar10")
 
 
+def facts(num_images: int, **changes: int) -> RecipeFacts:
+    return replace(RecipeFacts(num_images, 4, 32), **changes)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_classes", "has_weights", "recipe"),
+    [
+        (3_200, 4, False, "small"),
+        (3_200, 4, True, "small-finetune"),
+        (299_999, 20_000, False, "small"),
+        (1_281_167, 1_000, False, "imagenet"),
+        (1_281_167, 1_000, True, "finetune"),
+        (12_000_000, 21_841, False, "pretrain"),
+    ],
+)
+def test_the_recipe_follows_from_images_classes_and_weights(
+    num_images: int, num_classes: int, has_weights: bool, recipe: str
+):
+    chosen, reason = choose_recipe(facts(num_images, num_classes=num_classes), has_weights)
+    assert chosen == recipe
+    assert f"{num_images:,}" in reason and f"{num_classes:,}" in reason
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pets")
+    for name in ("cat", "dog"):
+        (folder / name).mkdir()
+        for index in range(50):
+            Image.new("RGB", (120, 97 + index % 3), (index, 0, 0)).save(
+                folder / name / f"{index}.png"
+            )
+    return folder
+
+
+def test_a_small_folder_is_trained_at_its_own_size_in_batches_it_can_fill(pets: Path):
+    recipe = parse(["v2-b0", "--data", str(pets)])
+    assert recipe.recipe == "small" and "80 training images" in recipe.recipe_reason
+    assert "of 2 classes, 98 px" in recipe.recipe_reason
+    assert recipe.eval_image_size == recipe.progressive.image_size[1] == 96
+    assert recipe.batch_size == 16 and recipe.epochs == 100
+    assert config_from_json(config_to_json(recipe)) == recipe
+
+
+def test_what_is_asked_for_changes_what_follows_from_it(pets: Path):
+    usual = parse(["v2-b0", "--data", str(pets)])
+    short = parse(["v2-b0", "--data", str(pets), "--epochs=2", "--batch_size", "4"])
+    assert (short.epochs, short.batch_size) == (2, 4)
+    assert short.progressive.num_stages == 2
+    assert short.optimizer.ema_decay < usual.optimizer.ema_decay
+    assert short.optimizer.warmup_epochs < usual.optimizer.warmup_epochs
+    asked = parse(["v2-b0", "--data", str(pets), "--optimizer.ema-decay", "0.5"])
+    assert asked.optimizer.ema_decay == 0.5
+    steps = parse(["v2-b0", "--data", str(pets), "--steps", "30"])
+    assert steps.steps == 30 and steps.optimizer.warmup_epochs == pytest.approx(0.05 * 30 / 5)
+
+
+def test_asking_for_a_recipe_or_named_data_looks_at_no_images():
+    assert parse(["v2-s", "--data", "/nowhere", "--recipe", "imagenet"]).recipe_reason == ""
+    assert parse(["v2-s", "--data", "imagenet"]).recipe == "imagenet"
+    cifar = parse(["v2-b0", "--data", "cifar10"])
+    assert (cifar.recipe, cifar.eval_image_size, cifar.batch_size) == ("small", 64, 256)
+    with pytest.raises(FileNotFoundError, match="no data at /nowhere"):
+        parse(["v2-s", "--data", "/nowhere"])
+
+
+def test_named_sets_have_their_facts():
+    assert set(NAMED_FACTS) == set(NAMED_SETS)
+
+
+@pytest.mark.parametrize("num_images", [2, 10, 80, 500, 3_200, 50_000, 299_999])
+@pytest.mark.parametrize("variant", ["tiny", "v2-b0", "v2-s", "b7"])
+def test_a_fitted_recipe_fills_batches_and_warms_up_and_averages_within_the_run(
+    num_images: int, variant: str
+):
+    for fitted in FITTED_RECIPES.values():
+        recipe = fitted(variant, "paper", facts(num_images))
+        recipe.require_stages_fit()
+        plan = StepPlan(num_images, recipe, (recipe.batch_size,) * recipe.progressive.num_stages)
+        optimizer = recipe.optimizer
+        assert 2 <= recipe.batch_size <= 256
+        assert optimizer.warmup_epochs * plan.steps_per_epoch <= 0.06 * plan.num_steps
+        assert 1 / (1 - optimizer.ema_decay) <= 0.06 * plan.num_steps + 2
+        peak = optimizer.learning_rate * recipe.batch_size / 256
+        small = fitted(variant, "paper", facts(num_images, batch_size=64)).optimizer
+        ratio = peak / (small.learning_rate * 64 / 256)
+        assert ratio == pytest.approx((recipe.batch_size / 64) ** 0.5, rel=0.01)
+
+
+def test_fine_tuning_takes_the_size_of_the_weights(trained: Path, pets: Path):
+    args = ["tiny", "--data", str(pets), "--weights", str(trained)]
+    recipe = parse(args)
+    assert recipe.recipe == "small-finetune" and "--weights to start from" in recipe.recipe_reason
+    assert recipe.progressive.image_size == (32, 32)
+    assert start.start_image_size("timm:tf_efficientnetv2_s.in1k") == 384
+    assert start.start_image_size("somewhere.pth") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "signs"),
+    [
+        ({"train_loss": 2.5, "val_loss": 24_133.0}, ("24,133", "2.5")),
+        ({"train_loss": 1.2, "val_loss": 1.5}, ()),
+        ({"train_loss": 1.2, "val_loss": 37.5}, ("37.5",)),
+        ({"train_loss": 2.5, "val_loss": 1.2}, ("2.5",)),
+    ],
+)
+def test_losses_that_explode_are_said(changes: dict[str, float], signs: tuple[str, ...]):
+    said = signs_of_failure(epoch_metrics(3, **changes), num_classes=4)
+    assert len(said) == len(signs)
+    for text, sign in zip(reversed(said), signs, strict=True):
+        assert sign in text and "1.39" in text
+
+
+def test_an_explosion_is_said_in_the_epoch_it_happens(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["--epochs", "2", "--optimizer.learning-rate", "300", "--num-workers", "0"]
+    main(parse(["tiny", "--data", str(pets), "--output", str(tmp_path), *flags]))
+    lines = capsys.readouterr().err.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch   2")]
+    assert len(epochs) > 1 and any("guessing" in line for line in epochs)
+
+
+def test_values_that_do_not_fit_the_number_of_steps_are_said():
+    recipe = replace(imagenet_recipe("tiny"), epochs=8, batch_size=32, micro_batch_size=None)
+    said = misfits(StepPlan(64, recipe, (32,) * 4))
+    assert any("warmup_epochs" in text for text in said)
+    assert any("batch_norm_momentum" in text for text in said)
+    assert not misfits(StepPlan(1_281_167, imagenet_recipe("v2-s"), (32,) * 4))
+    small = FITTED_RECIPES["small"]("v2-b0", "paper", facts(3_200))
+    assert not misfits(StepPlan(3_200, small, (64,) * 4))
+
+
 def test_the_schedule_decides_the_recipes_values():
-    released = parse(["v2-m", "--data", ".", "--schedule", "released"])
+    released = parse(["v2-m", "--data", ".", "--recipe", "imagenet", "--schedule", "released"])
     assert released == replace(imagenet_recipe("v2-m", "released"), data=".")
     assert released.progressive.cutmix_alpha == (0, 0.2)
     assert parse(["v2-m", "--schedule", "fixed"]).progressive.schedule == "fixed"

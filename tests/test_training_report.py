@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 from small_trainings import epoch_metrics
 
-from efficientnet.environment import current_environment
-from training.loop import Evaluation
-from training.progressive import plan_stages
-from training.recipes import digits_recipe
-from training.report import (
+from efficientnet.machine.environment import current_environment
+from efficientnet.reporting.class_accuracy import ClassAccuracy, count_classes, is_at_chance
+from training.learning.epoch import Evaluation
+from training.recipe.recipes import digits_recipe
+from training.recipe.stages import plan_stages
+from training.running.report import (
     FinalEvaluation,
     StageResult,
     confused_pairs,
@@ -29,17 +30,27 @@ def report_of(
     top1s: tuple[float, ...] = (0.5, 0.9),
     seconds: float = 20.0,
     world_size: int = 1,
+    top1: float = 0.85,
+    counts: tuple[list[int], list[int]] | None = None,
 ) -> str:
     config = replace(digits_recipe("tiny"), eval_image_size=40, data="/somewhere/pets")
     stages = [
         StageResult(stage, 32, 2, 11, 1408, seconds, 250_000_000)
         for stage in plan_stages(config.progressive)
     ]
+    images, hits = [0] * len(class_names), [0] * len(class_names)
+    for index, row in enumerate(confusion or CONFUSION):
+        images[index], hits[index] = sum(row), row[index]
+    images, hits = counts or (images, hits)
+    classes = ClassAccuracy(tuple(images), tuple(hits))
     evaluations = [
         FinalEvaluation(
-            weights, size, size == 32, Evaluation(0.25, top1 + size / 1000, 1.0, 84, confusion)
+            weights,
+            size,
+            size == 32,
+            Evaluation(0.25, top1 + size / 1000, 1.0, 84, classes, confusion),
         )
-        for weights, top1 in (("averaged", 0.85), ("raw", 0.8))
+        for weights, top1 in (("averaged", top1), ("raw", 0.8))
         for size in (32, 40)
     ]
     path = write_report(
@@ -67,9 +78,49 @@ def test_the_verdict_is_of_the_averaged_weights_at_the_evaluation_size(tmp_path:
 
 def test_both_weights_stand_at_both_sizes(tmp_path: Path):
     text = report_of(tmp_path)
-    assert "| averaged | 32 px | last stage | 88.20 % | 100.00 % | 0.2500 |" in text
+    assert "| averaged | 32 px | last stage | 88.20 % | 91.67 % | 0.2500 |" in text
     assert "| averaged | 40 px | evaluation | 89.00 % |" in text
     assert "| raw | 40 px | evaluation | 84.00 % |" in text
+
+
+@pytest.mark.parametrize(("num_classes", "is_shown"), [(3, False), (5, False), (6, True)])
+def test_top5_stands_only_where_it_can_be_wrong(tmp_path: Path, num_classes: int, is_shown: bool):
+    text = report_of(tmp_path, tuple(f"class {i}" for i in range(num_classes)), confusion=None)
+    assert ("top-5" in text) == is_shown and ("100.00 %" in text) == is_shown
+
+
+def test_each_class_has_its_share_and_recall_and_the_largest_stands_beside_top1(tmp_path: Path):
+    text = report_of(tmp_path)
+    assert "| cat | 36 | 42.9 % | 83.3 % |" in text
+    assert "| a/b | 12 | 14.3 % | 100.0 % |" in text
+    summary = text.split("\n\n")[1]
+    assert "cat" in summary and "42.9 %" in summary and "91.7 %" in summary
+    assert "not clearly above" not in text
+
+
+def test_a_class_for_every_picture_is_no_success_in_the_headline(tmp_path: Path):
+    confusion = ((56, 0, 0), (16, 0, 0), (12, 0, 0))
+    text = report_of(tmp_path, ("thing", "dog", "fox"), confusion, top1=56 / 84 - 0.04)
+    assert text.startswith("# tiny on pets: 66.7 % top-1 (not clearly above always naming the")
+    assert is_at_chance(0.7, 56 / 84, 84) and not is_at_chance(0.7, 56 / 84, 84_000)
+    assert "| thing | 56 | 66.7 % | 100.0 % |" in text and "| dog | 16 | 19.0 % | 0.0 % |" in text
+
+
+def test_recall_balance_and_largest_share_follow_from_the_counts():
+    classes = count_classes([0, 0, 0, 0, 1, 1, 3], [0, 0, 1, 0, 1, 0, 0], 4)
+    assert classes.images == (4, 2, 0, 1) and classes.hits == (3, 1, 0, 0)
+    assert classes.recalls == (0.75, 0.5, None, 0.0)
+    assert classes.balanced == pytest.approx((0.75 + 0.5 + 0.0) / 3)
+    assert (classes.largest, classes.largest_share) == (0, pytest.approx(4 / 7))
+
+
+def test_a_hundred_and_one_classes_list_the_worst_only(tmp_path: Path):
+    images = [10] * 150
+    hits = [10] * 150
+    hits[77] = 1
+    text = report_of(tmp_path, tuple(f"c{i}" for i in range(150)), None, counts=(images, hits))
+    assert "| c77 | 10 | 0.7 % | 10.0 % |" in text
+    assert len(re.findall(r"^\| c\d+ \|", text, re.MULTILINE)) == 20
 
 
 def test_each_stage_has_its_row_with_speed_and_memory(tmp_path: Path):

@@ -3,24 +3,31 @@
 import errno
 import itertools
 import logging
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from PIL import Image
+from processes import wait_until
 from small_trainings import small_run
 from training_processes import die_after, end, require_equal, saved_state, start
 
-from efficientnet.atomic import point_link
-from efficientnet.checkpoint import CheckpointError, load_checkpoint
-from training import rundir
-from training.distributed import Ranks
-from training.metrics import read_metrics
-from training.run import ResumeConfig, find_run, main
-from training.rundir import read_run, remove_unfinished
+from efficientnet.errors import PipelineError
+from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint
+from efficientnet.machine.atomic import point_link
+from efficientnet.machine.locking import LockedError
+from efficientnet.runtimes import open_runtime
+from training.learning.epoch import StepReport, TrainingError
+from training.run import ResumeConfig, directory_of, main, parse
+from training.running import run_folder as rundir
+from training.running import trainer
+from training.running.metrics import read_metrics
+from training.running.run_folder import read_run, remove_unfinished
 
 NUM_KILLS = 10
 
@@ -86,7 +93,7 @@ def die_at_call(name: str, number: int) -> None:
 
 
 def die_while_writing_weights(number: int) -> None:
-    from efficientnet import checkpoint
+    from efficientnet.formats import checkpoint
 
     calls = iter(range(1, 1000))
     original = checkpoint.save
@@ -167,8 +174,8 @@ def test_torchrun_would_go_back_to_a_given_checkpoint_at_each_restart(
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     older = tmp_path / "run" / "checkpoints" / "step-0000002"
     with pytest.raises(ValueError, match=r"go back to .*step-0000002 at each restart"):
-        find_run(ResumeConfig(older), Ranks(0, 1, torch.device("cpu")))
-    assert find_run(ResumeConfig(tmp_path / "run"), Ranks(0, 1, torch.device("cpu")))[1]
+        directory_of(ResumeConfig(older))
+    assert directory_of(ResumeConfig(tmp_path / "run")) == tmp_path / "run"
 
 
 def test_a_complete_run_is_not_trained_again(whole: Path):
@@ -212,6 +219,71 @@ def test_a_run_is_not_resumed_with_another_class_list_or_other_images(tmp_path: 
         main(ResumeConfig(tmp_path / "run"))
 
 
+def test_a_run_whose_images_have_moved_is_resumed_by_data_and_remembers_it(tmp_path: Path):
+    data, moved = tmp_path / "data", tmp_path / "moved"
+    write_classes(data, ("cat", "dog"))
+    begun = config(tmp_path, data=str(data), batch_size=16, micro_batch_size=16)
+    assert end(start(begun, die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
+    data.rename(moved)
+    flags = ["tiny", "--resume", str(tmp_path / "run"), "--data", str(moved)]
+    (moved / "dog" / "0.png").rename(tmp_path / "aside.png")
+    with pytest.raises(CheckpointError, match=r"are not those that .*--data"):
+        main(parse(flags))
+    (tmp_path / "aside.png").rename(moved / "dog" / "0.png")
+    assert end(start(parse(flags))) == [0]
+    _, record = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert (record.data, record.train_config["data"]) == (str(moved), str(moved))
+
+
+def test_resume_takes_the_flags_of_its_run_and_names_those_that_differ(whole: Path, tmp_path: Path):
+    assert end(start(config(tmp_path), die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
+    run = tmp_path / "run"
+    own = ["tiny", "--recipe", "digits", "--epochs", "3", "--batch-size", "256", "--name", "run"]
+    for flag, value, named in (
+        ("--epochs", "4", "epochs 3 and now 4"),
+        ("--recipe", "imagenet", "recipe digits and now imagenet"),
+        ("--name", "other", "name run and now other"),
+        ("--optimizer.weight-decay", "0.5", r"weight_decay \S+ and now 0.5"),
+        ("--output", "elsewhere", "not in --output elsewhere"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            main(parse([*own, "--resume", str(run), flag, value]))
+    assert end(start(parse([*own, "--resume", str(run), "--keep-checkpoints", "3"]))) == [0]
+    require_same_run(run, whole)
+
+
+def test_two_processes_do_not_train_one_run(whole: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    first = start(config(tmp_path), wait_at_step, 3, tmp_path / "go")
+    assert wait_until(lambda: (tmp_path / "waits").exists(), 60)
+    for command in (config(tmp_path), ResumeConfig(run)):
+        with pytest.raises(LockedError, match=rf"{run} is in use by process {first.pid} .*lock"):
+            main(command)
+    (tmp_path / "go").touch()
+    assert end(first) == [0]
+    require_same_run(run, whole)
+
+
+def wait_at_step(step: int, go: Path) -> None:
+    update = trainer.ProgressBar.update
+
+    def waiting(self: trainer.ProgressBar, report: StepReport) -> None:
+        update(self, report)
+        if report.step == step:
+            go.with_name("waits").touch()
+            assert wait_until(go.exists, 60)
+
+    trainer.ProgressBar.update = waiting
+
+
+def test_a_copied_link_to_a_checkpoint_is_told(whole: Path, tmp_path: Path):
+    copy = tmp_path / "checkpoint"
+    shutil.copy(whole / "checkpoint", copy, follow_symlinks=False)
+    for read in (load_checkpoint, read_run, open_runtime):
+        with pytest.raises(PipelineError, match=r"link to checkpoints/step-0000015.*cp -rL"):
+            read(copy)
+
+
 def test_images_left_out_once_are_not_looked_for_again(tmp_path: Path):
     data = tmp_path / "data"
     write_classes(data, ("cat", "dog"), num_images=120)
@@ -245,9 +317,36 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole_and_training_goes_on(
     assert "step-0000004; training goes on and tries again" in log
 
 
-def test_a_full_disk_at_the_last_checkpoint_fails_the_run(tmp_path: Path):
-    last = tuple(range(4, 30))
-    assert end(start(config(tmp_path), fill_the_disk, tmp_path / "log", last)) == [1]
+def test_a_full_disk_at_the_last_checkpoint_fails_the_run_and_says_how_to_go_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original, calls = rundir.save_checkpoint, itertools.count(1)
+
+    def failing(*args: Any) -> object:
+        if next(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)
+
     run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "save_checkpoint", failing)
+        with pytest.raises(TrainingError, match=rf"disk is full.*step-0000005.*--resume {run}$"):
+            main(config(tmp_path))
     assert read_run(run).record.step == 5 and not (run / "report.md").exists()
-    load_checkpoint(run / "checkpoint")
+    assert end(start(ResumeConfig(run))) == [0]
+    require_same_run(run, whole)
+
+
+def test_a_dead_loader_worker_is_told_with_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    update = trainer.ProgressBar.update
+
+    def killing(self: trainer.ProgressBar, report: StepReport) -> None:
+        update(self, report)
+        if report.step == 3:
+            multiprocessing.active_children()[0].kill()
+
+    monkeypatch.setattr(trainer.ProgressBar, "update", killing)
+    with pytest.raises(TrainingError, match=r"--num-workers.*step-0000002.*--resume"):
+        main(config(tmp_path, num_workers=1))

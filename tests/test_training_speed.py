@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from efficientnet.environment import current_environment
-from efficientnet.publishing import PublishError
-from efficientnet.records import TrainingSpeedRecord, append_record, read_records
-from training.recipes import imagenet_recipe
+from efficientnet.formats.records import TrainingSpeedRecord, append_record, read_records
+from efficientnet.machine.environment import current_environment
+from efficientnet.reporting.publishing import PublishError
+from training.recipe.recipes import imagenet_recipe
 from training.speed import main
-from training.speed_paper import PAPER_ROWS
-from training.speed_plan import SpeedConfig, plan
-from training.speed_tables import document, publish, turn_ratios
+from training.studies.speed_paper import PAPER_ROWS
+from training.studies.speed_plan import SpeedConfig, plan
+from training.studies.speed_tables import document, publish, turn_ratios
 
 BEGIN, END = "<!-- training-speed: written by a command -->", "<!-- /training-speed -->"
 

@@ -11,11 +11,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from efficientnet.architectures import ARCHITECTURES
-from efficientnet.model import Dropout, build_model
-from efficientnet.variants import VARIANTS, NetworkOptions
-from efficientnet.layouts import names_in, timm_names
-from efficientnet.weights import WeightsError, convert_weights, recognize_layout
+from efficientnet.network.architectures import ARCHITECTURES
+from efficientnet.network.layouts import timm_names
+from efficientnet.network.model import Dropout, build_model
+from efficientnet.network.variants import VARIANTS, NetworkOptions
+from efficientnet.network.weights import WeightsError, convert_weights, recognize_layout
 
 # Largest |ours - theirs| over largest |theirs|, for each tensor as a whole: single gradients may be
 # the difference of large terms. Both sum in float64, whose rounding (1e-16) grows over up to 300

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from training import report, rundir
-from training.config import TrainConfig
+from training.learning.step import TrainStep
+from training.recipe.config import TrainConfig
 from training.run import ResumeConfig, main
-from training.step import TrainStep
+from training.running import report
+from training.running import run_folder as rundir
 
 # The server imports torch once; each child is a fork of it, and not of the threads of pytest. The
 # server does not get pytest's path, and passes over a name that it does not find.
@@ -68,10 +69,10 @@ def start_ranks(
     ]
 
 
-def end(*processes: BaseProcess) -> list[int | None]:
-    """Wait for processes; return their exit codes."""
+def end(*processes: BaseProcess, timeout: float = 240) -> list[int | None]:
+    """Wait for processes, kill those that do not end in time; return their exit codes."""
     for process in processes:
-        process.join(timeout=240)
+        process.join(timeout)
         if process.is_alive():
             process.kill()
             process.join()

@@ -20,14 +20,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.publishing import find_section
-from efficientnet.tables import format_percent
-from training.ablation_plan import AblationConfig, PlannedRun, plan_rounds, plan_rows
-from training.ablation_report import publish, section_name, write_files, write_results
-from training.ablation_results import read_record, read_result, seconds_left
-from training.ablation_runs import train_all
-from training.progress import format_seconds
-from training.rundir import is_complete
+from efficientnet.reporting.publishing import find_section
+from efficientnet.reporting.tables import format_percent
+from training.running.progress import format_seconds
+from training.running.run_folder import is_complete
+from training.studies.ablation_plan import AblationConfig, PlannedRun, plan_rounds, plan_rows
+from training.studies.ablation_report import publish, section_name, write_files, write_results
+from training.studies.ablation_results import read_record, read_result, seconds_left
+from training.studies.ablation_runs import train_all
 
 log = logging.getLogger(__name__)
 

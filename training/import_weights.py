@@ -19,15 +19,15 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from efficientnet.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import SAMPLE_PHOTOS
-from efficientnet.environment import current_environment
-from efficientnet.model import build_model
-from efficientnet.variants import get_variant
-from efficientnet.weights_file import WeightsError
-from training.published import PublishedWeights, load_published
-from training.rundir import point_latest_to
+from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.images.datasets import SAMPLE_PHOTOS
+from efficientnet.machine.environment import current_environment
+from efficientnet.network.model import build_model
+from efficientnet.network.variants import get_variant
+from efficientnet.network.weights_file import WeightsError
+from training.inputs.published_weights import PublishedWeights, load_published
+from training.running.run_folder import point_latest_to
 
 log = logging.getLogger(__name__)
 

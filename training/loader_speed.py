@@ -13,7 +13,6 @@ import gc
 import logging
 import multiprocessing
 import resource
-import signal
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -33,18 +32,19 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.loader import create_loader
 from tqdm import tqdm
 
-from efficientnet.atomic import write_text
 from efficientnet.command import parse_flags, run_command
-from efficientnet.datasets import Sample
-from efficientnet.environment import EnvironmentRecord, current_environment
 from efficientnet.errors import PipelineError
-from efficientnet.publishing import find_section, published_directory, write_section
-from efficientnet.tables import Table, format_ms, format_rate, format_ratio
-from training.config import MAX_RANDAUGMENT_MAGNITUDE, ProgressiveConfig
-from training.loader import train_batches
-from training.progressive import plan_stages
-from training.recipes import imagenet_recipe
-from training.sampler import StepPlan, StepSampler
+from efficientnet.images.datasets import Sample, find_image_files
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.children import obey_parent
+from efficientnet.machine.environment import EnvironmentRecord, current_environment
+from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
+from training.batches.loader import train_batches
+from training.batches.sampler import StepPlan, StepSampler
+from training.recipe.config import MAX_RANDAUGMENT_MAGNITUDE, ProgressiveConfig
+from training.recipe.recipes import imagenet_recipe
+from training.recipe.stages import plan_stages
 
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
 
@@ -55,6 +55,9 @@ SECTION = "loader"
 
 NUM_RANDAUGMENT_LAYERS = 2
 MIN_CROP_AREA = 0.05
+
+# For a process to end its loader's workers.
+EXIT_TIMEOUT_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +208,7 @@ def find_jpegs(folder: Path) -> tuple[Path, ...]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected one of JPEG images")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in JPEG_SUFFIXES)
+    files = [path for path in find_image_files(folder)[0] if path.suffix.lower() in JPEG_SUFFIXES]
     if not files:
         raise LoaderSpeedError(f"{folder} has no .jpg or .jpeg files: give a folder of photos")
     return tuple(files)
@@ -311,15 +314,13 @@ class LoaderProcess:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        self._process.join(timeout=5)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
+        self._process.join(EXIT_TIMEOUT_S)
+        self._process.kill()
+        self._process.join()
 
 
 def _serve(connection: Connection) -> None:
-    # Ctrl-C reaches the whole process group; the process that asks decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    obey_parent()
     # A spawned process would spawn its loader's workers too, which takes seconds; in training they
     # are started in the platform's way.
     multiprocessing.set_start_method(None, force=True)

@@ -6,38 +6,38 @@
     python training/run.py --resume runs/v2-s-20261122T101500Z
     torchrun --nproc-per-node 4 training/run.py v2-s --data FOLDER --name s1
 
-Without --data it trains on the handwritten digits that come with scikit-learn; with it, by the
-paper's recipe from scratch (imagenet).
---recipe imagenet | pretrain | finetune | transfer | digits: other values for all that follows.
+Without --data it trains on the handwritten digits that come with scikit-learn. With it the recipe
+follows from the number of images and classes and from whether there are --weights; the log says
+which was taken, and why.
+--recipe small | small-finetune | imagenet | pretrain | finetune | transfer | digits: other values
+for all that follows.
 --schedule paper | released | fixed | random: how image size and regularisation change.
 --weights starts from published weights or from a checkpoint, with a new classifier.
---resume goes on with an interrupted run, by the recipe it was started with.
+--resume goes on with an interrupted run, by the recipe it was started with; --data says where its
+images are now.
 --help after a variant lists what can be set.
 """
 
 import argparse
 import logging
 import sys
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast, get_args
 
 import tyro
 
-from efficientnet.checkpoint import CheckpointError, read_checkpoint
-from efficientnet.command import PROJECT_LOGGERS, parse_flags, run_command
-from efficientnet.variants import get_variant
-from training.config import (
-    Schedule,
-    TrainConfig,
-    changed_values,
-    config_from_json,
-    config_to_json,
-    flat_values,
-)
-from training.data import load_training_data
-from training.distributed import (
+from efficientnet.command import PROJECT_LOGGERS, run_command
+from efficientnet.formats.checkpoint import CheckpointError, read_checkpoint
+from efficientnet.machine.locking import LockedError, locked_folder
+from efficientnet.network.variants import get_variant
+from training.batches.sampler import StepPlan
+from training.inputs.initial_weights import load_start, log_start, start_image_size
+from training.inputs.training_data import load_training_data, look_at
+from training.learning.distributed import (
     Ranks,
     from_main,
     join_ranks,
@@ -45,14 +45,36 @@ from training.distributed import (
     local_world_size,
     may_be_restarted,
 )
-from training.memory import USABLE_SHARE, device_memory_bytes, plan_micro_batches
-from training.progressive import Stage, plan_stages
-from training.recipes import DIGITS_RECIPE, recipes_for
-from training.rundir import CHECKPOINT, Run, SavedRun, is_complete, read_run
-from training.sampler import StepPlan
-from training.start import load_start, log_start
-from training.state import TrainState, new_state
-from training.trainer import Trainer, device_name
+from training.learning.memory import (
+    USABLE_SHARE,
+    device_memory_bytes,
+    plan_micro_batches,
+    require_batch_norm_fits,
+)
+from training.learning.state import TrainState, new_state
+from training.recipe.config import (
+    Schedule,
+    TrainConfig,
+    changed_values,
+    config_from_json,
+    config_to_json,
+    flat_values,
+)
+from training.recipe.recipes import DIGITS_RECIPE, FITTED_RECIPES, choose_recipe, recipes_for
+from training.recipe.stages import Stage, plan_stages
+from training.running.run_folder import (
+    CHECKPOINT,
+    Run,
+    SavedRun,
+    is_complete,
+    read_recipe,
+    read_run,
+    run_of,
+)
+from training.running.trainer import Trainer, device_name
+
+# Of the steps; and the weight of the initial batch norm statistics after the last step.
+MAX_WARMUP_SHARE, MAX_INITIAL_SHARE = 0.5, 0.01
 
 log = logging.getLogger(__name__)
 
@@ -64,36 +86,79 @@ class ResumeConfig:
     resume: Path
     """The run's directory, or one of its checkpoints; it keeps its recipe."""
 
-    variant: tyro.conf.Positional[str | None] = None
+    variant: str | None = None
     """May be given, and must then be the run's."""
+
+    config: TrainConfig | None = None
+    """The run's recipe with the flags that were given; they must say the same, but for what does
+    not change what is computed, and for where the data is."""
 
 
 def parse(args: list[str]) -> TrainConfig | ResumeConfig:
-    """Read the command line; the values depend on --recipe, --schedule and whether there is --data.
+    """Read the command line; the values depend on --recipe, --schedule, and the data.
 
     Raises:
         ValueError: unknown variant, with the nearest names, or a value outside its limits.
+        FileNotFoundError, DatasetError: the data cannot be used.
     """
     chosen, rest = _peek(args, "--recipe")
-    given, _ = _peek(rest, "--resume", "--data", "--schedule")
+    given, _ = _peek(rest, "--resume", "--data", "--schedule", "--weights", "--image-key")
     if given.resume is not None:
-        return parse_flags(ResumeConfig, __doc__, args)
+        return _parse_resume(Path(given.resume), args)
     if args and not args[0].startswith("-"):
         get_variant(args[0])
-    recipe = chosen.recipe or (DIGITS_RECIPE if given.data is None else "imagenet")
     schedule = given.schedule or "paper"
     if schedule not in get_args(Schedule):
         raise ValueError(f"no schedule {schedule!r}; there are {', '.join(get_args(Schedule))}")
-    recipes = recipes_for(recipe, cast(Schedule, schedule))
+    recipe, reason, facts = chosen.recipe, "", None
+    if recipe is None and given.data is None:
+        recipe, reason = DIGITS_RECIPE, "no --data"
+    elif recipe is None or recipe in FITTED_RECIPES:
+        facts = replace(look_at(given.data, given.image_key), **_asked_values(rest))
+        if given.weights is not None:
+            facts = replace(facts, start_image_size=start_image_size(given.weights))
+        if recipe is None:
+            recipe, reason = choose_recipe(facts, given.weights is not None)
+    recipes = recipes_for(recipe, cast(Schedule, schedule), facts)
+    recipes = {name: replace(values, recipe_reason=reason) for name, values in recipes.items()}
     described = {name: (f"train {name}", values) for name, values in recipes.items()}
     return tyro.extras.overridable_config_cli(described, description=__doc__, args=rest)
+
+
+def _asked_values(args: list[str]) -> dict[str, int]:
+    # What is asked for in numbers that other values of a recipe follow from. What is none is
+    # refused with the other flags.
+    asked, _ = _peek(args, "--epochs", "--steps", "--batch-size", "--micro-batch-size")
+    return {
+        name: int(value)
+        for name, value in vars(asked).items()
+        if value is not None and value.isdecimal() and int(value)
+    }
+
+
+def _parse_resume(run: Path, args: list[str]) -> ResumeConfig:
+    given, flags = _peek(args, "--resume", "--recipe")
+    variant = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    if not flags and given.recipe is None:
+        return ResumeConfig(run, variant)
+    begun = read_recipe(run)
+    asked = replace(begun, recipe=given.recipe or begun.recipe)
+    # As a recipe's flags are read, but for their defaults, which are the run's own.
+    asked = tyro.cli(
+        TrainConfig,
+        default=asked,
+        args=flags,
+        description=__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return ResumeConfig(run, variant, asked)
 
 
 def _peek(args: list[str], *flags: str) -> tuple[argparse.Namespace, list[str]]:
     """Return the flags' values, None where not given, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in flags:
-        parser.add_argument(flag)
+        parser.add_argument(flag, *({flag.replace("-", "_").replace("__", "--", 1)} - {flag}))
     return parser.parse_known_args(args)
 
 
@@ -103,6 +168,7 @@ def main(command: TrainConfig | ResumeConfig) -> Path | None:
     Raises:
         DatasetError: the data cannot be used.
         CheckpointError: there is nothing to resume, or it is another run.
+        LockedError: another process trains this run.
         WeightsError: what to start from cannot be used.
         BatchTooLargeError: a stage does not fit the device.
         TrainingError: the loss is not finite.
@@ -123,7 +189,29 @@ def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
     """Train as one of the processes; return the checkpoint's directory."""
     if isinstance(command, TrainConfig):
         command.require_stages_fit()
-    directory, saved = find_run(command, ranks)
+    directory = directory_of(command)
+    with _kept_from_others(directory, ranks):
+        return _train_in(directory, command, ranks)
+
+
+@contextmanager
+def _kept_from_others(directory: Path, ranks: Ranks) -> Generator[None]:
+    # Rank 0 holds the lock, and the others end with it if it cannot.
+    with ExitStack() as stack:
+        problem: Exception | None = None
+        if ranks.is_main:
+            try:
+                stack.enter_context(locked_folder(directory))
+            except (LockedError, OSError) as error:
+                problem = error
+        problem = from_main(problem)
+        if problem is not None:
+            raise problem
+        yield
+
+
+def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
+    saved = find_run(command, directory)
     if isinstance(command, TrainConfig) and from_main(is_complete(directory)):
         record = read_checkpoint(directory / CHECKPOINT)
         require_same_recipe(command, config_from_json(record.train_config), directory)
@@ -134,6 +222,8 @@ def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
         config, preprocess, network = saved.config, saved.record.preprocess, saved.record.network
         if isinstance(command, TrainConfig):
             config = require_same_recipe(command, config, directory)
+        elif command.config is not None:
+            config = require_same_run(command.config, config, directory)
         log.info("go on with %s at step %d", directory, saved.record.step)
     else:
         assert isinstance(command, TrainConfig)
@@ -142,6 +232,7 @@ def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
         preprocess = config.preprocess_spec(start.preprocess if start else None)
         network = config.network_options(start.network if start else None)
     stages = plan_stages(config.progressive, config.seed)
+    require_batch_norm_fits(config, stages, ranks.world_size)
     log_recipe(config)
 
     dataset = load_training_data(config, ranks, saved.left_out if saved else None)
@@ -170,21 +261,23 @@ def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
     return run.checkpoint
 
 
-def find_run(command: TrainConfig | ResumeConfig, ranks: Ranks) -> tuple[Path, SavedRun | None]:
-    """Return a run's directory, and what it was saved with if it has been begun.
+def directory_of(command: TrainConfig | ResumeConfig) -> Path:
+    """Return the directory of the run that is begun or gone on with.
 
     Raises:
-        ValueError: torchrun may start the processes again, and the run has no name to be found by.
-        CheckpointError: see read_run.
+        ValueError: torchrun may start the processes again, and the run could not be found then.
+        CheckpointError: there is no run to go on with.
     """
     if isinstance(command, ResumeConfig):
-        saved = read_run(command.resume, command.variant)
-        if may_be_restarted() and command.resume.resolve() != saved.directory.resolve():
+        directory, checkpoint = run_of(command.resume)
+        if not checkpoint.is_dir():
+            read_run(command.resume)  # It says what is missing.
+        if may_be_restarted() and command.resume.resolve() != directory.resolve():
             raise ValueError(
                 f"torchrun --max-restarts would go back to {command.resume} at each restart; start "
-                f"it without, or give the run, --resume {saved.directory}"
+                f"it without, or give the run, --resume {directory}"
             )
-        return saved.directory, saved
+        return directory
     if command.name is None:
         if may_be_restarted():
             raise ValueError(
@@ -192,11 +285,21 @@ def find_run(command: TrainConfig | ResumeConfig, ranks: Ranks) -> tuple[Path, S
                 "give it a name with --name"
             )
         stamp = from_main(datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
-        return command.output / f"{command.variant}-{stamp}", None
-    directory = command.output / command.name
+        return command.output / f"{command.variant}-{stamp}"
+    return command.output / command.name
+
+
+def find_run(command: TrainConfig | ResumeConfig, directory: Path) -> SavedRun | None:
+    """Return what a run was saved with; None if it has not been begun.
+
+    Raises:
+        CheckpointError: see read_run.
+    """
+    if isinstance(command, ResumeConfig):
+        return read_run(command.resume, command.variant)
     # Rank 0 decides: another process may look while it already writes.
     is_begun = from_main((directory / CHECKPOINT).is_symlink() and not is_complete(directory))
-    return directory, read_run(directory, command.variant) if is_begun else None
+    return read_run(directory, command.variant) if is_begun else None
 
 
 def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path) -> TrainConfig:
@@ -207,17 +310,51 @@ def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path)
     """
     if changes := changed_values(config_to_json(begun), config_to_json(asked)):
         raise CheckpointError(
-            f"{directory} was begun with {'; '.join(changes)}: give another --name, or "
-            "the same values"
+            f"{directory} was begun with {'; '.join(changes)}: give the same values, or begin "
+            "another run by another --name"
         )
     return asked
 
 
+def require_same_run(asked: TrainConfig, begun: TrainConfig, directory: Path) -> TrainConfig:
+    """Return the recipe to go on with where --resume and other flags are given.
+
+    Data may be elsewhere now: its images are compared with the run's by their names and labels.
+
+    Raises:
+        CheckpointError: the run was begun with other values, or is not where they say.
+    """
+    moved = replace(begun, data=asked.data, data_folder=asked.data_folder)
+    if asked.name == directory.name:
+        moved = replace(moved, name=asked.name)
+    if asked.output != begun.output and asked.output.resolve() != directory.resolve().parent:
+        raise CheckpointError(f"{directory} is not in --output {asked.output}: leave that out")
+    return require_same_recipe(asked, moved, directory)
+
+
 def log_recipe(config: TrainConfig) -> None:
     """Print every value that decides the run."""
-    log.info("recipe %s of %s", config.recipe, config.variant)
+    reason = f", for {config.recipe_reason}" if config.recipe_reason else ""
+    log.info("recipe %s of %s%s", config.recipe, config.variant, reason)
     for name, value in flat_values(config_to_json(config)).items():
         log.info("  %-36s %s", name, value)
+
+
+def misfits(plan: StepPlan) -> list[str]:
+    """Tell which values of a recipe are made for more steps than the run has."""
+    config, said = plan.config, list[str]()
+    warmup_steps = config.optimizer.warmup_epochs * plan.steps_per_epoch
+    if warmup_steps > MAX_WARMUP_SHARE * plan.num_steps:
+        said.append(
+            f"optimizer.warmup_epochs {config.optimizer.warmup_epochs:g} is more than half of the "
+            f"{plan.num_steps} steps: the learning rate hardly falls again"
+        )
+    if (1 - config.batch_norm_momentum) ** plan.num_steps > MAX_INITIAL_SHARE:
+        said.append(
+            f"batch_norm_momentum {config.batch_norm_momentum:g} is small for {plan.num_steps} "
+            "steps: the statistics that are deployed still hold the initial ones"
+        )
+    return said
 
 
 def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainState) -> None:
@@ -246,6 +383,8 @@ def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainSt
         f"{plan.world_size} processes, each on " if plan.world_size > 1 else "",
         device_name(state.device),
     )
+    for misfit in misfits(plan):
+        log.warning("%s; --recipe small follows from the number of images", misfit)
 
 
 if __name__ == "__main__":

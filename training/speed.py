@@ -19,13 +19,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from efficientnet.command import parse_flags, run_command
-from efficientnet.publishing import find_section
-from efficientnet.records import TrainingSpeedRecord, append_record
-from efficientnet.tables import format_rate
-from training.speed_plan import SpeedConfig, plan
-from training.speed_recorder import Recorder
-from training.speed_tables import SECTION, document, publish
-from training.speed_worker import measure
+from efficientnet.formats.records import TrainingSpeedRecord, append_record
+from efficientnet.reporting.publishing import find_section
+from efficientnet.reporting.tables import format_rate
+from training.studies.speed_plan import SpeedConfig, plan
+from training.studies.speed_recorder import Recorder
+from training.studies.speed_tables import SECTION, document, publish
+from training.studies.speed_worker import measure
 
 log = logging.getLogger(__name__)
 

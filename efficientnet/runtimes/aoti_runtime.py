@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efficientnet.artifact import (
+from efficientnet.formats.artifact import (
     ArtifactError,
     ArtifactManifest,
     Binding,
     ProgramFile,
     read_program,
 )
-from efficientnet.gpu import current_gpu
+from efficientnet.machine.gpu import current_gpu
 from efficientnet.precision import Precision
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding
-from efficientnet.gpu import Gpu, no_room, why_no_gpu
+from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, Binding
+from efficientnet.machine.gpu import Gpu, no_room, why_no_gpu
 from efficientnet.runtimes.device_buffers import DeviceBuffers
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactManifest
+from efficientnet.formats.artifact import ArtifactManifest
 
 
 class DeviceBuffers:

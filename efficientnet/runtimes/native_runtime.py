@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
+from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
 from efficientnet.runtimes.native.engine import PORTABLE, Engine, levels
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 

@@ -7,7 +7,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
+from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
 from efficientnet.runtimes.protocol import (
     ProgramInfo,
     check_images,

@@ -9,25 +9,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.artifact import MANIFEST_FILE, ArtifactError, ArtifactManifest, read_manifest
-from efficientnet.devices import has_vnni
-from efficientnet.environment import num_usable_cores
-from efficientnet.preprocess import PreprocessSpec
-
-# Runtime's name -> the module that opens it: `open_program(directory, manifest, num_threads)` for
-# an artifact, `open_directory(directory, num_threads)` for a checkpoint. A module is imported only
-# when it is asked for, so that none of these libraries is needed by the others.
-RUNTIME_MODULES = {
-    "torch": "efficientnet.runtimes.torch_runtime",
-    "onnxruntime": "efficientnet.runtimes.onnx_runtime",
-    "openvino": "efficientnet.runtimes.openvino_runtime",
-    "tensorrt": "efficientnet.runtimes.tensorrt_runtime",
-    "tensorrt-rtx": "efficientnet.runtimes.tensorrt_runtime",
-    "torch-tensorrt": "efficientnet.runtimes.torch_trt_runtime",
-    "aoti": "efficientnet.runtimes.aoti_runtime",
-    "native": "efficientnet.runtimes.native_runtime",
-}
-
+from efficientnet.formats.artifact import (
+    MANIFEST_FILE,
+    ArtifactError,
+    ArtifactManifest,
+    read_manifest,
+)
+from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.machine.atomic import dangling_link_hint
+from efficientnet.machine.environment import num_usable_cores
+from efficientnet.machine.processor import has_vnni
+from efficientnet.runtimes.names import RUNTIMES
 
 # Device of a Binding: weights of 8 bits, which need sums of 32.
 VNNI = "VNNI"
@@ -89,7 +81,7 @@ def check_images(images: NDArray[np.float32], info: ProgramInfo) -> None:
     if images.dtype != np.float32 or images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise ValueError(
             f"images are {images.dtype} {list(images.shape)}, "
-            f"expected float32 [N, 3, {size}, {size}] as efficientnet.preprocess makes them"
+            f"expected float32 [N, 3, {size}, {size}] as efficientnet.images.preprocess makes them"
         )
     if info.max_batch_size is not None and not 1 <= len(images) <= info.max_batch_size:
         raise ValueError(
@@ -121,6 +113,7 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
         return _import_runtime("torch", directory).open_directory(directory, threads)
     raise ArtifactError(
         f"{directory} holds neither a {MANIFEST_FILE} (artifact) nor a checkpoint.json (checkpoint)"
+        f"{dangling_link_hint(directory)}"
     )
 
 
@@ -133,10 +126,9 @@ def open_program(
         ArtifactError: built for another machine, or its runtime is not installed.
     """
     name = manifest.runtime
-    if name not in RUNTIME_MODULES:
+    if name not in RUNTIMES:
         raise ArtifactError(
-            f"{directory} is for the runtime '{name}', "
-            f"this program knows: {', '.join(RUNTIME_MODULES)}"
+            f"{directory} is for the runtime '{name}', this program knows: {', '.join(RUNTIMES)}"
         )
     threads = num_threads or num_usable_cores()
     return _import_runtime(name, directory).open_program(directory, manifest, threads)
@@ -163,7 +155,7 @@ def smallest_that_takes(batch_size: int, sizes: Iterable[int]) -> int | None:
 
 def _import_runtime(name: str, directory: Path) -> Any:
     try:
-        return importlib.import_module(RUNTIME_MODULES[name])
+        return importlib.import_module(RUNTIMES[name].module)
     # A library without its driver fails with an OSError.
     except (ImportError, OSError) as error:
         raise ArtifactError(

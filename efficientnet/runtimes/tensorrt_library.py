@@ -10,7 +10,7 @@ from collections import deque
 from functools import cache
 from typing import Any, NamedTuple
 
-from efficientnet.artifact import ArtifactError, Binding, ProgramFile
+from efficientnet.formats.artifact import ArtifactError, Binding, ProgramFile
 
 # Runtime's name -> Python package.
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactError, ArtifactManifest, Binding, read_program
-from efficientnet.gpu import Gpu, current_gpu, no_room, why_no_gpu
+from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, Binding, read_program
+from efficientnet.machine.gpu import Gpu, current_gpu, no_room, why_no_gpu
 from efficientnet.runtimes.device_buffers import DeviceBuffers
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 from efficientnet.runtimes.tensorrt_library import (

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from efficientnet.checkpoint import load_checkpoint
-from efficientnet.cost import network_cost
+from efficientnet.formats.checkpoint import load_checkpoint
+from efficientnet.network.cost import network_cost
+from efficientnet.network.variants import get_variant
 from efficientnet.runtimes.protocol import ProgramInfo, check_images
-from efficientnet.variants import get_variant
 
 
 class TorchRuntime:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.artifact import ArtifactError
+from efficientnet.formats.artifact import ArtifactError
 from efficientnet.runtimes.native.build import LIBRARY
 
 PORTABLE = "portable"

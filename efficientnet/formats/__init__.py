@@ -1,0 +1,1 @@
+"""What stages leave each other on disk: checkpoint, artifact, records."""

@@ -1,0 +1,1 @@
+"""Bytes -> images: decoding, preprocessing, and the data sets they come from."""

@@ -1,0 +1,1 @@
+"""This machine and its disk: processor, GPU, environment, files that appear whole or not at all."""

@@ -1,0 +1,1 @@
+"""Programs that take turns -> times that can be compared."""

@@ -1,0 +1,55 @@
+"""LatencyRecords -> what makes one unstable, its eager reference, and their ratios."""
+
+from collections.abc import Sequence
+
+from efficientnet.formats.records import LatencyRecord
+from efficientnet.measuring.clock import relative_spread
+from efficientnet.runtimes.names import EAGER_RUNTIME
+
+# Twice what two windows of a warm-up may differ by.
+MAX_TURN_SPREAD = 0.10
+
+# Of all cores: a call that uses them all waits for whatever else runs.
+MAX_BUSY_ELSEWHERE = 0.10
+
+
+def time_ratio(record: LatencyRecord, eager: LatencyRecord) -> float | None:
+    """Divide the medians of a call; None when one of them has too few samples."""
+    if record.p50_ms is None or eager.p50_ms is None:
+        return None
+    return record.p50_ms / eager.p50_ms
+
+
+def rate_ratio(record: LatencyRecord, eager: LatencyRecord) -> float:
+    """Divide the images a second."""
+    return record.throughput_images_per_s / eager.throughput_images_per_s
+
+
+def instabilities(record: LatencyRecord) -> list[str]:
+    """Say what makes a measurement unstable, if anything does."""
+    reasons: list[str] = []
+    if not record.is_warmup_stable:
+        reasons.append("the warm-up had not settled when its time was over")
+    spread = relative_spread(record.turn_p50_ms)
+    if spread > MAX_TURN_SPREAD:
+        reasons.append(f"the medians of its turns differ by {100 * spread:.0f} %")
+    elsewhere, num_cores = record.cores_busy_elsewhere, record.environment.num_cores
+    if elsewhere is not None and elsewhere > MAX_BUSY_ELSEWHERE * num_cores:
+        reasons.append(f"other programs kept {elsewhere:.1f} of {num_cores} cores busy meanwhile")
+    return reasons
+
+
+def eager_of(record: LatencyRecord, records: Sequence[LatencyRecord]) -> LatencyRecord | None:
+    """Find the eager model of the same weights, measured in the same run and scenario."""
+    for other in records:
+        if (
+            other.runtime == EAGER_RUNTIME
+            and other.started_at == record.started_at
+            and other.environment == record.environment
+            and other.checkpoint_sha256 == record.checkpoint_sha256
+            and other.scenario == record.scenario
+            and other.num_threads == record.num_threads
+            and other.timed_region == record.timed_region
+        ):
+            return other
+    return None

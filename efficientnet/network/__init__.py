@@ -1,0 +1,1 @@
+"""The family: its tables, the network itself, what it costs, and published weights."""

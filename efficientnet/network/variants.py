@@ -1,0 +1,401 @@
+"""Variant name -> its table of stages, as printed in the papers.
+
+EfficientNet (V1): Tan and Le 2019 (arXiv 1905.11946), table 1 for B0. EfficientNetV2: Tan and Le
+2021 (arXiv 2104.00298 v3), table 4 for S; the released code (google/automl,
+efficientnetv2/effnetv2_configs.py) for M, L, XL, B0 to B3, and for V1's scaling coefficients.
+EfficientNet-Lite has no paper: tensorflow/tpu, models/official/efficientnet/lite.
+"""
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from efficientnet.network.scaling import (
+    V1_MIN_KEPT_CHANNELS,
+    V2_MIN_KEPT_CHANNELS,
+    scale_channels,
+    scale_layers,
+)
+
+Operator = Literal["mbconv", "fused_mbconv"]
+Padding = Literal["same", "symmetric"]
+Activation = Literal["silu", "relu6"]
+
+
+class NetworkOptions(BaseModel):
+    """How the same tensors are computed with; stored in checkpoints, as weights fit one way only.
+
+    The defaults of batch norm are Google's for V1 and V2 (paper: TensorFlow's momentum 0.99 is
+    torch's 0.01; the released V2 code has 0.1).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    padding: Padding = "symmetric"
+    """same: TensorFlow's, computed from the input's size, where the odd pixel goes to the bottom
+    and right; symmetric: half the kernel on every side. They differ at stride 2 for even sizes."""
+    batch_norm_epsilon: float = Field(default=1e-3, gt=0)
+    batch_norm_momentum: float = Field(default=0.01, gt=0, le=1)
+    """Weight of a new batch in the running statistics (torch's convention)."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One row of the architecture table: `num_layers` blocks, the first of which has the stride."""
+
+    operator: Operator
+    num_layers: int
+    out_channels: int
+    stride: int
+    expand_ratio: int
+    kernel_size: int = 3
+    squeeze_ratio: float | None = None
+    """Squeeze-excite channels as a fraction of the block's *input* channels; None = no
+    squeeze-excite."""
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """What a paper reports for a variant; None where it reports nothing."""
+
+    source: str
+    top1: float
+    """ImageNet, 0..1."""
+    latency_ms: float | None = None
+    """V100, FP16, batch 16 (V2's table 7)."""
+    training_hours: float | None = None
+    """On 32 TPU cores (V2's table 7)."""
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """An architecture size."""
+
+    name: str
+    stem_channels: int
+    stages: tuple[StageSpec, ...]
+    head_channels: int
+    dropout_rate: float
+    """Dropout before the classifier as released; a recipe may schedule another."""
+    train_image_size: int
+    eval_image_size: int
+    stochastic_depth_rate: float = 0.2
+    """Drop rate that the last block approaches: survival 0.8 in both papers."""
+    activation: Activation = "silu"
+    """Of all convolutions but the projections; relu6 is SiLU's stand-in where 8 bits are wanted."""
+    has_fixed_ends: bool = False
+    """Whether scaling leaves stem, head and the number of layers of the first and last stage."""
+    published: PublishedResult | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all stages."""
+        return sum(stage.num_layers for stage in self.stages)
+
+
+def _fused(num_layers: int, out_channels: int, stride: int, expand_ratio: int) -> StageSpec:
+    return StageSpec("fused_mbconv", num_layers, out_channels, stride, expand_ratio)
+
+
+def _mbconv(
+    num_layers: int, out_channels: int, stride: int, expand_ratio: int, kernel_size: int = 3
+) -> StageSpec:
+    return StageSpec(
+        "mbconv", num_layers, out_channels, stride, expand_ratio, kernel_size, squeeze_ratio=0.25
+    )
+
+
+def scale_variant(base: VariantSpec, width: float, depth: float, min_kept: float) -> VariantSpec:
+    """Scale the channels and layers of `base`, stem and head included; sizes stay.
+
+    What `base.has_fixed_ends` names stays, too.
+
+    Args:
+        base: network to scale.
+        width: multiplier of the channels.
+        depth: multiplier of each stage's layers.
+        min_kept: see scaling.scale_channels.
+    """
+
+    def channels(count: int) -> int:
+        return scale_channels(count, width, min_kept)
+
+    fixed = {0, len(base.stages) - 1} if base.has_fixed_ends else set[int]()
+    stages = tuple(
+        replace(
+            stage,
+            num_layers=stage.num_layers if i in fixed else scale_layers(stage.num_layers, depth),
+            out_channels=channels(stage.out_channels),
+        )
+        for i, stage in enumerate(base.stages)
+    )
+    scaled = replace(base, stages=stages)
+    if base.has_fixed_ends:
+        return scaled
+    return replace(
+        scaled,
+        stem_channels=channels(base.stem_channels),
+        head_channels=channels(base.head_channels),
+    )
+
+
+_V1_B0 = VariantSpec(
+    name="b0",
+    stem_channels=32,
+    stages=(
+        _mbconv(1, 16, stride=1, expand_ratio=1),
+        _mbconv(2, 24, stride=2, expand_ratio=6),
+        _mbconv(2, 40, stride=2, expand_ratio=6, kernel_size=5),
+        _mbconv(3, 80, stride=2, expand_ratio=6),
+        _mbconv(3, 112, stride=1, expand_ratio=6, kernel_size=5),
+        _mbconv(4, 192, stride=2, expand_ratio=6, kernel_size=5),
+        _mbconv(1, 320, stride=1, expand_ratio=6),
+    ),
+    head_channels=1280,
+    dropout_rate=0.2,
+    train_image_size=176,
+    eval_image_size=224,
+)
+
+_TABLE_2 = "V1, table 2"
+_TABLE_7 = "V2, table 7"
+
+# Name, width, depth, eval size, dropout, published. The train size is the released code's for V1:
+# 0.8 of the eval size, down to a multiple of 16.
+_V1_ROWS = (
+    ("b0", 1.0, 1.0, 224, 0.2, PublishedResult(_TABLE_2, 0.771)),
+    ("b1", 1.0, 1.1, 240, 0.2, PublishedResult(_TABLE_2, 0.791)),
+    ("b2", 1.1, 1.2, 260, 0.3, PublishedResult(_TABLE_2, 0.801)),
+    ("b3", 1.2, 1.4, 300, 0.3, PublishedResult(_TABLE_7, 0.815, 19, 10)),
+    ("b4", 1.4, 1.8, 380, 0.4, PublishedResult(_TABLE_7, 0.829, 30, 21)),
+    ("b5", 1.6, 2.2, 456, 0.4, PublishedResult(_TABLE_7, 0.837, 60, 43)),
+    ("b6", 1.8, 2.6, 528, 0.5, PublishedResult(_TABLE_7, 0.843, 97, 75)),
+    ("b7", 2.0, 3.1, 600, 0.5, PublishedResult(_TABLE_7, 0.847, 170, 139)),
+    # Of the released code; published weights are by Xie et al. 2020 (arXiv 1911.09665).
+    ("b8", 2.2, 3.6, 672, 0.5, None),
+)
+
+_LITE0 = replace(
+    _V1_B0,
+    name="lite0",
+    stages=tuple(replace(stage, squeeze_ratio=None) for stage in _V1_B0.stages),
+    activation="relu6",
+    has_fixed_ends=True,
+)
+
+# Name, width, depth, size in training and evaluation, dropout, top-1 of float32.
+_LITE_ROWS = (
+    ("lite0", 1.0, 1.0, 224, 0.2, 0.751),
+    ("lite1", 1.0, 1.1, 240, 0.2, 0.767),
+    ("lite2", 1.1, 1.2, 260, 0.3, 0.776),
+    ("lite3", 1.2, 1.4, 280, 0.3, 0.798),
+    ("lite4", 1.4, 1.8, 300, 0.3, 0.815),
+)
+
+_V2_B0 = VariantSpec(
+    name="v2-b0",
+    stem_channels=32,
+    stages=(
+        _fused(1, 16, stride=1, expand_ratio=1),
+        _fused(2, 32, stride=2, expand_ratio=4),
+        _fused(2, 48, stride=2, expand_ratio=4),
+        _mbconv(3, 96, stride=2, expand_ratio=4),
+        _mbconv(5, 112, stride=1, expand_ratio=6),
+        _mbconv(8, 192, stride=2, expand_ratio=6),
+    ),
+    head_channels=1280,
+    dropout_rate=0.2,
+    train_image_size=192,
+    eval_image_size=224,
+)
+
+# Name, width, depth, train size, eval size, dropout, published.
+_V2_B_ROWS = (
+    ("v2-b0", 1.0, 1.0, 192, 224, 0.2, PublishedResult("V2, table 11", 0.787)),
+    ("v2-b1", 1.0, 1.1, 192, 240, 0.2, PublishedResult("V2, table 11", 0.798)),
+    ("v2-b2", 1.1, 1.2, 208, 260, 0.3, None),
+    ("v2-b3", 1.2, 1.4, 240, 300, 0.3, PublishedResult("V2, table 11", 0.821)),
+)
+
+
+def _v1_variants() -> dict[str, VariantSpec]:
+    specs: dict[str, VariantSpec] = {}
+    for name, width, depth, eval_size, dropout, published in _V1_ROWS:
+        specs[name] = replace(
+            scale_variant(_V1_B0, width, depth, V1_MIN_KEPT_CHANNELS),
+            name=name,
+            dropout_rate=dropout,
+            train_image_size=eval_size * 4 // 5 // 16 * 16,
+            eval_image_size=eval_size,
+            published=published,
+        )
+    return specs
+
+
+def _lite_variants() -> dict[str, VariantSpec]:
+    specs: dict[str, VariantSpec] = {}
+    for name, width, depth, size, dropout, top1 in _LITE_ROWS:
+        specs[name] = replace(
+            scale_variant(_LITE0, width, depth, V1_MIN_KEPT_CHANNELS),
+            name=name,
+            dropout_rate=dropout,
+            train_image_size=size,
+            eval_image_size=size,
+            published=PublishedResult("released code", top1),
+        )
+    return specs
+
+
+def _v2_b_variants() -> dict[str, VariantSpec]:
+    specs: dict[str, VariantSpec] = {}
+    for name, width, depth, train_size, eval_size, dropout, published in _V2_B_ROWS:
+        specs[name] = replace(
+            scale_variant(_V2_B0, width, depth, V2_MIN_KEPT_CHANNELS),
+            name=name,
+            dropout_rate=dropout,
+            train_image_size=train_size,
+            eval_image_size=eval_size,
+            published=published,
+        )
+    return specs
+
+
+def _fuse_first_stages(base: VariantSpec, num_stages: int, top1: float) -> VariantSpec:
+    """Replace MBConv by Fused-MBConv in the first stages, as in V2's table 3.
+
+    The paper does not say what becomes of the kernels and of squeeze-excite. Here the fused blocks
+    have no squeeze-excite, the third stage's 5 x 5 kernel becomes 3 x 3 and the others stay: of the
+    readings that were tried the only one within 3 % of every printed figure.
+    """
+    fused = tuple(
+        replace(
+            stage,
+            operator="fused_mbconv",
+            squeeze_ratio=None,
+            kernel_size=3 if number == 3 else stage.kernel_size,
+        )
+        for number, stage in enumerate(base.stages[:num_stages], start=1)
+    )
+    return replace(
+        base,
+        name=f"{base.name}-fused-1-{num_stages}",
+        stages=fused + base.stages[num_stages:],
+        published=PublishedResult("V2, table 3", top1),
+    )
+
+
+_V1 = _v1_variants()
+
+_SPECS = (
+    *_V1.values(),
+    _fuse_first_stages(_V1["b4"], 3, top1=0.831),
+    _fuse_first_stages(_V1["b4"], 5, top1=0.831),
+    _fuse_first_stages(_V1["b4"], 7, top1=0.817),
+    *_lite_variants().values(),
+    *_v2_b_variants().values(),
+    VariantSpec(
+        name="v2-s",
+        stem_channels=24,
+        stages=(
+            _fused(2, 24, stride=1, expand_ratio=1),
+            _fused(4, 48, stride=2, expand_ratio=4),
+            _fused(4, 64, stride=2, expand_ratio=4),
+            _mbconv(6, 128, stride=2, expand_ratio=4),
+            _mbconv(9, 160, stride=1, expand_ratio=6),
+            _mbconv(15, 256, stride=2, expand_ratio=6),
+        ),
+        head_channels=1280,
+        dropout_rate=0.2,
+        train_image_size=300,
+        eval_image_size=384,
+        published=PublishedResult(_TABLE_7, 0.839, 24, 7.1),
+    ),
+    VariantSpec(
+        name="v2-m",
+        stem_channels=24,
+        stages=(
+            _fused(3, 24, stride=1, expand_ratio=1),
+            _fused(5, 48, stride=2, expand_ratio=4),
+            _fused(5, 80, stride=2, expand_ratio=4),
+            _mbconv(7, 160, stride=2, expand_ratio=4),
+            _mbconv(14, 176, stride=1, expand_ratio=6),
+            _mbconv(18, 304, stride=2, expand_ratio=6),
+            _mbconv(5, 512, stride=1, expand_ratio=6),
+        ),
+        head_channels=1280,
+        dropout_rate=0.3,
+        train_image_size=384,
+        eval_image_size=480,
+        published=PublishedResult(_TABLE_7, 0.851, 57, 13),
+    ),
+    VariantSpec(
+        name="v2-l",
+        stem_channels=32,
+        stages=(
+            _fused(4, 32, stride=1, expand_ratio=1),
+            _fused(7, 64, stride=2, expand_ratio=4),
+            _fused(7, 96, stride=2, expand_ratio=4),
+            _mbconv(10, 192, stride=2, expand_ratio=4),
+            _mbconv(19, 224, stride=1, expand_ratio=6),
+            _mbconv(25, 384, stride=2, expand_ratio=6),
+            _mbconv(7, 640, stride=1, expand_ratio=6),
+        ),
+        head_channels=1280,
+        dropout_rate=0.4,
+        train_image_size=384,
+        eval_image_size=480,
+        published=PublishedResult(_TABLE_7, 0.857, 98, 24),
+    ),
+    VariantSpec(
+        name="v2-xl",
+        stem_channels=32,
+        stages=(
+            _fused(4, 32, stride=1, expand_ratio=1),
+            _fused(8, 64, stride=2, expand_ratio=4),
+            _fused(8, 96, stride=2, expand_ratio=4),
+            _mbconv(16, 192, stride=2, expand_ratio=4),
+            _mbconv(24, 256, stride=1, expand_ratio=6),
+            _mbconv(32, 512, stride=2, expand_ratio=6),
+            _mbconv(8, 640, stride=1, expand_ratio=6),
+        ),
+        head_channels=1280,
+        dropout_rate=0.4,
+        train_image_size=384,
+        eval_image_size=512,
+        published=PublishedResult("V2, table 7, pre-trained on 21k", 0.873, None, 45),
+    ),
+    # Not from the papers: every kind of block once or twice, small enough to train in a test.
+    VariantSpec(
+        name="tiny",
+        stem_channels=8,
+        stages=(
+            _fused(1, 8, stride=1, expand_ratio=1),
+            _fused(2, 16, stride=2, expand_ratio=4),
+            _mbconv(2, 24, stride=2, expand_ratio=4),
+            _mbconv(2, 32, stride=1, expand_ratio=6),
+        ),
+        head_channels=128,
+        dropout_rate=0.1,
+        train_image_size=32,
+        eval_image_size=32,
+    ),
+)
+
+VARIANTS: dict[str, VariantSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def get_variant(name: str) -> VariantSpec:
+    """Return the variant called `name`.
+
+    Raises:
+        ValueError: there is no such variant; the message gives the nearest names.
+    """
+    if name not in VARIANTS:
+        nearest = difflib.get_close_matches(name, VARIANTS, cutoff=0.0)
+        raise ValueError(
+            f"unknown variant {name!r}: the nearest are {', '.join(nearest)}; "
+            f"all variants: {', '.join(VARIANTS)}"
+        )
+    return VARIANTS[name]

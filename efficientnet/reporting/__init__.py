@@ -1,0 +1,1 @@
+"""Records -> text: tables, and what is published."""

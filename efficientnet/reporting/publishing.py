@@ -1,0 +1,100 @@
+"""Measurements -> their place in reports/published/, and a section of the README."""
+
+import re
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from efficientnet.errors import PipelineError
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.environment import EnvironmentRecord
+
+PUBLISHED = Path("reports/published")
+
+
+class Measured(BaseModel):
+    """A record of what was measured, when and on what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    environment: EnvironmentRecord
+    started_at: AwareDatetime
+
+
+Part = TypeVar("Part", bound=Measured)
+
+
+class PublishError(PipelineError):
+    """A report that cannot be published: no place in the README, or a file is missing."""
+
+
+def published_directory(
+    started_at: datetime, environments: Iterable[EnvironmentRecord], published: Path = PUBLISHED
+) -> Path:
+    """Return the place of what was measured on a day and on some machines."""
+    return published / f"{started_at:%Y-%m-%d}-{device_slug(environments)}"
+
+
+def device_slug(environments: Iterable[EnvironmentRecord]) -> str:
+    """Name the devices for a directory: lower case words with hyphens."""
+    return "+".join(sorted({_slug(environment) for environment in environments}))
+
+
+def find_section(readme: Path, name: str) -> tuple[str, str]:
+    """Return what stands before and after a section's text, with the lines that mark it.
+
+    Raises:
+        PublishError: the file or one of the marks is missing.
+    """
+    if not readme.is_file():
+        raise PublishError(f"there is no {readme} to write the table into")
+    text = readme.read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {name}: [^\n]* -->\n(?s:.*?)(<!-- /{name} -->)", text)
+    if found is None:
+        raise PublishError(
+            f"{readme} has no place for the table; add these two lines where it belongs: "
+            f"'<!-- {name}: written by a command -->' and '<!-- /{name} -->'"
+        )
+    return text[: text.index("\n", found.start()) + 1], text[found.start(1) :]
+
+
+def write_section(readme: Path, name: str, body: str) -> None:
+    """Put text between a section's marks, in the place of what was there.
+
+    Raises:
+        PublishError: see find_section.
+    """
+    before, after = find_section(readme, name)
+    write_text(readme, f"{before}\n{body.strip()}\n\n{after}")
+
+
+def publish_part(
+    record: Part, name: str, readme: Path, section: str, render: Callable[[Part], str]
+) -> None:
+    """Write a record to its place, and all of its section that stand beside it into the README.
+
+    Args:
+        record: what was measured.
+        name: of its file, <section>-....json.
+        readme: has the section's marks.
+        section: its name.
+        render: a record -> Markdown.
+
+    Raises:
+        PublishError: see find_section.
+    """
+    folder = published_directory(record.started_at, [record.environment])
+    write_text(folder / name, record.model_dump_json(indent=1) + "\n")
+    files = sorted(folder.glob(f"{section}-*.json"))
+    parts = [type(record).model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+    write_section(readme, section, "\n\n".join(map(render, parts)))
+
+
+def _slug(environment: EnvironmentRecord) -> str:
+    device = environment.gpus[0].partition(",")[0] if environment.gpus else environment.cpu
+    plain = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+-core)\b", " ", device.lower())
+    name = "-".join(re.findall(r"[a-z0-9]+", plain)) or "unknown"
+    return name if environment.gpus else f"{name}-{environment.num_cores}-cores"

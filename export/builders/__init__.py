@@ -1,0 +1,1 @@
+"""Graph -> program of a runtime, and the artifact that it becomes."""

@@ -1,0 +1,1 @@
+"""Program beside the eager model: agreement, accuracy gate, layer by layer."""

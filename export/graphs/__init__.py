@@ -1,0 +1,1 @@
+"""Model -> graph: folded, cast, quantized."""

@@ -1,0 +1,1 @@
+"""What exports start from: flags, the model, its images and its answers."""

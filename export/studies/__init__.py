@@ -1,0 +1,1 @@
+"""Exports compared: what the commands ablation, stock and all are made of."""

@@ -1,0 +1,154 @@
+"""All artifacts of a checkpoint -> one table, the default among them, and what is published."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from efficientnet.formats.artifact import ArtifactManifest
+from efficientnet.precision import Precision
+from efficientnet.reporting.publishing import Measured, publish_part
+from efficientnet.reporting.tables import NOTHING, Table, format_bytes, format_ms, format_percent
+
+SECTION = "exports"
+
+# To the fastest artifact, beside the others.
+DEFAULT_LINK = "default"
+
+
+class Line(BaseModel):
+    """One row of the table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    precision: Precision
+    artifact: str | None
+    size_bytes: int | None = None
+    max_abs_logit_error: float | None = None
+    top1: float | None = None
+    drop: float | None = None
+    p50_ms: float | None = None
+    kept_blocks: int = 0
+    left_out: str | None = None
+    """Why there is no artifact, or none that can be run here."""
+
+
+def line_of(name: str, output: Path, manifest: ArtifactManifest) -> Line:
+    """Tell of an artifact what its manifest says."""
+    quantization, gate = manifest.quantization, manifest.gate
+    return Line(
+        name=name,
+        precision=manifest.precision,
+        artifact=str(output),
+        size_bytes=manifest.size_bytes,
+        max_abs_logit_error=manifest.parity.max_abs_logit_error if manifest.parity else None,
+        top1=gate.top1 if gate else None,
+        drop=gate.drop if gate else None,
+        kept_blocks=len(quantization.kept_blocks) if quantization else 0,
+        left_out=None if manifest.parity else "built here, to be checked where it can run",
+    )
+
+
+class Summary(Measured):
+    """The table as JSON."""
+
+    variant: str
+    image_size: int
+    batch_size: int = 1
+    """Images in the calls that were measured."""
+    lines: tuple[Line, ...]
+    default: str | None
+    notes: tuple[str, ...]
+
+
+def publish(summary: Summary, readme: Path) -> None:
+    """Write a table to its place, and all that stand there into the README.
+
+    Raises:
+        PublishError: the README has no place for them.
+    """
+    name = f"exports-{summary.variant}-{summary.image_size}px.json"
+    publish_part(summary, name, readme, SECTION, section_of)
+
+
+def section_of(summary: Summary) -> str:
+    """Write a table as Markdown."""
+    table = table_of(list(summary.lines), summary.default).markdown()
+    cpu, cores = summary.environment.cpu, summary.environment.num_cores
+    return "\n\n".join(
+        [
+            f"**{summary.variant}, {summary.image_size} px**",
+            table,
+            f"{cpu}, {cores} cores, {summary.started_at:%Y-%m-%d} UTC. p50: at batch "
+            f"{summary.batch_size}.",
+            *(f"- {note}" for note in summary.notes),
+        ]
+    )
+
+
+def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
+    """Return the fastest artifact, and what is worth saying of the others.
+
+    An int8 or fp8 artifact is slower than one of more bits on some devices, of its own runtime or
+    of another (bf16 on processors with AMX); it is said then.
+    """
+    timed = [line for line in lines if line.artifact is not None and line.p50_ms is not None]
+    if not timed:
+        return None, []
+    fastest = min(timed, key=lambda line: line.p50_ms or 0.0)
+    notes = [f"the default is {fastest.name} {fastest.precision}: {fastest.artifact}"]
+    for line in timed:
+        wider = [
+            other
+            for other in timed
+            if is_for_cpu(other.name) == is_for_cpu(line.name)
+            and other.precision in ("bf16", "fp16", "fp32")
+        ]
+        if line.precision in ("int8", "fp8") and wider:
+            best = min(wider, key=lambda other: other.p50_ms or 0.0)
+            assert line.p50_ms is not None and best.p50_ms is not None
+            if line.p50_ms > best.p50_ms:
+                notes.append(
+                    f"{line.name} {line.precision} is slower here than {best.name} "
+                    f"{best.precision} ({line.p50_ms:.1f} ms against {best.p50_ms:.1f} ms): not "
+                    "worth its rounding"
+                )
+    return fastest.artifact, notes
+
+
+def is_for_cpu(name: str) -> bool:
+    """Whether the artifacts of that name run on a CPU; those for a GPU are not compared to them."""
+    return name in ("onnxruntime", "openvino", "aoti")
+
+
+def table_of(lines: list[Line], default: str | None) -> Table:
+    """Lay the artifacts out; reasons why one was left out are notes, each told once."""
+    columns = (
+        "runtime",
+        "precision",
+        "on disk",
+        "logit error",
+        "top-1",
+        "change",
+        "p50 ms",
+        "default",
+        "left out",
+    )
+    reasons = list(dict.fromkeys(line.left_out for line in lines if line.left_out))
+    rows = [
+        (
+            line.name,
+            line.precision,
+            NOTHING if line.size_bytes is None else format_bytes(line.size_bytes),
+            NOTHING if line.max_abs_logit_error is None else f"{line.max_abs_logit_error:.1e}",
+            NOTHING if line.top1 is None else format_percent(line.top1, 2),
+            NOTHING if line.drop is None else f"{0.0 - 100 * line.drop:+.2f}",
+            format_ms(line.p50_ms),
+            "yes" if line.artifact is not None and line.artifact == default else "",
+            f"({reasons.index(line.left_out) + 1})" if line.left_out else "",
+        )
+        for line in lines
+    ]
+    words = frozenset({columns[0], columns[1], columns[7], columns[8]})
+    notes = tuple(f"({number}) {reason}" for number, reason in enumerate(reasons, start=1))
+    return Table(columns, tuple(rows), words, notes)

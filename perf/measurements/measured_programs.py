@@ -1,0 +1,170 @@
+"""Programs -> running processes with their inputs -> what each of them measured."""
+
+import statistics
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from efficientnet.formats.records import Scenario
+from efficientnet.images.datasets import data_name
+from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.measuring.contender import Worker
+from efficientnet.measuring.inputs import Inputs, prepare_inputs
+from efficientnet.measuring.programs import Program, images_for
+from efficientnet.measuring.progress import Progress
+from efficientnet.measuring.turns import NUM_SWEEPS, Job, Measured, Pace, measure_in_turns, sweep
+from efficientnet.reporting.tables import NOTHING, Table, format_rate
+from efficientnet.runtimes import ProgramInfo
+from efficientnet.runtimes.names import title
+
+# A runtime that computes nothing has thousands of samples by then.
+MAX_NULL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A program, the process that runs it, and one with the null runtime in its place."""
+
+    program: Program
+    worker: Worker
+    null: Worker
+    batch_sizes: tuple[int, ...]
+    num_input_images: int
+    data: str
+
+
+@contextmanager
+def open_subjects(
+    programs: Sequence[Program],
+    batch_sizes: Sequence[tuple[int, ...]],
+    num_threads: int,
+    data: str | None,
+    seed: int,
+) -> Generator[list[Subject]]:
+    """Prepare the inputs, start the processes and wait until all are ready; end them afterwards.
+
+    Raises:
+        FileNotFoundError: the data is not there.
+        WorkerError: a process cannot open its program.
+    """
+    datasets = [images_for(program, data) for program in programs]
+    names = _names(programs)
+    largest = max(size for sizes in batch_sizes for size in sizes)
+    inputs: dict[tuple[str, PreprocessSpec], Inputs] = {}
+    nulls: dict[tuple[str, PreprocessSpec, int], Worker] = {}
+    subjects: list[Subject] = []
+    with ExitStack() as stack:
+
+        def start(name: str, program: Path | ProgramInfo, own_inputs: Inputs) -> Worker:
+            worker = Worker(name, program, num_threads, own_inputs)
+            stack.callback(worker.stop)
+            return worker
+
+        for program, dataset, sizes in zip(programs, datasets, batch_sizes, strict=True):
+            seen = (dataset.source, program.preprocess)
+            if seen not in inputs:
+                inputs[seen] = prepare_inputs(dataset.val, program.preprocess, largest, seed)
+                stack.enter_context(inputs[seen].file)
+            answered = (*seen, len(program.class_names))
+            if answered not in nulls:
+                nulls[answered] = start("harness overhead", _null_of(program), inputs[seen])
+            subjects.append(
+                Subject(
+                    program,
+                    start(names[program], program.path, inputs[seen]),
+                    nulls[answered],
+                    sizes,
+                    inputs[seen].num_images,
+                    data_name(dataset.source),
+                )
+            )
+        for worker in (*nulls.values(), *(subject.worker for subject in subjects)):
+            worker.receive()
+        yield subjects
+
+
+def measure(
+    subjects: Sequence[Subject],
+    batch_sizes: Sequence[int],
+    scenario: Scenario,
+    pace: Pace,
+    progress: Progress,
+) -> list[tuple[Measured, float]]:
+    """Measure each subject at its batch size, with the harness overhead at that size in ms."""
+    pairs = list(zip(subjects, batch_sizes, strict=True))
+    jobs = [Job(subject.worker, size, pace) for subject, size in pairs]
+    null_jobs = list(dict.fromkeys(Job(s.null, size, _null_pace(pace)) for s, size in pairs))
+    measured = measure_in_turns([*jobs, *null_jobs], scenario, progress)
+    overheads_ms = {
+        (job.worker, job.batch_size): statistics.median(result.samples_ms)
+        for job, result in zip(null_jobs, measured[len(jobs) :], strict=True)
+    }
+    return [
+        (result, overheads_ms[subject.null, size])
+        for (subject, size), result in zip(pairs, measured[: len(jobs)], strict=True)
+    ]
+
+
+def choose_best_sizes(subjects: Sequence[Subject], pace: Pace, progress: Progress) -> list[int]:
+    """Find the batch size of the most images/s of each subject; a single one needs no sweep."""
+    if not _needs_sweep(subjects):
+        return [size for subject in subjects for size in subject.batch_sizes]
+    rates = sweep([(s.worker, s.batch_sizes) for s in subjects], pace, progress)
+    progress.write(sweep_table(subjects, rates).aligned_text())
+    return [max(rate, key=lambda size, rate=rate: rate[size]) for rate in rates]
+
+
+def planned_s(subjects: Sequence[Subject], scenarios: Sequence[Scenario], pace: Pace) -> float:
+    """Estimate how long the scenarios, and the sweep before offline, take."""
+    scenario_s = len(subjects) * pace.planned_s + _null_pace(pace).planned_s
+    seconds = len(scenarios) * scenario_s
+    if "offline" in scenarios and _needs_sweep(subjects):
+        num_sizes = sum(len(subject.batch_sizes) for subject in subjects)
+        seconds += num_sizes * NUM_SWEEPS * pace.sweep_s
+    return seconds
+
+
+def sweep_table(subjects: Sequence[Subject], rates: Sequence[dict[int, float]]) -> Table:
+    """Lay out images/s by batch size."""
+    sizes = sorted({size for rate in rates for size in rate})
+    columns = ("images/s at batch", *map(str, sizes))
+    rows = tuple(
+        (
+            subject.worker.name,
+            *(format_rate(rate[size]) if size in rate else NOTHING for size in sizes),
+        )
+        for subject, rate in zip(subjects, rates, strict=True)
+    )
+    return Table(columns, rows, frozenset(columns[:1]))
+
+
+def _needs_sweep(subjects: Sequence[Subject]) -> bool:
+    return any(len(subject.batch_sizes) > 1 for subject in subjects)
+
+
+def _names(programs: Sequence[Program]) -> dict[Program, str]:
+    # The path is told where two would have the same name otherwise.
+    short = {p: f"{p.variant} {title(p.runtime, p.precision)}" for p in programs}
+    taken = Counter(short.values())
+    return {p: name if taken[name] == 1 else f"{name} ({p.path})" for p, name in short.items()}
+
+
+def _null_pace(pace: Pace) -> Pace:
+    return Pace(min(pace.seconds, MAX_NULL_SECONDS), pace.num_turns)
+
+
+def _null_of(program: Program) -> ProgramInfo:
+    return ProgramInfo(
+        program_sha256="",
+        variant=program.variant,
+        runtime="null",
+        precision=program.precision,
+        preprocess=program.preprocess,
+        class_names=program.class_names,
+        data=program.data,
+        max_batch_size=None,
+        flops_per_image=0,
+        weight_bytes=0,
+    )

@@ -1,0 +1,118 @@
+"""What was measured -> LatencyRecords, and a table of those of one run."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from efficientnet.formats.records import LatencyRecord, Scenario
+from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.clock import summarize
+from efficientnet.measuring.peaks import describe_peak
+from efficientnet.measuring.stability import eager_of, instabilities, rate_ratio, time_ratio
+from efficientnet.measuring.turns import Measured
+from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
+from efficientnet.network.variants import get_variant
+from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
+from perf.measurements.measured_programs import Subject
+
+# More than these go to a .npy file: a line of the records should stay readable.
+MAX_SAMPLES_IN_RECORD = 5000
+
+
+def make_record(
+    subject: Subject,
+    scenario: Scenario,
+    measured: Measured,
+    overhead_ms: float,
+    num_threads: int,
+    started_at: datetime,
+    seed: int,
+    folder: Path,
+    peak: DevicePeak | None,
+) -> LatencyRecord:
+    """Write down a measurement; many samples go to a file in `folder`, beside the records."""
+    program, samples = subject.program, measured.samples_ms
+    summary = summarize(samples)
+    cost = network_cost(
+        get_variant(program.variant),
+        program.preprocess.image_size,
+        measured.batch_size,
+        program.precision,
+        len(program.class_names),
+    )
+    call_s = summary.mean_ms / 1e3
+    kept: tuple[float, ...] | str = samples
+    if len(samples) > MAX_SAMPLES_IN_RECORD:
+        kept = f"latency-{started_at:%Y%m%dT%H%M%SZ}-{program.program_sha256[:8]}"
+        kept += f"-{program.runtime}-{scenario}.npy"
+        np.save(folder / kept, np.asarray(samples, dtype=np.float32))
+    return LatencyRecord(
+        program_sha256=program.program_sha256,
+        checkpoint_sha256=program.checkpoint_sha256,
+        variant=program.variant,
+        runtime=program.runtime,
+        precision=program.precision,
+        image_size=program.preprocess.image_size,
+        preprocess_sha256=program.preprocess.sha256,
+        data=subject.data,
+        environment=current_environment(),
+        started_at=started_at,
+        batch_size=measured.batch_size,
+        scenario=scenario,
+        timed_region="end_to_end",
+        clock="perf_counter",
+        num_threads=num_threads,
+        num_warmup=measured.num_warmup,
+        is_warmup_stable=measured.warm_up.is_stable,
+        num_iterations=len(samples),
+        num_turns=len(measured.turns),
+        num_input_images=subject.num_input_images,
+        seed=seed,
+        p50_ms=summary.p50_ms,
+        p90_ms=summary.p90_ms,
+        p95_ms=summary.p95_ms,
+        p99_ms=summary.p99_ms,
+        mean_ms=summary.mean_ms,
+        stdev_ms=summary.stdev_ms,
+        min_ms=summary.min_ms,
+        max_ms=summary.max_ms,
+        turn_p50_ms=measured.turn_medians_ms,
+        samples_ms=kept,
+        throughput_images_per_s=measured.images_per_s,
+        peak_device_memory_bytes=None,
+        peak_process_memory_bytes=measured.peak_memory_bytes,
+        mfu=cost.flops / call_s / peak.operations_per_s if peak else None,
+        mbu=cost.moved_bytes / call_s / peak.bytes_per_s if peak else None,
+        floor_ms=latency_floor_ms(cost, peak) if peak else None,
+        device_peak=describe_peak(peak) if peak else None,
+        harness_overhead_ms=overhead_ms,
+        cores_busy_elsewhere=measured.cores_busy_elsewhere,
+    )
+
+
+def results_table(names: Sequence[str], records: Sequence[LatencyRecord]) -> Table:
+    """Lay out the records of one run, each beside its eager row."""
+    rows: list[tuple[str, ...]] = []
+    for name, record in zip(names, records, strict=True):
+        eager = eager_of(record, records)
+        ratios = (time_ratio(record, eager), rate_ratio(record, eager)) if eager else (None, None)
+        rows.append(
+            (
+                name,
+                record.scenario,
+                str(record.batch_size),
+                format_ms(record.p50_ms),
+                format_ms(record.p90_ms),
+                format_ms(record.p99_ms),
+                format_rate(record.throughput_images_per_s),
+                # Calls of different batch sizes compare by their images only.
+                format_ratio(ratios[0] if record.scenario == "single_stream" else None),
+                format_ratio(ratios[1]),
+                "no" if instabilities(record) else "yes",
+            )
+        )
+    columns = ("program", "scenario", "batch", "p50 ms", "p90 ms", "p99 ms", "images/s")
+    columns += ("time / eager", "images/s / eager", "stable")
+    return Table(columns, tuple(rows), frozenset(columns[:2]))

@@ -1,0 +1,1 @@
+"""Records -> report: rows, verdict, tables, pictures, page."""

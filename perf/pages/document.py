@@ -1,0 +1,225 @@
+"""Rows -> what a report says, in order: verdict, tables, how it was measured, environment."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from efficientnet.machine.environment import EnvironmentRecord
+from efficientnet.measuring.clock import WARM_UP_TOLERANCE, min_samples, relative_spread
+from efficientnet.measuring.stability import MAX_BUSY_ELSEWHERE, MAX_TURN_SPREAD
+from efficientnet.reporting.class_accuracy import class_table
+from efficientnet.reporting.tables import Table, format_bytes, format_ms, format_percent
+from efficientnet.runtimes.names import title
+from perf.pages.results import result_tables
+from perf.pages.rows import Group, Joined, Row, command_for_accuracy
+from perf.pages.verdict import verdict
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, and under it paragraphs, a list or a table."""
+
+    heading: str
+    level: int = 2
+    paragraphs: tuple[str, ...] = ()
+    bullets: tuple[str, ...] = ()
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report before it is Markdown or HTML. Text between backticks is code."""
+
+    heading: str
+    subtitle: str
+    verdict: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
+def build_document(joined: Joined) -> Document:
+    """Write the report on at least one row."""
+    rows = [row for group in joined.groups for row in group.rows]
+    machines = " / ".join(dict.fromkeys(machine_name(g.environment) for g in joined.groups))
+    variants = ", ".join(
+        dict.fromkeys(f"{row.label} at {row.latency.image_size} px" for row in rows)
+    )
+    sections: list[Section] = []
+    for number, group in enumerate(joined.groups, start=1):
+        suffix = f", machine {number}" if len(joined.groups) > 1 else ""
+        sections += _result_sections(group, suffix)
+        sections += _class_sections(group, suffix)
+    if joined.left_out:
+        sections.append(_left_out_section(joined))
+    sections.append(_method_section(rows))
+    for number, group in enumerate(joined.groups, start=1):
+        suffix = f", machine {number}" if len(joined.groups) > 1 else ""
+        sections.append(Section("Environment" + suffix, table=_environment_table(group), level=2))
+        sections.append(Section("Rows in detail" + suffix, table=_detail_table(group), level=2))
+    sections += _paper_sections(rows)
+    return Document(
+        "Latency and accuracy",
+        f"{variants}; measured {_dates(rows)} on {machines}",
+        tuple(
+            sentence
+            for number, group in enumerate(joined.groups, start=1)
+            for sentence in verdict(
+                group, f"On {_place(number, group)}: " if len(joined.groups) > 1 else ""
+            )
+        ),
+        tuple(sections),
+    )
+
+
+def machine_name(environment: EnvironmentRecord) -> str:
+    """Name a machine by what computes: GPUs if there are any, and the CPU."""
+    gpus = "".join(f"{gpu.partition(',')[0]}, " for gpu in environment.gpus)
+    return f"{gpus}{environment.cpu} ({environment.num_cores} cores)"
+
+
+def _place(number: int, group: Group) -> str:
+    return f"machine {number}, {machine_name(group.environment)}"
+
+
+def _dates(rows: Sequence[Row]) -> str:
+    days = sorted({f"{row.latency.started_at:%Y-%m-%d}" for row in rows})
+    return f"{days[0]} UTC" if len(days) == 1 else f"{days[0]} to {days[-1]} UTC"
+
+
+def _result_sections(group: Group, suffix: str) -> list[Section]:
+    return [Section(heading + suffix, table=table) for heading, table in result_tables(group)]
+
+
+def _class_sections(group: Group, suffix: str) -> list[Section]:
+    # Of the eager model, or else the first program, of each network.
+    sections: dict[str, Section] = {}
+    for row in sorted(group.rows, key=lambda row: not row.is_eager):
+        record, classes = row.accuracy, row.accuracy.class_accuracy
+        if classes is None or row.label in sections:
+            continue
+        names = record.class_names
+        program = title(record.runtime, record.precision)
+        sections[row.label] = Section(
+            f"Classes of {row.label}{suffix}",
+            paragraphs=(
+                f"Recall, of {program}: the part of a class's images that is given that class; its "
+                f"mean, the balanced accuracy, is {format_percent(classes.balanced)}. Always "
+                f"naming the largest class, {names[classes.largest]}, would have "
+                f"{format_percent(classes.largest_share)} top-1.",
+            ),
+            table=class_table(classes, names),
+        )
+    return list(sections.values())
+
+
+def _left_out_section(joined: Joined) -> Section:
+    return Section(
+        "Left out: no accuracy measured",
+        paragraphs=("A speed is shown with the accuracy of the same program only.",),
+        bullets=tuple(
+            dict.fromkeys(
+                f"{record.variant} {title(record.runtime, record.precision)} "
+                f"(program {record.program_sha256[:7]}): run `{command_for_accuracy(record)}`"
+                for record in joined.left_out
+            )
+        ),
+    )
+
+
+def _method_section(rows: Sequence[Row]) -> Section:
+    latencies = [row.latency for row in rows]
+    data = ", ".join(dict.fromkeys(record.data for record in latencies))
+    images = _span([record.num_input_images for record in latencies])
+    overhead = _span([record.harness_overhead_ms for record in latencies])
+    regions = {
+        "end_to_end": "`end_to_end`, one call from float32 images in host memory to logits in host "
+        "memory; decoding and preprocessing are not in it",
+        "compute": "`compute`, one call with images and logits on the device",
+    }
+    region = "; ".join(dict.fromkeys(regions[record.timed_region] for record in latencies))
+    peaks = "; ".join(dict.fromkeys(r.device_peak for r in latencies if r.device_peak)) or "unknown"
+    clocks = ", ".join(dict.fromkeys(f"`{record.clock}`" for record in latencies))
+    return Section(
+        "How it was measured",
+        bullets=(
+            f"Timed region: {region}.",
+            f"Clock: {clocks}. Images/s are images divided by the wall time of the turns.",
+            "Processes: each row in a process of its own. They take turns, so that only one "
+            "computes at a time and all see the same machine.",
+            "Warm-up: until the medians of the last two windows of time agree within "
+            f"{format_percent(WARM_UP_TOLERANCE, 0)}; the first calls of each turn do not count "
+            "either.",
+            f"Inputs: {images} different held-out images of {data} for each row, in rotation: no "
+            "call sees the images of the call before it.",
+            f"Percentiles: nearest rank, with at least ten samples above (p50 {min_samples(50)} "
+            f"calls, p90 {min_samples(90)}, p99 {min_samples(99):,}). No sample is removed; all "
+            "are kept in `latency.jsonl`, or in a `.npy` file that it names.",
+            f"Harness overhead: {overhead} ms a call, the median of a runtime that computes "
+            "nothing; it is contained in the times.",
+            "A row is not stable when its warm-up did not settle, the medians of its turns differ "
+            f"by more than {format_percent(MAX_TURN_SPREAD, 0)}, or other programs kept more than "
+            f"{format_percent(MAX_BUSY_ELSEWHERE, 0)} of the cores busy.",
+            f"Time / floor: p50 over what the device could not beat, the longer of computing all "
+            f"multiply-adds and moving all weights and maps once. Peak: {peaks}.",
+            "Peak memory: resident memory of the process, without the input images.",
+        ),
+    )
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = format_ms(min(values)), format_ms(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _environment_table(group: Group) -> Table:
+    environment = group.environment
+    commits = dict.fromkeys(row.latency.environment.git_commit or "unknown" for row in group.rows)
+    rows = (
+        ("CPU", environment.cpu),
+        ("cores", str(environment.num_cores)),
+        ("memory", format_bytes(environment.memory_bytes)),
+        ("GPU", "; ".join(environment.gpus) or "none: GPU rows are not measured"),
+        ("system", environment.system),
+        ("Python", environment.python),
+        ("libraries", ", ".join(f"{k} {v}" for k, v in environment.libraries.items())),
+        ("commit", ", ".join(commits)),
+        ("date", _dates(group.rows)),
+    )
+    return Table(("", "value"), rows, frozenset(("", "value")))
+
+
+def _detail_table(group: Group) -> Table:
+    columns = ("row", "scenario", "calls", "warm-up calls", "turns", "turns differ by", "p95 ms")
+    columns += ("mean ms", "measured (UTC)", "accuracy (UTC)", "program", "weights")
+    rows = tuple(
+        (
+            f"{row.label} {title(row.latency.runtime, row.latency.precision)}",
+            row.latency.scenario.replace("_", " "),
+            f"{row.latency.num_iterations:,}",
+            f"{row.latency.num_warmup:,}",
+            str(row.latency.num_turns),
+            format_percent(relative_spread(row.latency.turn_p50_ms), 0),
+            format_ms(row.latency.p95_ms),
+            format_ms(row.latency.mean_ms),
+            f"{row.latency.started_at:%Y-%m-%d %H:%M}",
+            f"{row.accuracy.started_at:%Y-%m-%d %H:%M}",
+            row.latency.program_sha256[:7],
+            row.latency.checkpoint_sha256[:7],
+        )
+        for row in group.rows
+    )
+    return Table(columns, rows, frozenset(("row", "scenario", "program", "weights")))
+
+
+def _paper_sections(rows: Sequence[Row]) -> list[Section]:
+    is_measured = any(
+        any("V100" in gpu for gpu in row.latency.environment.gpus)
+        and row.latency.precision == "fp16"
+        and row.latency.batch_size == 16
+        for row in rows
+    )
+    if is_measured:
+        return []
+    line = (
+        "V2-S 24 ms, V2-M 57 ms, V2-L 98 ms (Tan and Le 2021, table 7: V100, FP16, batch 16): "
+        "not measured here: no V100."
+    )
+    return [Section("The paper's latency", paragraphs=(line,))]

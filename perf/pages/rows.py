@@ -1,0 +1,206 @@
+"""Records -> rows of a report: each speed with its accuracy, and with the eager row of its run."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from efficientnet.formats.records import AccuracyRecord, LatencyRecord, Scenario
+from efficientnet.machine.environment import EnvironmentRecord
+from efficientnet.measuring.stability import eager_of, instabilities, rate_ratio, time_ratio
+from efficientnet.runtimes.names import EAGER_RUNTIME
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program in one scenario."""
+
+    latency: LatencyRecord
+    accuracy: AccuracyRecord
+    eager: "Row | None"
+    """The eager model of the same weights, measured in the same run; None without one."""
+    label: str
+    """Tells it from the other rows of its group."""
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether it is the reference itself."""
+        return self.latency.runtime == EAGER_RUNTIME
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Median time of a call over that of the eager model."""
+        return time_ratio(self.latency, self.eager.latency) if self.eager else None
+
+    @property
+    def rate_ratio(self) -> float | None:
+        """Images a second over those of the eager model."""
+        return rate_ratio(self.latency, self.eager.latency) if self.eager else None
+
+    @property
+    def instabilities(self) -> list[str]:
+        """Why the row is labelled unstable; empty when it is stable."""
+        return instabilities(self.latency)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one machine with one set of versions; nothing is compared across groups."""
+
+    environment: EnvironmentRecord
+    """Without the commit, which each record has."""
+    rows: tuple[Row, ...]
+
+    def of(self, scenario: Scenario) -> list[Row]:
+        """Return the rows of a scenario, the eager model first, then from fast to slow."""
+        return [row for row in self.rows if row.latency.scenario == scenario]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a report shows, and the speeds that it must not show."""
+
+    groups: tuple[Group, ...]
+    left_out: tuple[LatencyRecord, ...]
+    """Without an accuracy."""
+
+
+def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord]) -> Joined:
+    """Put the newest speed of each program beside the newest accuracy of the same program.
+
+    Of a network that was trained again only the weights of the newest measurement are shown; two
+    that were measured in one run are both shown.
+
+    Args:
+        latencies: oldest first; of an `offline` row the newest counts, whatever its batch size.
+        accuracies: oldest first; one measured in the same environment is preferred.
+    """
+    newest: dict[tuple[object, ...], LatencyRecord] = {}
+    for record in latencies:
+        newest[_identity(record)] = record
+    current = _weights_of_the_newest_runs(newest.values())
+    newest = {key: r for key, r in newest.items() if r.checkpoint_sha256 in current[_network(r)]}
+    left_out = [r for r in newest.values() if find_accuracy(r, accuracies) is None]
+    by_machine: dict[str, list[LatencyRecord]] = {}
+    for record in newest.values():
+        if record not in left_out:
+            key = _machine(record.environment).model_dump_json()
+            by_machine.setdefault(key, []).append(record)
+    groups: list[Group] = []
+    for records in by_machine.values():
+        labels = _labels(records)
+        rows: list[Row] = []
+        for record, label in zip(records, labels, strict=True):
+            accuracy = find_accuracy(record, accuracies)
+            assert accuracy is not None
+            # Its eager row may be older than the newest: what counts is that they took turns.
+            eager = eager_of(record, latencies)
+            eager_accuracy = find_accuracy(eager, accuracies) if eager else None
+            reference = (
+                Row(eager, eager_accuracy, None, label) if eager and eager_accuracy else None
+            )
+            rows.append(Row(record, accuracy, reference, label))
+        groups.append(Group(_machine(records[0].environment), tuple(sorted(rows, key=_order))))
+    return Joined(tuple(groups), tuple(left_out))
+
+
+def find_accuracy(
+    record: LatencyRecord, accuracies: Sequence[AccuracyRecord]
+) -> AccuracyRecord | None:
+    """Find the newest accuracy of the same program in the same runtime, rather on this machine."""
+    found = [
+        accuracy
+        for accuracy in accuracies
+        if accuracy.program_sha256 == record.program_sha256
+        and accuracy.runtime == record.runtime
+        and accuracy.precision == record.precision
+        and accuracy.preprocess_sha256 == record.preprocess_sha256
+    ]
+    here = [a for a in found if is_same_machine(a.environment, record.environment)]
+    return (here or found or [None])[-1]
+
+
+def is_same_machine(one: EnvironmentRecord, other: EnvironmentRecord) -> bool:
+    """Compare all of an environment but the commit."""
+    return _machine(one) == _machine(other)
+
+
+def command_for_accuracy(record: LatencyRecord) -> str:
+    """Give the command that measures the accuracy of the same program.
+
+    The directory is looked for where commands put it by default.
+    """
+    manifests = sorted(Path("artifacts").glob("*/*/manifest.json"))
+    checkpoints = sorted(Path("runs").glob("*/checkpoint/checkpoint.json"))
+    for path in (*manifests, *checkpoints):
+        if path.parent.parent.is_symlink():
+            # runs/latest, which may be another run tomorrow.
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+            found: dict[str, object] = json.loads(text)
+        except (OSError, ValueError):
+            continue
+        sha256 = found.get("program_sha256", found.get("weights_sha256"))
+        runtime = found.get("runtime", EAGER_RUNTIME)
+        if (sha256, runtime) == (record.program_sha256, record.runtime):
+            return f"python perf/accuracy.py {path.parent}"
+    return "python perf/accuracy.py DIRECTORY"
+
+
+def _machine(environment: EnvironmentRecord) -> EnvironmentRecord:
+    return environment.model_copy(update={"git_commit": None})
+
+
+def _identity(record: LatencyRecord) -> tuple[object, ...]:
+    return (
+        _machine(record.environment).model_dump_json(),
+        record.program_sha256,
+        record.runtime,
+        record.precision,
+        record.scenario,
+        record.timed_region,
+        record.num_threads,
+        record.image_size,
+        record.batch_size if record.scenario == "single_stream" else None,
+    )
+
+
+def _network(record: LatencyRecord) -> tuple[object, ...]:
+    machine = _machine(record.environment).model_dump_json()
+    return machine, record.variant, record.image_size, record.data
+
+
+def _weights_of_the_newest_runs(
+    records: Iterable[LatencyRecord],
+) -> dict[tuple[object, ...], set[str]]:
+    runs: dict[tuple[object, ...], dict[datetime, set[str]]] = {}
+    for record in records:
+        run = runs.setdefault(_network(record), {}).setdefault(record.started_at, set())
+        run.add(record.checkpoint_sha256)
+    return {network: weights[max(weights)] for network, weights in runs.items()}
+
+
+def _labels(records: Sequence[LatencyRecord]) -> list[str]:
+    # The weights are named only where two rows would read alike otherwise.
+    weights: dict[str, set[str]] = {}
+    for record in records:
+        weights.setdefault(record.variant, set()).add(record.checkpoint_sha256)
+    return [
+        f"{r.variant} ({r.checkpoint_sha256[:7]})" if len(weights[r.variant]) > 1 else r.variant
+        for r in records
+    ]
+
+
+def _order(row: Row) -> tuple[object, ...]:
+    record = row.latency
+    return (
+        record.variant,
+        row.label,
+        record.image_size,
+        record.num_threads,
+        record.scenario != "single_stream",
+        not row.is_eager,
+        -record.throughput_images_per_s,
+    )

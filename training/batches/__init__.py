@@ -1,0 +1,1 @@
+"""Labelled images -> augmented batches in an order that follows from the seed."""

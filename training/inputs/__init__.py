@@ -1,0 +1,1 @@
+"""What a training starts from: data sets and published weights."""

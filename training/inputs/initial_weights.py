@@ -1,0 +1,71 @@
+"""--weights SOURCE -> the weights that training starts from: published ones, or a checkpoint."""
+
+import logging
+from pathlib import Path
+
+from efficientnet.formats.checkpoint import (
+    RECORD_FILE,
+    CheckpointError,
+    load_checkpoint,
+    read_checkpoint,
+)
+from efficientnet.network.variants import get_variant
+from training.inputs.published_weights import PublishedWeights, load_published, published_entries
+from training.recipe.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def start_image_size(weights: str) -> int | None:
+    """Return the size that weights are used at, as far as it can be told without fetching them."""
+    if (Path(weights) / RECORD_FILE).is_file():
+        return read_checkpoint(Path(weights)).preprocess.image_size
+    entry = published_entries().get(weights)
+    return entry.usage.image_size[0] if entry else None
+
+
+def load_start(config: TrainConfig) -> PublishedWeights | None:
+    """Load what `config.weights` names; None without.
+
+    Raises:
+        WeightsError: not weights of the variant, or not to be fetched.
+        CheckpointError: a damaged checkpoint, or one of another variant.
+    """
+    if config.weights is None:
+        return None
+    if not Path(config.weights).is_dir():
+        return load_published(
+            config.weights, get_variant(config.variant), config.weights_like, num_classes=None
+        )
+    model, record = load_checkpoint(Path(config.weights))
+    if record.variant != config.variant:
+        raise CheckpointError(
+            f"{config.weights} holds a {record.variant}, expected a {config.variant}; "
+            f"train {record.variant}, or name weights of {config.variant}"
+        )
+    return PublishedWeights(
+        tensors=model.state_dict(),
+        network=record.network,
+        preprocess=record.preprocess,
+        class_names=record.class_names,
+        origin=str(config.weights),
+        sha256=record.weights_sha256,
+    )
+
+
+def log_start(start: PublishedWeights, num_classes: int) -> None:
+    """Say what training starts from, and what is not taken over."""
+    log.info(
+        "start from %s (sha256 %s), %s padding, batch norm epsilon %g, mean %s, std %s",
+        start.origin,
+        start.sha256[:12],
+        start.network.padding,
+        start.network.batch_norm_epsilon,
+        start.preprocess.mean,
+        start.preprocess.std,
+    )
+    log.info(
+        "its classifier of %d classes is replaced by a new one of %d",
+        len(start.tensors["classifier.1.bias"]),
+        num_classes,
+    )

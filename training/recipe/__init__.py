@@ -1,0 +1,1 @@
+"""What is to be trained: types and limits, the values chosen, the stages that follow."""

@@ -1,0 +1,201 @@
+"""AblationRecord -> ablation.md with findings and tables, .png and .json; and their publication."""
+
+import os
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from efficientnet.machine.atomic import write_bytes, write_text
+from efficientnet.reporting.publishing import PUBLISHED, published_directory, write_section
+from efficientnet.reporting.tables import NOTHING, Table, format_percent
+from training.studies.ablation_findings import (
+    MARGIN,
+    headline,
+    magnitude_findings,
+    schedule_findings,
+    setting,
+)
+from training.studies.ablation_picture import draw
+from training.studies.ablation_plan import (
+    FIXED,
+    NUM_RANDOM_STAGES,
+    NUM_STAGES,
+    SCHEDULES,
+    AblationConfig,
+    PlannedRun,
+)
+from training.studies.ablation_results import (
+    PAPER_B4,
+    PAPER_MAGNITUDES,
+    PAPER_SIZES,
+    PAPER_TOP1,
+    AblationRecord,
+    RunRecord,
+    Spread,
+    collect_rounds,
+    difference,
+    magnitude_grid,
+    paper_grid,
+    points,
+    spread,
+    time_saved,
+)
+
+
+def write_results(
+    config: AblationConfig, planned: Sequence[PlannedRun], results: dict[Path, RunRecord]
+) -> AblationRecord:
+    """Write ablation.png, .md and, last, .json of the rounds that are complete."""
+    record = collect_rounds(config, planned, results)
+    write_files(record, config.directory, "ablation")
+    return record
+
+
+def publish(record: AblationRecord, readme: Path, published: Path = PUBLISHED) -> Path:
+    """Write the results among the published ones, and a table into the README.
+
+    Returns:
+        The published text.
+    """
+    directory = published_directory(record.finished_at, record.environments, published)
+    stem = section_name(record.name)
+    record = _without_folders(record)
+    text = write_files(record, directory, stem)
+    link = Path(os.path.relpath(directory, readme.parent)).as_posix()
+    parts = [f"**{headline(record)}**"]
+    if record.has("schedules"):
+        parts.append(schedules_table(record).markdown())
+    if record.has("magnitudes"):
+        parts.append(magnitude_findings(record)[0])
+    parts.append(f"![Top-1 by schedule, and by magnitude and size]({link}/{stem}.png)")
+    parts.append(
+        f"{setting(record)} {MARGIN} [All findings]({link}/{stem}.md), "
+        f"[all runs]({link}/{stem}.json)."
+    )
+    write_section(readme, stem, "\n\n".join(parts))
+    return text
+
+
+def _without_folders(record: AblationRecord) -> AblationRecord:
+    # Where the data lies on the machine it was measured on is of no use to a reader.
+    def name(flag: str) -> str:
+        return Path(flag).name if Path(flag).is_absolute() else flag
+
+    runs = tuple(
+        run.model_copy(update={"flags": tuple(name(flag) for flag in run.flags)})
+        for run in record.runs
+    )
+    return record.model_copy(update={"runs": runs})
+
+
+def section_name(name: str) -> str:
+    """Name the README's section and the published files."""
+    return f"ablation-{name}"
+
+
+def to_markdown(record: AblationRecord, picture: str) -> str:
+    """Write findings, picture, tables and how it was measured."""
+    parts = [f"# {headline(record)}"]
+    findings = schedule_findings(record) if record.has("schedules") else []
+    findings += magnitude_findings(record) if record.has("magnitudes") else []
+    parts += ["\n".join(f"- {finding}" for finding in findings), f"![Results]({picture})"]
+    if record.has("schedules"):
+        first, _, last = record.image_sizes
+        parts += [
+            "## Schedules",
+            schedules_table(record).markdown(),
+            f"Evaluated at {last} px. Progressive: sizes rise from {first} to {last} px in "
+            f"{NUM_STAGES} stages, or as many as there are epochs; random resize: "
+            f"{NUM_RANDOM_STAGES} such sizes, or as many as there are epochs, in an order drawn by "
+            "the seed. Adaptive: RandAugment, Mixup and dropout go with the size; the others have "
+            "the last values throughout. Pixels: of an image of training, on average, relative to "
+            "fixed.",
+        ]
+    if record.has("magnitudes"):
+        parts += [
+            "## RandAugment's magnitude by image size",
+            magnitudes_table(record).markdown(),
+            "Top-1 in %, trained and evaluated at that size; the best magnitude of a size is bold.",
+        ]
+    example = record.runs[0]
+    parts += [
+        "## How it was measured",
+        f"{setting(record)} Top-1: of the averaged weights after the last epoch, mean ± sample "
+        f"deviation over the seeds. {MARGIN} Seconds: in training, evaluation excluded. All rows "
+        "of a seed are trained before those of the next, in another order each time.",
+        f"A run ({example.row}); the flags of all are in the records:",
+        f"```\npython training/run.py {record.variant} {shlex.join(example.flags)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def schedules_table(record: AblationRecord) -> Table:
+    """Lay out the schedules beside the paper's."""
+    columns = ("schedule", "top-1 %", "against fixed (margin)", "training s", "pixels")
+    columns += ("time saved % (margin)", "paper: Table 13", "paper: Table 12, B4")
+    fixed_pixels = record.of(FIXED)[0].mean_pixels
+    rows: list[tuple[str, ...]] = []
+    for name in SCHEDULES:
+        runs = record.of(name)
+        b4 = PAPER_B4.get(name)
+        is_fixed = name == FIXED
+        paper = NOTHING if b4 is None else f"{b4[0]} in {b4[1]} h"
+        if b4 and not is_fixed:
+            paper += f", {format_percent(1 - b4[1] / PAPER_B4[FIXED][1], 0)} saved"
+        rows.append(
+            (
+                name,
+                spread(points(record, name)).text(),
+                NOTHING if is_fixed else _with_margin(difference(record, name, FIXED), "+.1f"),
+                spread([run.seconds for run in runs]).text(),
+                f"{statistics.fmean(run.mean_pixels for run in runs) / fixed_pixels:.2f}",
+                NOTHING if is_fixed else _with_margin(time_saved(record, name), ".0f"),
+                f"{PAPER_TOP1[name]}" if name in PAPER_TOP1 else NOTHING,
+                paper,
+            )
+        )
+    return Table(columns, tuple(rows), frozenset({"schedule"}))
+
+
+def _with_margin(change: Spread, digits: str) -> str:
+    margin = NOTHING if change.margin is None else f"{change.margin:{digits.lstrip('+')}}"
+    return f"{change.mean:{digits}} ({margin})"
+
+
+def magnitudes_table(record: AblationRecord) -> Table:
+    """Lay out top-1 by magnitude and size beside the paper's; the best of a size is bold."""
+    ours = magnitude_grid(record)
+    papers = paper_grid()
+    rows = tuple(
+        (
+            f"{record.magnitudes[i]:g}",
+            *_bold_best(ours, i, 1),
+            f"{PAPER_MAGNITUDES[i]:g}",
+            *_bold_best(papers, i, 2),
+        )
+        for i in range(3)
+    )
+    columns = ("magnitude", *(f"{size} px" for size in record.image_sizes))
+    columns += ("paper: magnitude", *(f"paper: {size} px" for size in PAPER_SIZES))
+    return Table(columns, rows)
+
+
+def _bold_best(grid: Sequence[Sequence[Spread]], row: int, decimals: int) -> list[str]:
+    cells: list[str] = []
+    for column, cell in enumerate(grid[row]):
+        text = f"{cell.mean:.1f}"
+        if cell.deviation is not None:
+            text += f" ± {cell.deviation:.{decimals}f}"
+        is_best = cell.mean == max(line[column].mean for line in grid)
+        cells.append(f"**{text}**" if is_best else text)
+    return cells
+
+
+def write_files(record: AblationRecord, directory: Path, stem: str) -> Path:
+    """Write the picture, the text and, last, the record; return the text."""
+    text = directory / f"{stem}.md"
+    write_bytes(directory / f"{stem}.png", draw(record))
+    write_text(text, to_markdown(record, f"{stem}.png"))
+    write_text(directory / f"{stem}.json", record.model_dump_json(indent=1) + "\n")
+    return text

@@ -1,0 +1,233 @@
+"""What to measure -> cells, one for each process, in groups that take turns."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from efficientnet.images.datasets import load_dataset
+from efficientnet.machine.environment import num_usable_cores
+from efficientnet.network.architectures import peer_of
+from efficientnet.network.variants import Padding, get_variant
+from training.recipe.config import TrainConfig
+from training.recipe.recipes import imagenet_recipe
+from training.studies.speed_paper import PAPER_ROWS, TABLE_BATCH_SIZES
+
+OURS, TIMM, TIMM_AGAIN = "ours", "timm", "timm again"
+
+IMAGENET_CLASSES = 1000
+
+# More steps than any measurement takes: the loader begins one epoch after the other.
+NUM_LOADER_STEPS = 1_000_000
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """What to measure, and for how long."""
+
+    variant: tyro.conf.Positional[str | None] = None
+    """Architecture size; None = that of --table, or v2-s."""
+
+    image_sizes: tuple[int, ...] | None = None
+    """Pixels; None = the first and the last stage's of the recipe, or the table's."""
+
+    batch_sizes: tuple[int, ...] | None = None
+    """Images per forward pass; None = 16 32 64, or the table's."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: forward pass under autocast; fp16 with a scaled loss."""
+
+    compile: bool = False
+    """Compile the network; the seconds that it takes are a column."""
+
+    data: str | None = None
+    """Images to feed from as well: a folder, tar shards or digits, as in training/run.py."""
+
+    num_workers: int | None = None
+    """Processes that decode and augment; None = one per core."""
+
+    table: Literal[2, 3] | None = None
+    """The V2 paper's table to stand beside: 2 = B6 by size and batch, 3 = B4 with fused stages."""
+
+    peer: Literal["timm"] | None = None
+    """Whose training step to compare with."""
+
+    seconds: float = 10.0
+    """Measured per row, without warm-up; at least one step."""
+
+    turns: int = 5
+    """Over which `seconds` are spread with --peer."""
+
+    threads: int | None = None
+    """CPU threads of each process; None = one per usable core."""
+
+    memory_limit_bytes: int | None = None
+    """What a step on a CPU may take; None = 85 % of the machine's memory."""
+
+    output: Path = Path("reports/training_speed.jsonl")
+    """Records are appended to it."""
+
+    publish: bool = False
+    """Also write records and tables to reports/published/<date>-<device>/, where those of other
+    settings stay, and all of them into the README."""
+
+    readme: Path = Path("README.md")
+    """File with the markers that the tables are written between."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        for name in self.variants:
+            get_variant(name)
+            self.padding(name)
+        if self.table and self.variant not in (None, self.variants[0]):
+            raise ValueError(
+                f"table {self.table} is about {self.variants[0]}; leave the variant out"
+            )
+        if sum(map(bool, (self.table, self.peer, self.data))) > 1:
+            raise ValueError("--table, --peer and --data do not go together; give one of them")
+        counts = (len(self.image_size_list), len(self.batch_size_list))
+        if self.table == 2 and counts != (2, 2):
+            raise ValueError("table 2 has two image sizes and two batch sizes; give as many")
+        if self.table == 3 and counts != (1, 1):
+            raise ValueError("table 3 has one image size and one batch size; give one of each")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds is {self.seconds}, expected a positive number")
+        for flag, value, least in (
+            ("--image-sizes", min(self.image_size_list), 16),
+            ("--batch-sizes", min(self.batch_size_list), 2),
+            ("--turns", self.turns, 1),
+            ("--threads", self.threads, 1),
+            ("--num-workers", self.num_workers, 0),
+            ("--memory-limit-bytes", self.memory_limit_bytes, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{flag} is {value}, expected at least {least}")
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Those that are measured."""
+        if self.table:
+            return tuple(dict.fromkeys(row.variant for row in PAPER_ROWS[self.table]))
+        return (self.variant or "v2-s",)
+
+    @property
+    def image_size_list(self) -> tuple[int, ...]:
+        """Pixels, in the order of the rows."""
+        if self.image_sizes:
+            return self.image_sizes
+        if self.table:
+            return tuple(dict.fromkeys(row.image_size for row in PAPER_ROWS[self.table]))
+        return tuple(dict.fromkeys(imagenet_recipe(self.variants[0]).progressive.image_size))
+
+    @property
+    def batch_size_list(self) -> tuple[int, ...]:
+        """Images per forward pass, in the order of the rows."""
+        if self.batch_sizes:
+            return self.batch_sizes
+        if self.table:
+            return TABLE_BATCH_SIZES[self.table]
+        return (16, 32, 64)
+
+    def padding(self, variant: str) -> Padding:
+        """Return the recipe's padding, or timm's where its network has the other one only.
+
+        Raises:
+            ValueError: timm has no such network.
+        """
+        if self.peer is None:
+            return "symmetric"
+        try:
+            peer_of(variant, self.peer, "symmetric")
+        except ValueError:
+            peer_of(variant, self.peer, "same")
+            return "same"
+        return "symmetric"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one process measures."""
+
+    variant: str
+    contender: str
+    image_size: int
+    micro_batch_size: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    padding: Padding
+    is_compiled: bool
+    num_classes: int
+    num_threads: int
+    data: str | None = None
+    """Images for the loader; None = one synthetic batch."""
+    num_workers: int = 0
+
+    def describe(self) -> str:
+        """Name it in the log."""
+        fed = ", fed by the loader" if self.data else ""
+        name = "" if self.contender == OURS else f"{self.contender}, "
+        return f"{name}{self.variant} {self.image_size} px, batch {self.micro_batch_size}{fed}"
+
+    def train_config(self) -> TrainConfig:
+        """Return the paper's recipe, at the last stage's values and one image size, unmixed."""
+        recipe, size = imagenet_recipe(self.variant), self.image_size
+        return replace(
+            recipe,
+            progressive=replace(
+                recipe.progressive,
+                image_size=(size, size),
+                mixup_alpha=(0, 0),
+                cutmix_alpha=(0, 0),
+                num_stages=1,
+                schedule="fixed",
+            ),
+            batch_size=self.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            steps=NUM_LOADER_STEPS,
+            precision=self.precision,
+            compile=self.is_compiled,
+            padding=self.padding,
+        )
+
+
+def plan(config: SpeedConfig) -> list[tuple[Cell, ...]]:
+    """List what is measured; those of one group take turns.
+
+    Raises:
+        FileNotFoundError, DatasetError: the data cannot be used.
+        ValueError: fewer images than a batch.
+    """
+    num_classes = IMAGENET_CLASSES
+    if config.data is not None:
+        dataset = load_dataset(config.data)
+        num_classes = max(num_classes, len(dataset.class_names))
+        if len(dataset.train) < max(config.batch_size_list):
+            raise ValueError(
+                f"{len(dataset.train)} training images do not fill a batch of "
+                f"{max(config.batch_size_list)}; give smaller --batch-sizes, or more images"
+            )
+    workers = num_usable_cores() if config.num_workers is None else config.num_workers
+    groups: list[tuple[Cell, ...]] = []
+    for variant, image_size, batch_size in product(
+        config.variants, config.image_size_list, config.batch_size_list
+    ):
+        cell = Cell(
+            variant=variant,
+            contender=OURS,
+            image_size=image_size,
+            micro_batch_size=batch_size,
+            precision=config.precision,
+            padding=config.padding(variant),
+            is_compiled=config.compile,
+            num_classes=num_classes,
+            num_threads=config.threads or num_usable_cores(),
+        )
+        if config.peer:
+            peers = (replace(cell, contender=TIMM), replace(cell, contender=TIMM_AGAIN))
+            groups.append((cell, *peers))
+            continue
+        groups.append((cell,))
+        if config.data is not None:
+            groups.append((replace(cell, data=config.data, num_workers=workers),))
+    return groups

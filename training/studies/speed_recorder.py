@@ -1,0 +1,111 @@
+"""What a process measured -> its record, with costs, memory and the device's peak."""
+
+import logging
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import timm
+import torch
+
+from efficientnet.formats.records import TrainingSpeedRecord
+from efficientnet.images.datasets import data_name
+from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.measuring.peaks import CPU_PRECISION, cpu_peak, describe_peak, gpu_peak
+from efficientnet.network.cost import DevicePeak, network_cost
+from efficientnet.network.variants import get_variant
+from training.learning.memory import USABLE_SHARE, MemoryModel, device_memory_bytes
+from training.studies.speed_plan import OURS, Cell, SpeedConfig
+from training.studies.speed_worker import Device, Measured
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Adds to what was measured what is known beforehand: costs, memory, the device's peak."""
+
+    def __init__(self, config: SpeedConfig) -> None:
+        self._config = config
+        self._started_at = datetime.now(UTC)
+        self._memory_models: dict[tuple[str, str], MemoryModel] = {}
+        self._cpu_peak: DevicePeak | None = None
+        self._is_cpu = not torch.cuda.is_available()
+        self._cpu_bytes = device_memory_bytes(torch.device("cpu"))
+        if self._is_cpu and config.precision == CPU_PRECISION:
+            # Now: nothing else computes.
+            self._cpu_peak = cpu_peak(config.threads or num_usable_cores())
+            log.info("the CPU's peak in float32: %s", describe_peak(self._cpu_peak))
+
+    def predict(self, group: Sequence[Cell]) -> list[Measured]:
+        """Return the rows of a group that a CPU cannot hold, so that it is not tried; else none."""
+        if not self._is_cpu:
+            return []
+        limit = self._config.memory_limit_bytes or self._cpu_bytes * USABLE_SHARE
+        # Those that take turns are all in memory at once.
+        needed = sum(self.predicted_bytes(cell) for cell in group)
+        if needed <= limit:
+            return []
+        log.info(
+            "%s is not tried: about %.1f GB are needed, %.1f GB can be used",
+            group[0].describe(),
+            needed / 1e9,
+            limit / 1e9,
+        )
+        device = Device("cpu", "", self._cpu_bytes)
+        return [Measured(cell, device, is_out_of_memory=True) for cell in group]
+
+    def predicted_bytes(self, cell: Cell) -> int:
+        """Return what our step takes, by training/learning/memory.py."""
+        key = (cell.variant, cell.padding)
+        if key not in self._memory_models:
+            train_config = cell.train_config()
+            self._memory_models[key] = MemoryModel(
+                train_config, train_config.network_options(None), cell.num_classes
+            )
+        return self._memory_models[key].bytes_for(cell.image_size, cell.micro_batch_size)
+
+    def record(self, measured: Measured) -> TrainingSpeedRecord:
+        """Make the record of a row."""
+        cell, device, turns = measured.cell, measured.device, measured.turns
+        if measured.is_out_of_memory:
+            turns = ()
+        batch_size = cell.micro_batch_size
+        step_ms = [sample for turn in turns for sample in turn.step_ms]
+        elapsed_s = sum(turn.elapsed_s for turn in turns)
+        images_per_s = batch_size * len(step_ms) / elapsed_s if turns else None
+        peak = self._cpu_peak if device.type == "cpu" else gpu_peak(device.name, cell.precision)
+        mfu = None
+        if peak and images_per_s is not None:
+            cost = network_cost(
+                get_variant(cell.variant), cell.image_size, num_classes=cell.num_classes
+            )
+            mfu = 3 * cost.flops * images_per_s / peak.operations_per_s
+        return TrainingSpeedRecord(
+            variant=cell.variant,
+            contender=cell.contender,
+            contender_version=None if cell.contender == OURS else timm.__version__,
+            image_size=cell.image_size,
+            micro_batch_size=batch_size,
+            precision=cell.precision,
+            num_classes=cell.num_classes,
+            is_compiled=cell.is_compiled,
+            is_loader_fed=cell.data is not None,
+            data="synthetic" if cell.data is None else data_name(cell.data),
+            num_workers=cell.num_workers,
+            num_threads=cell.num_threads,
+            table=self._config.table,
+            num_warm_up_steps=measured.warm_up.num_steps if measured.warm_up else 0,
+            num_steps=len(step_ms),
+            images_per_s=images_per_s,
+            step_p50_ms=statistics.median(step_ms) if step_ms else None,
+            turn_p50_ms=tuple(statistics.median(turn.step_ms) for turn in turns),
+            compile_s=measured.warm_up.compile_s if measured.warm_up else None,
+            peak_memory_bytes=max(turn.peak_memory_bytes for turn in turns) if turns else None,
+            predicted_memory_bytes=self.predicted_bytes(cell) if cell.contender == OURS else None,
+            device_memory_bytes=device.memory_bytes,
+            mfu=mfu,
+            device_peak=describe_peak(peak) if peak else None,
+            is_out_of_memory=measured.is_out_of_memory,
+            environment=current_environment(),
+            started_at=self._started_at,
+        )
