@@ -16,8 +16,9 @@ namespace {
 
 struct Products {
   template <bool IS_SMALL, class Pending>
-  static inline __attribute__((always_inline)) void compute(const uint8_t* from, int64_t pixel, int64_t kernel_row, int count, const uint8_t* weights,
-                                                            int kernel, int blocks, const int32_t* bias, int32_t* sums, Pending& pending) {
+  static inline __attribute__((always_inline)) void compute(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count,
+                                                            const uint8_t* weights, const int32_t* bias, int32_t* sums, Pending& pending) {
+    const int kernel = p.layer->kernel, blocks = p.row_blocks;
     for (int half = 0; half < (IS_SMALL ? 1 : 2); half++, bias += 32, sums += 32) {
       // A tile load with stride 0 is the same row sixteen times.
       _tile_loadd(0, bias, 0);
@@ -26,14 +27,14 @@ struct Products {
         _tile_loadd(2, bias, 0);
         _tile_loadd(3, bias + 16, 0);
         for (int ky = 0; ky < kernel; ky++) {
-          const uint8_t* p = from + ky * kernel_row;
-          for (int b = 0; b < blocks; b++, p += 64, weights += 2048) {
-            _tile_loadd(4, p, pixel);
+          const uint8_t* in = from + ky * kernel_row;
+          for (int b = 0; b < blocks; b++, in += 64, weights += 2048) {
+            _tile_loadd(4, in, pixel);
             _tile_loadd(6, weights, 64);
             _tile_dpbusd(0, 4, 6);
             _tile_loadd(7, weights + 1024, 64);
             _tile_dpbusd(1, 4, 7);
-            _tile_loadd(5, p + 16 * pixel, pixel);
+            _tile_loadd(5, in + 16 * pixel, pixel);
             _tile_dpbusd(2, 5, 6);
             _tile_dpbusd(3, 5, 7);
             pending.step();
@@ -43,9 +44,9 @@ struct Products {
         _tile_stored(3, sums + 16 * 64 + 16, 256);
       } else {
         for (int ky = 0; ky < kernel; ky++) {
-          const uint8_t* p = from + ky * kernel_row;
-          for (int b = 0; b < blocks; b++, p += 64, weights += 2048) {
-            _tile_loadd(4, p, pixel);
+          const uint8_t* in = from + ky * kernel_row;
+          for (int b = 0; b < blocks; b++, in += 64, weights += 2048) {
+            _tile_loadd(4, in, pixel);
             _tile_loadd(6, weights, 64);
             _tile_dpbusd(0, 4, 6);
             _tile_loadd(7, weights + 1024, 64);

@@ -22,7 +22,7 @@ static void conv_units(const Packed& p, int group, const Source& source, const T
   Pending<MODE, IS_SMALL> pending{epilogue, target};
   const uint8_t* weights = p.weights + size_t(group) * p.group_bytes;
   const int32_t* bias = reinterpret_cast<const int32_t*>(p.bias) + group * GROUP;
-  const int kernel = p.layer->kernel, steps = kernel * p.row_blocks * (IS_SMALL ? 1 : 2);
+  const int steps = p.layer->kernel * p.row_blocks * (IS_SMALL ? 1 : 2);
   int flip = 0;
   for (int s = 0; s < source.segments; s++) {
     const uint8_t* from = source.start + s * source.segment;
@@ -30,7 +30,7 @@ static void conv_units(const Packed& p, int group, const Source& source, const T
       const int count = source.length - x < RUN ? source.length - x : RUN;
       int32_t* sums = scratch.sums[flip];
       flip ^= 1;
-      Products::compute<IS_SMALL>(from, source.pixel, source.kernel_row, count, weights, kernel, p.row_blocks, bias, sums, pending);
+      Products::compute<IS_SMALL>(p, from, source.pixel, source.kernel_row, count, weights, bias, sums, pending);
       pending.flush();
       pending.begin(sums, count, steps);
     }

@@ -115,11 +115,11 @@ engine::engine(const char* path, const Kernels& chosen, int threads, int max_bat
   const int num_teams = max_batch >= threads ? threads : 1;
   for (int i = 0; i < num_teams; i++) {
     auto team = std::make_unique<Team>();
-    team->arena = Memory(plan.arena_bytes + SLACK);
+    team->arena = Memory(plan.arena_bytes);
     team->shared = Memory(shared_bytes);
     teams.push_back(std::move(team));
   }
-  for (int i = 0; i < threads; i++) scratch.emplace_back(plan.scratch_bytes + SLACK);
+  for (int i = 0; i < threads; i++) scratch.emplace_back(plan.scratch_bytes);
   times.assign(program.layers.size(), 0.0);
 }
 

@@ -11,8 +11,8 @@ namespace native {
 // Channels that are computed together: 64 bytes of u8, the width of the widest register and of a cache line.
 constexpr int GROUP = 64;
 
-// Bytes that kernels may read past the end of a map (values there meet weights of zero, or are not used).
-constexpr size_t SLACK = 4096;
+// Kernels read past the end of a map: up to this many pixels that are not used, and in the last pixel values that meet weights of zero.
+constexpr size_t SLACK_PIXELS = 64, SLACK = 4096;
 
 // A map in the arena, channels last. `halo` pixels of padding stand above, below and left of it; the right one of a row is
 // the left one of the next.
@@ -33,7 +33,8 @@ struct Map {
 struct Packed {
   const Layer* layer = nullptr;
   int inputs = 0, outputs = 0, groups = 0;
-  int row_blocks = 0;          // blocks of 64 bytes in a kernel row
+  int row_words = 0;           // words of four bytes in a kernel row
+  int row_blocks = 0;          // blocks of 64 bytes
   const uint8_t* weights = nullptr;
   size_t group_bytes = 0;      // of a full group's weights
   const uint8_t* bias = nullptr;  // i32 or f32 [groups * 64], in the order of the sums

@@ -58,8 +58,8 @@ const std::vector<const Kernels*>& levels() {
     std::vector<const Kernels*> list;
 #ifdef __x86_64__
     if (features().amx) list.push_back(&AMX);
-    //if (features().avx512_vnni) list.push_back(&AVX512_VNNI);
-    //if (features().avx_vnni) list.push_back(&AVX_VNNI);
+    if (features().avx512_vnni) list.push_back(&AVX512_VNNI);
+    if (features().avx_vnni) list.push_back(&AVX_VNNI);
 #endif
     list.push_back(&PORTABLE);
     return list;

@@ -119,6 +119,7 @@ static void pack(const Program& program, const Layer& l, const Map& in, const Ma
   }
   if (l.kind != CONV && l.kind != DEPTHWISE) return;
   const bool is_conv = l.kind == CONV;
+  p.row_words = (row_bytes_of(l, in) + 3) / 4;
   p.row_blocks = (row_bytes_of(l, in) + 63) / 64;
   p.group_bytes = is_conv ? conv_group_bytes(l, in) : depthwise_group_bytes(l, in.is_bf16);
   if (is_conv) pack_conv(l, in, out.channels, program.blob<uint8_t>(l.weights), to);

@@ -37,6 +37,10 @@ Plan::Plan(Program& program, const Kernels& kernels, bool keeps_tensors) {
   pack(program, kernels);
   place(program, keeps_tensors);
   for (const Step& step : steps) scratch_bytes = std::max(scratch_bytes, kernels.scratch_bytes(step));
+  size_t pixel_bytes = 0;
+  for (const Map& map : maps) pixel_bytes = std::max(pixel_bytes, map.pixel_bytes);
+  arena_bytes += SLACK + SLACK_PIXELS * pixel_bytes;
+  scratch_bytes += SLACK + SLACK_PIXELS * pixel_bytes;
 }
 
 void Plan::make_maps(const Program& program) {
@@ -196,7 +200,7 @@ void Plan::place(const Program& program, bool keeps_tensors) {
     blocks.push_back({start, start + bytes, first[size_t(t)], last[size_t(t)]});
     // The first pixel is aligned to a line of the cache.
     map.start = start + (map.start_in_block() + 63) / 64 * 64;
-    arena_bytes = std::max(arena_bytes, start + bytes + SLACK);
+    arena_bytes = std::max(arena_bytes, start + bytes);
   }
   for (size_t t = 0; t < n; t++)
     if (alias[t] >= 0) maps[t].start = maps[size_t(root(int(t)))].start;

@@ -365,7 +365,7 @@ static size_t scratch_bytes(const Step& step) {
     buffer = size_t(depthwise_input_rows(*step.main, depthwise_rows_at_once(step)) + 2) * size_t(buffer_width(step)) * 64;
   if (step.kind == CONV && step.project.layer)
     buffer = size_t(project_rows(step)) * size_t(step.out.width) * size_t(step.packed.outputs);
-  return sizeof(Scratch) + buffer + SLACK;
+  return sizeof(Scratch) + buffer;
 }
 
 static void run_convert(const Step&, const Call&);
