@@ -1,6 +1,6 @@
 """Artifacts -> where the time of a call goes, layer by layer, as the runtime's own profile tells.
 
-Only ONNX Runtime on the CPU and OpenVINO tell. Measuring each layer takes time itself, so the sum
+ONNX Runtime on the CPU, OpenVINO and the native engine tell. Measuring each layer takes time itself, so the sum
 over the layers stands beside a call without a profile. Several artifacts are measured one after the
 other, and their kinds of layers are set side by side.
 
@@ -49,7 +49,9 @@ from perf.pages.layer_tables import ProgramLayers, kind_times, log_tables, side_
 MAX_CALLS = 200
 SEED = 0
 
-WHO_TELLS = "the runtimes that tell the times of layers are onnxruntime on the CPU and openvino"
+WHO_TELLS = (
+    "the runtimes that tell the times of layers are onnxruntime on the CPU, openvino and native"
+)
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class LayersConfig:
     """Settings of a measurement."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """Artifact directories, of ONNX Runtime on the CPU or of OpenVINO."""
+    """Artifact directories, of ONNX Runtime on the CPU, of OpenVINO or of the native engine."""
 
     calls: int = 20
     """Calls that are timed after the warm-up, 1 to 200; OpenVINO's profile takes rounds of 5."""
@@ -173,6 +175,11 @@ def read_profiled(path: Path, batch_size: int) -> Program:
         raise ValueError(
             f"{path} answers {batch_size} images one by one, in streams side by side, whose layers "
             "no profile adds up; profile one image: --batch-size 1 --threads 1"
+        )
+    if program.runtime == "native" and batch_size != 1:
+        raise ValueError(
+            f"{path}: the native engine tells the times of one image's layers, --batch-size is "
+            f"{batch_size}; profile one image: --batch-size 1"
         )
     return program
 

@@ -44,6 +44,11 @@ def require_kernels(what: object, is_reference: bool) -> None:
         )
 
 
+def open_timed(program: Path, num_threads: int) -> Engine:
+    """Open a program file that tells the times of its layers."""
+    return Engine(program, num_threads, level=levels()[0], keeps_times=True)
+
+
 def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> NativeRuntime:
     """Open a native artifact.
 

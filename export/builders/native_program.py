@@ -48,7 +48,7 @@ class Made:
 
     program: Program
     layer_names: tuple[str, ...]
-    """By layer: its own node."""
+    """By layer: its module and operator."""
     tensor_names: tuple[str, ...]
     """By tensor: the node that puts it out."""
 
@@ -144,7 +144,7 @@ class _Writer:
         padding = (np.rint(mean) - middle).astype("<i4")
         images = _Map(INPUT_NAME, (size, size, 3), MapScale(1.0, 0))
         output = self._store(images, dtype)
-        self._add(Kind.INPUT, INPUT_NAME, output=output, scales=scales, table=padding)
+        self._add(Kind.INPUT, f"{INPUT_NAME}/Convert", output=output, scales=scales, table=padding)
         self._mean, self._std, self._middle = mean, std, middle
         return images
 
@@ -200,7 +200,7 @@ class _Writer:
         )
         self._add(
             Kind.SQUEEZE_EXCITE,
-            f"{path}/Mul",
+            f"{path}/SqueezeExcite",
             output=self._store(out, dtype),
             mean_multiplier=_mean_multiplier(x, dtype),
             squeeze_channels=len(squeeze),
