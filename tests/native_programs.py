@@ -1,4 +1,4 @@
-"""Random programs for the native engine: layers of every kind with odd shapes, chained or in blocks."""
+"""Random programs for the native engine: layers of every kind, with odd shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,16 @@ class Chain:
             **fields,
         )
 
-    def convert(self) -> None:
-        """Go over to the other type."""
+    def convert(self, scale: MapScale | None = None) -> None:
+        """Go over to the other type, 8 bits of a scale if one is given."""
         source, source_scale = self.current, self.scales[self.current]
         self.dtype = DType.BF16 if self.dtype is DType.U8 else DType.U8
-        scale = MapScale(0.021, 31) if self.dtype is DType.U8 else None
-        multiplier = source_scale.scale if source_scale else 1 / 0.021
+        if self.dtype is DType.U8:
+            scale = scale or MapScale(0.021, 31)
+            multiplier = 1 / scale.scale
+        else:
+            assert source_scale is not None
+            multiplier = source_scale.scale
         self.current = self._tensor(self.shape, self.dtype, scale)
         self.program.add_layer(
             Kind.CONVERT, input=source, output=self.current, multiplier=multiplier
@@ -211,9 +215,8 @@ class Chain:
         fields: dict[str, Any] = {
             "weights": weights,
             "bias": draw(-(10**6), 10**6, shape[0]).astype("<i4"),
-            # Up to four times what 16 bits hold.
-            "scales": (10 ** self.rng.uniform(-3, 0.6, shape[0])).astype("<f4")
-            * (2e4 / np.prod(shape[1:]) ** 0.5 / 1e4),
+            # Up to about four times what 16 bits hold.
+            "scales": 2 * 10 ** self.rng.uniform(-3, 0.6, shape[0]) / np.prod(shape[1:]) ** 0.5,
             "fraction_bits": int(draw(0, 8)),
             "output_offset": int(draw(-32767, 32768)),
             "residual_multiplier": int(draw(0, 32768)),
@@ -227,7 +230,7 @@ class Chain:
 def random_chain(
     rng: np.random.Generator, dtype: DType, is_wild: bool = False, has_converts: bool = False
 ) -> Chain:
-    """Chain some of the blocks that networks are made of, of 1 to 70 channels and 1 to 40 pixels."""
+    """Chain some blocks of networks, of 1 to 70 channels and 1 to 40 pixels."""
     shape = int(rng.integers(1, 41)), int(rng.integers(1, 41))
     chain = Chain(rng, shape, dtype, is_wild)
     activation = Activation.RELU6 if rng.random() < 0.25 else Activation.SILU
