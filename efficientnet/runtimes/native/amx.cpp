@@ -1,4 +1,5 @@
-// AMX: tiles of 16 rows x 64 bytes, `tdpbusd` multiplies two of them in 16 cycles (7,140 GOP/s a core from registers).
+// AMX: tiles of 16 rows x 64 bytes; `tdpbusd` (u8 by s8) and `tdpbf16ps` multiply two of them in 16 cycles (7,140 GOP/s a core from
+// registers in int8, half of it in bf16).
 //
 // A unit is 32 pixels x 32 channels at a time: four tiles of sums, two of pixels, two of weights, so that each loaded tile is used twice.
 // Pixels are loaded from the map by their own stride, without im2col.
@@ -14,8 +15,15 @@ namespace {
 #include "pack.h"
 #include "epilogue.h"
 
+// The tiles' numbers are part of the instruction.
+#define PRODUCT(sums, pixels, weights)            \
+  do {                                            \
+    if (IS_BF16) _tile_dpbf16ps(sums, pixels, weights); \
+    else _tile_dpbusd(sums, pixels, weights);     \
+  } while (0)
+
 struct Products {
-  template <bool IS_SMALL, class Pending>
+  template <bool IS_SMALL, bool IS_BF16, class Pending>
   static inline __attribute__((always_inline)) void compute(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count,
                                                             const uint8_t* weights, const int32_t* bias, int32_t* sums, Pending& pending) {
     const int kernel = p.layer->kernel, blocks = p.row_blocks;
@@ -31,12 +39,12 @@ struct Products {
           for (int b = 0; b < blocks; b++, in += 64, weights += 2048) {
             _tile_loadd(4, in, pixel);
             _tile_loadd(6, weights, 64);
-            _tile_dpbusd(0, 4, 6);
+            PRODUCT(0, 4, 6);
             _tile_loadd(7, weights + 1024, 64);
-            _tile_dpbusd(1, 4, 7);
+            PRODUCT(1, 4, 7);
             _tile_loadd(5, in + 16 * pixel, pixel);
-            _tile_dpbusd(2, 5, 6);
-            _tile_dpbusd(3, 5, 7);
+            PRODUCT(2, 5, 6);
+            PRODUCT(3, 5, 7);
             pending.step();
           }
         }
@@ -48,9 +56,9 @@ struct Products {
           for (int b = 0; b < blocks; b++, in += 64, weights += 2048) {
             _tile_loadd(4, in, pixel);
             _tile_loadd(6, weights, 64);
-            _tile_dpbusd(0, 4, 6);
+            PRODUCT(0, 4, 6);
             _tile_loadd(7, weights + 1024, 64);
-            _tile_dpbusd(1, 4, 7);
+            PRODUCT(1, 4, 7);
             pending.step();
           }
         }
@@ -63,9 +71,8 @@ struct Products {
 
 #include "conv.h"
 #include "depthwise.h"
+#include "depthwise_bf16.h"
 #include "steps.h"
-
-static void run_convert(const Step&, const Call&) {}
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};

@@ -1,4 +1,4 @@
-// AVX-512 VNNI: `vpdpbusd` on 64 bytes (Intel from Ice Lake, AMD from Zen 4).
+// AVX-512 VNNI: `vpdpbusd` on 64 bytes (Intel from Cascade Lake); bf16 in float products, as there is no `vdpbf16ps`.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -13,9 +13,8 @@ namespace {
 #include "dot.h"
 #include "conv.h"
 #include "depthwise.h"
+#include "depthwise_bf16.h"
 #include "steps.h"
-
-static void run_convert(const Step&, const Call&) {}
 
 }  // namespace
 

@@ -13,9 +13,8 @@ namespace {
 #include "dot.h"
 #include "conv.h"
 #include "depthwise.h"
+#include "depthwise_bf16.h"
 #include "steps.h"
-
-static void run_convert(const Step&, const Call&) {}
 
 }  // namespace
 

@@ -28,6 +28,8 @@ COMMON_FLAGS = (
 X86_KERNELS = {
     "amx.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mavx512bf16 "
     "-mfma -mavx2 -mamx-tile -mamx-int8 -mamx-bf16",
+    "avx512_bf16.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mavx512bf16 "
+    "-mfma -mavx2",
     "avx512_vnni.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mfma -mavx2",
     "avx_vnni.cpp": "-mavx2 -mfma -mavxvnni",
 }

@@ -1,4 +1,4 @@
-// Convolution of u8 maps by groups of 64 output channels. Included inside each file's own namespace, after its Products.
+// Convolution by groups of 64 output channels. Included inside each file's own namespace, after its Products.
 //
 // Products::compute makes the sums of up to 32 pixels x 64 channels in a scratch that stays in L1 (8 KB); the epilogue of one such
 // unit is done while the next one's products run.
@@ -16,10 +16,10 @@ struct ConvScratch {
   alignas(64) int32_t sums[2][RUN * 64];
 };
 
-template <int MODE, bool IS_SMALL>
-static void conv_units(const Packed& p, int group, const Source& source, const Target& target, int32_t* totals, ConvScratch& scratch) {
-  const Epilogue<MODE> epilogue(p, group, totals);
-  Pending<MODE, IS_SMALL> pending{epilogue, target};
+template <class E, bool IS_SMALL, bool IS_BF16>
+static void conv_units(const Packed& p, int group, const Source& source, const Target& target, void* totals, ConvScratch& scratch) {
+  const E epilogue(p, group, totals);
+  Pending<E, IS_SMALL> pending{epilogue, target};
   const uint8_t* weights = p.weights + size_t(group) * p.group_bytes;
   const int32_t* bias = reinterpret_cast<const int32_t*>(p.bias) + group * GROUP;
   const int steps = p.layer->kernel * p.row_blocks * (IS_SMALL ? 1 : 2);
@@ -30,7 +30,7 @@ static void conv_units(const Packed& p, int group, const Source& source, const T
       const int count = source.length - x < RUN ? source.length - x : RUN;
       int32_t* sums = scratch.sums[flip];
       flip ^= 1;
-      Products::compute<IS_SMALL>(p, from, source.pixel, source.kernel_row, count, weights, bias, sums, pending);
+      Products::compute<IS_SMALL, IS_BF16>(p, from, source.pixel, source.kernel_row, count, weights, bias, sums, pending);
       pending.flush();
       pending.begin(sums, count, steps);
     }
@@ -39,9 +39,12 @@ static void conv_units(const Packed& p, int group, const Source& source, const T
 }
 
 template <int MODE>
-static void conv_group(const Packed& p, int group, const Source& source, const Target& target, int32_t* totals, ConvScratch& scratch) {
-  if (is_small_group(p.outputs, group)) conv_units<MODE, true>(p, group, source, target, totals, scratch);
-  else conv_units<MODE, false>(p, group, source, target, totals, scratch);
+static void conv_group(const Packed& p, int group, const Source& source, const Target& target, void* totals, ConvScratch& scratch) {
+  const bool is_small = is_small_group(p.outputs, group);
+  if (p.is_bf16 && is_small) conv_units<FloatEpilogue<MODE>, true, true>(p, group, source, target, totals, scratch);
+  else if (p.is_bf16) conv_units<FloatEpilogue<MODE>, false, true>(p, group, source, target, totals, scratch);
+  else if (is_small) conv_units<Epilogue<MODE>, true, false>(p, group, source, target, totals, scratch);
+  else conv_units<Epilogue<MODE>, false, false>(p, group, source, target, totals, scratch);
 }
 
 static void conv_group(const Packed& p, int group, const Source& source, const Target& target, bool has_residual, ConvScratch& scratch) {

@@ -6,7 +6,7 @@
 struct Products {
   static constexpr int PIXELS = Lanes::BYTES == 64 ? 8 : 6;
 
-  template <bool IS_SMALL, class Pending>
+  template <bool IS_SMALL, bool IS_BF16, class Pending>
   static void compute(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count, const uint8_t* weights,
                       const int32_t* bias, int32_t* sums, Pending&) {
     const int64_t half_bytes = int64_t(p.layer->kernel) * p.row_blocks * 2048;
@@ -16,14 +16,19 @@ struct Products {
         const uint8_t* w = weights + half * half_bytes + tile * 1024;
         int x = 0;
         for (; x + PIXELS <= count; x += PIXELS)
-          pixels<PIXELS>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
-        for (; x + 2 <= count; x += 2) pixels<2>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
-        for (; x < count; x++) pixels<1>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
+          pixels<PIXELS, IS_BF16>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
+        for (; x + 2 <= count; x += 2) pixels<2, IS_BF16>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
+        for (; x < count; x++) pixels<1, IS_BF16>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
       }
   }
 
  private:
-  template <int N>
+  template <bool IS_BF16>
+  static inline __attribute__((always_inline)) Lanes::V dot(Lanes::V acc, Lanes::V q, Lanes::V w) {
+    return IS_BF16 ? Lanes::bits(Lanes::dot_bf16(Lanes::floats(acc), q, w)) : Lanes::dot(acc, q, w);
+  }
+
+  template <int N, bool IS_BF16>
   static void pixels(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, const uint8_t* weights, const int32_t* bias,
                      int32_t* sums) {
     using V = Lanes::V;
@@ -42,8 +47,8 @@ struct Products {
           const V w0 = Lanes::load(block), w1 = Lanes::load(block + NEXT);
           for (int i = 0; i < N; i++) {
             const V q = Lanes::broadcast32(in + i * pixel);
-            a[i] = Lanes::dot(a[i], q, w0);
-            b[i] = Lanes::dot(b[i], q, w1);
+            a[i] = dot<IS_BF16>(a[i], q, w0);
+            b[i] = dot<IS_BF16>(b[i], q, w1);
           }
         }
       }

@@ -37,10 +37,10 @@ struct Epilogue {
   int columns;        // channels of the group that exist
   int32_t* totals;    // SUMS: of the group's 64 channels
 
-  Epilogue(const Packed& p, int group, int32_t* group_totals)
+  Epilogue(const Packed& p, int group, void* group_totals)
       : scales(p.scales + group * GROUP), table(MODE == TABLE || MODE == SUMS ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
         offset(Lanes::set16(p.layer->output_offset)), multiplier(Lanes::set16(p.layer->residual_multiplier)),
-        columns(p.outputs - group * GROUP), totals(group_totals) {}
+        columns(p.outputs - group * GROUP), totals(static_cast<int32_t*>(group_totals)) {}
 
   static inline __attribute__((always_inline)) V line(V x, V residual8, V offset, V multiplier) {
     if (MODE == RESIDUAL) x = Lanes::adds16(x, Lanes::mulhrs16(Lanes::half16(residual8), multiplier));
@@ -112,11 +112,56 @@ struct Epilogue {
 template <int MODE>
 constexpr int16_t Epilogue<MODE>::EMPTY_TABLE[128];
 
+// Of bf16 maps: sums are floats, bias included; tile t's lane i holds channel 16 t + i.
+static inline __attribute__((always_inline)) Lanes::F silu_of(Lanes::F x) {
+  using F = Lanes::F;
+  // 2^t for t = -x / ln 2: the whole part is in the low bits of t + MAGIC, the rest goes through a cubic (1e-4, bf16 keeps 4e-3).
+  const F magic = Lanes::setf(12582912.0f);
+  F t = Lanes::mulf(x, Lanes::setf(-1.44269502f));
+  t = Lanes::minf(Lanes::maxf(t, Lanes::setf(-120.0f)), Lanes::setf(120.0f));
+  const F whole = Lanes::addf(t, magic), rest = Lanes::addf(t, Lanes::mulf(Lanes::addf(whole, Lanes::setf(-12582912.0f)), Lanes::setf(-1.0f)));
+  F p = Lanes::fma(Lanes::setf(0.0558263180f), rest, Lanes::setf(0.240226507f));
+  p = Lanes::fma(p, rest, Lanes::setf(0.693147182f));
+  p = Lanes::fma(p, rest, Lanes::setf(1.0f));
+  return Lanes::mulf(x, Lanes::reciprocal(Lanes::addf(Lanes::raise(p, whole), Lanes::setf(1.0f))));
+}
+
+static inline __attribute__((always_inline)) Lanes::F activated(Lanes::F x, int activation) {
+  if (activation == SILU) return silu_of(x);
+  if (activation == RELU6) return Lanes::minf(Lanes::maxf(x, Lanes::zerof()), Lanes::setf(6.0f));
+  return x;
+}
+
+template <int MODE>
+struct FloatEpilogue {
+  int activation, columns;
+  float* totals;
+
+  FloatEpilogue(const Packed& p, int group, void* group_totals)
+      : activation(p.layer->activation), columns(p.outputs - group * GROUP), totals(static_cast<float*>(group_totals)) {}
+
+  inline __attribute__((always_inline)) void values(const float* sums, int count, Target& t) const {
+    for (int c = 0; c < count; c += Lanes::WORDS) {
+      Lanes::F v = Lanes::loadf(sums + c);
+      if (MODE == TABLE || MODE == SUMS) v = activated(v, activation);
+      if (MODE == RESIDUAL) v = Lanes::addf(v, Lanes::widen(t.residual + c * 2));
+      if (MODE == SUMS) Lanes::storef(totals + c, Lanes::addf(Lanes::loadf(totals + c), v));
+      else Lanes::narrow(t.out + c * 2, columns - c, v);
+    }
+    t.next();
+  }
+  inline void row(const int32_t* sums, Target& t) const { values(reinterpret_cast<const float*>(sums), 64, t); }
+  inline void small_rows(const int32_t* sums, bool has_two, Target& t) const {
+    values(reinterpret_cast<const float*>(sums), 32, t);
+    if (has_two) values(reinterpret_cast<const float*>(sums + 64), 32, t);
+  }
+};
+
 // Rows of sums that wait for their epilogue. It is done some rows at a time between the products of the next unit, so that tile products
 // and vector instructions run side by side.
-template <int MODE, bool IS_SMALL>
+template <class E, bool IS_SMALL>
 struct Pending {
-  const Epilogue<MODE>& epilogue;
+  const E& epilogue;
   Target target;
   const int32_t* sums = nullptr;
   int left = 0, per_step = 0;

@@ -33,6 +33,7 @@ struct Map {
 struct Packed {
   const Layer* layer = nullptr;
   int inputs = 0, outputs = 0, groups = 0;
+  bool is_bf16 = false;
   int row_words = 0;           // words of four bytes in a kernel row
   int row_blocks = 0;          // blocks of 64 bytes
   const uint8_t* weights = nullptr;
@@ -90,7 +91,7 @@ constexpr int RUN = 32;
 
 extern const Kernels PORTABLE;
 #ifdef __x86_64__
-extern const Kernels AMX, AVX512_VNNI, AVX_VNNI;
+extern const Kernels AMX, AVX512_BF16, AVX512_VNNI, AVX_VNNI;
 #endif
 
 }  // namespace native

@@ -96,4 +96,45 @@ struct Lanes {
       to[x * 4 + 3] = 0;
     }
   }
+
+  // Floats, of bf16 maps.
+  static F zerof() { return _mm256_setzero_ps(); }
+  static F setf(float value) { return _mm256_set1_ps(value); }
+  static F addf(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mulf(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F minf(F a, F b) { return _mm256_min_ps(a, b); }
+  static F maxf(F a, F b) { return _mm256_max_ps(a, b); }
+  static void storef(float* p, F v) { _mm256_storeu_ps(p, v); }
+  // To 12 bits, of which bf16 keeps 8.
+  static F reciprocal(F v) { return _mm256_rcp_ps(v); }
+  // value * 2^exponent, for the whole number in the low bits of `exponent`.
+  static F raise(F value, F exponent) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(value), _mm256_slli_epi32(_mm256_castps_si256(exponent), 23)));
+  }
+  // Eight bf16 as floats.
+  static F widen(const void* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
+  }
+  // The first `count` of eight floats as bf16.
+  static void narrow(void* p, int count, F v) {
+    const V bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const V words = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m128i packed = _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0xd8));
+    if (count >= 8) {
+      _mm_storeu_si128(static_cast<__m128i*>(p), packed);
+    } else if (count > 0) {
+      alignas(16) uint16_t values[8];
+      _mm_store_si128(reinterpret_cast<__m128i*>(values), packed);
+      __builtin_memcpy(p, values, size_t(count) * 2);
+    }
+  }
+  static F dot_bf16(F acc, V pairs, V weights) {
+    const V high = _mm256_set1_epi32(int(0xffff0000));
+    acc = fma(_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(weights, 16)), acc);
+    return fma(_mm256_castsi256_ps(_mm256_and_si256(pairs, high)), _mm256_castsi256_ps(_mm256_and_si256(weights, high)), acc);
+  }
+  static V bits(F v) { return _mm256_castps_si256(v); }
+  static F floats(V v) { return _mm256_castsi256_ps(v); }
+  static F bytes_to_floats(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
 };

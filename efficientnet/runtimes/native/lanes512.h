@@ -88,8 +88,48 @@ struct Lanes {
     }
   }
 
-  // Sixteen bf16 as floats.
-  static F widen(const uint16_t* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  // Floats, of bf16 maps.
+  static F zerof() { return _mm512_setzero_ps(); }
+  static F setf(float value) { return _mm512_set1_ps(value); }
+  static F addf(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F minf(F a, F b) { return _mm512_min_ps(a, b); }
+  static F maxf(F a, F b) { return _mm512_max_ps(a, b); }
+  static void storef(float* p, F v) { _mm512_storeu_ps(p, v); }
+  // To 14 bits, of which bf16 keeps 8.
+  static F reciprocal(F v) { return _mm512_rcp14_ps(v); }
+  // value * 2^exponent, for the whole number in the low bits of `exponent`.
+  static F raise(F value, F exponent) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(value), _mm512_slli_epi32(_mm512_castps_si512(exponent), 23)));
   }
+  // Sixteen bf16 as floats.
+  static F widen(const void* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
+  }
+  // The first `count` of sixteen floats as bf16.
+  static void narrow(void* p, int count, F v) {
+#ifdef __AVX512BF16__
+    const __m256i words = (__m256i)_mm512_cvtneps_pbh(v);
+#else
+    const V bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16));
+#endif
+    if (count >= 16) _mm256_storeu_si256(static_cast<__m256i*>(p), words);
+    else _mm256_mask_storeu_epi16(p, __mmask16(count <= 0 ? 0 : (1u << count) - 1), words);
+  }
+  // acc += two bf16 times two, in each lane.
+  static F dot_bf16(F acc, V pairs, V weights) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(acc, (__m512bh)pairs, (__m512bh)weights);
+#else
+    const V high = _mm512_set1_epi32(int(0xffff0000));
+    acc = fma(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)), acc);
+    return fma(_mm512_castsi512_ps(_mm512_and_si512(pairs, high)), _mm512_castsi512_ps(_mm512_and_si512(weights, high)), acc);
+#endif
+  }
+  static V bits(F v) { return _mm512_castps_si512(v); }
+  static F floats(V v) { return _mm512_castsi512_ps(v); }
+  // Bytes of a map as floats, and floats as bytes.
+  static F bytes_to_floats(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
 };

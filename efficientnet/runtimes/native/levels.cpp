@@ -47,10 +47,6 @@ const Features& features() {
 }
 
 }  // namespace
-
-bool has_avx512_bf16() { return features().avx512_bf16; }
-#else
-bool has_avx512_bf16() { return false; }
 #endif
 
 const std::vector<const Kernels*>& levels() {
@@ -58,6 +54,7 @@ const std::vector<const Kernels*>& levels() {
     std::vector<const Kernels*> list;
 #ifdef __x86_64__
     if (features().amx) list.push_back(&AMX);
+    if (features().avx512_vnni && features().avx512_bf16) list.push_back(&AVX512_BF16);
     if (features().avx512_vnni) list.push_back(&AVX512_VNNI);
     if (features().avx_vnni) list.push_back(&AVX_VNNI);
 #endif

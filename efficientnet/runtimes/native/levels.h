@@ -9,7 +9,4 @@ namespace native {
 // Best first; the portable ones last, always.
 const std::vector<const Kernels*>& levels();
 
-// For the tables of docs and the choice inside a level.
-bool has_avx512_bf16();
-
 }  // namespace native

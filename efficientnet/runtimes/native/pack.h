@@ -96,6 +96,7 @@ static void pack(const Program& program, const Layer& l, const Map& in, const Ma
   p.outputs = out.channels;
   p.groups = (out.channels + GROUP - 1) / GROUP;
   p.weights = to;
+  p.is_bf16 = in.is_bf16;
   if (l.kind == SQUEEZE_EXCITE) {
     // [squeeze weights][excite weights][squeeze bias][excite bias]
     const size_t weights = size_t(l.squeeze_channels) * size_t(in.channels) * 2;

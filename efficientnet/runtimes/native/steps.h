@@ -1,4 +1,4 @@
-// A thread's part of each step of a plan, for u8 maps. Included inside each file's own namespace, after conv.h and depthwise.h.
+// A thread's part of each step of a plan. Included inside each file's own namespace, after the kernels.
 
 struct Scratch {
   ConvScratch conv;
@@ -14,6 +14,8 @@ static Scratch& scratch_of(const Call& call) { return *reinterpret_cast<Scratch*
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+static int64_t value_bytes(const Map& map) { return map.is_bf16 ? 2 : 1; }
+
 static uint8_t* pixel_of(const Map& map, const Call& call, int64_t y, int64_t x) {
   return call.arena + map.start + y * int64_t(map.row_bytes) + x * int64_t(map.pixel_bytes);
 }
@@ -21,7 +23,7 @@ static uint8_t* pixel_of(const Map& map, const Call& call, int64_t y, int64_t x)
 // The cursor over a map (and a residual) from pixel number `at`, for a group of channels.
 static Target target_at(const Step& step, const Call& call, int64_t at, int group, bool has_residual) {
   const Map &out = step.out, &residual = step.residual;
-  const int64_t y = at / out.width, x = at % out.width, channels = int64_t(group) * GROUP;
+  const int64_t y = at / out.width, x = at % out.width, channels = int64_t(group) * GROUP * value_bytes(out);
   Target t;
   t.out = pixel_of(out, call, y, x) + channels;
   t.pixel = int64_t(out.pixel_bytes);
@@ -57,6 +59,16 @@ static Source source_at(const Layer& l, const Map& in, int width, const Call& ca
   return s;
 }
 
+// Sums of 64 channels, which are floats where the map is bf16.
+static void add_sums(int32_t* to, const int32_t* from, bool is_bf16) {
+  if (is_bf16) {
+    float* sums = reinterpret_cast<float*>(to);
+    for (int i = 0; i < GROUP; i++) sums[i] += reinterpret_cast<const float*>(from)[i];
+  } else {
+    for (int i = 0; i < GROUP; i++) to[i] += from[i];
+  }
+}
+
 static void run_conv(const Step& step, const Call& call) {
   const Packed& p = step.packed;
   const Map& out = step.out;
@@ -82,7 +94,7 @@ static void run_conv(const Step& step, const Call& call) {
 
 // Fused-MBConv: some rows of the expanded map at a time, which the projection reads from L1.
 static int64_t project_rows(const Step& step) {
-  const int64_t row = int64_t(step.out.width) * step.packed.outputs;
+  const int64_t row = int64_t(step.out.width) * step.packed.outputs * value_bytes(step.in);
   return larger(1, smaller(step.out.height, PROJECT_BUFFER / row));
 }
 
@@ -91,19 +103,22 @@ static void run_conv_and_project(const Step& step, const Call& call) {
   const Map& out = step.out;
   Scratch& scratch = scratch_of(call);
   const int64_t band = project_rows(step), end = share_start(out.height, call.part + 1, call.parts);
-  const int channels = p.outputs, width = out.width;
+  const int64_t value = value_bytes(step.in), pixel = p.outputs * value;
+  const int width = out.width;
   for (int64_t y = share_start(out.height, call.part, call.parts); y < end; y += band) {
     const int64_t last = smaller(end, y + band);
     const int pixels = int(last - y) * width;
     const Source source = source_at(*step.main, step.in, width, call, y, last);
     Target expanded;
-    expanded.pixel = channels;
+    expanded.pixel = pixel;
     expanded.width = width;
     for (int g = 0; g < p.groups; g++) {
-      expanded.out = scratch.buffer + g * GROUP;
+      expanded.out = scratch.buffer + g * GROUP * value;
       conv_group(p, g, source, expanded, false, scratch.conv);
     }
-    const Source from{scratch.buffer, channels, 0, 0, 1, pixels};
+    // What the last pixel's last block reads past it.
+    __builtin_memset(scratch.buffer + pixels * pixel, 0, 64);
+    const Source from{scratch.buffer, pixel, 0, 0, 1, pixels};
     for (int g = 0; g < project.groups; g++)
       conv_group(project, g, from, target_at(step, call, y * width, g, step.has_residual), step.has_residual, scratch.conv);
   }
@@ -117,30 +132,35 @@ static int64_t buffer_width(const Step& step) {
 }
 
 static int64_t depthwise_rows_at_once(const Step& step) {
-  const int64_t row = buffer_width(step) * 64, fit = (DEPTHWISE_BUFFER / row - step.main->kernel) / step.main->stride;
+  const int64_t row = buffer_width(step) * GROUP * value_bytes(step.in), fit = (DEPTHWISE_BUFFER / row - step.main->kernel) / step.main->stride;
   return smaller(step.out.height, larger(8, fit / 2 * 2));
 }
 
 // Copies a group's channels of some rows of a map: what a depthwise convolution without expansion reads.
 static void copy_rows(const Map& in, const Call& call, int group, int64_t y, int64_t end, uint8_t* to, int64_t row_bytes) {
-  const Lanes::Mask mask0(in.channels - group * GROUP), mask1(in.channels - group * GROUP - Lanes::BYTES);
+  const int64_t value = value_bytes(in), pixel = GROUP * value, bytes = smaller(pixel, (in.channels - group * GROUP) * value);
   for (; y < end; y++, to += row_bytes) {
-    const uint8_t* from = pixel_of(in, call, y, 0) + group * GROUP;
+    const uint8_t* from = pixel_of(in, call, y, 0) + group * pixel;
     uint8_t* out = to;
-    for (int x = 0; x < in.width; x++, from += in.pixel_bytes, out += 64) {
-      Lanes::store(out, Lanes::load(from, mask0));
-      if (Lanes::BYTES < 64) Lanes::store(out + Lanes::BYTES, Lanes::load(from + Lanes::BYTES, mask1));
-    }
+    for (int x = 0; x < in.width; x++, from += in.pixel_bytes, out += pixel)
+      for (int64_t at = 0; at < bytes; at += Lanes::BYTES) Lanes::store(out + at, Lanes::load(from + at));  // past the end is garbage that is not used
   }
+}
+
+template <int K, int S>
+static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, const Target& target, int32_t* totals,
+                              DepthwiseScratch& scratch) {
+  if (p.is_bf16) depthwise_group_bf16<K, S>(p, group, from, row_bytes, rows, target, reinterpret_cast<float*>(totals), scratch);
+  else depthwise_group<K, S>(p, group, from, row_bytes, rows, target, totals, scratch);
 }
 
 static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, const Target& target, int32_t* totals,
                               DepthwiseScratch& scratch) {
   const Layer& l = *p.layer;
-  if (l.kernel == 3 && l.stride == 1) depthwise_group<3, 1>(p, group, from, row_bytes, rows, target, totals, scratch);
-  else if (l.kernel == 3) depthwise_group<3, 2>(p, group, from, row_bytes, rows, target, totals, scratch);
-  else if (l.stride == 1) depthwise_group<5, 1>(p, group, from, row_bytes, rows, target, totals, scratch);
-  else depthwise_group<5, 2>(p, group, from, row_bytes, rows, target, totals, scratch);
+  if (l.kernel == 3 && l.stride == 1) depthwise_rows_of<3, 1>(p, group, from, row_bytes, rows, target, totals, scratch);
+  else if (l.kernel == 3) depthwise_rows_of<3, 2>(p, group, from, row_bytes, rows, target, totals, scratch);
+  else if (l.stride == 1) depthwise_rows_of<5, 1>(p, group, from, row_bytes, rows, target, totals, scratch);
+  else depthwise_rows_of<5, 2>(p, group, from, row_bytes, rows, target, totals, scratch);
 }
 
 // MBConv up to the mean's sums: of each group of channels the expansion into the buffer, and its depthwise convolution from there.
@@ -150,7 +170,7 @@ static void run_depthwise(const Step& step, const Call& call) {
   const Map &in = step.in, &out = step.out;
   Scratch& scratch = scratch_of(call);
   const int zero_point = step.program->tensors[size_t(l.input)].zero_point;
-  const int64_t width = buffer_width(step), row_bytes = width * 64, rows_at_once = depthwise_rows_at_once(step);
+  const int64_t pixel = GROUP * value_bytes(in), width = buffer_width(step), row_bytes = width * pixel, rows_at_once = depthwise_rows_at_once(step);
   const int64_t total = int64_t(out.height) * p.groups, end = share_start(total, call.part + 1, call.parts);
   int64_t at = share_start(total, call.part, call.parts);
   if (at == end) return;
@@ -158,8 +178,8 @@ static void run_depthwise(const Step& step, const Call& call) {
   const int64_t buffer_rows = depthwise_input_rows(l, rows_at_once);
   for (int64_t y = 0; y < buffer_rows; y++) {
     uint8_t* row = scratch.buffer + y * row_bytes;
-    __builtin_memset(row, zero_point, size_t(l.pad_left) * 64);
-    __builtin_memset(row + (l.pad_left + in.width) * 64, zero_point, size_t(width - l.pad_left - in.width) * 64);
+    __builtin_memset(row, zero_point, size_t(l.pad_left * pixel));
+    __builtin_memset(row + (l.pad_left + in.width) * pixel, zero_point, size_t((width - l.pad_left - in.width) * pixel));
   }
   while (at < end) {
     const int group = int(at / out.height);
@@ -178,14 +198,14 @@ static void run_depthwise(const Step& step, const Call& call) {
         __builtin_memset(scratch.buffer + (have - start) * row_bytes, zero_point, size_t(row_bytes));
       const int64_t inside = smaller(stop, in.height);
       if (have < inside) {
-        uint8_t* to = scratch.buffer + (have - start) * row_bytes + l.pad_left * 64;
+        uint8_t* to = scratch.buffer + (have - start) * row_bytes + l.pad_left * pixel;
         if (expand.layer) {
           const bool flat = is_flat(*expand.layer, in);
           const Source source = source_at(*expand.layer, in, in.width, call, flat ? have * in.width : have, flat ? inside * in.width : inside);
           Target target;
           target.out = to;
-          target.pixel = 64;
-          target.skip = row_bytes - in.width * 64;
+          target.pixel = pixel;
+          target.skip = row_bytes - in.width * pixel;
           target.width = in.width;
           conv_group<TABLE>(expand, group, source, target, nullptr, scratch.conv);
         } else {
@@ -194,9 +214,9 @@ static void run_depthwise(const Step& step, const Call& call) {
         have = inside;
       }
       for (; have < stop; have++) __builtin_memset(scratch.buffer + (have - start) * row_bytes, zero_point, size_t(row_bytes));
-      int32_t totals[64];
+      alignas(64) int32_t totals[GROUP];
       depthwise_rows_of(p, group, scratch.buffer, row_bytes, int(count), target_at(step, call, y * out.width, group, false), totals, scratch.depthwise);
-      for (int i = 0; i < GROUP; i++) sums[i] += totals[i];
+      add_sums(sums, totals, in.is_bf16);
     }
   }
 }
@@ -208,7 +228,10 @@ static void run_sums(const Map& in, const Call& call) {
   for (int y = 0; y < in.height; y++)
     for (int x = 0; x < in.width; x++) {
       const uint8_t* p = pixel_of(in, call, y, x);
-      for (int64_t c = first; c < end; c++) call.sums[c] += p[c];
+      if (in.is_bf16)
+        for (int64_t c = first; c < end; c++) reinterpret_cast<float*>(call.sums)[c] += from_bf16(reinterpret_cast<const uint16_t*>(p)[c]);
+      else
+        for (int64_t c = first; c < end; c++) call.sums[c] += p[c];
     }
 }
 
@@ -222,18 +245,18 @@ static float* means_of(const Step& step, const Call& call) {
   const int64_t units = step.sums_units, total = units * groups;
   int part = 0;
   for (int g = 0; g < groups; g++) {
-    int32_t sums[GROUP] = {};
+    alignas(64) int32_t sums[GROUP] = {};
     if (units) {
       while (share_start(total, part + 1, call.parts) <= g * units) part++;
       for (int q = part; q < call.parts && share_start(total, q, call.parts) < (g + 1) * units; q++) {
         if (share_start(total, q, call.parts) == share_start(total, q + 1, call.parts)) continue;
-        const int32_t* from = call.sums + size_t(q) * call.sums_stride + g * GROUP;
-        for (int i = 0; i < GROUP; i++) sums[i] += from[i];
+        add_sums(sums, call.sums + size_t(q) * call.sums_stride + g * GROUP, in.is_bf16);
       }
     } else {
       for (int i = 0; i < GROUP; i++) sums[i] = call.sums[g * GROUP + i];
     }
-    for (int i = 0; i < GROUP; i++) means[g * GROUP + i] = float(sums[i] - zeros) * multiplier;
+    for (int i = 0; i < GROUP; i++)
+      means[g * GROUP + i] = (in.is_bf16 ? reinterpret_cast<const float*>(sums)[i] : float(sums[i] - zeros)) * multiplier;
   }
   return means;
 }
@@ -288,6 +311,18 @@ static void scale_pixels(const Step& step, const Call& call, int group, int64_t 
   }
 }
 
+static void scale_pixels_bf16(const Step& step, const Call& call, int group, int64_t first, int64_t end, const float* gates) {
+  const Map &in = step.in, &out = step.out;
+  const int count = int(smaller(GROUP, in.channels - group * GROUP));
+  for (int64_t y = first; y < end; y++) {
+    const uint8_t* from = pixel_of(in, call, y, 0) + group * GROUP * 2;
+    uint8_t* to = pixel_of(out, call, y, 0) + group * GROUP * 2;
+    for (int x = 0; x < in.width; x++, from += in.pixel_bytes, to += out.pixel_bytes)
+      for (int c = 0; c < count; c += Lanes::WORDS)
+        Lanes::narrow(to + c * 2, count - c, Lanes::mulf(Lanes::widen(from + c * 2), Lanes::loadf(gates + c)));
+  }
+}
+
 static void run_squeeze_excite(const Step& step, int phase, const Call& call) {
   const Layer& l = *step.main;
   const Map& in = step.in;
@@ -312,7 +347,7 @@ static void run_squeeze_excite(const Step& step, int phase, const Call& call) {
     const int64_t first = at % in.height, last = smaller(in.height, first + end - at);
     at += last - first;
     const int count = int(smaller(GROUP, in.channels - group * GROUP));
-    float z[GROUP] = {};
+    alignas(64) float z[GROUP] = {};
     const float* bias = excite_bias + group * GROUP;
     const uint16_t* weights = excite_weights + group * GROUP;
     alignas(64) int16_t multipliers[GROUP] = {};
@@ -324,8 +359,12 @@ static void run_squeeze_excite(const Step& step, int phase, const Call& call) {
       for (int s = 0; s < squeeze; s++)
         for (int c = 0; c < count; c++) z[c] += call.hidden[s] * from_bf16(weights[int64_t(s) * in.channels + c]);
     }
-    for (int c = 0; c < GROUP; c++) multipliers[c] = int16_t(int32_t(__builtin_rintf(sigmoid(z[c]) * l.multiplier)));
-    scale_pixels(step, call, group, first, last, multipliers);
+    for (int c = 0; c < GROUP; c++) {
+      z[c] = sigmoid(z[c]) * l.multiplier;
+      if (!in.is_bf16) multipliers[c] = int16_t(int32_t(__builtin_rintf(z[c])));
+    }
+    if (in.is_bf16) scale_pixels_bf16(step, call, group, first, last, z);
+    else scale_pixels(step, call, group, first, last, multipliers);
   }
 }
 
@@ -346,7 +385,19 @@ static void run_input(const Step& step, const Call& call) {
   for (int64_t y = share_start(out.height, call.part, call.parts); y < end; y++) {
     uint8_t* to = pixel_of(out, call, y, 0);
     const size_t at = size_t(y) * size_t(out.width);
-    if (call.is_pixels) {
+    if (out.is_bf16) {
+      uint16_t* words = reinterpret_cast<uint16_t*>(to);
+      const uint8_t* pixels = static_cast<const uint8_t*>(call.image) + at * 3;
+      for (int c = 0; c < 3; c++) {
+        const float scale = scales[c], offset = scales[3 + c];
+        const float* from = static_cast<const float*>(call.image) + size_t(c) * plane + at;
+        if (call.is_pixels)
+          for (int x = 0; x < out.width; x++) words[x * 4 + c] = to_bf16(float(pixels[x * 3 + c]) * scale + offset);
+        else
+          for (int x = 0; x < out.width; x++) words[x * 4 + c] = to_bf16(from[x] * scale + offset);
+      }
+      for (int x = 0; x < out.width; x++) words[x * 4 + 3] = 0;
+    } else if (call.is_pixels) {
       const uint8_t* from = static_cast<const uint8_t*>(call.image) + at * 3;
       for (int x = 0; x < out.width; x++, to += 4, from += 3) {
         for (int c = 0; c < 3; c++) to[c] = sat8(rint32(float(from[c]) * scales[c] + scales[3 + c]));
@@ -362,13 +413,31 @@ static void run_input(const Step& step, const Call& call) {
 static size_t scratch_bytes(const Step& step) {
   size_t buffer = 0;
   if (step.kind == DEPTHWISE)
-    buffer = size_t(depthwise_input_rows(*step.main, depthwise_rows_at_once(step)) + 2) * size_t(buffer_width(step)) * 64;
+    buffer = size_t(depthwise_input_rows(*step.main, depthwise_rows_at_once(step)) + 2) * size_t(buffer_width(step)) * GROUP * size_t(value_bytes(step.in));
   if (step.kind == CONV && step.project.layer)
-    buffer = size_t(project_rows(step)) * size_t(step.out.width) * size_t(step.packed.outputs);
+    buffer = size_t(project_rows(step)) * size_t(step.out.width) * size_t(step.packed.outputs) * size_t(value_bytes(step.in)) + 64;
   return sizeof(Scratch) + buffer;
 }
 
-static void run_convert(const Step&, const Call&);
+// The border between u8 and bf16 blocks.
+static void run_convert(const Step& step, const Call& call) {
+  const Map &in = step.in, &out = step.out;
+  const float multiplier = step.main->multiplier;
+  const int64_t end = share_start(in.height, call.part + 1, call.parts);
+  for (int64_t y = share_start(in.height, call.part, call.parts); y < end; y++)
+    for (int x = 0; x < in.width; x++) {
+      const uint8_t* from = pixel_of(in, call, y, x);
+      uint8_t* to = pixel_of(out, call, y, x);
+      if (out.is_bf16) {
+        const Lanes::F zero = Lanes::setf(float(-in.zero_point)), scale = Lanes::setf(multiplier);
+        for (int c = 0; c < in.channels; c += Lanes::WORDS)
+          Lanes::narrow(to + c * 2, in.channels - c, Lanes::mulf(Lanes::addf(Lanes::bytes_to_floats(from + c), zero), scale));
+      } else {
+        const uint16_t* values = reinterpret_cast<const uint16_t*>(from);
+        for (int c = 0; c < in.channels; c++) to[c] = sat8(rint32(from_bf16(values[c]) * multiplier) + out.zero_point);
+      }
+    }
+}
 
 static void run(const Step& step, int phase, const Call& call) {
   switch (step.kind) {
