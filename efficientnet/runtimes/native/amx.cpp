@@ -23,49 +23,47 @@ namespace {
   } while (0)
 
 struct Products {
-  template <bool IS_SMALL, bool IS_BF16, class Pending>
+  template <bool IS_BF16, class Pending>
   static inline __attribute__((always_inline)) void compute(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count,
                                                             const uint8_t* weights, const int32_t* bias, int32_t* sums, Pending& pending) {
     const int kernel = p.layer->kernel, blocks = p.row_blocks;
-    for (int half = 0; half < (IS_SMALL ? 1 : 2); half++, bias += 32, sums += 32) {
-      // A tile load with stride 0 is the same row sixteen times.
-      _tile_loadd(0, bias, 0);
-      _tile_loadd(1, bias + 16, 0);
-      if (count > 16) {
-        _tile_loadd(2, bias, 0);
-        _tile_loadd(3, bias + 16, 0);
-        for (int ky = 0; ky < kernel; ky++) {
-          const uint8_t* in = from + ky * kernel_row;
-          for (int b = 0; b < blocks; b++, in += 64, weights += 2048) {
-            _tile_loadd(4, in, pixel);
-            _tile_loadd(6, weights, 64);
-            PRODUCT(0, 4, 6);
-            _tile_loadd(7, weights + 1024, 64);
-            PRODUCT(1, 4, 7);
-            _tile_loadd(5, in + 16 * pixel, pixel);
-            PRODUCT(2, 5, 6);
-            PRODUCT(3, 5, 7);
-            pending.step();
-          }
-        }
-        _tile_stored(2, sums + 16 * 64, 256);
-        _tile_stored(3, sums + 16 * 64 + 16, 256);
-      } else {
-        for (int ky = 0; ky < kernel; ky++) {
-          const uint8_t* in = from + ky * kernel_row;
-          for (int b = 0; b < blocks; b++, in += 64, weights += 2048) {
-            _tile_loadd(4, in, pixel);
-            _tile_loadd(6, weights, 64);
-            PRODUCT(0, 4, 6);
-            _tile_loadd(7, weights + 1024, 64);
-            PRODUCT(1, 4, 7);
-            pending.step();
-          }
+    // A tile load with stride 0 is the same row sixteen times.
+    _tile_loadd(0, bias, 0);
+    _tile_loadd(1, bias + 16, 0);
+    if (count > 16) {
+      _tile_loadd(2, bias, 0);
+      _tile_loadd(3, bias + 16, 0);
+      for (int ky = 0; ky < kernel; ky++) {
+        const uint8_t* in = from + ky * kernel_row;
+        for (int b = 0; b < blocks; b++, in += 64, weights += 2048) {
+          _tile_loadd(4, in, pixel);
+          _tile_loadd(6, weights, 64);
+          PRODUCT(0, 4, 6);
+          _tile_loadd(7, weights + 1024, 64);
+          PRODUCT(1, 4, 7);
+          _tile_loadd(5, in + 16 * pixel, pixel);
+          PRODUCT(2, 5, 6);
+          PRODUCT(3, 5, 7);
+          pending.step();
         }
       }
-      _tile_stored(0, sums, 256);
-      _tile_stored(1, sums + 16, 256);
+      _tile_stored(2, sums + 16 * CONV_GROUP, CONV_GROUP * 4);
+      _tile_stored(3, sums + 16 * CONV_GROUP + 16, CONV_GROUP * 4);
+    } else {
+      for (int ky = 0; ky < kernel; ky++) {
+        const uint8_t* in = from + ky * kernel_row;
+        for (int b = 0; b < blocks; b++, in += 64, weights += 2048) {
+          _tile_loadd(4, in, pixel);
+          _tile_loadd(6, weights, 64);
+          PRODUCT(0, 4, 6);
+          _tile_loadd(7, weights + 1024, 64);
+          PRODUCT(1, 4, 7);
+          pending.step();
+        }
+      }
     }
+    _tile_stored(0, sums, CONV_GROUP * 4);
+    _tile_stored(1, sums + 16, CONV_GROUP * 4);
   }
 };
 
@@ -90,6 +88,6 @@ void leave() { _tile_release(); }
 
 }  // namespace
 
-const Kernels AMX = {"amx", true, packed_bytes, pack, scratch_bytes, run, enter, leave};
+const Kernels AMX = {"amx", true, packed_bytes, pack, scratch_bytes, run, needs, enter, leave};
 
 }  // namespace native

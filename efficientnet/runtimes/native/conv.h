@@ -1,6 +1,6 @@
-// Convolution by groups of 64 output channels. Included inside each file's own namespace, after its Products.
+// Convolution by groups of 32 output channels. Included inside each file's own namespace, after its Products.
 //
-// Products::compute makes the sums of up to 32 pixels x 64 channels in a scratch that stays in L1 (8 KB); the epilogue of one such
+// Products::compute makes the sums of up to 32 pixels x 32 channels in a scratch that stays in L1 (4 KB); the epilogue of one such
 // unit is done while the next one's products run.
 
 // Where a convolution reads: `segments` runs of `length` output pixels. A 1x1 convolution over a map without halo has one run.
@@ -13,16 +13,16 @@ struct Source {
 };
 
 struct ConvScratch {
-  alignas(64) int32_t sums[2][RUN * 64];
+  alignas(64) int32_t sums[2][RUN * CONV_GROUP];
 };
 
-template <class E, bool IS_SMALL, bool IS_BF16>
-static void conv_units(const Packed& p, int group, const Source& source, const Target& target, void* totals, ConvScratch& scratch) {
-  const E epilogue(p, group, totals);
-  Pending<E, IS_SMALL> pending{epilogue, target};
+template <class E, bool IS_BF16>
+static void conv_units(const Packed& p, int group, const Source& source, const Target& target, void* totals, ConvScratch& scratch, Prefetch& prefetch) {
+  const E epilogue(p, group * CONV_GROUP, totals);
+  Pending<E> pending{epilogue, target, prefetch};
   const uint8_t* weights = p.weights + size_t(group) * p.group_bytes;
-  const int32_t* bias = reinterpret_cast<const int32_t*>(p.bias) + group * GROUP;
-  const int steps = p.layer->kernel * p.row_blocks * (IS_SMALL ? 1 : 2);
+  const int32_t* bias = reinterpret_cast<const int32_t*>(p.bias) + group * CONV_GROUP;
+  const int steps = p.layer->kernel * p.row_blocks;
   int flip = 0;
   for (int s = 0; s < source.segments; s++) {
     const uint8_t* from = source.start + s * source.segment;
@@ -30,7 +30,7 @@ static void conv_units(const Packed& p, int group, const Source& source, const T
       const int count = source.length - x < RUN ? source.length - x : RUN;
       int32_t* sums = scratch.sums[flip];
       flip ^= 1;
-      Products::compute<IS_SMALL, IS_BF16>(p, from, source.pixel, source.kernel_row, count, weights, bias, sums, pending);
+      Products::compute<IS_BF16>(p, from, source.pixel, source.kernel_row, count, weights, bias, sums, pending);
       pending.flush();
       pending.begin(sums, count, steps);
     }
@@ -39,16 +39,13 @@ static void conv_units(const Packed& p, int group, const Source& source, const T
 }
 
 template <int MODE>
-static void conv_group(const Packed& p, int group, const Source& source, const Target& target, void* totals, ConvScratch& scratch) {
-  const bool is_small = is_small_group(p.outputs, group);
-  if (p.is_bf16 && is_small) conv_units<FloatEpilogue<MODE>, true, true>(p, group, source, target, totals, scratch);
-  else if (p.is_bf16) conv_units<FloatEpilogue<MODE>, false, true>(p, group, source, target, totals, scratch);
-  else if (is_small) conv_units<Epilogue<MODE>, true, false>(p, group, source, target, totals, scratch);
-  else conv_units<Epilogue<MODE>, false, false>(p, group, source, target, totals, scratch);
+static void conv_group(const Packed& p, int group, const Source& source, const Target& target, void* totals, ConvScratch& scratch, Prefetch& prefetch) {
+  if (p.is_bf16) conv_units<FloatEpilogue<MODE>, true>(p, group, source, target, totals, scratch, prefetch);
+  else conv_units<Epilogue<MODE>, false>(p, group, source, target, totals, scratch, prefetch);
 }
 
-static void conv_group(const Packed& p, int group, const Source& source, const Target& target, bool has_residual, ConvScratch& scratch) {
-  if (p.layer->activation != NONE) conv_group<TABLE>(p, group, source, target, nullptr, scratch);
-  else if (has_residual) conv_group<RESIDUAL>(p, group, source, target, nullptr, scratch);
-  else conv_group<LINE>(p, group, source, target, nullptr, scratch);
+static void conv_group(const Packed& p, int group, const Source& source, const Target& target, bool has_residual, ConvScratch& scratch, Prefetch& prefetch) {
+  if (p.layer->activation != NONE) conv_group<TABLE>(p, group, source, target, nullptr, scratch, prefetch);
+  else if (has_residual) conv_group<RESIDUAL>(p, group, source, target, nullptr, scratch, prefetch);
+  else conv_group<LINE>(p, group, source, target, nullptr, scratch, prefetch);
 }

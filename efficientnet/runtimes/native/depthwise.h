@@ -38,11 +38,13 @@ template <int K, int S>
 static void depthwise_group(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, Target target, int32_t* totals,
                             DepthwiseScratch& scratch) {
   using V = Lanes::V;
+  using F = Lanes::F;
   constexpr int OUT_ROWS = S == 1 ? 2 : 1, ROWS = K + (OUT_ROWS - 1) * S, FOURS = (ROWS + 3) / 4, CHUNKS = 64 / Lanes::BYTES;
-  const Epilogue<TABLE> epilogue(p, group, nullptr);
+  const Epilogue<TABLE> table(p, group * GROUP, nullptr);
+  const Epilogue<LINE> line(p, group * GROUP, nullptr);
   const uint8_t* weights = p.weights + size_t(group) * p.group_bytes;
   const int32_t* bias = reinterpret_cast<const int32_t*>(p.bias) + group * GROUP;
-  const int width = target.width, columns = epilogue.columns;
+  const int width = target.width, columns = table.columns;
   const bool has_table = p.layer->activation != NONE;
   for (int i = 0; i < 64; i++) totals[i] = 0;
   for (int y = 0; y < rows; y += OUT_ROWS) {
@@ -54,7 +56,7 @@ static void depthwise_group(const Packed& p, int group, const uint8_t* from, int
       else interleave<K, FOURS>(start, row_bytes, num_columns, scratch.columns);
       for (int c = 0; c < CHUNKS; c++) {
         const Lanes::Mask mask(columns - c * Lanes::BYTES);
-        const float* scales = epilogue.scales + c * Lanes::WORDS;
+        const float* scales = table.scales + c * Lanes::WORDS;
         V low_sum = Lanes::zero(), high_sum = Lanes::zero();
         uint8_t* out = target.out + int64_t(y) * (target.pixel * width + target.skip) + int64_t(x0) * target.pixel + c * Lanes::BYTES;
         const int64_t out_row = target.pixel * width + target.skip;
@@ -73,10 +75,10 @@ static void depthwise_group(const Packed& p, int group, const uint8_t* from, int
             }
           for (int r = 0; r < OUT_ROWS; r++) {
             if (r >= count) break;
-            const V q = has_table ? epilogue.finish(sums[r][0], sums[r][1], sums[r][2], sums[r][3], Lanes::loadf(scales), Lanes::loadf(scales + 16),
-                                                    Lanes::loadf(scales + 32), Lanes::loadf(scales + 48), Lanes::zero())
-                                  : Epilogue<LINE>(p, group, nullptr).finish(sums[r][0], sums[r][1], sums[r][2], sums[r][3], Lanes::loadf(scales),
-                                                    Lanes::loadf(scales + 16), Lanes::loadf(scales + 32), Lanes::loadf(scales + 48), Lanes::zero());
+            const F s0 = Lanes::loadf(scales), s1 = Lanes::loadf(scales + 16), s2 = Lanes::loadf(scales + 32), s3 = Lanes::loadf(scales + 48);
+            const V* v = sums[r];
+            const V q = has_table ? table.finish(v[0], v[1], v[2], v[3], s0, s1, s2, s3, Lanes::zero())
+                                  : line.finish(v[0], v[1], v[2], v[3], s0, s1, s2, s3, Lanes::zero());
             Lanes::store(out + r * out_row, mask, q);
             low_sum = Lanes::add16(low_sum, Lanes::low8(q, Lanes::zero()));
             high_sum = Lanes::add16(high_sum, Lanes::high8(q, Lanes::zero()));

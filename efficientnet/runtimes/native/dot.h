@@ -6,20 +6,18 @@
 struct Products {
   static constexpr int PIXELS = Lanes::BYTES == 64 ? 8 : 6;
 
-  template <bool IS_SMALL, bool IS_BF16, class Pending>
+  template <bool IS_BF16, class Pending>
   static void compute(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count, const uint8_t* weights,
-                      const int32_t* bias, int32_t* sums, Pending&) {
-    const int64_t half_bytes = int64_t(p.layer->kernel) * p.row_blocks * 2048;
-    for (int half = 0; half < (IS_SMALL ? 1 : 2); half++)
-      for (int tile = 0; tile < (Lanes::BYTES == 64 ? 1 : 2); tile++) {
-        const int at = half * 32 + tile * 16;
-        const uint8_t* w = weights + half * half_bytes + tile * 1024;
-        int x = 0;
-        for (; x + PIXELS <= count; x += PIXELS)
-          pixels<PIXELS, IS_BF16>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
-        for (; x + 2 <= count; x += 2) pixels<2, IS_BF16>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
-        for (; x < count; x++) pixels<1, IS_BF16>(p, from + x * pixel, pixel, kernel_row, w, bias + at, sums + x * 64 + at);
-      }
+                      const int32_t* bias, int32_t* sums, Pending& pending) {
+    pending.prefetch.take(8 * p.row_blocks * p.layer->kernel);
+    // AVX2 takes one tile at a time.
+    for (int tile = 0; tile < (Lanes::BYTES == 64 ? 1 : 2); tile++, weights += 1024, bias += 16, sums += 16) {
+      int x = 0;
+      for (; x + PIXELS <= count; x += PIXELS)
+        pixels<PIXELS, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+      for (; x + 2 <= count; x += 2) pixels<2, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+      for (; x < count; x++) pixels<1, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+    }
   }
 
  private:
@@ -54,8 +52,8 @@ struct Products {
       }
     }
     for (int i = 0; i < N; i++) {
-      Lanes::store(sums + i * 64, a[i]);
-      Lanes::store(sums + i * 64 + Lanes::WORDS, b[i]);
+      Lanes::store(sums + i * CONV_GROUP, a[i]);
+      Lanes::store(sums + i * CONV_GROUP + Lanes::WORDS, b[i]);
     }
   }
 };

@@ -145,7 +145,18 @@ void engine::run_image(Team& team, int thread, int image, int part, int parts) {
   call.parts = parts;
   const bool keeps_times = (flags & ENGINE_KEEP_TIMES) != 0 && thread == 0;
   double before = keeps_times ? now() : 0;
-  for (const Step& step : plan.steps) {
+  Prefetch prefetch;
+  call.prefetch = &prefetch;
+  for (size_t s = 0; s < plan.steps.size(); s++) {
+    const Step& step = plan.steps[s];
+    // While a convolution runs, the weights of all steps up to the next convolution come nearer, those of the first on top.
+    const bool is_conv = step.kind == CONV || step.kind == DEPTHWISE;
+    if (is_conv) {
+      prefetch.count = 0;
+      size_t last = s + 1;
+      while (last + 1 < plan.steps.size() && plan.steps[last].kind != CONV && plan.steps[last].kind != DEPTHWISE) last++;
+      for (size_t next = last; next > s && next < plan.steps.size(); next--) kernels.needs(plan.steps[next], part, parts, prefetch);
+    }
     const bool writes_map = step.kind != CLASSIFIER && !(step.keeps_sums && step.kind == CONV);
     if (writes_map) fill_halo(step.out, call.arena, part, parts);
     for (int phase = step.first_phase; phase < step.phases; phase++) {

@@ -1,9 +1,9 @@
-// Sums -> bytes of a map, which is where most of the time goes: 31 million values a call of V2-S at 384 px. Included inside each
-// file's own namespace, after its Lanes.
+// Sums -> values of a map, which is where much of the time goes: 31 million values a call of V2-S at 384 px. Included inside each file's
+// own namespace, after its Lanes.
 //
-// A group is 64 channels, whose sums lie in four tiles of 16. Packing 32 -> 16 -> 8 bits works within 128 bits, so tile t's lane
-// 4 l + i holds channel 16 l + 4 t + i: then four registers of sums come out as 64 bytes in order with three packs and no permute. The
-// last 32 channels or fewer of a layer are a small group: two tiles, lane 4 l + i holds channel 8 l + 4 t + i.
+// Packing 32 -> 16 -> 8 bits works within 128 bits. So that bytes come out in order, sums stand in an order of their own: a convolution's
+// group of 32 channels is two tiles of 16, tile t's lane 4 l + i is channel 8 l + 4 t + i (two pixels side by side fill 64 bytes, and one
+// permute parts them); a depthwise group of 64 is four tiles, tile t's lane 4 l + i is channel 16 l + 4 t + i.
 
 enum Mode { TABLE, LINE, RESIDUAL, SUMS };  // activation; none; none and residual; activation, and only the sums over pixels are kept
 
@@ -26,6 +26,9 @@ struct Target {
   }
 };
 
+static constexpr int16_t EMPTY_TABLE[128] = {};
+
+// Of u8 maps.
 template <int MODE>
 struct Epilogue {
   using V = Lanes::V;
@@ -34,15 +37,15 @@ struct Epilogue {
   Lanes::Table table;
   Lanes::Shift shift;
   V offset, multiplier;
-  int columns;        // channels of the group that exist
-  int32_t* totals;    // SUMS: of the group's 64 channels
+  int columns;      // channels from the first on that exist
+  int32_t* totals;  // SUMS: of 32 channels
 
-  Epilogue(const Packed& p, int group, void* group_totals)
-      : scales(p.scales + group * GROUP), table(MODE == TABLE || MODE == SUMS ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
+  Epilogue(const Packed& p, int first_channel, void* channel_totals)
+      : scales(p.scales + first_channel), table(MODE == TABLE || MODE == SUMS ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
         offset(Lanes::set16(p.layer->output_offset)), multiplier(Lanes::set16(p.layer->residual_multiplier)),
-        columns(p.outputs - group * GROUP), totals(static_cast<int32_t*>(group_totals)) {}
+        columns(p.outputs - first_channel), totals(static_cast<int32_t*>(channel_totals)) {}
 
-  static inline __attribute__((always_inline)) V line(V x, V residual8, V offset, V multiplier) {
+  inline __attribute__((always_inline)) V line(V x, V residual8) const {
     if (MODE == RESIDUAL) x = Lanes::adds16(x, Lanes::mulhrs16(Lanes::half16(residual8), multiplier));
     return Lanes::adds16(x, offset);
   }
@@ -55,71 +58,45 @@ struct Epilogue {
       y = table.at(y);
     } else {
       // A byte in the upper half of 16 bits is 256 times its value; half of that is what the multiplier wants.
-      x = line(x, Lanes::low8(Lanes::zero(), residual), offset, multiplier);
-      y = line(y, Lanes::high8(Lanes::zero(), residual), offset, multiplier);
+      x = line(x, Lanes::low8(Lanes::zero(), residual));
+      y = line(y, Lanes::high8(Lanes::zero(), residual));
     }
     return Lanes::pack16(shift.right(x), shift.right(y));
   }
 
-  inline __attribute__((always_inline)) void row(const int32_t* sums, Target& t) const {
-    for (int c = 0; c < 64 / Lanes::BYTES; c++) {
-      const int32_t* s = sums + c * Lanes::WORDS;
-      const float* f = scales + c * Lanes::WORDS;
-      const Lanes::Mask mask(columns - c * Lanes::BYTES);
-      const V r = MODE == RESIDUAL ? Lanes::load(t.residual + c * Lanes::BYTES, mask) : Lanes::zero();
-      const V q = finish(Lanes::load(s), Lanes::load(s + 16), Lanes::load(s + 32), Lanes::load(s + 48), Lanes::loadf(f),
-                         Lanes::loadf(f + 16), Lanes::loadf(f + 32), Lanes::loadf(f + 48), r);
-      if (MODE == SUMS) add(q, c);
-      else Lanes::store(t.out + c * Lanes::BYTES, mask, q);
-    }
-    t.next();
-  }
-
-  // A small group: 64 bytes of register hold two pixels' (or one's twice), 32 bytes one's, eight channels of its first and of its second
-  // sixteen in turns.
-  inline __attribute__((always_inline)) void small_rows(const int32_t* sums, bool has_two, Target& t) const {
+  // Two pixels (or one) of a convolution's group, whose sums lie behind one another: at once in 64 bytes, or one after the other.
+  inline __attribute__((always_inline)) void pixels(const int32_t* sums, bool has_two, Target& t) const {
     constexpr bool IS_WIDE = Lanes::BYTES == 64;
-    const Lanes::Mask mask(columns);
-    for (int i = 0; i < (has_two && !IS_WIDE ? 2 : 1); i++, sums += 64) {
-      const int32_t* second = !IS_WIDE ? sums + 8 : has_two ? sums + 64 : sums;
+    const Lanes::Mask mask(columns < 32 ? columns : 32);
+    for (int i = 0; i < (has_two && !IS_WIDE ? 2 : 1); i++, sums += 32) {
+      const int32_t* second = !IS_WIDE ? sums + 8 : has_two ? sums + 32 : sums;
       const float* second_scales = IS_WIDE ? scales : scales + 8;
       Target u = t;
       if (IS_WIDE && has_two) u.next();
-      const V r = MODE == RESIDUAL ? Lanes::load_small(t.residual, u.residual, mask) : Lanes::zero();
+      const V r = MODE == RESIDUAL ? Lanes::load_pair(t.residual, u.residual, mask) : Lanes::zero();
       const V q = finish(Lanes::load(sums), Lanes::load(sums + 16), Lanes::load(second), Lanes::load(second + 16), Lanes::loadf(scales),
                          Lanes::loadf(scales + 16), Lanes::loadf(second_scales), Lanes::loadf(second_scales + 16), r);
       if (MODE == SUMS) {
         alignas(64) uint8_t bytes[2][32];
-        Lanes::store_small(bytes[0], bytes[1], Lanes::Mask(32), q);
+        Lanes::store_pair(bytes[0], bytes[1], Lanes::Mask(32), q);
         for (int c = 0; c < 32; c++) totals[c] += bytes[0][c] + (IS_WIDE && has_two ? bytes[1][c] : 0);
       } else {
-        Lanes::store_small(t.out, u.out, mask, q);
+        Lanes::store_pair(t.out, u.out, mask, q);
       }
       t = u;
       t.next();
     }
   }
-
-  // The head alone keeps sums this way: 1280 channels of 144 pixels.
-  inline void add(V q, int c) const {
-    alignas(64) uint8_t bytes[Lanes::BYTES];
-    Lanes::store(bytes, q);
-    for (int i = 0; i < Lanes::BYTES; i++) totals[c * Lanes::BYTES + i] += bytes[i];
-  }
-
-  static constexpr int16_t EMPTY_TABLE[128] = {};
 };
-template <int MODE>
-constexpr int16_t Epilogue<MODE>::EMPTY_TABLE[128];
 
-// Of bf16 maps: sums are floats, bias included; tile t's lane i holds channel 16 t + i.
+// Of bf16 maps: sums are floats, bias included, in order.
 static inline __attribute__((always_inline)) Lanes::F silu_of(Lanes::F x) {
   using F = Lanes::F;
-  // 2^t for t = -x / ln 2: the whole part is in the low bits of t + MAGIC, the rest goes through a cubic (1e-4, bf16 keeps 4e-3).
+  // 2^t for t = -x / ln 2: the whole part is in the low bits of t + 1.5 * 2^23, the rest goes through a cubic (1e-4, bf16 keeps 4e-3).
   const F magic = Lanes::setf(12582912.0f);
   F t = Lanes::mulf(x, Lanes::setf(-1.44269502f));
   t = Lanes::minf(Lanes::maxf(t, Lanes::setf(-120.0f)), Lanes::setf(120.0f));
-  const F whole = Lanes::addf(t, magic), rest = Lanes::addf(t, Lanes::mulf(Lanes::addf(whole, Lanes::setf(-12582912.0f)), Lanes::setf(-1.0f)));
+  const F whole = Lanes::addf(t, magic), rest = Lanes::subf(t, Lanes::subf(whole, magic));
   F p = Lanes::fma(Lanes::setf(0.0558263180f), rest, Lanes::setf(0.240226507f));
   p = Lanes::fma(p, rest, Lanes::setf(0.693147182f));
   p = Lanes::fma(p, rest, Lanes::setf(1.0f));
@@ -137,51 +114,50 @@ struct FloatEpilogue {
   int activation, columns;
   float* totals;
 
-  FloatEpilogue(const Packed& p, int group, void* group_totals)
-      : activation(p.layer->activation), columns(p.outputs - group * GROUP), totals(static_cast<float*>(group_totals)) {}
+  FloatEpilogue(const Packed& p, int first_channel, void* channel_totals)
+      : activation(p.layer->activation), columns(p.outputs - first_channel), totals(static_cast<float*>(channel_totals)) {}
 
-  inline __attribute__((always_inline)) void values(const float* sums, int count, Target& t) const {
-    for (int c = 0; c < count; c += Lanes::WORDS) {
-      Lanes::F v = Lanes::loadf(sums + c);
-      if (MODE == TABLE || MODE == SUMS) v = activated(v, activation);
-      if (MODE == RESIDUAL) v = Lanes::addf(v, Lanes::widen(t.residual + c * 2));
-      if (MODE == SUMS) Lanes::storef(totals + c, Lanes::addf(Lanes::loadf(totals + c), v));
-      else Lanes::narrow(t.out + c * 2, columns - c, v);
+  inline __attribute__((always_inline)) void pixels(const int32_t* sums, bool has_two, Target& t) const {
+    for (int i = 0; i < (has_two ? 2 : 1); i++, sums += 32) {
+      for (int c = 0; c < 32; c += Lanes::WORDS) {
+        Lanes::F v = Lanes::loadf(reinterpret_cast<const float*>(sums) + c);
+        if (MODE == TABLE || MODE == SUMS) v = activated(v, activation);
+        if (MODE == RESIDUAL) v = Lanes::addf(v, Lanes::widen(t.residual + c * 2));
+        if (MODE == SUMS) Lanes::storef(totals + c, Lanes::addf(Lanes::loadf(totals + c), v));
+        else Lanes::narrow(t.out + c * 2, columns - c, v);
+      }
+      t.next();
     }
-    t.next();
-  }
-  inline void row(const int32_t* sums, Target& t) const { values(reinterpret_cast<const float*>(sums), 64, t); }
-  inline void small_rows(const int32_t* sums, bool has_two, Target& t) const {
-    values(reinterpret_cast<const float*>(sums), 32, t);
-    if (has_two) values(reinterpret_cast<const float*>(sums + 64), 32, t);
   }
 };
 
-// Rows of sums that wait for their epilogue. It is done some rows at a time between the products of the next unit, so that tile products
-// and vector instructions run side by side.
-template <class E, bool IS_SMALL>
+// Pixels whose sums wait for their epilogue. It is done some at a time between the products of the next unit, so that tile products and
+// vector instructions run side by side.
+template <class E>
 struct Pending {
   const E& epilogue;
   Target target;
+  Prefetch& prefetch;
   const int32_t* sums = nullptr;
   int left = 0, per_step = 0;
 
-  void begin(const int32_t* from, int rows, int steps) {
+  void begin(const int32_t* from, int pixels, int steps) {
     sums = from;
-    left = rows;
-    per_step = (rows + steps - 1) / steps;
-    if (IS_SMALL) per_step = (per_step + 1) / 2 * 2;
+    left = pixels;
+    per_step = ((pixels + steps - 1) / steps + 1) / 2 * 2;
   }
-  inline __attribute__((always_inline)) void step() { work(per_step < left ? per_step : left); }
+  inline __attribute__((always_inline)) void step() {
+    prefetch.take(8);
+    work(per_step < left ? per_step : left);
+  }
   void flush() { work(left); }
 
-  inline __attribute__((always_inline)) void work(int rows) {
-    left -= rows;
-    if (IS_SMALL) {
-      for (; rows >= 2; rows -= 2, sums += 128) epilogue.small_rows(sums, true, target);
-      if (rows) epilogue.small_rows(sums, false, target), sums += 64;
-    } else {
-      for (; rows; rows--, sums += 64) epilogue.row(sums, target);
+  inline __attribute__((always_inline)) void work(int pixels) {
+    left -= pixels;
+    for (; pixels >= 2; pixels -= 2, sums += 64) epilogue.pixels(sums, true, target);
+    if (pixels) {
+      epilogue.pixels(sums, false, target);
+      sums += 32;
     }
   }
 };

@@ -73,8 +73,8 @@ struct Lanes {
   }
 
   // A row of 32 bytes in the order that packing leaves it in.
-  static void store_small(void* p, void*, Mask m, V v) { store(p, m, _mm256_permute4x64_epi64(v, 0xd8)); }
-  static V load_small(const void* p, const void*, Mask m) { return _mm256_permute4x64_epi64(load(p, m), 0xd8); }
+  static void store_pair(void* p, void*, Mask m, V v) { store(p, m, _mm256_permute4x64_epi64(v, 0xd8)); }
+  static V load_pair(const void* p, const void*, Mask m) { return _mm256_permute4x64_epi64(load(p, m), 0xd8); }
 
   static void pixels(const float* red, const float* green, const float* blue, int count, const float* scales, uint8_t* to) {
     const float* planes[3] = {red, green, blue};
@@ -101,6 +101,7 @@ struct Lanes {
   static F zerof() { return _mm256_setzero_ps(); }
   static F setf(float value) { return _mm256_set1_ps(value); }
   static F addf(F a, F b) { return _mm256_add_ps(a, b); }
+  static F subf(F a, F b) { return _mm256_sub_ps(a, b); }
   static F mulf(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F minf(F a, F b) { return _mm256_min_ps(a, b); }

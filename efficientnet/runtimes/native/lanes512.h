@@ -62,12 +62,12 @@ struct Lanes {
   static V load(const void* p, Mask m) { return _mm512_maskz_loadu_epi8(m.bits, p); }
 
   // Two rows of 32 bytes in the order that packing leaves them in (eight of one, eight of the other), and back.
-  static void store_small(void* p0, void* p1, Mask m, V v) {
+  static void store_pair(void* p0, void* p1, Mask m, V v) {
     v = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), v);
     _mm256_mask_storeu_epi8(p0, __mmask32(m.bits), _mm512_castsi512_si256(v));
     _mm256_mask_storeu_epi8(p1, __mmask32(m.bits), _mm512_extracti64x4_epi64(v, 1));
   }
-  static V load_small(const void* p0, const void* p1, Mask m) {
+  static V load_pair(const void* p0, const void* p1, Mask m) {
     const __m256i a = _mm256_maskz_loadu_epi8(__mmask32(m.bits), p0), b = _mm256_maskz_loadu_epi8(__mmask32(m.bits), p1);
     return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
   }
@@ -92,6 +92,7 @@ struct Lanes {
   static F zerof() { return _mm512_setzero_ps(); }
   static F setf(float value) { return _mm512_set1_ps(value); }
   static F addf(F a, F b) { return _mm512_add_ps(a, b); }
+  static F subf(F a, F b) { return _mm512_sub_ps(a, b); }
   static F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F minf(F a, F b) { return _mm512_min_ps(a, b); }

@@ -1,21 +1,18 @@
 // Weights of the file -> blocks for tiles and dot products. Included inside each file's own namespace.
 //
-// A kernel row of a channels-last map is kernel * channels values that lie side by side, so a convolution is `kernel` products of
-// such rows, each cut in blocks of 64 bytes (the last filled up with zero weights; the map's bytes there belong to the next pixel and
-// do not matter). A group's weights are [half][kernel row][block][2 tiles][16 words of 4 bytes][16 channels][4 bytes]: a half is 32 channels.
+// A kernel row of a channels-last map is kernel * pixel bytes that lie side by side, so a convolution is `kernel` products of such rows, each
+// cut in blocks of 64 bytes (weights are zero where a pixel is padded and behind the row's end: the map's bytes there do not
+// matter). A group's weights are [kernel row][block][2 tiles][16 words of 4 bytes][16 channels][4 bytes].
 
-static inline int channel_of(int tile, int lane, bool is_small, bool is_bf16) {
-  if (is_bf16) return tile * 16 + lane;
-  return is_small ? lane / 4 * 8 + tile * 4 + lane % 4 : lane / 4 * 16 + tile * 4 + lane % 4;
-}
-
-static inline bool is_small_group(int outputs, int group) { return outputs - group * GROUP <= GROUP / 2; }
-static inline int row_bytes_of(const Layer& l, const Map& in) { return l.kernel * int(in.pixel_bytes); }
 static inline size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+static inline int row_bytes_of(const Layer& l, const Map& in) { return l.kernel * int(in.pixel_bytes); }
 
-static size_t conv_group_bytes(const Layer& l, const Map& in) {
-  return size_t(l.kernel) * size_t((row_bytes_of(l, in) + 63) / 64) * 4096;
-}
+// The channel of a group whose sum is in a lane of a tile; see epilogue.h.
+static inline int conv_channel(int tile, int lane, bool is_bf16) { return is_bf16 ? tile * 16 + lane : lane / 4 * 8 + tile * 4 + lane % 4; }
+static inline int depthwise_channel(int tile, int lane, bool is_bf16) { return is_bf16 ? tile * 16 + lane : lane / 4 * 16 + tile * 4 + lane % 4; }
+
+static size_t conv_group_bytes(const Layer& l, const Map& in) { return size_t(l.kernel) * size_t((row_bytes_of(l, in) + 63) / 64) * 2048; }
+static int groups_of(const Layer& l, int channels) { return (channels + (l.kind == CONV ? CONV_GROUP : GROUP) - 1) / (l.kind == CONV ? CONV_GROUP : GROUP); }
 
 // Depthwise: kernel rows in fours, for one output row or two (see depthwise.h).
 static int depthwise_rows(const Layer& l) { return l.stride == 1 ? 2 : 1; }
@@ -26,8 +23,8 @@ static size_t depthwise_group_bytes(const Layer& l, bool is_bf16) {
 }
 
 static size_t packed_bytes(const Program& program, const Layer& l, const Map& in, const Map& out) {
-  const size_t groups = size_t(out.channels + GROUP - 1) / GROUP;
-  if (l.kind == CONV) return groups * (conv_group_bytes(l, in) + GROUP * 8) + 256 + 64;
+  const size_t groups = size_t(groups_of(l, out.channels));
+  if (l.kind == CONV) return groups * (conv_group_bytes(l, in) + CONV_GROUP * 8) + 256 + 64;
   if (l.kind == DEPTHWISE) return groups * (depthwise_group_bytes(l, in.is_bf16) + GROUP * 8) + 256 + 64;
   if (l.kind == SQUEEZE_EXCITE)
     return 2 * align64(size_t(l.squeeze_channels) * size_t(in.channels) * 2) + align64(size_t(l.squeeze_channels) * 4) +
@@ -37,34 +34,23 @@ static size_t packed_bytes(const Program& program, const Layer& l, const Map& in
 }
 
 static void pack_conv(const Layer& l, const Map& in, int outputs, const uint8_t* from, uint8_t* to) {
-  const int value = in.is_bf16 ? 2 : 1, per_word = 4 / value;
-  const int channels = in.channels, stride = int(in.pixel_bytes) / value;  // the input's pixels have a fourth channel
-  const int row = l.kernel * stride, words = (row + per_word - 1) / per_word, blocks = (row_bytes_of(l, in) + 63) / 64;
-  const int64_t filter = int64_t(l.kernel) * l.kernel * channels * value;
-  for (int g = 0; g * GROUP < outputs; g++, to += conv_group_bytes(l, in)) {
-    const bool is_small = is_small_group(outputs, g);
-    for (int tile = 0; tile < (is_small ? 2 : 4); tile++)
+  const int pixel = in.channels * (in.is_bf16 ? 2 : 1), blocks = (row_bytes_of(l, in) + 63) / 64;
+  const int64_t filter = int64_t(l.kernel) * l.kernel * pixel;
+  for (int g = 0; g < groups_of(l, outputs); g++, to += conv_group_bytes(l, in))
+    for (int tile = 0; tile < 2; tile++)
       for (int lane = 0; lane < 16; lane++) {
-        const int n = g * GROUP + channel_of(tile, lane, is_small, in.is_bf16);
+        const int n = g * CONV_GROUP + conv_channel(tile, lane, in.is_bf16);
         if (n >= outputs) continue;
+        const uint8_t* source = from + n * filter;
         for (int ky = 0; ky < l.kernel; ky++) {
-          const uint8_t* source = from + n * filter + int64_t(ky) * l.kernel * channels * value;
-          uint8_t* half = to + int64_t(tile / 2 * l.kernel + ky) * blocks * 2048 + tile % 2 * 1024 + lane * 4;
-          if (stride == channels) {
-            const int whole = row / per_word;
-            for (int w = 0; w < whole; w++) __builtin_memcpy(half + int64_t(w / 16) * 2048 + w % 16 * 64, source + w * 4, 4);
-            if (whole < words)
-              __builtin_memcpy(half + int64_t(whole / 16) * 2048 + whole % 16 * 64, source + whole * 4, size_t(row * value - whole * 4));
-          } else {
-            for (int kx = 0; kx < l.kernel; kx++)
-              for (int c = 0; c < channels; c++) {
-                const int at = (kx * stride + c) * value;
-                __builtin_memcpy(half + int64_t(at / 64) * 2048 + at / 4 % 16 * 64 + at % 4, source + (kx * channels + c) * value, size_t(value));
-              }
+          uint8_t* row = to + int64_t(ky) * blocks * 2048 + tile * 1024 + lane * 4;
+          for (int kx = 0; kx < l.kernel; kx++, source += pixel) {
+            int at = kx * int(in.pixel_bytes), done = 0;
+            for (; done + 4 <= pixel; done += 4, at += 4) __builtin_memcpy(row + int64_t(at / 64) * 2048 + at % 64 * 16, source + done, 4);
+            for (; done < pixel; done++, at++) row[int64_t(at / 64) * 2048 + at / 4 % 16 * 64 + at % 4] = source[done];
           }
         }
       }
-  }
 }
 
 static void pack_depthwise(const Layer& l, int channels, const int8_t* from, uint8_t* to) {
@@ -77,7 +63,7 @@ static void pack_depthwise(const Layer& l, int channels, const int8_t* from, uin
           uint8_t* four = to + ((r * k + kx) * fours + row / 4) * 256 + row % 4;
           for (int tile = 0; tile < 4; tile++)
             for (int lane = 0; lane < 16; lane++) {
-              const int n = g * GROUP + channel_of(tile, lane, false, false);
+              const int n = g * GROUP + depthwise_channel(tile, lane, false);
               if (n < channels) four[tile * 64 + lane * 4] = uint8_t(from[(n * k + ky) * k + kx]);
             }
         }
@@ -94,7 +80,7 @@ static void pack_depthwise_bf16(const Layer& l, int channels, const uint16_t* fr
 static void pack(const Program& program, const Layer& l, const Map& in, const Map& out, uint8_t* to, Packed& p) {
   p.inputs = in.channels;
   p.outputs = out.channels;
-  p.groups = (out.channels + GROUP - 1) / GROUP;
+  p.groups = groups_of(l, out.channels);
   p.weights = to;
   p.is_bf16 = in.is_bf16;
   if (l.kind == SQUEEZE_EXCITE) {
@@ -126,22 +112,20 @@ static void pack(const Program& program, const Layer& l, const Map& in, const Ma
   if (is_conv) pack_conv(l, in, out.channels, program.blob<uint8_t>(l.weights), to);
   else if (in.is_bf16) pack_depthwise_bf16(l, out.channels, program.blob<uint16_t>(l.weights), to);
   else pack_depthwise(l, out.channels, program.blob<int8_t>(l.weights), to);
+  const int channels = is_conv ? CONV_GROUP : GROUP;
   uint8_t* bias = to + size_t(p.groups) * p.group_bytes;
-  float* scales = reinterpret_cast<float*>(bias + size_t(p.groups) * GROUP * 4);
-  for (int g = 0; g < p.groups; g++) {
-    const bool is_small = is_conv && is_small_group(out.channels, g);
-    for (int tile = 0; tile < (is_small ? 2 : 4); tile++)
-      for (int lane = 0; lane < 16; lane++) {
-        const int n = g * GROUP + channel_of(tile, lane, is_small, in.is_bf16), at = g * GROUP + tile * 16 + lane;
-        if (n >= out.channels) continue;
-        __builtin_memcpy(bias + at * 4, program.blob<uint8_t>(l.bias) + n * 4, 4);
-        if (!in.is_bf16) scales[at] = program.blob<float>(l.scales)[n];
-      }
+  float* scales = reinterpret_cast<float*>(bias + size_t(p.groups * channels) * 4);
+  for (int at = 0; at < p.groups * channels; at++) {
+    const int tile = at % channels / 16, lane = at % 16;
+    const int n = at / channels * channels + (is_conv ? conv_channel(tile, lane, in.is_bf16) : depthwise_channel(tile, lane, in.is_bf16));
+    if (n >= out.channels) continue;
+    __builtin_memcpy(bias + at * 4, program.blob<uint8_t>(l.bias) + n * 4, 4);
+    if (!in.is_bf16) scales[at] = program.blob<float>(l.scales)[n];
   }
   p.bias = bias;
   p.scales = scales;
   if (!in.is_bf16 && l.activation != NONE) {
-    uint8_t* table = reinterpret_cast<uint8_t*>(scales + size_t(p.groups) * GROUP);
+    uint8_t* table = reinterpret_cast<uint8_t*>(scales + p.groups * channels);
     __builtin_memcpy(table, program.blob<uint8_t>(l.table), 256);
     p.table = reinterpret_cast<const int16_t*>(table);
   }

@@ -8,6 +8,16 @@
 #include <new>
 
 namespace native {
+namespace {
+
+// A pixel's bytes: a power of two, or whole lines of the cache, so that few rows of a tile cross one (of 48 channels, three in four did).
+size_t padded(size_t bytes) {
+  size_t unit = 4;
+  while (unit < 64 && unit < bytes) unit *= 2;
+  return (bytes + unit - 1) / unit * unit;
+}
+
+}  // namespace
 
 Memory::Memory(size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
   void* data = mmap(nullptr, bytes_ ? bytes_ : 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -53,7 +63,7 @@ void Plan::make_maps(const Program& program) {
     map.channels = tensor.channels;
     map.is_bf16 = tensor.type == BF16;
     map.zero_point = tensor.zero_point;
-    map.pixel_bytes = tensor.value_bytes() * size_t(tensor.channels);
+    map.pixel_bytes = padded(tensor.value_bytes() * size_t(tensor.channels));
     most_channels = std::max(most_channels, map.channels);
   }
   for (const Layer& layer : program.layers) {
@@ -62,7 +72,6 @@ void Plan::make_maps(const Program& program) {
       Map& map = maps[size_t(layer.output)];
       map.has_padding = true;
       std::copy_n(program.blob<int32_t>(layer.table), 3, map.padding);
-      map.pixel_bytes = map.is_bf16 ? 8 : 4;  // a fourth channel of zeros, so that a pixel is written as one word
     }
   }
   for (Map& map : maps) map.row_bytes = size_t(map.width + map.halo) * map.pixel_bytes;
@@ -91,6 +100,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
       layer = &layers[++i];
     } else if (has_next && layer->kind == CONV && layer->kernel > 1 && is_pointwise(layers[i + 1]) &&
                layers[i + 1].activation == NONE) {
+      step.expanded = program.tensors[size_t(layer->output)].channels;
       step.project.layer = &layers[++i];
     }
     const Layer& last = step.project.layer ? *step.project.layer : *layer;
@@ -114,6 +124,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
       step.first_phase = is_summed ? 1 : 0;
       if (is_summed)
         step.sums_units = previous->kind == DEPTHWISE ? step.in.height : (step.in.height * step.in.width + RUN - 1) / RUN;
+      step.sums_group = is_summed && previous->kind == CONV ? CONV_GROUP : GROUP;
     }
     steps.push_back(step);
   }
@@ -174,9 +185,11 @@ void Plan::place(const Program& program, bool keeps_tensors) {
   };
   for (size_t t = 0; t < n; t++)
     if (alias[t] >= 0) last[size_t(root(int(t)))] = std::max(last[size_t(root(int(t)))], last[t]);
+  // What is read past a bf16 pixel's last channel meets zero weights, and must be a number: bf16 maps share no memory with others.
   struct Block {
     size_t start, end;
     int first, last;
+    bool is_bf16;
   };
   std::vector<Block> blocks;
   std::vector<int> order;
@@ -190,14 +203,14 @@ void Plan::place(const Program& program, bool keeps_tensors) {
     if (keeps_tensors) last[size_t(t)] = int(steps.size());
     std::vector<Block> live;
     for (const Block& b : blocks)
-      if (b.first <= last[size_t(t)] && first[size_t(t)] <= b.last) live.push_back(b);
+      if ((b.first <= last[size_t(t)] && first[size_t(t)] <= b.last) || b.is_bf16 != map.is_bf16) live.push_back(b);
     std::sort(live.begin(), live.end(), [](const Block& a, const Block& b) { return a.start < b.start; });
     size_t start = 0;
     for (const Block& b : live) {
       if (start + bytes <= b.start) break;
       start = std::max(start, b.end);
     }
-    blocks.push_back({start, start + bytes, first[size_t(t)], last[size_t(t)]});
+    blocks.push_back({start, start + bytes, first[size_t(t)], last[size_t(t)], map.is_bf16});
     // The first pixel is aligned to a line of the cache.
     map.start = start + (map.start_in_block() + 63) / 64 * 64;
     arena_bytes = std::max(arena_bytes, start + bytes);

@@ -184,6 +184,7 @@ const Kernels PORTABLE = {
     [](const Program&, const Layer&, const Map&, const Map&, uint8_t*, Packed&) {},
     [](const Step&) { return size_t(0); },
     run,
+    [](const Step&, int, int, Prefetch&) {},
     [] {}, [] {}};
 
 }  // namespace native

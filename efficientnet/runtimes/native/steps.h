@@ -9,6 +9,9 @@ struct Scratch {
 // Bytes of the expanded map that a thread works on: a good part of L2 for depthwise, of L1 for a projection.
 constexpr int64_t DEPTHWISE_BUFFER = 512 << 10, PROJECT_BUFFER = 40 << 10;
 
+// Bytes of the map that both halves of a depthwise group are expanded from.
+constexpr int64_t EXPAND_PIECE = 24 << 10;
+
 static Scratch& scratch_of(const Call& call) { return *reinterpret_cast<Scratch*>(call.scratch); }
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -20,10 +23,10 @@ static uint8_t* pixel_of(const Map& map, const Call& call, int64_t y, int64_t x)
   return call.arena + map.start + y * int64_t(map.row_bytes) + x * int64_t(map.pixel_bytes);
 }
 
-// The cursor over a map (and a residual) from pixel number `at`, for a group of channels.
-static Target target_at(const Step& step, const Call& call, int64_t at, int group, bool has_residual) {
+// The cursor over a map (and a residual) from pixel number `at` and a channel on.
+static Target target_at(const Step& step, const Call& call, int64_t at, int channel, bool has_residual) {
   const Map &out = step.out, &residual = step.residual;
-  const int64_t y = at / out.width, x = at % out.width, channels = int64_t(group) * GROUP * value_bytes(out);
+  const int64_t y = at / out.width, x = at % out.width, channels = channel * value_bytes(out);
   Target t;
   t.out = pixel_of(out, call, y, x) + channels;
   t.pixel = int64_t(out.pixel_bytes);
@@ -59,13 +62,13 @@ static Source source_at(const Layer& l, const Map& in, int width, const Call& ca
   return s;
 }
 
-// Sums of 64 channels, which are floats where the map is bf16.
-static void add_sums(int32_t* to, const int32_t* from, bool is_bf16) {
+// Sums of channels, which are floats where the map is bf16.
+static void add_sums(int32_t* to, const int32_t* from, int count, bool is_bf16) {
   if (is_bf16) {
     float* sums = reinterpret_cast<float*>(to);
-    for (int i = 0; i < GROUP; i++) sums[i] += reinterpret_cast<const float*>(from)[i];
+    for (int i = 0; i < count; i++) sums[i] += reinterpret_cast<const float*>(from)[i];
   } else {
-    for (int i = 0; i < GROUP; i++) to[i] += from[i];
+    for (int i = 0; i < count; i++) to[i] += from[i];
   }
 }
 
@@ -81,21 +84,22 @@ static void run_conv(const Step& step, const Call& call) {
     at += last - first;
     const int64_t from = flat ? first * RUN : first, to = flat ? smaller(last * RUN, pixels) : last;
     const Source source = source_at(*step.main, step.in, out.width, call, from, to);
-    const Target target = target_at(step, call, flat ? from : from * out.width, group, step.has_residual);
+    const Target target = target_at(step, call, flat ? from : from * out.width, group * CONV_GROUP, step.has_residual);
     if (step.keeps_sums) {
-      int32_t* sums = call.sums + size_t(call.part) * call.sums_stride + group * GROUP;
-      for (int i = 0; i < GROUP; i++) sums[i] = 0;
-      conv_group<SUMS>(p, group, source, target, sums, scratch_of(call).conv);
+      int32_t* sums = call.sums + size_t(call.part) * call.sums_stride + group * CONV_GROUP;
+      for (int i = 0; i < CONV_GROUP; i++) sums[i] = 0;
+      conv_group<SUMS>(p, group, source, target, sums, scratch_of(call).conv, *call.prefetch);
     } else {
-      conv_group(p, group, source, target, step.has_residual, scratch_of(call).conv);
+      conv_group(p, group, source, target, step.has_residual, scratch_of(call).conv, *call.prefetch);
     }
   }
 }
 
 // Fused-MBConv: some rows of the expanded map at a time, which the projection reads from L1.
+static int64_t expanded_pixel(const Step& step) { return int64_t(align64(size_t(step.expanded * value_bytes(step.in)))); }
+
 static int64_t project_rows(const Step& step) {
-  const int64_t row = int64_t(step.out.width) * step.packed.outputs * value_bytes(step.in);
-  return larger(1, smaller(step.out.height, PROJECT_BUFFER / row));
+  return larger(1, smaller(step.out.height, PROJECT_BUFFER / (step.out.width * expanded_pixel(step))));
 }
 
 static void run_conv_and_project(const Step& step, const Call& call) {
@@ -103,24 +107,23 @@ static void run_conv_and_project(const Step& step, const Call& call) {
   const Map& out = step.out;
   Scratch& scratch = scratch_of(call);
   const int64_t band = project_rows(step), end = share_start(out.height, call.part + 1, call.parts);
-  const int64_t value = value_bytes(step.in), pixel = p.outputs * value;
+  const int64_t value = value_bytes(step.in), pixel = expanded_pixel(step);
   const int width = out.width;
+  // What is read past the last channel meets zero weights, but must be a number.
+  if (p.is_bf16) __builtin_memset(scratch.buffer, 0, size_t(band * width * pixel));
   for (int64_t y = share_start(out.height, call.part, call.parts); y < end; y += band) {
     const int64_t last = smaller(end, y + band);
-    const int pixels = int(last - y) * width;
     const Source source = source_at(*step.main, step.in, width, call, y, last);
     Target expanded;
     expanded.pixel = pixel;
     expanded.width = width;
     for (int g = 0; g < p.groups; g++) {
-      expanded.out = scratch.buffer + g * GROUP * value;
-      conv_group(p, g, source, expanded, false, scratch.conv);
+      expanded.out = scratch.buffer + g * CONV_GROUP * value;
+      conv_group(p, g, source, expanded, false, scratch.conv, *call.prefetch);
     }
-    // What the last pixel's last block reads past it.
-    __builtin_memset(scratch.buffer + pixels * pixel, 0, 64);
-    const Source from{scratch.buffer, pixel, 0, 0, 1, pixels};
+    const Source from{scratch.buffer, pixel, 0, 0, 1, int(last - y) * width};
     for (int g = 0; g < project.groups; g++)
-      conv_group(project, g, from, target_at(step, call, y * width, g, step.has_residual), step.has_residual, scratch.conv);
+      conv_group(project, g, from, target_at(step, call, y * width, g * CONV_GROUP, step.has_residual), step.has_residual, scratch.conv, *call.prefetch);
   }
 }
 
@@ -200,14 +203,21 @@ static void run_depthwise(const Step& step, const Call& call) {
       if (have < inside) {
         uint8_t* to = scratch.buffer + (have - start) * row_bytes + l.pad_left * pixel;
         if (expand.layer) {
+          // Pixels by pieces that stay in L1 for both halves of the group.
+          const int64_t piece = larger(RUN, EXPAND_PIECE / int64_t(in.pixel_bytes) / RUN * RUN);
           const bool flat = is_flat(*expand.layer, in);
-          const Source source = source_at(*expand.layer, in, in.width, call, flat ? have * in.width : have, flat ? inside * in.width : inside);
-          Target target;
-          target.out = to;
-          target.pixel = pixel;
-          target.skip = row_bytes - in.width * pixel;
-          target.width = in.width;
-          conv_group<TABLE>(expand, group, source, target, nullptr, scratch.conv);
+          const int64_t rows = flat ? larger(1, piece / in.width) : 1;
+          for (int64_t from = have; from < inside; from += rows) {
+            const int64_t until = smaller(inside, from + rows);
+            const Source source = source_at(*expand.layer, in, in.width, call, flat ? from * in.width : from, flat ? until * in.width : until);
+            Target target;
+            target.out = to + (from - have) * row_bytes;
+            target.pixel = pixel;
+            target.skip = row_bytes - in.width * pixel;
+            target.width = in.width;
+            for (int g = group * 2; g < group * 2 + 2 && g < expand.groups; g++, target.out += CONV_GROUP * value_bytes(in))
+              conv_group<TABLE>(expand, g, source, target, nullptr, scratch.conv, *call.prefetch);
+          }
         } else {
           copy_rows(in, call, group, have, inside, to, row_bytes);
         }
@@ -215,8 +225,8 @@ static void run_depthwise(const Step& step, const Call& call) {
       }
       for (; have < stop; have++) __builtin_memset(scratch.buffer + (have - start) * row_bytes, zero_point, size_t(row_bytes));
       alignas(64) int32_t totals[GROUP];
-      depthwise_rows_of(p, group, scratch.buffer, row_bytes, int(count), target_at(step, call, y * out.width, group, false), totals, scratch.depthwise);
-      add_sums(sums, totals, in.is_bf16);
+      depthwise_rows_of(p, group, scratch.buffer, row_bytes, int(count), target_at(step, call, y * out.width, group * GROUP, false), totals, scratch.depthwise);
+      add_sums(sums, totals, GROUP, in.is_bf16);
     }
   }
 }
@@ -241,7 +251,7 @@ static float* means_of(const Step& step, const Call& call) {
   float* means = call.means + size_t(call.part) * call.sums_stride;
   const int32_t zeros = in.zero_point * in.height * in.width;
   const float multiplier = step.main->mean_multiplier;
-  const int groups = (in.channels + GROUP - 1) / GROUP;
+  const int size = step.sums_group, groups = (in.channels + size - 1) / size;
   const int64_t units = step.sums_units, total = units * groups;
   int part = 0;
   for (int g = 0; g < groups; g++) {
@@ -250,29 +260,38 @@ static float* means_of(const Step& step, const Call& call) {
       while (share_start(total, part + 1, call.parts) <= g * units) part++;
       for (int q = part; q < call.parts && share_start(total, q, call.parts) < (g + 1) * units; q++) {
         if (share_start(total, q, call.parts) == share_start(total, q + 1, call.parts)) continue;
-        add_sums(sums, call.sums + size_t(q) * call.sums_stride + g * GROUP, in.is_bf16);
+        add_sums(sums, call.sums + size_t(q) * call.sums_stride + g * size, size, in.is_bf16);
       }
     } else {
-      for (int i = 0; i < GROUP; i++) sums[i] = call.sums[g * GROUP + i];
+      for (int i = 0; i < size; i++) sums[i] = call.sums[g * size + i];
     }
-    for (int i = 0; i < GROUP; i++)
-      means[g * GROUP + i] = (in.is_bf16 ? reinterpret_cast<const float*>(sums)[i] : float(sums[i] - zeros)) * multiplier;
+    for (int i = 0; i < size; i++)
+      means[g * size + i] = (in.is_bf16 ? reinterpret_cast<const float*>(sums)[i] : float(sums[i] - zeros)) * multiplier;
   }
   return means;
 }
 
-// `rows` products of a row of weights with the values, four at a time so that additions do not wait for each other.
+// `rows` products of a row of weights with the values (dot16 of docs/native.md), four at a time so that additions do not wait for each other.
 static void dot16_rows(const uint16_t* weights, const float* values, int count, int rows, const float* bias, float* to) {
+  using F = Lanes::F;
+  constexpr int REGISTERS = 16 / Lanes::WORDS;
   const int whole = count / 16 * 16;
   for (int r = 0; r < rows; r += 4) {
     const int n = rows - r < 4 ? rows - r : 4;
-    float sums[4][16] = {};
+    alignas(64) float sums[4][16];
     const uint16_t* w[4];
-    for (int j = 0; j < 4; j++) w[j] = weights + int64_t(r + (j < n ? j : 0)) * count;
+    F acc[4][REGISTERS];
+    for (int j = 0; j < 4; j++) {
+      w[j] = weights + int64_t(r + (j < n ? j : 0)) * count;
+      for (int k = 0; k < REGISTERS; k++) acc[j][k] = Lanes::zerof();
+    }
     for (int i = 0; i < whole; i += 16)
-      for (int j = 0; j < 4; j++)
-        for (int l = 0; l < 16; l++) sums[j][l] += from_bf16(w[j][i + l]) * values[i + l];
+      for (int k = 0; k < REGISTERS; k++) {
+        const F v = Lanes::loadf(values + i + k * Lanes::WORDS);
+        for (int j = 0; j < 4; j++) acc[j][k] = Lanes::addf(acc[j][k], Lanes::mulf(Lanes::widen(w[j] + i + k * Lanes::WORDS), v));
+      }
     for (int j = 0; j < n; j++) {
+      for (int k = 0; k < REGISTERS; k++) Lanes::storef(sums[j] + k * Lanes::WORDS, acc[j][k]);
       for (int l = 0; whole + l < count; l++) sums[j][l] += from_bf16(w[j][whole + l]) * values[whole + l];
       for (int half = 8; half; half /= 2)
         for (int l = 0; l < half; l++) sums[j][l] += sums[j][l + half];
@@ -353,8 +372,15 @@ static void run_squeeze_excite(const Step& step, int phase, const Call& call) {
     alignas(64) int16_t multipliers[GROUP] = {};
     for (int c = 0; c < count; c++) z[c] = bias[c];
     if (count == GROUP) {
-      for (int s = 0; s < squeeze; s++)
-        for (int c = 0; c < GROUP; c++) z[c] += call.hidden[s] * from_bf16(weights[int64_t(s) * in.channels + c]);
+      constexpr int REGISTERS = GROUP / Lanes::WORDS;
+      Lanes::F acc[REGISTERS];
+      for (int k = 0; k < REGISTERS; k++) acc[k] = Lanes::loadf(z + k * Lanes::WORDS);
+      for (int s = 0; s < squeeze; s++) {
+        const Lanes::F h = Lanes::setf(call.hidden[s]);
+        const uint16_t* w = weights + int64_t(s) * in.channels;
+        for (int k = 0; k < REGISTERS; k++) acc[k] = Lanes::addf(acc[k], Lanes::mulf(h, Lanes::widen(w + k * Lanes::WORDS)));
+      }
+      for (int k = 0; k < REGISTERS; k++) Lanes::storef(z + k * Lanes::WORDS, acc[k]);
     } else {
       for (int s = 0; s < squeeze; s++)
         for (int c = 0; c < count; c++) z[c] += call.hidden[s] * from_bf16(weights[int64_t(s) * in.channels + c]);
@@ -414,9 +440,36 @@ static size_t scratch_bytes(const Step& step) {
   size_t buffer = 0;
   if (step.kind == DEPTHWISE)
     buffer = size_t(depthwise_input_rows(*step.main, depthwise_rows_at_once(step)) + 2) * size_t(buffer_width(step)) * GROUP * size_t(value_bytes(step.in));
-  if (step.kind == CONV && step.project.layer)
-    buffer = size_t(project_rows(step)) * size_t(step.out.width) * size_t(step.packed.outputs) * size_t(value_bytes(step.in)) + 64;
+  if (step.kind == CONV && step.project.layer) buffer = size_t(project_rows(step) * step.out.width * expanded_pixel(step)) + 64;
   return sizeof(Scratch) + buffer;
+}
+
+// The weights that a part of a step reads, last first.
+static void needs(const Step& step, int part, int parts, Prefetch& prefetch) {
+  const Packed& p = step.packed;
+  auto add_share = [&](const Packed& of, int groups, int scale) {
+    // A group that two parts share is wanted by both.
+    const int64_t first = int64_t(groups) * part / parts * scale, last = smaller((int64_t(groups) * (part + 1) + parts - 1) / parts * scale, of.groups);
+    if (first < last) prefetch.add(of.weights + size_t(first) * of.group_bytes, size_t(last - first) * of.group_bytes);
+  };
+  if (step.kind == DEPTHWISE) {
+    add_share(p, p.groups, 1);
+    if (step.expand.layer) add_share(step.expand, p.groups, 2);
+  } else if (step.kind == CONV && step.project.layer) {
+    prefetch.add(step.project.weights, step.project.group_bytes * size_t(step.project.groups));
+    prefetch.add(p.weights, p.group_bytes * size_t(p.groups));
+  } else if (step.kind == CONV) {
+    add_share(p, p.groups, 1);
+  } else if (step.kind == SQUEEZE_EXCITE) {
+    // The second matrix has a part's channels in every row.
+    const size_t bytes = align64(size_t(step.main->squeeze_channels) * size_t(step.in.channels) * 2);
+    prefetch.add(p.weights + bytes, bytes);
+    const size_t first = bytes * size_t(part) / size_t(parts) / 64 * 64;
+    prefetch.add(p.weights + first, bytes * size_t(part + 1) / size_t(parts) - first);
+  } else if (step.kind == CLASSIFIER) {
+    const size_t bytes = size_t(step.program->num_classes) * size_t(step.in.channels) * 2, first = bytes * size_t(part) / size_t(parts) / 64 * 64;
+    prefetch.add(p.weights + first, bytes * size_t(part + 1) / size_t(parts) - first);
+  }
 }
 
 // The border between u8 and bf16 blocks.
