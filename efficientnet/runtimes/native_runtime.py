@@ -19,9 +19,8 @@ class NativeRuntime:
     def __init__(self, program: ProgramFile, info: ProgramInfo, num_threads: int) -> None:
         assert info.max_batch_size is not None
         self.info = info
-        # Named, as the engine takes the portable kernels only where they are asked for.
         with program.opened() as path:
-            self._engine = Engine(path, num_threads, info.max_batch_size, levels()[0])
+            self._engine = Engine(path, num_threads, info.max_batch_size)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
@@ -46,7 +45,7 @@ def require_kernels(what: object, is_reference: bool) -> None:
 
 def open_timed(program: Path, num_threads: int) -> Engine:
     """Open a program file that tells the times of its layers."""
-    return Engine(program, num_threads, level=levels()[0], keeps_times=True)
+    return Engine(program, num_threads, keeps_times=True)
 
 
 def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> NativeRuntime:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.runtimes.native.engine import Engine, levels
+from efficientnet.runtimes.native.engine import Engine
 from efficientnet.runtimes.native.program_file import DType, from_bf16, read_program_file
 from efficientnet.runtimes.native_runtime import NAMES_FILE
 from export.graphs.folding import OUTPUT_NAME
@@ -28,7 +28,7 @@ def show_native(
     known = json.loads((program.parent / NAMES_FILE).read_text(encoding="utf-8"))["tensors"]
     # Where a map is there in both types, the first was computed and the second converted.
     wanted = {name: known.index(name) for name in names if name in known}
-    engine = Engine(program, level=levels()[0], keeps_tensors=True)
+    engine = Engine(program, keeps_tensors=True)
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in wanted}
     logits: list[NDArray[np.float32]] = []
     for image in images:

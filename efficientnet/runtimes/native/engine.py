@@ -83,7 +83,7 @@ class Engine:
             path: its file, which is not needed afterwards.
             num_threads: of a call; more than 64 are not used.
             max_batch_size: most images of a call.
-            level: of levels(); None = the best.
+            level: of levels(); None = the first, even where that is the portable one.
             keeps_tensors: whether each layer runs by itself and its map can be read.
             keeps_times: whether the times of layers can be read.
             library: the engine.
@@ -97,7 +97,7 @@ class Engine:
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         self._handle = self._library.engine_open(
             os.fsencode(path),
-            level.encode() if level else None,
+            (level or levels(library)[0]).encode(),
             min(num_threads, MAX_THREADS),
             max_batch_size,
             _KEEP_TENSORS * keeps_tensors | _KEEP_TIMES * keeps_times,
