@@ -22,7 +22,7 @@ from efficientnet.network.variants import VARIANTS, Padding
 from efficientnet.runtimes import native_runtime, open_runtime
 from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.native.engine import Engine, levels
-from efficientnet.runtimes.native.program_file import DType, Kind, from_bf16, read_program_file
+from efficientnet.runtimes.native.program_file import DType, Kind, read_program_file, real_values
 from export import native
 from export.builders.native_program import Made, make_program, map_names
 from export.builders.native_rounding import MapScale, curve_to, relu6, silu
@@ -163,7 +163,12 @@ def test_each_layer_of_the_family_does_what_its_module_does(
     made.program.write(tmp_path / "p.native")
     engine = Engine(tmp_path / "p.native", 2, keeps_tensors=True)
     logits = engine.infer(images[:1])
-    maps = [real_values(engine, tensor, i) for i, tensor in enumerate(tensors)]
+    maps = [
+        torch.from_numpy(
+            real_values(engine.read_tensor(i, tensor), tensor).transpose(2, 0, 1)[None]
+        )
+        for i, tensor in enumerate(tensors)
+    ]
     maps[0] = torch.from_numpy(images[:1])
     for name, layer in zip(made.layer_names[1:-1], made.program.layers[1:-1], strict=True):
         # Each gets what the one before it made of it: whole random networks enlarge any rounding.
@@ -234,16 +239,6 @@ def test_the_times_of_layers_have_the_names_of_modules(fitted_checkpoint: Path, 
     assert {"squeeze-excite", "classifier"} <= {layer.kind for layer in program.layers}
     with pytest.raises(ValueError, match="--batch-size 1"):
         layers.main(layers.LayersConfig((artifact,), calls=2, batch_size=2))
-
-
-def real_values(engine: Engine, tensor: Any, index: int) -> torch.Tensor:
-    shape = tuple(int(tensor[side]) for side in ("height", "width", "channels"))
-    values = engine.read_tensor(index, shape, int(tensor["dtype"]))
-    if tensor["dtype"] == DType.BF16:
-        real = from_bf16(values)
-    else:
-        real = (values.astype(np.float32) - tensor["zero_point"]) * tensor["scale"]
-    return torch.from_numpy(real.astype(np.float32).transpose(2, 0, 1)[None].copy())
 
 
 def _view(made: Made) -> Any:

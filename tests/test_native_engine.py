@@ -75,9 +75,7 @@ def pixels_for(program: ProgramView, rng: np.random.Generator, count: int = 1) -
 
 
 def read(engine: Engine, program: ProgramView, index: int) -> np.ndarray:
-    tensor = program.tensors[index]
-    shape = tuple(int(tensor[side]) for side in ("height", "width", "channels"))
-    return engine.read_tensor(index, shape, int(tensor["dtype"]))
+    return engine.read_tensor(index, program.tensors[index])
 
 
 def is_close(found: np.ndarray, expected: np.ndarray, least_scale: float = 1e-3) -> bool:

@@ -156,11 +156,11 @@ def curve_to(
     for bits in range(most_bits, -1, -1):
         half = _half(bits) if residual is None else 0
         table = [np.rint(slopes * reach * 2**bits), np.rint(intercepts * 2**bits) + half]
-        if np.abs(table).max() <= LARGEST_16:
-            break
-    offset, multiplier = _offset_and_multiplier(out, residual, bits) if residual else (0, 0)
-    clamped = np.clip(table, -LARGEST_16, LARGEST_16).astype(np.int16)
-    return Ending(bits, offset, multiplier, clamped)
+        if np.abs(table).max() <= LARGEST_16 or bits == 0:
+            offsets = _offset_and_multiplier(out, residual, bits) if residual else (0, 0)
+            clamped = np.clip(table, -LARGEST_16, LARGEST_16).astype(np.int16)
+            return Ending(bits, *offsets, clamped)
+    raise AssertionError("fraction bits start at zero or above")
 
 
 def gate_multiplier(source: MapScale, out: MapScale) -> tuple[int, float]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efficientnet.runtimes.native.engine import Engine
-from efficientnet.runtimes.native.program_file import DType, from_bf16, read_program_file
+from efficientnet.runtimes.native.program_file import read_program_file, real_values
 from efficientnet.runtimes.native_runtime import NAMES_FILE
 from export.graphs.folding import OUTPUT_NAME
 
@@ -34,14 +34,8 @@ def show_native(
     for image in images:
         logits.append(engine.infer(image[None]))
         for name, index in wanted.items():
-            found[name].append(_real_values(engine, tensors[index], index).transpose(2, 0, 1))
+            tensor = tensors[index]
+            values = real_values(engine.read_tensor(index, tensor), tensor)
+            found[name].append(values.transpose(2, 0, 1))
     shown = {name: np.stack(maps) for name, maps in found.items()}
     return shown | ({OUTPUT_NAME: np.concatenate(logits)} if OUTPUT_NAME in names else {})
-
-
-def _real_values(engine: Engine, tensor: np.void, index: int) -> NDArray[np.float32]:
-    shape = tuple(int(tensor[side]) for side in ("height", "width", "channels"))
-    values = engine.read_tensor(index, shape, int(tensor["dtype"]))
-    if tensor["dtype"] == DType.BF16:
-        return from_bf16(values)
-    return (values.astype(np.float32) - tensor["zero_point"]) * tensor["scale"]

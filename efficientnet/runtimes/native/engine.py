@@ -136,15 +136,15 @@ class Engine:
         self._call("infer", images.ctypes.data, is_pixels, len(images), logits.ctypes.data)
         return logits
 
-    def read_tensor(self, index: int, shape: tuple[int, int, int], dtype: int) -> NDArray[Any]:
+    def read_tensor(self, index: int, tensor: Any) -> NDArray[Any]:
         """Return a map of the last image: uint8 or the bits of bfloat16, [H, W, C].
 
         Args:
             index: in the program's list of tensors.
-            shape: height, width, channels, as listed there.
-            dtype: 0 = uint8, 1 = bfloat16, likewise.
+            tensor: its record there.
         """
-        values = np.empty(shape, _MAP_TYPES[dtype])
+        shape = tuple(int(tensor[side]) for side in ("height", "width", "channels"))
+        values = np.empty(shape, _MAP_TYPES[int(tensor["dtype"])])
         self._call("read_tensor", index, values.ctypes.data, values.nbytes)
         return values
 

@@ -153,5 +153,12 @@ def from_bf16(values: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
+def real_values(values: NDArray[Any], tensor: Any) -> NDArray[np.float32]:
+    """Return what a map's bytes stand for, by its record."""
+    if tensor["dtype"] == DType.BF16:
+        return from_bf16(values)
+    return (values.astype(np.float32) - float(tensor["zero_point"])) * tensor["scale"]
+
+
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
