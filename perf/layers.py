@@ -1,8 +1,8 @@
 """Artifacts -> where the time of a call goes, layer by layer, as the runtime's own profile tells.
 
-Only ONNX Runtime on the CPU and OpenVINO tell. Measuring each layer takes time itself, so the sum
-over the layers stands beside a call without a profile. Several artifacts are measured one after the
-other, and their kinds of layers are set side by side.
+ONNX Runtime on the CPU, OpenVINO and the native engine tell. Measuring each layer takes time
+itself, so the sum over the layers stands beside a call without a profile. Several artifacts are
+measured one after the other, and their kinds of layers are set side by side.
 
     python perf/layers.py artifacts/v2-s/openvino-int8
     python perf/layers.py artifacts/v2-s/onnxruntime-fp32 artifacts/v2-s/openvino-fp32 --threads 1

@@ -24,6 +24,7 @@ RUNTIMES = {
     "tensorrt-rtx": RuntimeName("TensorRT-RTX", "efficientnet.runtimes.tensorrt_runtime"),
     "torch-tensorrt": RuntimeName("torch-tensorrt", "efficientnet.runtimes.torch_tensorrt_runtime"),
     "aoti": RuntimeName("AOTInductor", "efficientnet.runtimes.aoti_runtime"),
+    "native": RuntimeName("native engine", "efficientnet.runtimes.native_runtime"),
 }
 
 

@@ -240,11 +240,12 @@ def _graph_of_artifact(
     precision = manifest.precision
     is_file = manifest.runtime == "onnxruntime"
     name = f"{manifest.program_file}, not optimized" if is_file else f"ONNX {precision}"
-    if precision == "bf16" and manifest.runtime != "openvino":
+    makes_its_own = manifest.runtime in ("openvino", "native")
+    if precision == "bf16" and not makes_its_own:
         return Skipped(name, "ONNX Runtime's CPU provider has no convolution in bf16")
     if is_file:
         return name, onnx.load(directory / manifest.program_file)
-    if precision == "fp32" or manifest.runtime == "openvino":
+    if precision == "fp32" or makes_its_own:
         return None
     if precision == "fp16":
         return name, export_onnx(source.model, source.image_size, "fp16")
@@ -285,6 +286,8 @@ def _show_of_artifact(directory: Path, manifest: ArtifactManifest) -> Show | Non
             program,
             precision,
         )
+    if manifest.runtime == "native":
+        return partial(importlib.import_module("export.checks.native_layers").show_native, program)
     return None
 
 

@@ -26,6 +26,7 @@ class Candidate:
 PROGRAMS: tuple[tuple[str, str, tuple[str, ...], tuple[Precision, ...]], ...] = (
     ("ort", "onnxruntime", (), ("fp32", "fp16", "int8")),
     ("ov", "openvino", (), ("fp32", "bf16", "fp16", "int8")),
+    ("native", "native", (), ("bf16", "int8")),
     ("aoti", "aoti", ("--device", "cpu"), ("fp32", "bf16", "fp16")),
     ("aoti", "aoti-cuda", ("--device", "cuda"), ("fp32", "bf16", "fp16")),
     ("ort", "onnxruntime-cuda", ("--provider", "cuda"), ("fp32", "fp16")),

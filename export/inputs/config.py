@@ -268,3 +268,15 @@ class AotiConfig(ExportConfig):
                 f"--precision is {self.precision}, and AOTInductor compiles in fp32, fp16 or bf16: "
                 f"take {instead}"
             )
+
+
+@dataclass(frozen=True)
+class NativeConfig(ExportConfig):
+    """Settings of an export to the project's own CPU engine."""
+
+    precision: Literal["bf16", "int8"] = "bf16"
+    """Number format that the convolutions compute in."""
+
+    reference: bool = False
+    """Let processors run it that have neither VNNI nor AMX, too, with the portable kernels that the
+    others are checked by: the same answers, many times slower."""

@@ -28,7 +28,7 @@ class AllConfig(ExportConfig):
     output: tyro.conf.Suppress[Path | None] = None
 
     only: tuple[str, ...] = ()
-    """Commands to run, of ort ov aoti torch_trt trt; none = all."""
+    """Commands to run, of ort ov native aoti torch_trt trt; none = all."""
 
     seconds: float = 4.0
     """Measured time of each artifact, in calls of the images that --batch is tuned for."""

@@ -112,7 +112,7 @@ class LayersConfig:
     """Settings of a measurement."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """Artifact directories, of ONNX Runtime on the CPU or of OpenVINO."""
+    """Artifact directories, of ONNX Runtime on the CPU, of OpenVINO or of the native engine."""
 
     calls: int = 20
     """Calls that are timed after the warm-up, 1 to 200; OpenVINO's profile takes rounds of 5."""

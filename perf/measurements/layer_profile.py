@@ -3,7 +3,8 @@
 ONNX Runtime tells every call, so a node's time is its fastest; writing the profile takes about 4 us
 of it. OpenVINO's plugin tells the mean of all calls since the program was compiled: it is compiled
 several times, the first call of each, which prepares weights, is taken out, and the lowest of the
-means counts.
+means counts. The native engine tells of each layer of every call, too, and which layers it computed
+together.
 """
 
 import importlib
@@ -48,7 +49,7 @@ KINDS_OF_OPERATORS = {
 
 MATRIX_OPERATORS = frozenset(
     ("Convolution", "GroupConvolution", "ConvInteger", "FullyConnected", "Gemm", "FusedGemm")
-) | {"QGemm", "MatMul", "FusedMatMul", "QLinearMatMul", "MatMulInteger"}
+) | {"QGemm", "MatMul", "FusedMatMul", "QLinearMatMul", "MatMulInteger", "SqueezeExcite"}
 QUANTIZE_OPERATORS = frozenset(
     ("FakeQuantize", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 )
@@ -97,7 +98,8 @@ class LayerTime(BaseModel):
     before it."""
     kind: str
     kernel: str
-    """What executes it: OpenVINO's kernel, ONNX Runtime's operator."""
+    """What executes it: OpenVINO's kernel, ONNX Runtime's operator, the native engine's
+    instructions."""
     ms: float
     operations: int
     """Of the convolutions or the classifier in it: two for each multiply-add."""
@@ -184,7 +186,39 @@ def profile_openvino(
     return Profile(tuple(fastest), min(times_ms))
 
 
-PROFILERS = {"onnxruntime": profile_onnxruntime, "openvino": profile_openvino}
+def profile_native(
+    program: Path, manifest: ArtifactManifest, batches: Batches, num_threads: int, num_calls: int
+) -> Profile:
+    """Run a native program with the engine's own clock."""
+    runtime: Any = importlib.import_module(RUNTIMES["native"].module)
+    engine = runtime.open_timed(program, num_threads)
+    times_ms: list[float] = []
+    seconds: list[list[float]] = []
+    for number in range(NUM_WARM_UP_CALLS + num_calls):
+        images = next(batches)
+        times = time_calls(lambda images=images: engine.infer(images), 1)
+        if number >= NUM_WARM_UP_CALLS:
+            times_ms += times
+            seconds.append(engine.layer_times())
+    names = json.loads((program.parent / runtime.NAMES_FILE).read_text(encoding="utf-8"))
+    nodes: list[Node] = []
+    together: list[str] = []
+    for name, *of_layer in zip(names["layers"], *seconds, strict=True):
+        together.append(name)
+        # A layer that is computed together with a later one has no time of its own.
+        if any(of_layer):
+            operator = name.rpartition("/")[2]
+            ms = 1e3 * min(of_layer)
+            nodes.append(Node(name, operator, engine.level, ms, tuple(together)))
+            together = []
+    return Profile(tuple(nodes), min(times_ms))
+
+
+PROFILERS = {
+    "onnxruntime": profile_onnxruntime,
+    "openvino": profile_openvino,
+    "native": profile_native,
+}
 
 
 def later_mean_us(first_us: int, mean_us: int, num_later: int) -> float:

@@ -37,7 +37,9 @@ from perf.pages.layer_tables import ProgramLayers, kind_times, log_tables, side_
 
 SEED = 0
 
-WHO_TELLS = "the runtimes that tell the times of layers are onnxruntime on the CPU and openvino"
+WHO_TELLS = (
+    "the runtimes that tell the times of layers are onnxruntime on the CPU, openvino and native"
+)
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +128,11 @@ def read_profiled(path: Path, batch_size: int) -> Program:
         raise ValueError(
             f"{path} answers {batch_size} images one by one, in streams side by side, whose layers "
             "no profile adds up; profile one image: --batch-size 1 --threads 1"
+        )
+    if program.runtime == "native" and batch_size != 1:
+        raise ValueError(
+            f"{path}: the native engine tells the times of one image's layers, --batch-size is "
+            f"{batch_size}; profile one image: --batch-size 1"
         )
     return program
 

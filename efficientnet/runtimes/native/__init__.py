@@ -1,0 +1,1 @@
+"""The native engine: C++ sources, and what builds them."""

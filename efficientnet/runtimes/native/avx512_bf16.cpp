@@ -1,0 +1,23 @@
+// AVX-512 VNNI with BF16: `vpdpbusd` and `vdpbf16ps` on 64 bytes (Intel from Cooper Lake, AMD from Zen 4).
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "numerics.h"
+
+namespace native {
+namespace {
+
+#include "lanes512.h"
+#include "pack.h"
+#include "epilogue.h"
+#include "dot.h"
+#include "conv.h"
+#include "depthwise.h"
+#include "depthwise_bf16.h"
+#include "steps.h"
+
+}  // namespace
+
+const Kernels AVX512_BF16 = {"avx512_bf16", true, packed_bytes, pack, scratch_bytes, run, needs, [] {}, [] {}};
+
+}  // namespace native

@@ -1,0 +1,59 @@
+// Sums by vpdpbusd (four products and their sum in each lane of 32 bits). Included inside each file's own namespace.
+//
+// A step takes one word of four values from each of PIXELS pixels, by broadcast, and two registers of weights: 2 * PIXELS sums are enough
+// in flight to hide the instruction's latency (4 or 5 cycles, two a cycle), and the loads stay below two a cycle.
+
+struct Products {
+  static constexpr int PIXELS = Lanes::BYTES == 64 ? 8 : 6;
+
+  template <bool IS_BF16, class Pending>
+  static void compute(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count, const uint8_t* weights,
+                      const int32_t* bias, int32_t* sums, Pending& pending) {
+    pending.prefetch.take(8 * p.row_blocks * p.layer->kernel);
+    // AVX2 takes one tile at a time.
+    for (int tile = 0; tile < (Lanes::BYTES == 64 ? 1 : 2); tile++, weights += 1024, bias += 16, sums += 16) {
+      int x = 0;
+      for (; x + PIXELS <= count; x += PIXELS)
+        pixels<PIXELS, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+      for (; x + 2 <= count; x += 2) pixels<2, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+      for (; x < count; x++) pixels<1, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+    }
+  }
+
+ private:
+  template <bool IS_BF16>
+  static inline __attribute__((always_inline)) Lanes::V dot(Lanes::V acc, Lanes::V q, Lanes::V w) {
+    return IS_BF16 ? Lanes::bits(Lanes::dot_bf16(Lanes::floats(acc), q, w)) : Lanes::dot(acc, q, w);
+  }
+
+  template <int N, bool IS_BF16>
+  static void pixels(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, const uint8_t* weights, const int32_t* bias,
+                     int32_t* sums) {
+    using V = Lanes::V;
+    constexpr int NEXT = Lanes::BYTES == 64 ? 1024 : 32;  // from a register of weights to the one beside it
+    V a[N], b[N];
+    for (int i = 0; i < N; i++) {
+      a[i] = Lanes::load(bias);
+      b[i] = Lanes::load(bias + Lanes::WORDS);
+    }
+    const int words = p.row_words;
+    for (int ky = 0; ky < p.layer->kernel; ky++, from += kernel_row, weights += p.row_blocks * 2048) {
+      for (int w = 0; w < words; w += 16) {
+        const uint8_t* block = weights + w * 128;
+        const uint8_t* in = from + w * 4;
+        for (int j = 0; j < (words - w < 16 ? words - w : 16); j++, block += 64, in += 4) {
+          const V w0 = Lanes::load(block), w1 = Lanes::load(block + NEXT);
+          for (int i = 0; i < N; i++) {
+            const V q = Lanes::broadcast32(in + i * pixel);
+            a[i] = dot<IS_BF16>(a[i], q, w0);
+            b[i] = dot<IS_BF16>(b[i], q, w1);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < N; i++) {
+      Lanes::store(sums + i * CONV_GROUP, a[i]);
+      Lanes::store(sums + i * CONV_GROUP + Lanes::WORDS, b[i]);
+    }
+  }
+};

@@ -1,0 +1,29 @@
+// The C interface of the native engine; docs/native.md tells what each function does.
+#pragma once
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ENGINE_API __attribute__((visibility("default")))
+
+typedef struct engine engine;
+
+enum { ENGINE_KEEP_TENSORS = 1, ENGINE_KEEP_TIMES = 2 };
+
+ENGINE_API const char* engine_levels(void);
+ENGINE_API engine* engine_open(const char* path, const char* level, int threads, int max_batch,
+                               int flags, char* error, size_t error_bytes);
+ENGINE_API int engine_infer(engine* self, const void* images, int is_pixels, int batch,
+                            float* logits, char* error, size_t error_bytes);
+ENGINE_API int engine_read_tensor(engine* self, int tensor, void* to, size_t bytes, char* error,
+                                  size_t error_bytes);
+ENGINE_API int engine_layer_times(engine* self, double* seconds, int layers);
+ENGINE_API void engine_info(engine* self, int info[8]);
+ENGINE_API const char* engine_level(engine* self);
+ENGINE_API void engine_close(engine* self);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,163 @@
+// Sums -> values of a map, which is where much of the time goes: 31 million values a call of V2-S at 384 px. Included inside each file's
+// own namespace, after its Lanes.
+//
+// Packing 32 -> 16 -> 8 bits works within 128 bits. So that bytes come out in order, sums stand in an order of their own: a convolution's
+// group of 32 channels is two tiles of 16, tile t's lane 4 l + i is channel 8 l + 4 t + i (two pixels side by side fill 64 bytes, and one
+// permute parts them); a depthwise group of 64 is four tiles, tile t's lane 4 l + i is channel 16 l + 4 t + i.
+
+enum Mode { TABLE, LINE, RESIDUAL, SUMS };  // activation; none; none and residual; activation, and only the sums over pixels are kept
+
+// Walks over the pixels of an output map (and of a residual) in rows of `width`.
+struct Target {
+  uint8_t* out = nullptr;
+  int64_t pixel = 0, skip = 0;
+  const uint8_t* residual = nullptr;
+  int64_t residual_pixel = 0, residual_skip = 0;
+  int x = 0, width = 0;
+
+  inline __attribute__((always_inline)) void next() {
+    out += pixel;
+    residual += residual_pixel;
+    if (++x == width) {
+      x = 0;
+      out += skip;
+      residual += residual_skip;
+    }
+  }
+};
+
+static constexpr int16_t EMPTY_TABLE[128] = {};
+
+// Of u8 maps.
+template <int MODE>
+struct Epilogue {
+  using V = Lanes::V;
+  using F = Lanes::F;
+  const float* scales;
+  Lanes::Table table;
+  Lanes::Shift shift;
+  V offset, multiplier;
+  int columns;      // channels from the first on that exist
+  int32_t* totals;  // SUMS: of 32 channels
+
+  Epilogue(const Packed& p, int first_channel, void* channel_totals)
+      : scales(p.scales + first_channel), table(MODE == TABLE || MODE == SUMS ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
+        offset(Lanes::set16(p.layer->output_offset)), multiplier(Lanes::set16(p.layer->residual_multiplier)),
+        columns(p.outputs - first_channel), totals(static_cast<int32_t*>(channel_totals)) {}
+
+  inline __attribute__((always_inline)) V line(V x, V residual8) const {
+    if (MODE == RESIDUAL) x = Lanes::adds16(x, Lanes::mulhrs16(Lanes::half16(residual8), multiplier));
+    return Lanes::adds16(x, offset);
+  }
+
+  // Four registers of sums, their scales and residual -> bytes.
+  inline __attribute__((always_inline)) V finish(V a, V b, V c, V d, F sa, F sb, F sc, F sd, V residual) const {
+    V x = Lanes::pack32(Lanes::scaled(a, sa), Lanes::scaled(b, sb)), y = Lanes::pack32(Lanes::scaled(c, sc), Lanes::scaled(d, sd));
+    if (MODE == TABLE || MODE == SUMS) {
+      x = table.at(x);
+      y = table.at(y);
+    } else {
+      // A byte in the upper half of 16 bits is 256 times its value; half of that is what the multiplier wants.
+      x = line(x, Lanes::low8(Lanes::zero(), residual));
+      y = line(y, Lanes::high8(Lanes::zero(), residual));
+    }
+    return Lanes::pack16(shift.right(x), shift.right(y));
+  }
+
+  // Two pixels (or one) of a convolution's group, whose sums lie behind one another: at once in 64 bytes, or one after the other.
+  inline __attribute__((always_inline)) void pixels(const int32_t* sums, bool has_two, Target& t) const {
+    constexpr bool IS_WIDE = Lanes::BYTES == 64;
+    const Lanes::Mask mask(columns < 32 ? columns : 32);
+    for (int i = 0; i < (has_two && !IS_WIDE ? 2 : 1); i++, sums += 32) {
+      const int32_t* second = !IS_WIDE ? sums + 8 : has_two ? sums + 32 : sums;
+      const float* second_scales = IS_WIDE ? scales : scales + 8;
+      Target u = t;
+      if (IS_WIDE && has_two) u.next();
+      const V r = MODE == RESIDUAL ? Lanes::load_pair(t.residual, u.residual, mask) : Lanes::zero();
+      const V q = finish(Lanes::load(sums), Lanes::load(sums + 16), Lanes::load(second), Lanes::load(second + 16), Lanes::loadf(scales),
+                         Lanes::loadf(scales + 16), Lanes::loadf(second_scales), Lanes::loadf(second_scales + 16), r);
+      if (MODE == SUMS) {
+        alignas(64) uint8_t bytes[2][32];
+        Lanes::store_pair(bytes[0], bytes[1], Lanes::Mask(32), q);
+        for (int c = 0; c < 32; c++) totals[c] += bytes[0][c] + (IS_WIDE && has_two ? bytes[1][c] : 0);
+      } else {
+        Lanes::store_pair(t.out, u.out, mask, q);
+      }
+      t = u;
+      t.next();
+    }
+  }
+};
+
+// Of bf16 maps: sums are floats, bias included, in order.
+static inline __attribute__((always_inline)) Lanes::F silu_of(Lanes::F x) {
+  using F = Lanes::F;
+  // 2^t for t = -x / ln 2: the whole part is in the low bits of t + 1.5 * 2^23, the rest goes through a cubic (1e-4, bf16 keeps 4e-3).
+  const F magic = Lanes::setf(12582912.0f);
+  F t = Lanes::mulf(x, Lanes::setf(-1.44269502f));
+  t = Lanes::minf(Lanes::maxf(t, Lanes::setf(-120.0f)), Lanes::setf(120.0f));
+  const F whole = Lanes::addf(t, magic), rest = Lanes::subf(t, Lanes::subf(whole, magic));
+  F p = Lanes::fma(Lanes::setf(0.0558263180f), rest, Lanes::setf(0.240226507f));
+  p = Lanes::fma(p, rest, Lanes::setf(0.693147182f));
+  p = Lanes::fma(p, rest, Lanes::setf(1.0f));
+  return Lanes::mulf(x, Lanes::reciprocal(Lanes::addf(Lanes::raise(p, whole), Lanes::setf(1.0f))));
+}
+
+static inline __attribute__((always_inline)) Lanes::F activated(Lanes::F x, int activation) {
+  if (activation == SILU) return silu_of(x);
+  if (activation == RELU6) return Lanes::minf(Lanes::maxf(x, Lanes::zerof()), Lanes::setf(6.0f));
+  return x;
+}
+
+template <int MODE>
+struct FloatEpilogue {
+  int activation, columns;
+  float* totals;
+
+  FloatEpilogue(const Packed& p, int first_channel, void* channel_totals)
+      : activation(p.layer->activation), columns(p.outputs - first_channel), totals(static_cast<float*>(channel_totals)) {}
+
+  inline __attribute__((always_inline)) void pixels(const int32_t* sums, bool has_two, Target& t) const {
+    for (int i = 0; i < (has_two ? 2 : 1); i++, sums += 32) {
+      for (int c = 0; c < 32; c += Lanes::WORDS) {
+        Lanes::F v = Lanes::loadf(reinterpret_cast<const float*>(sums) + c);
+        if (MODE == TABLE || MODE == SUMS) v = activated(v, activation);
+        if (MODE == RESIDUAL) v = Lanes::addf(v, Lanes::widen(t.residual + c * 2));
+        if (MODE == SUMS) Lanes::storef(totals + c, Lanes::addf(Lanes::loadf(totals + c), v));
+        else Lanes::narrow(t.out + c * 2, columns - c, v);
+      }
+      t.next();
+    }
+  }
+};
+
+// Pixels whose sums wait for their epilogue. It is done some at a time between the products of the next unit, so that tile products and
+// vector instructions run side by side.
+template <class E>
+struct Pending {
+  const E& epilogue;
+  Target target;
+  Prefetch& prefetch;
+  const int32_t* sums = nullptr;
+  int left = 0, per_step = 0;
+
+  void begin(const int32_t* from, int pixels, int steps) {
+    sums = from;
+    left = pixels;
+    per_step = ((pixels + steps - 1) / steps + 1) / 2 * 2;
+  }
+  inline __attribute__((always_inline)) void step() {
+    prefetch.take(8);
+    work(per_step < left ? per_step : left);
+  }
+  void flush() { work(left); }
+
+  inline __attribute__((always_inline)) void work(int pixels) {
+    left -= pixels;
+    for (; pixels >= 2; pixels -= 2, sums += 64) epilogue.pixels(sums, true, target);
+    if (pixels) {
+      epilogue.pixels(sums, false, target);
+      sums += 32;
+    }
+  }
+};

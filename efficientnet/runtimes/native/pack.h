@@ -1,0 +1,132 @@
+// Weights of the file -> blocks for tiles and dot products. Included inside each file's own namespace.
+//
+// A kernel row of a channels-last map is kernel * pixel bytes that lie side by side, so a convolution is `kernel` products of such rows, each
+// cut in blocks of 64 bytes (weights are zero where a pixel is padded and behind the row's end: the map's bytes there do not
+// matter). A group's weights are [kernel row][block][2 tiles][16 words of 4 bytes][16 channels][4 bytes].
+
+static inline size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+static inline int row_bytes_of(const Layer& l, const Map& in) { return l.kernel * int(in.pixel_bytes); }
+
+// The channel of a group whose sum is in a lane of a tile; see epilogue.h.
+static inline int conv_channel(int tile, int lane, bool is_bf16) { return is_bf16 ? tile * 16 + lane : lane / 4 * 8 + tile * 4 + lane % 4; }
+static inline int depthwise_channel(int tile, int lane, bool is_bf16) { return is_bf16 ? tile * 16 + lane : lane / 4 * 16 + tile * 4 + lane % 4; }
+
+static size_t conv_group_bytes(const Layer& l, const Map& in) { return size_t(l.kernel) * size_t((row_bytes_of(l, in) + 63) / 64) * 2048; }
+static int groups_of(const Layer& l, int channels) { return (channels + (l.kind == CONV ? CONV_GROUP : GROUP) - 1) / (l.kind == CONV ? CONV_GROUP : GROUP); }
+
+// Depthwise: kernel rows in fours, for one output row or two (see depthwise.h).
+static int depthwise_rows(const Layer& l) { return l.stride == 1 ? 2 : 1; }
+static int depthwise_fours(const Layer& l) { return (l.kernel + (depthwise_rows(l) - 1) + 3) / 4; }
+static size_t depthwise_group_bytes(const Layer& l, bool is_bf16) {
+  if (is_bf16) return size_t(l.kernel) * size_t(l.kernel) * GROUP * 4;
+  return size_t(depthwise_rows(l)) * size_t(l.kernel) * size_t(depthwise_fours(l)) * 256;
+}
+
+static size_t packed_bytes(const Program& program, const Layer& l, const Map& in, const Map& out) {
+  const size_t groups = size_t(groups_of(l, out.channels));
+  if (l.kind == CONV) return groups * (conv_group_bytes(l, in) + CONV_GROUP * 8) + 256 + 64;
+  if (l.kind == DEPTHWISE) return groups * (depthwise_group_bytes(l, in.is_bf16) + GROUP * 8) + 256 + 64;
+  if (l.kind == SQUEEZE_EXCITE)
+    return 2 * align64(size_t(l.squeeze_channels) * size_t(in.channels) * 2) + align64(size_t(l.squeeze_channels) * 4) +
+           align64(size_t(in.channels) * 4);
+  if (l.kind == CLASSIFIER) return align64(size_t(program.num_classes) * size_t(in.channels) * 2) + size_t(program.num_classes) * 4;
+  return 64;  // the input's multipliers
+}
+
+static void pack_conv(const Layer& l, const Map& in, int outputs, const uint8_t* from, uint8_t* to) {
+  const int pixel = in.channels * (in.is_bf16 ? 2 : 1), blocks = (row_bytes_of(l, in) + 63) / 64;
+  const int64_t filter = int64_t(l.kernel) * l.kernel * pixel;
+  for (int g = 0; g < groups_of(l, outputs); g++, to += conv_group_bytes(l, in))
+    for (int tile = 0; tile < 2; tile++)
+      for (int lane = 0; lane < 16; lane++) {
+        const int n = g * CONV_GROUP + conv_channel(tile, lane, in.is_bf16);
+        if (n >= outputs) continue;
+        const uint8_t* source = from + n * filter;
+        for (int ky = 0; ky < l.kernel; ky++) {
+          uint8_t* row = to + int64_t(ky) * blocks * 2048 + tile * 1024 + lane * 4;
+          for (int kx = 0; kx < l.kernel; kx++, source += pixel) {
+            int at = kx * int(in.pixel_bytes), done = 0;
+            for (; done + 4 <= pixel; done += 4, at += 4) __builtin_memcpy(row + int64_t(at / 64) * 2048 + at % 64 * 16, source + done, 4);
+            for (; done < pixel; done++, at++) row[int64_t(at / 64) * 2048 + at / 4 % 16 * 64 + at % 4] = source[done];
+          }
+        }
+      }
+}
+
+static void pack_depthwise(const Layer& l, int channels, const int8_t* from, uint8_t* to) {
+  const int k = l.kernel, fours = depthwise_fours(l);
+  for (int g = 0; g * GROUP < channels; g++, to += depthwise_group_bytes(l, false))
+    for (int r = 0; r < depthwise_rows(l); r++)
+      for (int kx = 0; kx < k; kx++)
+        for (int ky = 0; ky < k; ky++) {
+          const int row = ky + r;
+          uint8_t* four = to + ((r * k + kx) * fours + row / 4) * 256 + row % 4;
+          for (int tile = 0; tile < 4; tile++)
+            for (int lane = 0; lane < 16; lane++) {
+              const int n = g * GROUP + depthwise_channel(tile, lane, false);
+              if (n < channels) four[tile * 64 + lane * 4] = uint8_t(from[(n * k + ky) * k + kx]);
+            }
+        }
+}
+
+static void pack_depthwise_bf16(const Layer& l, int channels, const uint16_t* from, uint8_t* to) {
+  const int taps = l.kernel * l.kernel;
+  float* out = reinterpret_cast<float*>(to);
+  for (int g = 0; g * GROUP < channels; g++, out += taps * GROUP)
+    for (int tap = 0; tap < taps; tap++)
+      for (int c = 0; c < GROUP && g * GROUP + c < channels; c++) out[tap * GROUP + c] = from_bf16(from[(g * GROUP + c) * taps + tap]);
+}
+
+static void pack(const Program& program, const Layer& l, const Map& in, const Map& out, uint8_t* to, Packed& p) {
+  p.inputs = in.channels;
+  p.outputs = out.channels;
+  p.groups = groups_of(l, out.channels);
+  p.weights = to;
+  p.is_bf16 = in.is_bf16;
+  if (l.kind == SQUEEZE_EXCITE) {
+    // [squeeze weights][excite weights][squeeze bias][excite bias]
+    const size_t weights = size_t(l.squeeze_channels) * size_t(in.channels) * 2;
+    __builtin_memcpy(to, program.blob<uint8_t>(l.squeeze_weights), weights);
+    __builtin_memcpy(to + align64(weights), program.blob<uint8_t>(l.excite_weights), weights);
+    uint8_t* bias = to + 2 * align64(weights);
+    __builtin_memcpy(bias, program.blob<uint8_t>(l.squeeze_bias), size_t(l.squeeze_channels) * 4);
+    __builtin_memcpy(bias + align64(size_t(l.squeeze_channels) * 4), program.blob<uint8_t>(l.excite_bias), size_t(in.channels) * 4);
+    return;
+  }
+  if (l.kind == CLASSIFIER) {
+    const size_t weights = size_t(program.num_classes) * size_t(in.channels) * 2;
+    __builtin_memcpy(to, program.blob<uint8_t>(l.weights), weights);
+    __builtin_memcpy(to + align64(weights), program.blob<uint8_t>(l.bias), size_t(program.num_classes) * 4);
+    p.bias = to + align64(weights);
+    return;
+  }
+  if (l.kind == INPUT) {
+    __builtin_memcpy(to, program.blob<uint8_t>(l.scales), 48);
+    p.scales = reinterpret_cast<const float*>(to);
+  }
+  if (l.kind != CONV && l.kind != DEPTHWISE) return;
+  const bool is_conv = l.kind == CONV;
+  p.row_words = (row_bytes_of(l, in) + 3) / 4;
+  p.row_blocks = (row_bytes_of(l, in) + 63) / 64;
+  p.group_bytes = is_conv ? conv_group_bytes(l, in) : depthwise_group_bytes(l, in.is_bf16);
+  if (is_conv) pack_conv(l, in, out.channels, program.blob<uint8_t>(l.weights), to);
+  else if (in.is_bf16) pack_depthwise_bf16(l, out.channels, program.blob<uint16_t>(l.weights), to);
+  else pack_depthwise(l, out.channels, program.blob<int8_t>(l.weights), to);
+  const int channels = is_conv ? CONV_GROUP : GROUP;
+  uint8_t* bias = to + size_t(p.groups) * p.group_bytes;
+  float* scales = reinterpret_cast<float*>(bias + size_t(p.groups * channels) * 4);
+  for (int at = 0; at < p.groups * channels; at++) {
+    const int tile = at % channels / 16, lane = at % 16;
+    const int n = at / channels * channels + (is_conv ? conv_channel(tile, lane, in.is_bf16) : depthwise_channel(tile, lane, in.is_bf16));
+    if (n >= out.channels) continue;
+    __builtin_memcpy(bias + at * 4, program.blob<uint8_t>(l.bias) + n * 4, 4);
+    if (!in.is_bf16) scales[at] = program.blob<float>(l.scales)[n];
+  }
+  p.bias = bias;
+  p.scales = scales;
+  if (!in.is_bf16 && l.activation != NONE) {
+    uint8_t* table = reinterpret_cast<uint8_t*>(scales + p.groups * channels);
+    __builtin_memcpy(table, program.blob<uint8_t>(l.table), 256);
+    p.table = reinterpret_cast<const int16_t*>(table);
+  }
+}

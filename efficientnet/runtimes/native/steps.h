@@ -1,0 +1,504 @@
+// A thread's part of each step of a plan. Included inside each file's own namespace, after the kernels.
+
+struct Scratch {
+  ConvScratch conv;
+  DepthwiseScratch depthwise;
+  alignas(64) uint8_t buffer[1];  // as large as scratch_bytes says
+};
+
+// Bytes of the expanded map that a thread works on: a good part of L2 for depthwise, of L1 for a projection.
+constexpr int64_t DEPTHWISE_BUFFER = 512 << 10, PROJECT_BUFFER = 40 << 10;
+
+// Bytes of the map that both halves of a depthwise group are expanded from.
+constexpr int64_t EXPAND_PIECE = 24 << 10;
+
+static Scratch& scratch_of(const Call& call) { return *reinterpret_cast<Scratch*>(call.scratch); }
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t value_bytes(const Map& map) { return map.is_bf16 ? 2 : 1; }
+
+static uint8_t* pixel_of(const Map& map, const Call& call, int64_t y, int64_t x) {
+  return call.arena + map.start + y * int64_t(map.row_bytes) + x * int64_t(map.pixel_bytes);
+}
+
+// The cursor over a map (and a residual) from pixel number `at` and a channel on.
+static Target target_at(const Step& step, const Call& call, int64_t at, int channel, bool has_residual) {
+  const Map &out = step.out, &residual = step.residual;
+  const int64_t y = at / out.width, x = at % out.width, channels = channel * value_bytes(out);
+  Target t;
+  t.out = pixel_of(out, call, y, x) + channels;
+  t.pixel = int64_t(out.pixel_bytes);
+  t.skip = int64_t(out.row_bytes) - out.width * t.pixel;
+  if (has_residual) {
+    t.residual = pixel_of(residual, call, y, x) + channels;
+    t.residual_pixel = int64_t(residual.pixel_bytes);
+    t.residual_skip = int64_t(residual.row_bytes) - out.width * t.residual_pixel;
+  }
+  t.x = int(x);
+  t.width = out.width;
+  return t;
+}
+
+static bool is_flat(const Layer& l, const Map& in) { return l.kernel == 1 && l.stride == 1 && in.is_contiguous(); }
+
+// The rows [first, end) of a convolution's output, or its pixels if it is flat.
+static Source source_at(const Layer& l, const Map& in, int width, const Call& call, int64_t first, int64_t end) {
+  Source s;
+  const int64_t pixel = int64_t(in.pixel_bytes), row = int64_t(in.row_bytes);
+  s.kernel_row = row;
+  s.pixel = l.stride * pixel;
+  s.segment = l.stride * row;
+  if (is_flat(l, in)) {
+    s.start = call.arena + in.start + first * pixel;
+    s.segments = 1;
+    s.length = int(end - first);
+  } else {
+    s.start = call.arena + in.start + (first * l.stride - l.pad_top) * row - l.pad_left * pixel;
+    s.segments = int(end - first);
+    s.length = width;
+  }
+  return s;
+}
+
+// Sums of channels, which are floats where the map is bf16.
+static void add_sums(int32_t* to, const int32_t* from, int count, bool is_bf16) {
+  if (is_bf16) {
+    float* sums = reinterpret_cast<float*>(to);
+    for (int i = 0; i < count; i++) sums[i] += reinterpret_cast<const float*>(from)[i];
+  } else {
+    for (int i = 0; i < count; i++) to[i] += from[i];
+  }
+}
+
+static void run_conv(const Step& step, const Call& call) {
+  const Packed& p = step.packed;
+  const Map& out = step.out;
+  const bool flat = is_flat(*step.main, step.in);
+  const int64_t pixels = int64_t(out.height) * out.width, units = flat ? (pixels + RUN - 1) / RUN : out.height;
+  const int64_t total = units * p.groups, end = share_start(total, call.part + 1, call.parts);
+  for (int64_t at = share_start(total, call.part, call.parts); at < end;) {
+    const int group = int(at / units);
+    const int64_t first = at % units, last = smaller(units, first + end - at);
+    at += last - first;
+    const int64_t from = flat ? first * RUN : first, to = flat ? smaller(last * RUN, pixels) : last;
+    const Source source = source_at(*step.main, step.in, out.width, call, from, to);
+    const Target target = target_at(step, call, flat ? from : from * out.width, group * CONV_GROUP, step.has_residual);
+    if (step.keeps_sums) {
+      int32_t* sums = call.sums + size_t(call.part) * call.sums_stride + group * CONV_GROUP;
+      for (int i = 0; i < CONV_GROUP; i++) sums[i] = 0;
+      conv_group<SUMS>(p, group, source, target, sums, scratch_of(call).conv, *call.prefetch);
+    } else {
+      conv_group(p, group, source, target, step.has_residual, scratch_of(call).conv, *call.prefetch);
+    }
+  }
+}
+
+// Fused-MBConv: some rows of the expanded map at a time, which the projection reads from L1.
+static int64_t expanded_pixel(const Step& step) { return int64_t(align64(size_t(step.expanded * value_bytes(step.in)))); }
+
+static int64_t project_rows(const Step& step) {
+  return larger(1, smaller(step.out.height, PROJECT_BUFFER / (step.out.width * expanded_pixel(step))));
+}
+
+static void run_conv_and_project(const Step& step, const Call& call) {
+  const Packed &p = step.packed, &project = step.project;
+  const Map& out = step.out;
+  Scratch& scratch = scratch_of(call);
+  const int64_t band = project_rows(step), end = share_start(out.height, call.part + 1, call.parts);
+  const int64_t value = value_bytes(step.in), pixel = expanded_pixel(step);
+  const int width = out.width;
+  // What is read past the last channel meets zero weights, but must be a number.
+  if (p.is_bf16) __builtin_memset(scratch.buffer, 0, size_t(band * width * pixel));
+  for (int64_t y = share_start(out.height, call.part, call.parts); y < end; y += band) {
+    const int64_t last = smaller(end, y + band);
+    const Source source = source_at(*step.main, step.in, width, call, y, last);
+    Target expanded;
+    expanded.pixel = pixel;
+    expanded.width = width;
+    for (int g = 0; g < p.groups; g++) {
+      expanded.out = scratch.buffer + g * CONV_GROUP * value;
+      conv_group(p, g, source, expanded, false, scratch.conv, *call.prefetch);
+    }
+    const Source from{scratch.buffer, pixel, 0, 0, 1, int(last - y) * width};
+    for (int g = 0; g < project.groups; g++)
+      conv_group(project, g, from, target_at(step, call, y * width, g * CONV_GROUP, step.has_residual), step.has_residual, scratch.conv, *call.prefetch);
+  }
+}
+
+static int depthwise_input_rows(const Layer& l, int64_t rows) { return int((rows - 1) * l.stride + l.kernel); }
+
+// A depthwise step's buffer: [rows][left margin, the input's pixels, right margin][64].
+static int64_t buffer_width(const Step& step) {
+  return larger(step.in.width + step.main->pad_left, (step.out.width - 1) * step.main->stride + step.main->kernel);
+}
+
+static int64_t depthwise_rows_at_once(const Step& step) {
+  const int64_t row = buffer_width(step) * GROUP * value_bytes(step.in), fit = (DEPTHWISE_BUFFER / row - step.main->kernel) / step.main->stride;
+  return smaller(step.out.height, larger(8, fit / 2 * 2));
+}
+
+// Copies a group's channels of some rows of a map: what a depthwise convolution without expansion reads.
+static void copy_rows(const Map& in, const Call& call, int group, int64_t y, int64_t end, uint8_t* to, int64_t row_bytes) {
+  const int64_t value = value_bytes(in), pixel = GROUP * value, bytes = smaller(pixel, (in.channels - group * GROUP) * value);
+  for (; y < end; y++, to += row_bytes) {
+    const uint8_t* from = pixel_of(in, call, y, 0) + group * pixel;
+    uint8_t* out = to;
+    for (int x = 0; x < in.width; x++, from += in.pixel_bytes, out += pixel)
+      for (int64_t at = 0; at < bytes; at += Lanes::BYTES) Lanes::store(out + at, Lanes::load(from + at));  // past the end is garbage that is not used
+  }
+}
+
+template <int K, int S>
+static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, const Target& target, int32_t* totals,
+                              DepthwiseScratch& scratch) {
+  if (p.is_bf16) depthwise_group_bf16<K, S>(p, group, from, row_bytes, rows, target, reinterpret_cast<float*>(totals), scratch);
+  else depthwise_group<K, S>(p, group, from, row_bytes, rows, target, totals, scratch);
+}
+
+static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, const Target& target, int32_t* totals,
+                              DepthwiseScratch& scratch) {
+  const Layer& l = *p.layer;
+  if (l.kernel == 3 && l.stride == 1) depthwise_rows_of<3, 1>(p, group, from, row_bytes, rows, target, totals, scratch);
+  else if (l.kernel == 3) depthwise_rows_of<3, 2>(p, group, from, row_bytes, rows, target, totals, scratch);
+  else if (l.stride == 1) depthwise_rows_of<5, 1>(p, group, from, row_bytes, rows, target, totals, scratch);
+  else depthwise_rows_of<5, 2>(p, group, from, row_bytes, rows, target, totals, scratch);
+}
+
+// MBConv up to the mean's sums: of each group of channels the expansion into the buffer, and its depthwise convolution from there.
+static void run_depthwise(const Step& step, const Call& call) {
+  const Packed &p = step.packed, &expand = step.expand;
+  const Layer& l = *step.main;
+  const Map &in = step.in, &out = step.out;
+  Scratch& scratch = scratch_of(call);
+  const int zero_point = step.program->tensors[size_t(l.input)].zero_point;
+  const int64_t pixel = GROUP * value_bytes(in), width = buffer_width(step), row_bytes = width * pixel, rows_at_once = depthwise_rows_at_once(step);
+  const int64_t total = int64_t(out.height) * p.groups, end = share_start(total, call.part + 1, call.parts);
+  int64_t at = share_start(total, call.part, call.parts);
+  if (at == end) return;
+  // Margins left and right are never written again in this step.
+  const int64_t buffer_rows = depthwise_input_rows(l, rows_at_once);
+  for (int64_t y = 0; y < buffer_rows; y++) {
+    uint8_t* row = scratch.buffer + y * row_bytes;
+    __builtin_memset(row, zero_point, size_t(l.pad_left * pixel));
+    __builtin_memset(row + (l.pad_left + in.width) * pixel, zero_point, size_t((width - l.pad_left - in.width) * pixel));
+  }
+  while (at < end) {
+    const int group = int(at / out.height);
+    const int64_t first = at % out.height, last = smaller(out.height, first + end - at);
+    at += last - first;
+    int32_t* sums = call.sums + size_t(call.part) * call.sums_stride + group * GROUP;
+    for (int i = 0; i < GROUP; i++) sums[i] = 0;
+    int64_t have = first * l.stride - l.pad_top;  // input rows before this one are in the buffer or not needed
+    for (int64_t y = first; y < last; y += rows_at_once) {
+      const int64_t count = smaller(rows_at_once, last - y), start = y * l.stride - l.pad_top, stop = start + depthwise_input_rows(l, count);
+      // Rows that the last ones of the band before saw as well are moved to the top.
+      if (y > first && have > start)
+        __builtin_memmove(scratch.buffer, scratch.buffer + rows_at_once * l.stride * row_bytes, size_t((have - start) * row_bytes));
+      if (have < start) have = start;
+      for (; have < smaller(0, stop); have++)
+        __builtin_memset(scratch.buffer + (have - start) * row_bytes, zero_point, size_t(row_bytes));
+      const int64_t inside = smaller(stop, in.height);
+      if (have < inside) {
+        uint8_t* to = scratch.buffer + (have - start) * row_bytes + l.pad_left * pixel;
+        if (expand.layer) {
+          // Pixels by pieces that stay in L1 for both halves of the group.
+          const int64_t piece = larger(RUN, EXPAND_PIECE / int64_t(in.pixel_bytes) / RUN * RUN);
+          const bool flat = is_flat(*expand.layer, in);
+          const int64_t rows = flat ? larger(1, piece / in.width) : 1;
+          for (int64_t from = have; from < inside; from += rows) {
+            const int64_t until = smaller(inside, from + rows);
+            const Source source = source_at(*expand.layer, in, in.width, call, flat ? from * in.width : from, flat ? until * in.width : until);
+            Target target;
+            target.out = to + (from - have) * row_bytes;
+            target.pixel = pixel;
+            target.skip = row_bytes - in.width * pixel;
+            target.width = in.width;
+            for (int g = group * 2; g < group * 2 + 2 && g < expand.groups; g++, target.out += CONV_GROUP * value_bytes(in))
+              conv_group<TABLE>(expand, g, source, target, nullptr, scratch.conv, *call.prefetch);
+          }
+        } else {
+          copy_rows(in, call, group, have, inside, to, row_bytes);
+        }
+        have = inside;
+      }
+      for (; have < stop; have++) __builtin_memset(scratch.buffer + (have - start) * row_bytes, zero_point, size_t(row_bytes));
+      alignas(64) int32_t totals[GROUP];
+      depthwise_rows_of(p, group, scratch.buffer, row_bytes, int(count), target_at(step, call, y * out.width, group * GROUP, false), totals, scratch.depthwise);
+      add_sums(sums, totals, GROUP, in.is_bf16);
+    }
+  }
+}
+
+// A map's sums by channel into the first part's place, where no step before has made them.
+static void run_sums(const Map& in, const Call& call) {
+  const int64_t first = share_start(in.channels, call.part, call.parts), end = share_start(in.channels, call.part + 1, call.parts);
+  for (int64_t c = first; c < end; c++) call.sums[c] = 0;
+  for (int y = 0; y < in.height; y++)
+    for (int x = 0; x < in.width; x++) {
+      const uint8_t* p = pixel_of(in, call, y, x);
+      if (in.is_bf16)
+        for (int64_t c = first; c < end; c++) reinterpret_cast<float*>(call.sums)[c] += from_bf16(reinterpret_cast<const uint16_t*>(p)[c]);
+      else
+        for (int64_t c = first; c < end; c++) call.sums[c] += p[c];
+    }
+}
+
+// The mean of each channel into this part's own array, from the sums of the parts that had a share of its group.
+static float* means_of(const Step& step, const Call& call) {
+  const Map& in = step.in;
+  float* means = call.means + size_t(call.part) * call.sums_stride;
+  const int32_t zeros = in.zero_point * in.height * in.width;
+  const float multiplier = step.main->mean_multiplier;
+  const int size = step.sums_group, groups = (in.channels + size - 1) / size;
+  const int64_t units = step.sums_units, total = units * groups;
+  int part = 0;
+  for (int g = 0; g < groups; g++) {
+    alignas(64) int32_t sums[GROUP] = {};
+    if (units) {
+      while (share_start(total, part + 1, call.parts) <= g * units) part++;
+      for (int q = part; q < call.parts && share_start(total, q, call.parts) < (g + 1) * units; q++) {
+        if (share_start(total, q, call.parts) == share_start(total, q + 1, call.parts)) continue;
+        add_sums(sums, call.sums + size_t(q) * call.sums_stride + g * size, size, in.is_bf16);
+      }
+    } else {
+      for (int i = 0; i < size; i++) sums[i] = call.sums[g * size + i];
+    }
+    for (int i = 0; i < size; i++)
+      means[g * size + i] = (in.is_bf16 ? reinterpret_cast<const float*>(sums)[i] : float(sums[i] - zeros)) * multiplier;
+  }
+  return means;
+}
+
+// `rows` products of a row of weights with the values (dot16 of docs/native.md), four at a time so that additions do not wait for each other.
+static void dot16_rows(const uint16_t* weights, const float* values, int count, int rows, const float* bias, float* to) {
+  using F = Lanes::F;
+  constexpr int REGISTERS = 16 / Lanes::WORDS;
+  const int whole = count / 16 * 16;
+  for (int r = 0; r < rows; r += 4) {
+    const int n = rows - r < 4 ? rows - r : 4;
+    alignas(64) float sums[4][16];
+    const uint16_t* w[4];
+    F acc[4][REGISTERS];
+    for (int j = 0; j < 4; j++) {
+      w[j] = weights + int64_t(r + (j < n ? j : 0)) * count;
+      for (int k = 0; k < REGISTERS; k++) acc[j][k] = Lanes::zerof();
+    }
+    for (int i = 0; i < whole; i += 16)
+      for (int k = 0; k < REGISTERS; k++) {
+        const F v = Lanes::loadf(values + i + k * Lanes::WORDS);
+        for (int j = 0; j < 4; j++) acc[j][k] = Lanes::addf(acc[j][k], Lanes::mulf(Lanes::widen(w[j] + i + k * Lanes::WORDS), v));
+      }
+    for (int j = 0; j < n; j++) {
+      for (int k = 0; k < REGISTERS; k++) Lanes::storef(sums[j] + k * Lanes::WORDS, acc[j][k]);
+      for (int l = 0; whole + l < count; l++) sums[j][l] += from_bf16(w[j][whole + l]) * values[whole + l];
+      for (int half = 8; half; half /= 2)
+        for (int l = 0; l < half; l++) sums[j][l] += sums[j][l + half];
+      to[r + j] = sums[j][0] + bias[r + j];
+    }
+  }
+}
+
+// Scales pixels of a group by their gates.
+static void scale_pixels(const Step& step, const Call& call, int group, int64_t first, int64_t end, const int16_t* multipliers) {
+  using V = Lanes::V;
+  const Map &in = step.in, &out = step.out;
+  const V zero_in = Lanes::set16(in.zero_point), zero_out = Lanes::set16(out.zero_point);
+  const Lanes::Shift shift(step.main->fraction_bits);
+  for (int c = 0; c < 64 / Lanes::BYTES; c++) {
+    const int channel = group * GROUP + c * Lanes::BYTES;
+    if (channel >= in.channels) break;
+    const Lanes::Mask mask(in.channels - channel);
+    // In the order of unpacking: eight channels of each sixteen.
+    alignas(64) int16_t low[Lanes::BYTES / 2], high[Lanes::BYTES / 2];
+    for (int i = 0; i < Lanes::BYTES / 2; i++) {
+      low[i] = multipliers[c * Lanes::BYTES + i / 8 * 16 + i % 8];
+      high[i] = multipliers[c * Lanes::BYTES + i / 8 * 16 + 8 + i % 8];
+    }
+    const V m0 = Lanes::load(low), m1 = Lanes::load(high);
+    for (int64_t y = first; y < end; y++) {
+      const uint8_t* from = pixel_of(in, call, y, 0) + channel;
+      uint8_t* to = pixel_of(out, call, y, 0) + channel;
+      for (int x = 0; x < in.width; x++, from += in.pixel_bytes, to += out.pixel_bytes) {
+        const V q = Lanes::load(from, mask);
+        const V a = Lanes::mulhrs16(shift.left(Lanes::sub16(Lanes::low8(q, Lanes::zero()), zero_in)), m0);
+        const V b = Lanes::mulhrs16(shift.left(Lanes::sub16(Lanes::high8(q, Lanes::zero()), zero_in)), m1);
+        Lanes::store(to, mask, Lanes::pack16(Lanes::add16(a, zero_out), Lanes::add16(b, zero_out)));
+      }
+    }
+  }
+}
+
+static void scale_pixels_bf16(const Step& step, const Call& call, int group, int64_t first, int64_t end, const float* gates) {
+  const Map &in = step.in, &out = step.out;
+  const int count = int(smaller(GROUP, in.channels - group * GROUP));
+  for (int64_t y = first; y < end; y++) {
+    const uint8_t* from = pixel_of(in, call, y, 0) + group * GROUP * 2;
+    uint8_t* to = pixel_of(out, call, y, 0) + group * GROUP * 2;
+    for (int x = 0; x < in.width; x++, from += in.pixel_bytes, to += out.pixel_bytes)
+      for (int c = 0; c < count; c += Lanes::WORDS)
+        Lanes::narrow(to + c * 2, count - c, Lanes::mulf(Lanes::widen(from + c * 2), Lanes::loadf(gates + c)));
+  }
+}
+
+static void run_squeeze_excite(const Step& step, int phase, const Call& call) {
+  const Layer& l = *step.main;
+  const Map& in = step.in;
+  if (phase == 0) return run_sums(in, call);
+  const int squeeze = l.squeeze_channels;
+  const size_t weights_bytes = align64(size_t(squeeze) * size_t(in.channels) * 2);
+  const uint16_t* squeeze_weights = reinterpret_cast<const uint16_t*>(step.packed.weights);
+  const uint16_t* excite_weights = reinterpret_cast<const uint16_t*>(step.packed.weights + weights_bytes);
+  const float* squeeze_bias = reinterpret_cast<const float*>(step.packed.weights + 2 * weights_bytes);
+  const float* excite_bias = reinterpret_cast<const float*>(step.packed.weights + 2 * weights_bytes + align64(size_t(squeeze) * 4));
+  if (phase == 1) {
+    const float* means = means_of(step, call);
+    const int64_t first = share_start(squeeze, call.part, call.parts), end = share_start(squeeze, call.part + 1, call.parts);
+    dot16_rows(squeeze_weights + first * in.channels, means, in.channels, int(end - first), squeeze_bias + first, call.hidden + first);
+    for (int64_t s = first; s < end; s++) call.hidden[s] = silu(call.hidden[s]);
+    return;
+  }
+  // The part scales what it wrote itself, in its own cache.
+  const int64_t total = int64_t(in.height) * ((in.channels + GROUP - 1) / GROUP), end = share_start(total, call.part + 1, call.parts);
+  for (int64_t at = share_start(total, call.part, call.parts); at < end;) {
+    const int group = int(at / in.height);
+    const int64_t first = at % in.height, last = smaller(in.height, first + end - at);
+    at += last - first;
+    const int count = int(smaller(GROUP, in.channels - group * GROUP));
+    alignas(64) float z[GROUP] = {};
+    const float* bias = excite_bias + group * GROUP;
+    const uint16_t* weights = excite_weights + group * GROUP;
+    alignas(64) int16_t multipliers[GROUP] = {};
+    for (int c = 0; c < count; c++) z[c] = bias[c];
+    if (count == GROUP) {
+      constexpr int REGISTERS = GROUP / Lanes::WORDS;
+      Lanes::F acc[REGISTERS];
+      for (int k = 0; k < REGISTERS; k++) acc[k] = Lanes::loadf(z + k * Lanes::WORDS);
+      for (int s = 0; s < squeeze; s++) {
+        const Lanes::F h = Lanes::setf(call.hidden[s]);
+        const uint16_t* w = weights + int64_t(s) * in.channels;
+        for (int k = 0; k < REGISTERS; k++) acc[k] = Lanes::addf(acc[k], Lanes::mulf(h, Lanes::widen(w + k * Lanes::WORDS)));
+      }
+      for (int k = 0; k < REGISTERS; k++) Lanes::storef(z + k * Lanes::WORDS, acc[k]);
+    } else {
+      for (int s = 0; s < squeeze; s++)
+        for (int c = 0; c < count; c++) z[c] += call.hidden[s] * from_bf16(weights[int64_t(s) * in.channels + c]);
+    }
+    for (int c = 0; c < GROUP; c++) {
+      z[c] = sigmoid(z[c]) * l.multiplier;
+      if (!in.is_bf16) multipliers[c] = int16_t(int32_t(__builtin_rintf(z[c])));
+    }
+    if (in.is_bf16) scale_pixels_bf16(step, call, group, first, last, z);
+    else scale_pixels(step, call, group, first, last, multipliers);
+  }
+}
+
+static void run_classifier(const Step& step, int phase, const Call& call) {
+  if (phase == 0) return run_sums(step.in, call);
+  const int classes = step.program->num_classes, channels = step.in.channels;
+  const float* means = means_of(step, call);
+  const int64_t first = share_start(classes, call.part, call.parts), end = share_start(classes, call.part + 1, call.parts);
+  dot16_rows(reinterpret_cast<const uint16_t*>(step.packed.weights) + first * channels, means, channels, int(end - first),
+             reinterpret_cast<const float*>(step.packed.bias) + first, call.logits + first);
+}
+
+static void run_input(const Step& step, const Call& call) {
+  const Map& out = step.out;
+  const float* scales = step.packed.scales + (call.is_pixels ? 6 : 0);
+  const size_t plane = size_t(out.height) * size_t(out.width);
+  const int64_t end = share_start(out.height, call.part + 1, call.parts);
+  for (int64_t y = share_start(out.height, call.part, call.parts); y < end; y++) {
+    uint8_t* to = pixel_of(out, call, y, 0);
+    const size_t at = size_t(y) * size_t(out.width);
+    if (out.is_bf16) {
+      uint16_t* words = reinterpret_cast<uint16_t*>(to);
+      const uint8_t* pixels = static_cast<const uint8_t*>(call.image) + at * 3;
+      for (int c = 0; c < 3; c++) {
+        const float scale = scales[c], offset = scales[3 + c];
+        const float* from = static_cast<const float*>(call.image) + size_t(c) * plane + at;
+        if (call.is_pixels)
+          for (int x = 0; x < out.width; x++) words[x * 4 + c] = to_bf16(float(pixels[x * 3 + c]) * scale + offset);
+        else
+          for (int x = 0; x < out.width; x++) words[x * 4 + c] = to_bf16(from[x] * scale + offset);
+      }
+      for (int x = 0; x < out.width; x++) words[x * 4 + 3] = 0;
+    } else if (call.is_pixels) {
+      const uint8_t* from = static_cast<const uint8_t*>(call.image) + at * 3;
+      for (int x = 0; x < out.width; x++, to += 4, from += 3) {
+        for (int c = 0; c < 3; c++) to[c] = sat8(rint32(float(from[c]) * scales[c] + scales[3 + c]));
+        to[3] = 0;
+      }
+    } else {
+      const float* from = static_cast<const float*>(call.image) + at;
+      Lanes::pixels(from, from + plane, from + 2 * plane, out.width, scales, to);
+    }
+  }
+}
+
+static size_t scratch_bytes(const Step& step) {
+  size_t buffer = 0;
+  if (step.kind == DEPTHWISE)
+    buffer = size_t(depthwise_input_rows(*step.main, depthwise_rows_at_once(step)) + 2) * size_t(buffer_width(step)) * GROUP * size_t(value_bytes(step.in));
+  if (step.kind == CONV && step.project.layer) buffer = size_t(project_rows(step) * step.out.width * expanded_pixel(step)) + 64;
+  return sizeof(Scratch) + buffer;
+}
+
+// The weights that a part of a step reads, last first.
+static void needs(const Step& step, int part, int parts, Prefetch& prefetch) {
+  const Packed& p = step.packed;
+  auto add_share = [&](const Packed& of, int groups, int scale) {
+    // A group that two parts share is wanted by both.
+    const int64_t first = int64_t(groups) * part / parts * scale, last = smaller((int64_t(groups) * (part + 1) + parts - 1) / parts * scale, of.groups);
+    if (first < last) prefetch.add(of.weights + size_t(first) * of.group_bytes, size_t(last - first) * of.group_bytes);
+  };
+  if (step.kind == DEPTHWISE) {
+    add_share(p, p.groups, 1);
+    if (step.expand.layer) add_share(step.expand, p.groups, 2);
+  } else if (step.kind == CONV && step.project.layer) {
+    prefetch.add(step.project.weights, step.project.group_bytes * size_t(step.project.groups));
+    prefetch.add(p.weights, p.group_bytes * size_t(p.groups));
+  } else if (step.kind == CONV) {
+    add_share(p, p.groups, 1);
+  } else if (step.kind == SQUEEZE_EXCITE) {
+    // The second matrix has a part's channels in every row.
+    const size_t bytes = align64(size_t(step.main->squeeze_channels) * size_t(step.in.channels) * 2);
+    prefetch.add(p.weights + bytes, bytes);
+    const size_t first = bytes * size_t(part) / size_t(parts) / 64 * 64;
+    prefetch.add(p.weights + first, bytes * size_t(part + 1) / size_t(parts) - first);
+  } else if (step.kind == CLASSIFIER) {
+    const size_t bytes = size_t(step.program->num_classes) * size_t(step.in.channels) * 2, first = bytes * size_t(part) / size_t(parts) / 64 * 64;
+    prefetch.add(p.weights + first, bytes * size_t(part + 1) / size_t(parts) - first);
+  }
+}
+
+// The border between u8 and bf16 blocks.
+static void run_convert(const Step& step, const Call& call) {
+  const Map &in = step.in, &out = step.out;
+  const float multiplier = step.main->multiplier;
+  const int64_t end = share_start(in.height, call.part + 1, call.parts);
+  for (int64_t y = share_start(in.height, call.part, call.parts); y < end; y++)
+    for (int x = 0; x < in.width; x++) {
+      const uint8_t* from = pixel_of(in, call, y, x);
+      uint8_t* to = pixel_of(out, call, y, x);
+      if (out.is_bf16) {
+        const Lanes::F zero = Lanes::setf(float(-in.zero_point)), scale = Lanes::setf(multiplier);
+        for (int c = 0; c < in.channels; c += Lanes::WORDS)
+          Lanes::narrow(to + c * 2, in.channels - c, Lanes::mulf(Lanes::addf(Lanes::bytes_to_floats(from + c), zero), scale));
+      } else {
+        const uint16_t* values = reinterpret_cast<const uint16_t*>(from);
+        for (int c = 0; c < in.channels; c++) to[c] = sat8(rint32(from_bf16(values[c]) * multiplier) + out.zero_point);
+      }
+    }
+}
+
+static void run(const Step& step, int phase, const Call& call) {
+  switch (step.kind) {
+    case INPUT: return run_input(step, call);
+    case CONV: return step.project.layer ? run_conv_and_project(step, call) : run_conv(step, call);
+    case DEPTHWISE: return run_depthwise(step, call);
+    case SQUEEZE_EXCITE: return run_squeeze_excite(step, phase, call);
+    case CONVERT: return run_convert(step, call);
+    case CLASSIFIER: return run_classifier(step, phase, call);
+  }
+}

@@ -1,0 +1,99 @@
+"""Checkpoint -> model.native: batch norm folded, rounded to int8 by ranges or cast to bfloat16."""
+
+import json
+import logging
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from efficientnet.formats.artifact import QuantizationRecord
+from efficientnet.images.datasets import Sample
+from efficientnet.machine.atomic import write_text
+from efficientnet.runtimes.native_runtime import NAMES_FILE, require_kernels
+from export.builders.native_program import make_program, map_names
+from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
+from export.graphs.calibration import (
+    METHOD,
+    Ranges,
+    choose_samples,
+    collect_ranges,
+    images_of,
+    write_calibration,
+)
+from export.graphs.folding import export_onnx, fold_batch_norm
+from export.inputs.config import ExportConfig, NativeConfig
+from export.inputs.rebuild import rebuild_command
+from export.inputs.reference import Source, load_source
+
+SCRIPT = "export/native.py"
+
+PROGRAM_FILE = "model.native"
+
+log = logging.getLogger(__name__)
+
+
+def export_native(config: NativeConfig) -> Path:
+    """Export, check and write the artifact; return its directory.
+
+    Raises:
+        ArtifactError: the engine was not built, or has no fast kernels for this processor.
+        CheckpointError, GraphError, CalibrationError, GateError, LossError, ParityError: see
+            load_source, export_onnx, choose_samples and write_checked_artifact.
+    """
+    require_kernels("the artifact", config.reference)
+    source = load_source(config)
+    output = default_output(config, source, "native")
+    # Another machine may have to ask for the portable kernels.
+    rebuild = rebuild_command(SCRIPT, replace(config, reference=True), source.checkpoint)
+    binding = vnni_binding("efficientnet-pipeline", rebuild)
+
+    def build(directory: Path, kept: tuple[str, ...]) -> Built:
+        ranges, quantization = None, None
+        if config.precision == "int8":
+            ranges, quantization = calibrate(source, config, kept, directory)
+        log.info("write %s at %d px in %s", source.variant, source.image_size, config.precision)
+        made = make_program(fold_batch_norm(source.model), source.preprocess, ranges, kept)
+        made.program.write(directory / PROGRAM_FILE)
+        names = {"layers": made.layer_names, "tensors": made.tensor_names}
+        write_text(directory / NAMES_FILE, json.dumps(names, indent=1) + "\n")
+        return Built(
+            PROGRAM_FILE,
+            made.program.array_bytes,
+            other_files=(NAMES_FILE,),
+            log=(f"{len(made.layer_names)} layers, {len(made.tensor_names)} maps",),
+            binding=None if config.reference else binding,
+            quantization=quantization,
+        )
+
+    return write_checked_artifact(source, config, output, "native", build)
+
+
+def calibrate(
+    source: Source, config: NativeConfig, kept: tuple[str, ...], directory: Path
+) -> tuple[Ranges, QuantizationRecord]:
+    """Choose the ranges of all maps, and write calibration.json."""
+    # Of all settings, only these change the ranges.
+    choice = ExportConfig(num_calibration_images=config.num_calibration_images, seed=config.seed)
+    calibrated = _calibrate(source, choice)
+    return calibrated.ranges, QuantizationRecord(
+        method=f"native: {METHOD}",
+        num_calibration_images=len(calibrated.samples),
+        calibration_sha256=write_calibration(directory, calibrated.samples, config, METHOD),
+        kept_precision="bf16",
+        kept_blocks=kept,
+    )
+
+
+class _Calibrated(NamedTuple):
+    samples: tuple[Sample, ...]
+    ranges: Ranges
+
+
+# The gate asks for several programs that differ in what stays in float.
+@lru_cache(maxsize=1)
+def _calibrate(source: Source, config: ExportConfig) -> _Calibrated:
+    samples = choose_samples(source, config)
+    graph = export_onnx(source.model, source.image_size)
+    found = collect_ranges(graph, map_names(source.model), images_of(source, samples))
+    return _Calibrated(tuple(samples), found)
