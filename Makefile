@@ -14,6 +14,10 @@ LITE0 := artifacts/lite0/default/manifest.json
 # The two photographs that come with scikit-learn.
 SAMPLES = $(wildcard .venv/lib/python3*/site-packages/sklearn/datasets/images/*.jpg)
 
+# A failing pip is not hidden by what reads its output.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
 export BENTOML_DO_NOT_TRACK := True
 
 .PHONY: help setup wheel demo imagenet test check train export perf serve clean
@@ -30,7 +34,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	       "make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv .venv
 	$(RUN) -m pip uninstall --quiet --yes $(OTHER_ORT)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@echo "installing into .venv, 6 GB: one to five minutes"
+	$(RUN) -m pip install --constraint constraints.txt --editable ".[$(EXTRAS)]" \
+	  | grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c 1-70
 	@rm -f .venv/.installed-*
 	@touch $@
 
@@ -61,7 +67,7 @@ $(LITE0): $(INSTALLED)
 	@touch $@
 
 test: check  ## format, lint, types, import contracts, tests
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist loadfile --durations 10
 
 check: setup  ## format, lint, types, import contracts
 	.venv/bin/ruff format --check .
