@@ -7,19 +7,21 @@ HARDWARE := $(if $(shell nvidia-smi --list-gpus 2>/dev/null),gpu,cpu)
 OTHER_ORT := $(if $(filter gpu,$(HARDWARE)),onnxruntime,onnxruntime-gpu)
 EXTRAS := train,export,serve,dev,rtx,$(HARDWARE)
 INSTALLED := .venv/.installed-$(HARDWARE)
+NATIVE := efficientnet/runtimes/native
+ENGINE := $(NATIVE)/_engine.so
 RUN := .venv/bin/python
 
 export BENTOML_DO_NOT_TRACK := True
 
-.PHONY: help setup demo test check train export perf serve clean
+.PHONY: help setup wheel demo test check train export perf serve clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
-setup: $(INSTALLED)  ## make .venv with everything installed; nothing when it is up to date
+setup: $(INSTALLED) $(ENGINE)  ## make .venv with everything installed; nothing when it is up to date
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: $$($(PYTHON) --version) is too old, 3.11 or newer is needed:" \
 	       "make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -28,6 +30,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@rm -f .venv/.installed-*
 	@touch $@
+
+# Without a compiler the native engine is left out, and its export says so.
+$(ENGINE): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py | $(INSTALLED)
+	-$(RUN) $(NATIVE)/build.py
+
+wheel: setup  ## make dist/*.whl, with the native engine in it for machines without a compiler
+	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 demo: setup  ## the whole road on handwritten digits: train, export, measure, report, serve
 	$(RUN) training/run.py v2-s
