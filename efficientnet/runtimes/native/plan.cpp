@@ -94,7 +94,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
     Step step;
     step.program = &program;
     if (layer->input >= 0) step.in = maps[size_t(layer->input)];
-    const bool has_next = fuses && feeds_next(i);
+    const bool has_next = fuses && feeds_next(i) && layer->residual == -1;
     if (has_next && is_pointwise(*layer) && layer->activation != NONE && layers[i + 1].kind == DEPTHWISE) {
       step.expand.layer = layer;
       layer = &layers[++i];
@@ -117,7 +117,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
     if (fuses && i + 1 < layers.size() && feeds_next(i)) {
       const Kind next = Kind(layers[i + 1].kind);
       step.keeps_sums = (step.kind == DEPTHWISE && next == SQUEEZE_EXCITE) ||
-                        (is_pointwise(*layer) && layer->activation != NONE && next == CLASSIFIER && step.in.is_contiguous());
+                        (is_pointwise(*layer) && layer->activation != NONE && !step.has_residual && next == CLASSIFIER && step.in.is_contiguous());
     }
     if (step.kind == SQUEEZE_EXCITE || step.kind == CLASSIFIER) {
       step.phases = step.kind == SQUEEZE_EXCITE ? 3 : 2;

@@ -213,8 +213,7 @@ void Program::check_layer(int index, std::vector<char>& is_written) const {
       check_array(index, "bias", l.bias, outputs * 4);
       if (l.residual != -1) {
         const Tensor& residual = tensors[size_t(l.residual)];
-        if (l.activation != NONE || residual.type != out.type || !same_shape(residual))
-          fail_layer(index, "adds a residual of another shape or type, or after an activation");
+        if (residual.type != out.type || !same_shape(residual)) fail_layer(index, "adds a residual of another shape or type");
       }
       if (!is_u8) break;
       check_array(index, "scales", l.scales, outputs * 4);
