@@ -45,7 +45,7 @@ struct Epilogue {
   int32_t* totals;  // SUMS: of 32 channels
 
   Epilogue(const Packed& p, int first_channel, void* channel_totals)
-      : scales(p.scales + first_channel), table(has_table(MODE) ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
+      : scales(p.scales + first_channel), table(has_table(MODE) && p.table ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
         offset(Lanes::set16(p.layer->output_offset)), multiplier(Lanes::set16(p.layer->residual_multiplier)),
         columns(p.outputs - first_channel), totals(static_cast<int32_t*>(channel_totals)) {}
 

@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace native {
@@ -19,6 +21,15 @@ size_t padded(size_t bytes) {
 
 }  // namespace
 
+#ifdef __SANITIZE_ADDRESS__
+// From the allocator whose ends are watched.
+Memory::Memory(size_t bytes) : data_(static_cast<uint8_t*>(aligned_alloc(4096, (bytes + 4096) / 4096 * 4096))), bytes_(bytes) {
+  if (!data_) throw std::bad_alloc();
+  memset(data_, 0, bytes);
+}
+
+Memory::~Memory() { free(data_); }
+#else
 Memory::Memory(size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
   void* data = mmap(nullptr, bytes_ ? bytes_ : 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
@@ -32,6 +43,7 @@ Memory::Memory(size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
 Memory::~Memory() {
   if (data_) munmap(data_, bytes_ ? bytes_ : 4096);
 }
+#endif
 
 Memory::Memory(Memory&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
 
