@@ -10,10 +10,13 @@ INSTALLED := .venv/.installed-$(HARDWARE)
 NATIVE := efficientnet/runtimes/native
 ENGINE := $(NATIVE)/_engine.so
 RUN := .venv/bin/python
+LITE0 := artifacts/lite0/default/manifest.json
+# The two photographs that come with scikit-learn.
+SAMPLES = $(wildcard .venv/lib/python3*/site-packages/sklearn/datasets/images/*.jpg)
 
 export BENTOML_DO_NOT_TRACK := True
 
-.PHONY: help setup wheel demo test check train export perf serve clean
+.PHONY: help setup wheel demo imagenet test check train export perf serve clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -45,6 +48,15 @@ demo: setup  ## the whole road on handwritten digits: train, export, measure, re
 	$(RUN) perf/latency.py
 	$(RUN) perf/report.py
 	$(RUN) serving/demo.py --report reports/report.html
+
+imagenet: $(LITE0)  ## classify photographs (IMAGE=photo.jpg) with real ImageNet weights
+	$(RUN) serving/classify.py $(or $(IMAGE),$(SAMPLES)) --artifact artifacts/lite0/default
+	@echo "serve it: $(RUN) serving/run.py --artifact artifacts/lite0/default"
+
+$(LITE0): $(INSTALLED)
+	$(RUN) training/import_weights.py lite0 --from package:lite0 --output runs/imagenet
+	$(RUN) export/quick.py --checkpoint runs/imagenet/latest/checkpoint
+	@touch $@
 
 test: check  ## format, lint, types, import contracts, tests
 	$(RUN) -m pytest -n auto --dist loadfile

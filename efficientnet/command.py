@@ -1,12 +1,14 @@
 """What all commands do alike: flags in, log on stderr, answer on stdout, exit code 0, 1 or 2."""
 
 import errno
+import importlib
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from pydantic import BaseModel
@@ -37,8 +39,24 @@ def parse_flags(
     checks.
     """
     return tyro.cli(
-        config_class, args=args, description=doc, config=(tyro.conf.FlagCreatePairsOff,)
+        config_class,
+        args=args,
+        description=describe(doc),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def describe(doc: str | None) -> str | None:
+    """Make a docstring the text of --help, which runs lines together that are not indented."""
+    return doc and re.sub(r"^ *(?=(python|curl|torchrun) )", "    ", doc, flags=re.MULTILINE)
+
+
+def late(module: str) -> Callable[[Any], Any]:
+    """Return the `main` of a module that is imported when it is called.
+
+    So that --help and wrong flags are answered before torch is loaded.
+    """
+    return lambda config: importlib.import_module(module).main(config)
 
 
 def run_command(

@@ -3,126 +3,14 @@
 ONNX Runtime and OpenVINO, in float32, in bf16 where the processor has it, and in int8 as far as the
 accuracy gate lets it. `export/all.py` makes everything, and measures it as it should be.
 
-python export/quick.py
-python export/quick.py --checkpoint runs/lite0-20261122T101500Z/checkpoint
+    python export/quick.py
+    python export/quick.py --checkpoint runs/lite0-20261122T101500Z/checkpoint
 """
 
-import logging
-import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from efficientnet.command import late, parse_flags, run_command
+from export.inputs.study_config import QuickConfig
 
-import openvino as ov
-
-from efficientnet.command import parse_flags, run_command
-from efficientnet.errors import PipelineError
-from efficientnet.formats.artifact import read_artifact
-from efficientnet.machine.atomic import point_link
-from efficientnet.precision import Precision
-from efficientnet.runtimes import Runtime, open_runtime
-from efficientnet.runtimes.openvino_runtime import own_precision
-from export.builders.onnxruntime_builder import write_onnxruntime
-from export.builders.openvino_builder import write_openvino
-from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.inputs.reference import Source, load_source
-from export.studies.summary import DEFAULT_LINK, Line, choose_default, line_of, table_of
-
-SECONDS = 0.5
-TURNS = 4
-# ONNX Runtime's threads go on waiting for work for a while after a call.
-PAUSE_S = 0.05
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class QuickConfig:
-    """What is exported."""
-
-    checkpoint: Path | None = None
-    """Checkpoint directory; None = the one of the newest complete run."""
-
-    data: str | None = None
-    """Images for parity, calibration and the accuracy gate: a folder or tar shards, as in
-    training/run.py; None = what the checkpoint was trained on."""
-
-
-def main(config: QuickConfig) -> Path:
-    """Make the artifacts, time them, and return the fastest, to which `default` points.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        PipelineError: not one artifact could be made.
-    """
-    settings = ExportConfig(checkpoint=config.checkpoint, data=config.data)
-    source = load_source(settings)
-    folder = Path("artifacts") / source.variant
-    lines = with_latency([export(source, each, folder) for each in chosen_exports()], source)
-    default, _ = choose_default(lines)
-    if default is None:
-        raise PipelineError("not one artifact could be made: see the reasons above")
-    point_link(folder / DEFAULT_LINK, Path(Path(default).name))
-    table = table_of(lines, default)
-    log.info("%s", "\n".join((table.aligned_text(), *table.notes)))
-    return folder / DEFAULT_LINK
-
-
-def chosen_exports() -> list[OrtConfig | OpenVinoConfig]:
-    """Return what this processor has kernels for."""
-    of_openvino: list[Precision] = ["fp32", own_precision(ov.Core()), "int8"]
-    return [
-        *(OrtConfig(precision=precision) for precision in ("fp32", "int8")),
-        *(OpenVinoConfig(precision=precision) for precision in dict.fromkeys(of_openvino)),
-    ]
-
-
-def export(source: Source, config: OrtConfig | OpenVinoConfig, folder: Path) -> Line:
-    """Write one artifact, or say why there is none."""
-    is_onnx = isinstance(config, OrtConfig)
-    name = "onnxruntime" if is_onnx else "openvino"
-    output = folder / f"{name}-{config.precision}"
-    log.info("%s %s", name, config.precision)
-    try:
-        config = replace(config, output=output)
-        if isinstance(config, OrtConfig):
-            write_onnxruntime(source, config)
-        else:
-            write_openvino(source, config)
-    except PipelineError as error:
-        log.info("left out: %s", error)
-        return Line(name=name, precision=config.precision, artifact=None, left_out=str(error))
-    return line_of(name, output, read_artifact(output))
-
-
-def with_latency(lines: Sequence[Line], source: Source) -> list[Line]:
-    """Time a call of one image in turns, all programs in this process."""
-    made = [line for line in lines if line.artifact is not None]
-    runtimes = [open_runtime(str(line.artifact)) for line in made]
-    medians: list[list[float]] = [[] for _ in made]
-    for turn in range(TURNS + 1):
-        for number, runtime in enumerate(runtimes):
-            median = _median_call_ms(runtime, source, SECONDS / TURNS)
-            if turn > 0:
-                medians[number].append(median)
-            time.sleep(PAUSE_S)
-    found = iter(statistics.median(own) for own in medians)
-    return [
-        line.model_copy(update={"p50_ms": next(found)}) if line.artifact else line for line in lines
-    ]
-
-
-def _median_call_ms(runtime: Runtime, source: Source, seconds: float) -> float:
-    samples_ms: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not samples_ms:
-        number = len(samples_ms) % len(source.parity_images)
-        before = time.perf_counter()
-        runtime.infer(source.parity_images[number : number + 1])
-        samples_ms.append(1e3 * (time.perf_counter() - before))
-    return statistics.median(samples_ms)
-
+main = late("export.studies.quick_exports")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(QuickConfig, __doc__), main)

@@ -1,182 +1,18 @@
 """Checkpoint -> TensorRT or TensorRT-RTX engine, checked against the eager model.
 
-python export/trt.py
-python export/trt.py --precision int8 --batches 1 8 16
-python export/trt.py --flavor rtx --batch 1 16 64 --checkpoint runs/v2-s-20261122T101500Z/checkpoint
+    python export/trt.py
+    python export/trt.py --precision int8 --batches 1 8 16
+    python export/trt.py --flavor rtx --batch 1 16 64 --checkpoint runs/latest/checkpoint
 
 An engine runs on the GPU model and the version that built it, so this command is run there.
 TensorRT-RTX builds without a GPU, too; such an artifact is refused until export/parity.py has
 checked it on one.
 """
 
-import json
-import logging
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from efficientnet.command import late, parse_flags, run_command
+from export.inputs.config import TrtConfig
 
-import onnx
-import torch
-
-from efficientnet.command import parse_flags, run_command
-from efficientnet.formats.artifact import Binding, ProgramFile
-from efficientnet.machine.atomic import write_text
-from efficientnet.precision import Precision
-from efficientnet.runtimes.tensorrt_library import PACKAGES, deserialize
-from export.builders.tensorrt_builder import (
-    BuildSettings,
-    build_engine,
-    fix_batch,
-    layers_of,
-    profiles_for,
-    read_layers,
-)
-from export.builders.tensorrt_target import Target, find_target, member_for
-from export.builders.writing import Built, default_output, programs_for, write_checked_artifact
-from export.graphs.folding import count_weight_bytes
-from export.graphs.precision import typed_graph
-from export.inputs.config import ExportConfig
-from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import load_source
-
-PROGRAM_FILE = "model.engine"
-LAYERS_FILE = "layers.json"
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrtConfig(ExportConfig):
-    """Settings of an engine; --batches makes one for each size, --batch one for the range."""
-
-    precision: Precision = "fp16"
-    """Number format that the convolutions compute in."""
-
-    batches: tuple[int, ...] | None = None
-    """Batch sizes that get an engine each, with fixed shapes; None = one engine for --batch."""
-
-    flavor: Literal["tensorrt", "rtx"] = "tensorrt"
-    """rtx: TensorRT-RTX, which builds without a GPU, and for several at once."""
-
-    compute_capability: tuple[str, ...] | None = None
-    """Of rtx: GPUs to build for, e.g. 8.6 8.9, or 'portable' for all from 8.0 on; None = the one
-    here, without one portable."""
-
-    optimization_level: int = 3
-    """0 to 5: how long the builder looks for fast kernels."""
-
-    workspace_mib: int | None = None
-    """Scratch memory that a kernel may use; None = as much as the GPU has."""
-
-    def __post_init__(self) -> None:
-        """Check the limits."""
-        super().__post_init__()
-        if self.compute_capability is not None and self.flavor != "rtx":
-            raise ValueError(
-                "--compute-capability is for --flavor rtx; TensorRT builds for the GPU that is here"
-            )
-        if not 0 <= self.optimization_level <= 5:
-            raise ValueError(f"--optimization-level is {self.optimization_level}, expected 0 to 5")
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise ValueError(f"--workspace-mib is {self.workspace_mib}, expected at least 1")
-
-
-def main(config: TrtConfig) -> Path:
-    """Build, check and write the artifact; return its directory.
-
-    Raises:
-        TensorRTError: not installed, no GPU, or one that does not compute in the precision.
-        CheckpointError, GraphError, CalibrationError, GateError, LossError, ParityError: see
-            load_source, typed_graph and write_checked_artifact.
-    """
-    runtime = "tensorrt" if config.flavor == "tensorrt" else "tensorrt-rtx"
-    target = find_target(runtime, config.precision, config.compute_capability)
-    version = target.trt.__version__
-    log.info("%s %s for %s", target.runtime, version, target.device)
-    if target.runtime == "tensorrt-rtx" and config.is_quantized:
-        log.info(
-            "TensorRT-RTX promises %s for weights of matrix products only: the engine is built, "
-            "but nothing says that it is faster than fp16",
-            config.precision,
-        )
-    source = load_source(config)
-    output = default_output(config, source, target.runtime)
-    settings = settings_for(config, target, output)
-    binding = Binding(
-        library=PACKAGES[target.runtime],
-        version=version,
-        compute_capability=" ".join(target.compute_capabilities) or None,
-        device=target.device,
-        rebuild=rebuild_command("export/trt.py", config, source.checkpoint),
-    )
-    scheme = "tensorrt-fp8" if config.precision == "fp8" else "tensorrt"
-
-    def build(directory: Path, kept: tuple[str, ...]) -> Built:
-        log.info("export %s at %d px to ONNX", source.variant, source.image_size)
-        typed = typed_graph(source, config, kept, scheme, directory)
-        lines = [
-            f"exported by torch {torch.__version__}, onnx {onnx.__version__}, opset {typed.opset}",
-            f"built by {target.runtime} {version} for {target.device}",
-        ]
-        sizes = config.static_batches if config.batches else ()
-        programs = programs_for(PROGRAM_FILE, sizes)
-        graphs = {p.file: fix_batch(typed.model, p.batch_size) for p in programs}
-        profiles = () if programs else profiles_for(config.batch)
-        for file, graph in (graphs or {PROGRAM_FILE: typed.model}).items():
-            log.info("build %s", file)
-            made = build_engine(target.trt, graph, profiles, settings, file)
-            (directory / file).write_bytes(made.data)
-            log.info("%s: %.1f MB in %.1f s", file, len(made.data) / 1e6, made.seconds)
-            lines += made.log
-        files = list(graphs) or [PROGRAM_FILE]
-        if target.can_run_here:
-            write_layers(target.trt, directory, files, binding)
-        return Built(
-            program_file=files[0],
-            weight_bytes=count_weight_bytes(typed.model),
-            other_files=tuple(files[1:]),
-            static_programs=programs,
-            log=tuple(lines),
-            opset=typed.opset,
-            target_device=target.device,
-            binding=binding,
-            quantization=typed.quantization,
-        )
-
-    return write_checked_artifact(
-        source, config, output, target.runtime, build, target.can_run_here
-    )
-
-
-def settings_for(config: TrtConfig, target: Target, output: Path) -> BuildSettings:
-    """Return what the builder is told; fp32 means float32, not TF32."""
-    capabilities: tuple[str, ...] = ()
-    cache: Path | None = None
-    if target.runtime == "tensorrt":
-        assert target.gpu is not None
-        name = f"{target.trt.__version__}-{target.gpu.compute_capability}"
-        cache = output.parent / f".timing-cache-tensorrt-{name}"
-    elif config.compute_capability is None and target.gpu is not None:
-        capabilities = ("CURRENT",)
-    else:
-        capabilities = tuple(map(member_for, target.compute_capabilities))
-    return BuildSettings(
-        optimization_level=config.optimization_level,
-        workspace_mib=config.workspace_mib,
-        uses_tf32=config.precision != "fp32",
-        timing_cache=cache,
-        compute_capabilities=capabilities,
-    )
-
-
-def write_layers(trt: Any, directory: Path, files: list[str], binding: Binding) -> None:
-    """Write layers.json: what the engines consist of, for reports on single layers."""
-    layers: dict[str, object] = {}
-    for file in files:
-        engine: Any = deserialize(trt, ProgramFile.read(directory / file), binding)
-        layers[file] = read_layers(layers_of(trt, engine))
-    write_text(directory / LAYERS_FILE, json.dumps(layers, indent=1) + "\n")
-
+main = late("export.builders.tensorrt_export")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(TrtConfig, __doc__), main)

@@ -1,7 +1,7 @@
 """Pictures, folders of them, or standard input -> the best classes of each, in the terminal.
 
-python serving/classify.py photo.jpg --artifact artifacts/lite0/default
-python serving/classify.py holiday/ --artifact runs/latest/checkpoint --top-k 3 --json
+    python serving/classify.py photo.jpg --artifact artifacts/lite0/default
+    python serving/classify.py holiday/ --artifact runs/latest/checkpoint --top-k 3 --json
 curl --silent https://host/photo.jpg | python serving/classify.py -
 
 A file that is no picture is named and left out; the exit code is 1 then.

@@ -1,7 +1,7 @@
 """An artifact -> one held-out picture classified over HTTP by a service that is stopped again.
 
-python serving/demo.py
-python serving/demo.py --artifact artifacts/tiny/onnxruntime-fp32 --report reports/report.md
+    python serving/demo.py
+    python serving/demo.py --artifact artifacts/tiny/onnxruntime-fp32 --report reports/report.md
 
 The picture is left in reports/demo/, to be dropped on the page.
 """

@@ -1,7 +1,7 @@
 """An artifact -> a running service: checks what can go wrong, then becomes `bentoml serve`.
 
-python serving/run.py
-python serving/run.py --artifact artifacts/tiny/onnxruntime-fp32 --port 3001
+    python serving/run.py
+    python serving/run.py --artifact artifacts/tiny/onnxruntime-fp32 --port 3001
 
 The page is at /, the API's description at /docs, the metrics at /metrics. Ctrl-C stops it.
 """

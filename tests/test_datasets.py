@@ -347,3 +347,18 @@ def test_the_imagenet_classes_are_those_of_torchvision_and_timm():
     assert [name for _, name in lines] == EfficientNet_B0_Weights.DEFAULT.meta["categories"]
     timms = ImageNetInfo()
     assert [synset for synset, _ in lines] == [timms.index_to_label_name(i) for i in range(1000)]
+
+
+def test_files_that_begin_with_wordnets_numbers_are_labelled_by_them(tmp_path: Path):
+    for name in ("n01443537_goldfish.JPEG", "n01440764_tench.JPEG", "n01440764_2.jpg"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, "JPEG")
+    names = ("tench", "goldfish", "great white shark")
+    found = load_held_out("sample-photos", tmp_path, names, needs_labels=True)
+    assert [(s.name, s.label) for s in found.val] == [
+        ("n01440764_2.jpg", 0),
+        ("n01440764_tench.JPEG", 0),
+        ("n01443537_goldfish.JPEG", 1),
+    ]
+    Image.new("RGB", (4, 4)).save(tmp_path / "other.jpg")
+    with pytest.raises(DatasetError, match="needs at least two class folders"):
+        load_held_out("sample-photos", tmp_path, names)

@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -17,9 +19,7 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.network.model import EfficientNet
 from efficientnet.reporting.publishing import PublishError
 from efficientnet.runtimes.names import RUNTIMES, RuntimeName
-from export import ablation
-from export.ablation import AblationConfig
-from export.builders.measuring import measure_callables
+from export.builders.measuring import Infer, measure_callables
 from export.graphs.folding import count_ops
 from export.graphs.forms import FORMS, EagerModel, graph_in_form, model_in_form, open_eager
 from export.graphs.parts import (
@@ -32,6 +32,7 @@ from export.graphs.parts import (
     count_parts,
     find_parts,
 )
+from export.studies import form_comparison as ablation
 from export.studies.ablation_rows import FormRecord, why_not_here
 from export.studies.ablation_table import AblationRecord, table_of, to_markdown
 from export.studies.executed import (
@@ -41,6 +42,7 @@ from export.studies.executed import (
     executed_by_tensorrt,
     executed_by_torch,
 )
+from export.studies.form_comparison import AblationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -262,6 +264,16 @@ def test_eager_models_take_turns_in_processes_of_their_own(tiny_checkpoint: Path
 def test_a_process_that_dies_is_named():
     with pytest.raises(PipelineError, match="the process that measures broken died"):
         measure_callables({"broken": partial(sys.exit, 1)}, IMAGE, seconds=0.02, turns=1)
+
+
+def open_interrupted() -> Infer:
+    os.kill(os.getpid(), signal.SIGINT)
+    return lambda images: images
+
+
+def test_ctrl_c_is_left_to_the_process_that_measures():
+    turns = measure_callables({"any": open_interrupted}, IMAGE, seconds=0.02, turns=1)
+    assert len(turns["any"]) == 1
 
 
 def test_nothing_is_measured_when_the_readme_has_no_place(tiny_checkpoint: Path, tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.machine.environment import current_environment
-from export.all import AllConfig, reason_of
+from export.studies.all_exports import AllConfig, reason_of
 from export.studies.summary import Line, Summary, choose_default, publish, table_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import get_args
 
@@ -20,9 +21,9 @@ from efficientnet.precision import Precision
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.aoti_runtime import missing_extensions
 from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
-from export import aoti
-from export.aoti import AotiConfig
+from export.builders import aoti_export as aoti
 from export.builders.aoti_builder import AotiError
+from export.builders.aoti_export import AotiConfig
 from export.checks.agreement import tolerances_for
 
 COMMAND = [sys.executable, "export/aoti.py"]
@@ -45,7 +46,8 @@ def same_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifact(same_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("aoti") / "tiny"
+    # inductor splits the compiler's command line at spaces.
+    output = tmp_path_factory.mktemp("aoti") / "a tiny network"
     return aoti.main(AotiConfig(checkpoint=same_checkpoint, output=output))
 
 
@@ -130,6 +132,32 @@ def test_what_was_opened_answers_when_its_files_are_gone(artifact: Path, tmp_pat
     opened = open_runtime(copy)
     shutil.rmtree(copy)
     np.testing.assert_array_equal(opened.infer(images), open_runtime(artifact).infer(images))
+
+
+def test_what_a_package_is_unpacked_to_is_gone_while_the_program_runs(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    opened = open_runtime(artifact)
+    assert not list(tmp_path.iterdir()) and os.environ["TMPDIR"] == str(tmp_path)
+    assert opened.infer(digits(2)).shape == (2, 10)
+
+
+def test_a_program_opens_where_tmpdir_is_no_folder(artifact: Path):
+    # In a process of its own: Python looks for a folder once.
+    code = f"from efficientnet.runtimes import open_runtime; open_runtime({str(artifact)!r})"
+    environment = os.environ | {"TMPDIR": "/nonexistent"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_no_folder_to_unpack_to_is_told_as_such(artifact: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(**_: object) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(ArtifactError, match=r"no usable temporary directory.*TMPDIR"):
+        open_runtime(artifact)
 
 
 def test_another_torch_is_refused_with_the_command_to_run(artifact: Path, tmp_path: Path):

@@ -24,16 +24,17 @@ from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.network.model import EfficientNet
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.names import RUNTIMES, RuntimeName
-from export import ort, ov, parity
+from export import ort, ov
 from export.builders import openvino_builder as ov_build
+from export.checks import parity
 from export.checks import stepwise as ladder
 from export.checks.layers import first_above, layers_by_block, relative_error
+from export.checks.parity import GATE, ParityConfig, ParityReport, complete, find_checkpoint
 from export.checks.stepwise import Ladder, Skipped
 from export.graphs.folding import fold_batch_norm
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Source, batches_of, load_source
-from export.parity import GATE, ParityConfig, ParityReport, complete, find_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,10 +80,13 @@ def test_every_rung_of_a_faithful_artifact_agrees(report: ParityReport):
     assert names["openvino fp32"] == exported
 
 
-def test_folding_itself_changes_the_logits_by_less_than_1e_5(report: ParityReport):
+def test_folding_may_change_the_logits_by_1e_5_of_their_deviation(report: ParityReport):
     fold = report.ladders[0].rungs[0].parity
-    assert fold is not None and fold.tolerances.max_abs_logit_error == 1e-5
-    assert 0 < fold.max_abs_logit_error < 1e-6
+    assert fold is not None
+    bound = fold.tolerances.max_abs_logit_error
+    # That of these logits is about 1, and the bound is not the same for all networks.
+    assert 0.5e-5 < bound < 2e-5 and bound != 1e-5
+    assert 0 < fold.max_abs_logit_error < 0.1 * bound
 
 
 def test_layers_of_each_runtime_are_those_of_the_eager_model(report: ParityReport, source: Source):

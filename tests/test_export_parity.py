@@ -23,8 +23,8 @@ from export.checks.agreement import (
 )
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Source, load_source
-from perf.accuracy import AccuracyConfig
-from perf.latency import LatencyConfig
+from perf.measurements.accuracy import AccuracyConfig
+from perf.measurements.latency import LatencyConfig
 
 
 @dataclass

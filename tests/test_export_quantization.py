@@ -4,6 +4,7 @@ import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import QUANTIZATION
+from networks import random_network
 
 from efficientnet.formats.artifact import (
     AccuracyGate,
@@ -20,10 +22,12 @@ from efficientnet.formats.artifact import (
     read_artifact,
 )
 from efficientnet.images.datasets import Dataset, load_dataset
-from efficientnet.network.model import ConvNormAct, ResidualBlock
+from efficientnet.network.model import ConvNormAct, ReLU6, ResidualBlock
+from efficientnet.network.variants import VARIANTS
 from export import ort
 from export.builders.openvino_builder import pattern_of
 from export.checks import sensitivity
+from export.checks.agreement import compare_logits, require_parity, tolerances_for
 from export.checks.gate import (
     Attempt,
     Gate,
@@ -34,6 +38,7 @@ from export.checks.gate import (
     paired_drop,
     require_better_than_chance,
 )
+from export.checks.layers import layers_by_block
 from export.checks.sensitivity import named_blocks, rank_blocks
 from export.graphs.calibration import (
     CALIBRATION_FILE,
@@ -79,10 +84,11 @@ def test_an_int8_graph_answers_nearly_like_the_model(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
     (logits,) = session.run(None, {"images": source.parity_images})
-    error = np.abs(logits - source.parity_logits).max() / source.parity_logits.std()
-    assert 1e-4 < error < 0.5
-    same = (logits.argmax(axis=1) == source.parity_logits.argmax(axis=1)).mean()
-    assert same >= 0.95
+    expected = source.parity_logits
+    parity = compare_logits(logits, expected, tolerances_for("int8", expected))
+    require_parity(parity)
+    # 0.1 deviations by a simulation in torch; a graph that is not rounded at all has 1e-6.
+    assert 1e-3 < parity.mean_abs_logit_error / expected.std() < 0.3
 
 
 def test_each_runtime_gets_the_number_types_of_its_kernels(source: Source, config: ExportConfig):
@@ -473,20 +479,62 @@ def test_a_network_that_knows_no_more_than_chance_cannot_be_judged(
 ):
     reference = np.arange(360) < num_right
     if is_judged:
-        require_better_than_chance(reference, labels, 10)
+        require_better_than_chance(reference, labels)
         return
-    with pytest.raises(GateError, match=r"of 360 held-out images right, and chance"):
-        require_better_than_chance(reference, labels, 10)
+    with pytest.raises(GateError, match="of 360 held-out images right"):
+        require_better_than_chance(reference, labels)
 
 
 def test_an_int8_export_of_a_network_at_chance_is_refused(tiny_checkpoint: Path, tmp_path: Path):
-    with pytest.raises(GateError, match="chance"):
+    with pytest.raises(GateError, match="nothing is known"):
         ort.main(OrtConfig(tiny_checkpoint, tmp_path / "artifact", "int8", num_parity_images=64))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_without_labels_are_no_use_to_the_gate(source: Source):
+def test_images_without_labels_are_judged_by_the_eager_models_own_sure_answers(source: Source):
     photos = load_dataset("sample-photos", is_split=False)
     dataset = Dataset(photos.source, source.record.class_names, (), photos.val)
-    with pytest.raises(GateError, match="needs images with labels"):
-        Gate(replace(source, dataset=dataset), None, 0.005)
+    gate = Gate(replace(source, dataset=dataset), None, 0.005)
+
+    def asked(change: float) -> AccuracyGate:
+        def infer(images: np.ndarray) -> np.ndarray:
+            logits = source.answer(images)
+            logits[0] += change * (logits[0] == logits[0].min())
+            return logits
+
+        info = SimpleNamespace(runtime="x", precision="int8", max_batch_size=None)
+        return gate.measure(SimpleNamespace(infer=infer, info=info))  # type: ignore
+
+    same, other = asked(0.0), asked(1e3)
+    assert not same.is_labelled
+    assert (same.drop, same.reference_top1) == (0.0, 1.0)
+    # The eager model is not sure of some; of 16 images, one answers otherwise.
+    assert 0 < same.num_images < len(photos.val)
+    assert round(other.drop * other.num_images) == -(-other.num_images // 16)
+
+
+def test_weights_without_training_images_are_calibrated_on_other_crops_than_they_are_checked_on(
+    source: Source, config: ExportConfig
+):
+    photos = load_dataset("sample-photos", is_split=False)
+    dataset = Dataset(photos.source, source.record.class_names, (), photos.val)
+    record = source.record.model_copy(update={"data": "sample-photos"})
+    samples = choose_samples(replace(source, dataset=dataset, record=record), config)
+    assert len(samples) == config.num_calibration_images
+    assert not {s.read() for s in samples} & {s.read() for s in photos.val}
+    with pytest.raises(CalibrationError, match="there are 0 training images"):
+        choose_samples(replace(source, dataset=dataset), config)
+
+
+def test_a_clip_is_rounded_in_place_of_the_convolution_before_it():
+    spec = replace(VARIANTS["tiny"], activation="relu6")
+    torch.manual_seed(0)
+    model = random_network(spec, 5, torch.randn(8, 3, 32, 32), "same")
+    graph = export_onnx(model, 32)
+    clips = [node for node in graph.graph.node if node.op_type == "Clip"]
+    assert len(clips) == sum(isinstance(module, ReLU6) for module in model.modules()) == 13
+    tensors = tensors_to_quantize(graph, (), SCHEMES["onnxruntime"])
+    assert {node.output[0] for node in clips} <= set(tensors)
+    assert not {node.input[0] for node in clips} & set(tensors)
+    names = {name for layers in layers_by_block(model).values() for name in layers}
+    assert {node.output[0] for node in clips} <= names

@@ -9,7 +9,14 @@ import pytest
 from efficientnet.machine.environment import current_environment
 from export.inputs.config import OpenVinoConfig
 from export.ov import main as export_openvino
-from export.stock import Comparison, Comparisons, Ratio, StockConfig, publish, section_of
+from export.studies.stock_comparison import (
+    Comparison,
+    Comparisons,
+    Ratio,
+    StockConfig,
+    publish,
+    section_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ from export.builders import openvino_builder as ov_build
 from export.builders import search, streams
 from export.checks.agreement import ParityError
 from export.inputs.config import OpenVinoConfig, OrtConfig
-from perf.layers import read_profiled
+from perf.pages.layers import read_profiled
 
 EXPORTS = {
     "openvino": (OpenVinoConfig, ov_build.export_openvino),

@@ -10,8 +10,8 @@ from efficientnet.formats.artifact import ArtifactError, BatchRange
 from efficientnet.machine.gpu import Gpu
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.torch_tensorrt_runtime import captured_sizes
-from export import torch_trt
-from export.torch_trt import TorchTensorRTError, TorchTrtConfig
+from export.builders import torch_tensorrt_export as torch_trt
+from export.builders.torch_tensorrt_export import TorchTensorRTError, TorchTrtConfig
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -26,7 +26,7 @@ from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.protocol import open_program
 from efficientnet.runtimes.tensorrt_library import deserialize
 from efficientnet.runtimes.tensorrt_runtime import Profile, choose_profile, require_same_machine
-from export import trt
+from export.builders import tensorrt_export as trt
 from export.builders.tensorrt_builder import (
     BuildSettings,
     TensorRTError,
@@ -35,9 +35,9 @@ from export.builders.tensorrt_builder import (
     profiles_for,
     read_layers,
 )
+from export.builders.tensorrt_export import TrtConfig
 from export.builders.tensorrt_target import find_target, require_precision, require_supported
 from export.inputs.rebuild import rebuild_command
-from export.trt import TrtConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ PROGRAM = """
 import sys
 import onnx
 from efficientnet.command import parse_flags, run_command
-from export import trt
+from export.builders import tensorrt_export as trt
 from export.graphs.precision import TypedGraph
 graph = onnx.load(sys.argv.pop(1))
 trt.typed_graph = lambda *_: TypedGraph(graph, 20)

@@ -10,7 +10,7 @@ from efficientnet.runtimes.native import build
 DRIVER = Path(__file__).with_name("native_kernels.cpp")
 
 # Enough optimization that the kernels' registers fit; no recovery, so that a finding is a failure.
-FLAGS = "-std=c++17 -O1 -g1 -pthread -Wno-maybe-uninitialized -ffp-contract=off".split()
+FLAGS = ["-std=c++17", "-O1", "-g1", "-pthread", "-Wno-maybe-uninitialized", "-ffp-contract=off"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 

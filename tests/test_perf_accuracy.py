@@ -18,8 +18,8 @@ from efficientnet.images.preprocess import PreprocessSpec, preprocess
 from efficientnet.machine.environment import current_environment
 from efficientnet.runtimes import ProgramInfo, open_runtime
 from efficientnet.runtimes.probabilities import softmax
-from perf import accuracy
-from perf.accuracy import AccuracyConfig, result_table, top_k_accuracy
+from perf.measurements import accuracy
+from perf.measurements.accuracy import AccuracyConfig, result_table, top_k_accuracy
 from perf.measurements.predictions import Predictions, predict
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,12 +17,14 @@ from efficientnet.formats.artifact import ArtifactError
 from efficientnet.formats.records import LatencyRecord, read_records
 from efficientnet.images.datasets import DatasetError, Sample, load_dataset
 from efficientnet.images.preprocess import PreprocessSpec, preprocess
+from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.contender import Worker, WorkerError
 from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.peaks import gpu_peak
 from efficientnet.measuring.programs import read_program, read_programs
-from perf import latency
-from perf.latency import LatencyConfig, choose_batch_sizes
-from perf.measurements import recording
+from efficientnet.network.cost import DevicePeak
+from perf.measurements import latency, recording
+from perf.measurements.latency import LatencyConfig, choose_batch_sizes
 from perf.measurements.recording import results_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +33,7 @@ COMMAND = [sys.executable, str(ROOT / "perf" / "latency.py")]
 SPEC = PreprocessSpec(
     image_size=8, interpolation="bilinear", crop_fraction=None, mean=(0, 0, 0), std=(1, 1, 1)
 )
+CPU_PEAK = DevicePeak(1e11, 1e10, "measured")
 TINY_PREPROCESS = SPEC.model_copy(update={"image_size": 32})
 
 
@@ -408,3 +411,21 @@ def test_ctrl_c_ends_all_processes_and_leaves_no_records(tiny_artifact: Path, tm
     assert len(workers) == 2
     assert wait_until(lambda: not any(map(process_exists, workers)))
     assert not (tmp_path / "reports" / "latency.jsonl").exists()
+
+
+def test_a_program_on_a_gpu_gets_the_peak_of_the_gpu(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here = read_program(tiny_artifact)
+    environment = current_environment().model_copy(update={"gpus": ("NVIDIA L4, 23034 MiB, 580",)})
+    monkeypatch.setattr(latency, "current_environment", lambda: environment)
+    monkeypatch.setattr(latency, "cpu_peaks", lambda _, kinds: dict.fromkeys(kinds, CPU_PEAK))
+    there = dataclasses.replace(here, path=Path("there"), runs_on_gpu=True, precision="fp16")
+    unknown = dataclasses.replace(there, path=Path("unknown"), precision="fp8")
+    peaks = latency.peaks_of([here, there], 1)
+    assert peaks[here.path] == CPU_PEAK
+    assert peaks[there.path] == gpu_peak("NVIDIA L4", "fp16")
+    monkeypatch.setattr(
+        latency, "current_environment", lambda: environment.model_copy(update={"gpus": ()})
+    )
+    assert latency.peaks_of([unknown], 1) == {unknown.path: None}

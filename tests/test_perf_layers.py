@@ -11,8 +11,6 @@ from efficientnet.network.cost import layer_costs, network_cost
 from efficientnet.network.variants import VARIANTS
 from export.inputs.config import OpenVinoConfig
 from export.ov import main as export_openvino
-from perf import layers
-from perf.layers import LayersConfig, LayerTimes
 from perf.measurements.layer_profile import (
     HALF_MICROSECOND,
     LayerTime,
@@ -20,6 +18,7 @@ from perf.measurements.layer_profile import (
     later_mean_us,
     layer_times,
 )
+from perf.pages import layers
 from perf.pages.layer_tables import (
     ProgramLayers,
     kind_times,
@@ -27,6 +26,7 @@ from perf.pages.layer_tables import (
     side_by_side_table,
     slowest_table,
 )
+from perf.pages.layers import LayersConfig, LayerTimes
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "perf" / "layers.py")]

@@ -1,13 +1,17 @@
 import json
+import os
+import signal
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from efficientnet.errors import PipelineError
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.architectures import peer_of
-from perf import network
-from perf.network import (
+from perf.measurements import network
+from perf.measurements.network import (
+    Comparison,
     ComparisonRecord,
     NetworkConfig,
     NetworkRecord,
@@ -63,6 +67,22 @@ def test_timm_has_the_same_network_under_its_own_name(name, padding, expected):
 def test_a_network_that_timm_has_not_is_refused_before_any_work():
     with pytest.raises(ValueError, match="timm has no tiny with symmetric padding"):
         NetworkConfig(variants=("tiny",))
+
+
+def test_a_contender_that_dies_is_named_with_its_end():
+    row = Comparison("b0", "same", "forward", 32, 1)
+    with network._Contender("timm", row, 1) as contender:
+        os.kill(contender._process.pid, signal.SIGKILL)
+        with pytest.raises(PipelineError, match=r"timm, b0.*SIGKILL"):
+            contender.ask(0.1)
+
+
+def test_ctrl_c_does_not_end_a_contender():
+    row = Comparison("b0", "same", "forward", 32, 1)
+    with network._Contender("ours", row, 1) as contender:
+        contender.ask(0.01)
+        os.kill(contender._process.pid, signal.SIGINT)
+        assert contender.ask(0.01) > 0
 
 
 def test_three_processes_are_compared_for_real_and_written_down(

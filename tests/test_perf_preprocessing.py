@@ -7,10 +7,15 @@ import pytest
 from PIL import Image
 
 from efficientnet.images.preprocess import PreprocessSpec
-from perf import preprocessing
 from perf.measurements import photo_contenders as contenders
+from perf.measurements import preprocessing
 from perf.measurements.photo_contenders import PreprocessingError, measure
-from perf.preprocessing import PreprocessingConfig, PreprocessingReport, describe, results_table
+from perf.measurements.preprocessing import (
+    PreprocessingConfig,
+    PreprocessingReport,
+    describe,
+    results_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,12 +16,12 @@ from efficientnet.formats.records import (
 )
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.clock import summarize
-from efficientnet.reporting.publishing import PublishError
-from perf import report
+from efficientnet.reporting.publishing import PublishError, device_slug
+from perf.pages import report
 from perf.pages.document import build_document
 from perf.pages.plots import draw
+from perf.pages.report import ReportConfig, ReportError
 from perf.pages.rows import join
-from perf.report import ReportConfig, ReportError
 
 BEGIN = "<!-- results: written by perf/report.py -->"
 END = "<!-- /results -->"
@@ -189,6 +189,19 @@ def test_each_row_has_its_speed_accuracy_and_ratio():
     assert (row["peak memory"], row["stable"]) == ("100 MB", "yes")
     assert cells(text, "ONNX Runtime", "Offline")["images/s / eager"] == "2.00"
     assert cells(text, "eager PyTorch")["time / eager"] == "1.00"
+
+
+def test_recall_balance_and_the_largest_class_stand_in_the_report():
+    latencies, accuracies = pair()
+    classes = (("cat", 240, 240), ("dog", 120, 0))
+    changes = {"classes": classes, "num_classes": 2, "top1": 240 / 360, "num_images": 360}
+    accuracies = [record.model_copy(update=changes) for record in accuracies]
+    markdown = markdown_of(latencies, accuracies)
+    assert cells(markdown, "ONNX Runtime")["balanced"] == "50.0 %"
+    assert cells(markdown, "ONNX Runtime")["top-1 (images)"].startswith("66.7 % (360) (")
+    assert "| dog | 120 | 33.3 % | 0.0 % |" in markdown
+    verdict = markdown.partition("\n## ")[0]
+    assert "largest class, cat: 66.7 %" in verdict
 
 
 def test_the_report_says_how_where_and_when_it_was_measured():
@@ -545,3 +558,23 @@ def test_a_measured_v100_row_takes_the_place_of_the_papers_line():
     text = markdown_of(records, [make_accuracy("tensorrt", **changes)])
 
     assert "no V100" not in text
+
+
+def test_a_row_below_its_floor_says_that_the_floor_is_wrong():
+    latencies, accuracies = pair()
+    possible = [record.model_copy(update={"floor_ms": 1.0}) for record in latencies]
+    assert "which therefore is wrong" not in markdown_of(possible, accuracies)
+    impossible = [record.model_copy(update={"floor_ms": 4.0}) for record in latencies]
+    text = markdown_of(impossible, accuracies)
+    assert "0.75 (" in text and "which therefore is wrong" in text
+
+
+def test_a_machine_is_named_by_its_instruction_sets():
+    sets = ("avx2", "avx512", "vnni", "bf16", "amx")
+    xeon = CPU.model_copy(
+        update={"cpu": "Intel(R) Xeon(R) Processor", "instruction_sets": sets, "num_cores": 2}
+    )
+    assert device_slug([xeon]) == "intel-xeon-avx2-avx512-vnni-bf16-amx-2-cores"
+    assert "Xeon(R) Processor with avx2, avx512, vnni, bf16, amx" in xeon.processor
+    # A record from before they were written down.
+    assert device_slug([xeon.model_copy(update={"instruction_sets": ()})]) == "intel-xeon-2-cores"

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 
 from efficientnet.formats.artifact import ArtifactError
@@ -21,10 +22,10 @@ PROGRAMS = ["torch", "onnxruntime", "openvino"]
 def programs(
     tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    openvino = ov.main(
+    exported = ov.main(
         OpenVinoConfig(tiny_checkpoint, tmp_path_factory.mktemp("openvino") / "artifact")
     )
-    return {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": openvino}
+    return {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": exported}
 
 
 @pytest.fixture(params=PROGRAMS)
@@ -84,6 +85,24 @@ def test_a_wrong_shape_or_type_says_what_is_expected(runtime: Runtime, images: n
         runtime.infer(images)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_pixel_that_is_no_number_is_refused_with_its_image(runtime: Runtime, value: float):
+    images = digits(3)
+    images[1, 2, 5, 7] = value
+    with pytest.raises(ValueError, match=r"\[1\] of 3"):
+        runtime.infer(images)
+
+
+def test_arrays_are_read_in_their_order_whatever_their_strides(runtime: Runtime):
+    images = digits(4)
+    read_only = images.copy()
+    read_only.flags.writeable = False
+    channels_last = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    for view in (images[::-1], images[:, ::-1], images[..., ::-1], read_only, channels_last):
+        expected = runtime.infer(np.array(view, order="C"))
+        np.testing.assert_allclose(runtime.infer(view), expected, atol=1e-6)
+
+
 def test_a_batch_above_the_maximum_is_refused(tiny_artifact: Path):
     with pytest.raises(ValueError, match="a batch of 65 images, the program takes 1 to 64"):
         open_runtime(tiny_artifact).infer(np.zeros((65, 3, 32, 32), np.float32))
@@ -113,6 +132,24 @@ def test_what_was_opened_answers_whatever_becomes_of_its_files(
         np.testing.assert_allclose(
             opened.infer(images[:size]), expected.infer(images[:size]), atol=1e-5
         )
+
+
+def test_openvino_keeps_the_kernels_of_few_batch_sizes(
+    programs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    compiled: list[dict[str, object]] = []
+
+    class Core(openvino.Core):
+        def compile_model(self, model, device_name=None, config=None):  # type: ignore
+            compiled.append(config)
+            return super().compile_model(model, device_name, config)
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    opened = open_runtime(programs["openvino"])
+    assert len(compiled) == 1 and "CPU_RUNTIME_CACHE_CAPACITY" not in compiled[0]
+    for size in (3, 5):
+        opened.infer(digits(size))
+    assert len(compiled) == 2 and compiled[1]["CPU_RUNTIME_CACHE_CAPACITY"] == 500
 
 
 def test_a_folder_that_is_neither_is_an_artifact_error(tmp_path: Path):

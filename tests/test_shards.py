@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from efficientnet.images import fetching
@@ -33,6 +34,9 @@ from efficientnet.images.datasets import (
 from efficientnet.images.shards import is_shard_source, split_image_key, with_image_key
 from efficientnet.images.tar_index import TarMember
 from serving.demo import choose_picture
+from training.inputs.training_data import load_training_data
+from training.learning.distributed import Ranks
+from training.run import parse
 
 
 def png(value: int) -> bytes:
@@ -255,6 +259,14 @@ def test_of_several_images_of_a_key_one_is_chosen_and_the_source_gives_it_again(
     assert data_name(dataset.source) == tmp_path.name
     pattern = load_dataset(f"{tmp_path}/train-{{0..0}}.tar#{image_key}")
     assert (pattern.train, pattern.val) == (dataset.train, dataset.val)
+
+
+def test_training_takes_the_chosen_image_and_a_checkpoint_names_it(tmp_path: Path):
+    write_tar(tmp_path / "train-0.tar", views(0, 6))
+    recipe = parse(["tiny", "--data", str(tmp_path), "--image-key", "right.png"])
+    dataset = load_training_data(recipe, Ranks(0, 1, torch.device("cpu")), left_out=None)
+    assert images_of(dataset) == Counter(png(100 + i) for i in range(6))
+    assert load_held_out(dataset.source, None, ("0", "1")).val == dataset.val
 
 
 def test_an_image_key_that_no_image_has_is_told_with_those_there_are(tmp_path: Path):

@@ -16,7 +16,6 @@ from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
-from training.ablation import main
 from training.recipe.config import config_to_json
 from training.recipe.stages import plan_stages
 from training.running.metrics import write_metrics
@@ -46,6 +45,7 @@ from training.studies.ablation_results import (
     time_saved,
 )
 from training.studies.ablation_runs import train_all
+from training.studies.ablation_study import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -248,7 +248,7 @@ def test_each_round_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return write_files(record, directory, stem)
 
     written: list[int] = []
-    monkeypatch.setattr("training.ablation.train_all", train)
+    monkeypatch.setattr("training.studies.ablation_study.train_all", train)
     monkeypatch.setattr("training.studies.ablation_report.write_files", write)
     main(tiny(tmp_path, experiments="schedules", seeds=2))
     assert written == [1, 2]

@@ -22,7 +22,7 @@ from training.learning.distributed import (
     meeting_store,
 )
 from training.recipe.config import TrainConfig
-from training.run import directory_of
+from training.running.begin_run import directory_of
 from training.running.metrics import read_metrics
 
 # Between processes only the order of additions differs, and training makes that grow. The held-out

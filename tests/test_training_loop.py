@@ -19,8 +19,9 @@ from training.learning.optim import WeightAverage, build_optimizer, learning_rat
 from training.learning.state import new_state
 from training.learning.step import TrainStep
 from training.recipe.recipes import digits_recipe, imagenet_recipe
-from training.run import ResumeConfig, main
 from training.running import trainer
+from training.running.begin_run import main
+from training.running.command_line import ResumeConfig
 from training.running.metrics import draw_curves, loss_axis_end, read_metrics
 from training.running.run_folder import is_complete
 

@@ -15,7 +15,6 @@ from small_trainings import small_run, step_of, with_stages
 from efficientnet.formats.checkpoint import read_checkpoint
 from efficientnet.network.model import build_model
 from efficientnet.network.variants import VARIANTS, NetworkOptions
-from training import run as command
 from training.learning import epoch as loop
 from training.learning.memory import (
     BatchTooLargeError,
@@ -27,6 +26,7 @@ from training.learning.memory import (
 from training.recipe.config import TrainConfig
 from training.recipe.recipes import digits_recipe, imagenet_recipe
 from training.recipe.stages import plan_stages
+from training.running import begin_run as command
 
 OPTIONS = NetworkOptions()
 GIGABYTE = 1e9

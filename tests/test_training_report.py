@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from small_trainings import epoch_metrics
 
+from efficientnet.formats.class_accuracy import ClassAccuracy, count_classes, is_at_chance
 from efficientnet.machine.environment import current_environment
-from efficientnet.reporting.class_accuracy import ClassAccuracy, count_classes, is_at_chance
 from training.learning.epoch import Evaluation
 from training.recipe.recipes import digits_recipe
 from training.recipe.stages import plan_stages

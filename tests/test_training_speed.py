@@ -7,9 +7,9 @@ from efficientnet.formats.records import TrainingSpeedRecord, append_record, rea
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
 from training.recipe.recipes import imagenet_recipe
-from training.speed import main
 from training.studies.speed_paper import PAPER_ROWS
 from training.studies.speed_plan import SpeedConfig, plan
+from training.studies.speed_study import main
 from training.studies.speed_tables import document, publish, turn_ratios
 
 BEGIN, END = "<!-- training-speed: written by a command -->", "<!-- /training-speed -->"

@@ -296,6 +296,12 @@ def test_another_variant_is_recognized():
 
 
 def test_names_of_no_layout_are_refused():
-    tensors = {f"module.{name}": tensor for name, tensor in timm_b0().items()}
-    with pytest.raises(WeightsError, match=r"save model\.module\.state_dict\(\)"):
+    tensors = {f"encoder.{name}": tensor for name, tensor in timm_b0().items()}
+    with pytest.raises(WeightsError, match=r"in no known layout \(the first: encoder\.conv_stem\."):
         convert_weights(tensors, VARIANTS["b0"], 1000)
+
+
+def test_the_naming_of_efficientnet_pytorch_has_no_fused_blocks():
+    tensors = {"_conv_stem.weight": torch.zeros(24, 3, 3, 3)}
+    with pytest.raises(WeightsError, match="as in efficientnet_pytorch, which has no v2-s"):
+        convert_weights(tensors, VARIANTS["v2-s"], 1000)

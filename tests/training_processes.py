@@ -16,14 +16,15 @@ import torch
 
 from training.learning.step import TrainStep
 from training.recipe.config import TrainConfig
-from training.run import ResumeConfig, main
 from training.running import report
 from training.running import run_folder as rundir
+from training.running.begin_run import main
+from training.running.command_line import ResumeConfig
 
 # The server imports torch once; each child is a fork of it, and not of the threads of pytest. The
 # server does not get pytest's path, and passes over a name that it does not find.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training.run", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["training.running.begin_run", "sklearn.datasets"])
 
 # Of a run, what depends on how long something took.
 TIMES = {"elapsed_s", "seconds", "images_per_s", "peak_memory_bytes"}

@@ -13,48 +13,10 @@ our step, that of timm's train.py, and timm's again (the noise) take turns. Size
 are marked OOM: on a GPU after they were tried, on a CPU by what they would need.
 """
 
-import logging
-from pathlib import Path
+from efficientnet.command import late, parse_flags, run_command
+from training.studies.speed_plan import SpeedConfig
 
-from tqdm import tqdm
-
-from efficientnet.command import parse_flags, run_command
-from efficientnet.formats.records import TrainingSpeedRecord, append_record
-from efficientnet.reporting.publishing import find_section
-from efficientnet.reporting.tables import format_rate
-from training.studies.speed_plan import SpeedConfig, plan
-from training.studies.speed_recorder import Recorder
-from training.studies.speed_tables import SECTION, document, publish
-from training.studies.speed_worker import measure
-
-log = logging.getLogger(__name__)
-
-
-def main(config: SpeedConfig) -> Path:
-    """Measure all rows, print the table, and return the records' file.
-
-    Raises:
-        PublishError: the README has no place for the tables; nothing is measured then.
-        SpeedError: a process failed; the rows before it are kept.
-        FileNotFoundError, DatasetError, ValueError: the data cannot be used.
-    """
-    if config.publish:
-        find_section(config.readme, SECTION)
-    groups = plan(config)
-    recorder = Recorder(config)
-    records: list[TrainingSpeedRecord] = []
-    for group in tqdm(groups, "measuring", unit="row", disable=None, leave=False):
-        for measured in recorder.predict(group) or measure(group, config.seconds, config.turns):
-            record = recorder.record(measured)
-            append_record(config.output, record)
-            records.append(record)
-            speed = "OOM" if record.images_per_s is None else format_rate(record.images_per_s)
-            log.info("%s: %s images/s", measured.cell.describe(), speed)
-    print(document(records, as_markdown=False))
-    if config.publish:
-        publish(records, config.readme)
-    return config.output
-
+main = late("training.studies.speed_study")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(SpeedConfig, __doc__), main)

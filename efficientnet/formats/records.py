@@ -5,9 +5,9 @@ from typing import Literal, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from efficientnet.formats.class_accuracy import ClassAccuracy
 from efficientnet.machine.atomic import append_line
 from efficientnet.machine.environment import EnvironmentRecord
-from efficientnet.reporting.class_accuracy import ClassAccuracy
 
 FORMAT_VERSION = 1
 
@@ -85,8 +85,8 @@ class LatencyRecord(_Measured):
     """Resident, without the images that all processes share."""
     mfu: float | None
     mbu: float | None
-    """Achieved share of the device's peak of operations and bandwidth, 0..1; None if it is
-    unknown."""
+    """Achieved share of the device's peak of operations, and of its bandwidth by reading the
+    weights once a call, 0..1; None if it is unknown."""
     floor_ms: float | None = None
     """Below which a call cannot take on this device: see cost.latency_floor_ms; None if the
     device's peak is unknown."""

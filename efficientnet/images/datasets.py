@@ -11,11 +11,8 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-
-from tqdm import tqdm
 
 from efficientnet.images.braces import expand_braces
 from efficientnet.images.embedded import CALIBRATION_SEED, digit_images, photo_crops
@@ -24,6 +21,7 @@ from efficientnet.images.preprocess import ImageError, decode_image
 from efficientnet.images.shards import LabelledMember, is_shard_source, load_shards, split_image_key
 from efficientnet.images.tar_index import IMAGE_SUFFIXES, DatasetError, TarMember, is_hidden
 from efficientnet.machine.environment import num_usable_cores
+from efficientnet.machine.threads import map_in_threads
 
 DIGITS = "digits"
 SAMPLE_PHOTOS = "sample-photos"
@@ -246,9 +244,7 @@ def without_broken_images(dataset: Dataset) -> Dataset:
             return f"{sample.name}: {error}"
         return None
 
-    with ThreadPoolExecutor(num_usable_cores()) as pool:
-        checks = pool.map(problem, on_disk)
-        problems = list(tqdm(checks, "checking images", len(on_disk), disable=None, leave=False))
+    problems = map_in_threads(problem, on_disk, num_usable_cores(), "checking images")
     broken = {
         id(sample): text for sample, text in zip(on_disk, problems, strict=True) if text is not None
     }

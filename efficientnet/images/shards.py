@@ -12,12 +12,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn
-
-from tqdm import tqdm
 
 from efficientnet.images.braces import expand_braces
 from efficientnet.images.fetching import CLASSES_FILE, fetch_shards, is_remote
@@ -28,6 +25,7 @@ from efficientnet.images.tar_index import (
     is_hidden,
     walk_tar,
 )
+from efficientnet.machine.threads import map_in_threads
 
 # Little more than a header: large images are jumped over, small ones still come many to a read.
 READ_BYTES = 16 * 1024
@@ -148,9 +146,12 @@ def load_shards(source: str) -> ShardImages:
         origin, paths = _find_shards(shard_source)
         places = paths
     shards = sorted(zip(_short_names(places), paths, strict=True))
-    with ThreadPoolExecutor(NUM_INDEXING_THREADS) as pool:
-        indexing = pool.map(lambda shard: _index_shard(shard[0], shard[1], image_key), shards)
-        indexed = list(tqdm(indexing, "reading shards", len(shards), disable=None, leave=False))
+    indexed = map_in_threads(
+        lambda shard: _index_shard(shard[0], shard[1], image_key),
+        shards,
+        NUM_INDEXING_THREADS,
+        "reading shards",
+    )
     if num_hidden := sum(shard.num_hidden for shard in indexed):
         log.info("passed over %d hidden images in the shards", num_hidden)
     class_names = _class_names([path for _, path in shards], indexed)

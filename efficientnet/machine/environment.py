@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from efficientnet import PROJECT_ROOT
 from efficientnet.machine.cgroup import cpu_quota
+from efficientnet.machine.processor import instruction_sets
 
 # Versions that change a speed or a result; those not installed are left out of the record.
 LIBRARIES = (
@@ -44,7 +45,9 @@ class EnvironmentRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cpu: str
-    """Model name as the operating system gives it."""
+    """Model name as the operating system gives it, which in a virtual machine may say little."""
+    instruction_sets: tuple[str, ...] = ()
+    """Of avx2, avx512, vnni, bf16 and amx; empty in older records, too."""
     num_cores: int
     """Logical processors that this process may use."""
     memory_bytes: int
@@ -58,12 +61,19 @@ class EnvironmentRecord(BaseModel):
     """Commit of the project's checkout, with '+changes' when files differ from it; None outside
     git."""
 
+    @property
+    def processor(self) -> str:
+        """The CPU's name with its instruction sets."""
+        sets = ", ".join(self.instruction_sets)
+        return f"{self.cpu} with {sets}" if sets else self.cpu
+
 
 @cache
 def current_environment() -> EnvironmentRecord:
     """Describe this machine and the installed libraries."""
     return EnvironmentRecord(
         cpu=_cpu_name(),
+        instruction_sets=instruction_sets(),
         num_cores=num_usable_cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=_gpus(),

@@ -56,7 +56,7 @@ def _lock(path: Path, folder: Path) -> int:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise LockedError(
                     f"{folder} is in use by {holder or 'another process'}, which holds {path}: "
-                    "wait for it, end it, or give another folder"
+                    "wait for it, end it, or take another folder (--name)"
                 ) from None
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise

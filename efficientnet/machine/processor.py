@@ -1,7 +1,16 @@
-"""This processor -> its instruction sets."""
+"""This machine's processor -> the instruction sets that it has."""
 
 from functools import cache
 from pathlib import Path
+
+# What decides how fast a network runs -> what Linux calls the instructions, any of which will do.
+INSTRUCTION_SETS = {
+    "avx2": {"avx2"},
+    "avx512": {"avx512f"},
+    "vnni": {"avx512_vnni", "avx_vnni"},
+    "bf16": {"avx512_bf16", "amx_bf16"},
+    "amx": {"amx_tile"},
+}
 
 
 @cache
@@ -18,9 +27,15 @@ def cpu_features() -> frozenset[str]:
     return frozenset()
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """Return which of INSTRUCTION_SETS the processor has, in their order."""
+    found = cpu_features()
+    return tuple(name for name, any_of in INSTRUCTION_SETS.items() if any_of & found)
+
+
 def has_vnni() -> bool:
     """Whether the processor adds products of 8-bit numbers up in 32 bits in one instruction.
 
     Without, two products of 8 bits are added up in 16 first, which overflow for large weights.
     """
-    return not cpu_features().isdisjoint({"avx512_vnni", "avx_vnni"})
+    return "vnni" in instruction_sets()

@@ -7,17 +7,16 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from efficientnet.images.datasets import DatasetError, Sample
 from efficientnet.images.preprocess import ImageError, PreprocessSpec, preprocess
 from efficientnet.machine.environment import num_usable_cores
+from efficientnet.machine.threads import map_in_threads
 
 # Enough that an input is not found in a cache because the same one was just used.
 MIN_IMAGES = 256
@@ -63,11 +62,7 @@ def prepare_inputs(
             return f"{drawn[row].name}: {error}"
         return None
 
-    with ThreadPoolExecutor(num_usable_cores()) as pool:
-        filled = pool.map(fill, range(len(drawn)))
-        problems = list(
-            tqdm(filled, "preparing images", len(drawn), unit="img", disable=None, leave=False)
-        )
+    problems = map_in_threads(fill, range(len(drawn)), num_usable_cores(), "preparing images")
     good = [row for row, problem in enumerate(problems) if problem is None][:MIN_IMAGES]
     for problem in filter(None, problems):
         log.warning("left out, cannot be decoded: %s", problem)

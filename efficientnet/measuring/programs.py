@@ -33,15 +33,7 @@ class Program:
     class_names: tuple[str, ...]
     data: str
     max_batch_size: int | None
-
-
-def require_different_paths(paths: Sequence[Path]) -> None:
-    """Raise a ValueError that names a path which is given twice, in whatever spelling."""
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise ValueError(f"{path} is given twice; name each path once")
-        seen.add(path.resolve())
+    runs_on_gpu: bool
 
 
 def read_programs(
@@ -96,6 +88,7 @@ def read_program(path: Path) -> Program:
             class_names=manifest.class_names,
             data=manifest.data,
             max_batch_size=manifest.input.batch.max,
+            runs_on_gpu=manifest.build.target_device != "cpu",
         )
     if (path / RECORD_FILE).is_file():
         record = read_checkpoint(path)
@@ -110,6 +103,7 @@ def read_program(path: Path) -> Program:
             class_names=record.class_names,
             data=record.data,
             max_batch_size=None,
+            runs_on_gpu=False,
         )
     raise ArtifactError(
         f"{path} is neither an artifact nor a checkpoint: "

@@ -12,6 +12,11 @@ MAX_TURN_SPREAD = 0.10
 # Of all cores: a call that uses them all waits for whatever else runs.
 MAX_BUSY_ELSEWHERE = 0.10
 
+BELOW_FLOOR = (
+    "faster than its floor, which therefore is wrong: the device does more than the peak that was "
+    "measured (was it busy then?)"
+)
+
 
 def time_ratio(record: LatencyRecord, eager: LatencyRecord) -> float | None:
     """Divide the medians of a call; None when one of them has too few samples."""
@@ -37,6 +42,13 @@ def instabilities(record: LatencyRecord) -> list[str]:
     if elsewhere is not None and elsewhere > MAX_BUSY_ELSEWHERE * num_cores:
         reasons.append(f"other programs kept {elsewhere:.1f} of {num_cores} cores busy meanwhile")
     return reasons
+
+
+def is_below_floor(record: LatencyRecord) -> bool:
+    """Whether a call took less time than is possible by what is known of the device."""
+    if record.p50_ms is None or record.floor_ms is None:
+        return False
+    return record.p50_ms < record.floor_ms
 
 
 def eager_of(record: LatencyRecord, records: Sequence[LatencyRecord]) -> LatencyRecord | None:

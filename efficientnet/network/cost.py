@@ -31,11 +31,6 @@ class Cost(NamedTuple):
         """Floating-point operations: two for each multiply-add."""
         return 2 * self.multiply_adds
 
-    @property
-    def moved_bytes(self) -> int:
-        """Bytes to and from memory."""
-        return self.weight_bytes + self.activation_bytes
-
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -115,11 +110,11 @@ def network_cost(
 def latency_floor_ms(cost: Cost, peak: DevicePeak) -> float:
     """Return the time below which a call cannot take: computing or moving, whichever is longer.
 
-    Moving counts maps as if none stayed in a cache from one layer to the next; where they do, the
-    time to compute is the floor that holds.
+    Only the weights must be moved: maps may stay in a cache from one layer to the next. So may the
+    weights of a small network from one call to the next, whose computing then takes longer.
     """
     compute_s = cost.flops / peak.operations_per_s
-    return 1e3 * max(compute_s, cost.moved_bytes / peak.bytes_per_s)
+    return 1e3 * max(compute_s, cost.weight_bytes / peak.bytes_per_s)
 
 
 def _block(walk: "_Walk", name: str, stage: StageSpec, in_channels: int, stride: int) -> None:

@@ -97,4 +97,6 @@ def _slug(environment: EnvironmentRecord) -> str:
     device = environment.gpus[0].partition(",")[0] if environment.gpus else environment.cpu
     plain = re.sub(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+-core)\b", " ", device.lower())
     name = "-".join(re.findall(r"[a-z0-9]+", plain)) or "unknown"
-    return name if environment.gpus else f"{name}-{environment.num_cores}-cores"
+    if environment.gpus:
+        return name
+    return "-".join((name, *environment.instruction_sets, str(environment.num_cores), "cores"))

@@ -1,7 +1,11 @@
 """An AOTInductor artifact -> code compiled for this processor, or for this GPU as CUDA graphs."""
 
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from efficientnet.formats.artifact import (
     ProgramFile,
     read_program,
 )
+from efficientnet.machine.denormals import flushed_denormals
 from efficientnet.machine.gpu import current_gpu
 from efficientnet.precision import Precision
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
@@ -29,6 +34,10 @@ CPU_EXTENSIONS: dict[Precision, tuple[str, ...]] = {
     "bf16": ("avx512_bf16", "amx_bf16"),
     "fp16": ("avx512_fp16", "amx_fp16"),
 }
+
+
+# Of the environment variable that is changed meanwhile.
+_unpacking = Lock()
 
 
 class AotiRuntime:
@@ -47,6 +56,7 @@ class AotiRuntime:
         self._static = static
         self._any_size = any_size
 
+    @flushed_denormals()
     @torch.inference_mode()
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
@@ -60,7 +70,7 @@ class AotiRuntime:
                 [images, np.zeros((size - num_images, *images.shape[1:]), np.float32)]
             )
         # Compiled code takes the strides that it was compiled for as given.
-        logits = program(torch.from_numpy(np.ascontiguousarray(images))).numpy()
+        logits = program(torch.from_numpy(np.require(images, requirements=["C", "W"]))).numpy()
         return logits if size == num_images else logits[:num_images].copy()
 
 
@@ -107,19 +117,21 @@ def load_package(file: ProgramFile, is_captured: bool) -> Program:
         is_captured: whether its calls become CUDA graphs; locks and events would get into them.
 
     Raises:
-        ArtifactError: torch refuses it.
+        ArtifactError: torch refuses it, or it cannot be unpacked.
     """
     # `torch._inductor.aoti_load_package` is this and a comparison of processors, for which it runs
     # the C++ compiler (8 s and more) and fills inductor's cache: a service has neither. The
     # comparison is require_same_processor here.
     loader_class: Any = torch._C._aoti.AOTIModelPackageLoader  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        with file.opened() as path:
+        with file.opened() as path, unpacking_folder(is_kept=is_captured):
             loader: Any = loader_class(path, MODEL_NAME, is_captured, 1, -1)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise ArtifactError(
             f"torch {torch.__version__} cannot load {file.path}: "
-            f"{str(error).partition(chr(10))[0]}; export the checkpoint again here"
+            f"{str(error).partition(chr(10))[0]}; it is unpacked for that: let TMPDIR name a "
+            f"folder that has {len(file.data) / 1e6:.0f} MB free and may hold programs (is not "
+            "mounted noexec), or export the checkpoint again here"
         ) from error
 
     def program(images: Tensor) -> Tensor:
@@ -127,6 +139,34 @@ def load_package(file: ProgramFile, is_captured: bool) -> Program:
         return logits
 
     return program
+
+
+@contextmanager
+def unpacking_folder(is_kept: bool) -> Generator[None]:
+    """Let torch unpack a package into a folder that is gone once the package is loaded.
+
+    Left to itself, torch removes what it unpacked when the program is dropped, which a killed
+    process never does. A library that is loaded needs its file no more.
+
+    Args:
+        is_kept: leave it to torch; programs for a GPU read kernels when they are first called.
+    """
+    with _unpacking, ExitStack() as stack:
+        folder = (
+            tempfile.gettempdir()
+            if is_kept
+            else stack.enter_context(tempfile.TemporaryDirectory(prefix="aoti-"))
+        )
+        before = os.environ.get("TMPDIR")
+        # The only way to tell torch's C++ code.
+        os.environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = before
 
 
 def missing_extensions(precision: Precision) -> str | None:

@@ -9,6 +9,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from efficientnet.formats.artifact import ArtifactManifest, ProgramFile, read_program
+from efficientnet.machine.denormals import flushed_denormals
 from efficientnet.runtimes.onnxruntime_gpu import OnnxGpuRuntime
 from efficientnet.runtimes.onnxruntime_sessions import PROVIDERS, open_session
 from efficientnet.runtimes.protocol import (
@@ -40,6 +41,7 @@ class OnnxRuntime:
             self._stream = open_session(program, PROVIDERS["cpu"], 1)
             self._threads = ThreadPoolExecutor(num_threads)
 
+    @flushed_denormals()
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
         check_images(images, self.info)

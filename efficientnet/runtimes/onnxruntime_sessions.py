@@ -3,6 +3,7 @@
 import onnxruntime as ort
 
 from efficientnet.formats.artifact import ArtifactError, ProgramFile
+from efficientnet.machine.denormals import flushed_denormals
 
 # Name of the free axis in exported graphs.
 BATCH_AXIS = "batch"
@@ -52,6 +53,8 @@ def open_session(
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = num_threads
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # For its threads: it does not reach the one that calls, and may stay with the one that opens.
+    settings.add_session_config_entry("session.set_denormal_as_zero", "1")
     if batch_size is not None:
         settings.add_free_dimension_override_by_name(BATCH_AXIS, batch_size)
     why = ""
@@ -65,9 +68,10 @@ def open_session(
             "above): check the driver, CUDA and cuDNN, or export for the cpu provider"
         )
     try:
-        session = ort.InferenceSession(
-            program.data, settings, providers=[(provider, options or {})], enable_fallback=0
-        )
+        with flushed_denormals():
+            session = ort.InferenceSession(
+                program.data, settings, providers=[(provider, options or {})], enable_fallback=0
+            )
     # ONNX Runtime's own exception classes share no public base but Exception.
     except Exception as error:
         raise ArtifactError(f"ONNX Runtime cannot open {program.path}{why}: {error}") from error

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from efficientnet.formats.checkpoint import load_checkpoint
+from efficientnet.machine.denormals import flushed_denormals
 from efficientnet.network.cost import network_cost
 from efficientnet.network.variants import get_variant
 from efficientnet.runtimes.protocol import ProgramInfo, check_images
@@ -20,10 +21,13 @@ class TorchRuntime:
         self._model = model.to(memory_format=torch.channels_last)
         self.info = info
 
+    @flushed_denormals()
     @torch.inference_mode()
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
         check_images(images, self.info)
+        # torch takes no negative strides, and warns of read-only memory.
+        images = np.require(images, requirements=["C", "W"])
         batch = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
         return self._model(batch).numpy()
 

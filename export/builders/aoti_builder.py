@@ -4,11 +4,13 @@ import errno
 import importlib
 import logging
 import os
+import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,7 @@ from torch._inductor.utils import fresh_cache
 from efficientnet.errors import PipelineError
 from efficientnet.network.model import EfficientNet
 from export.graphs.folding import fold_batch_norm
-from export.inputs.config import ExportConfig
-
-Device = Literal["cpu", "cuda"]
+from export.inputs.config import Device, ExportConfig
 
 # A program's batch size, or the fewest and the most images of a call.
 Batch = int | tuple[int, int]
@@ -150,7 +150,7 @@ def compile_programs(
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = next(iter(programs)).parent
     try:
-        with fresh_cache(dir=str(folder)), torch.no_grad():
+        with unquoted_path(folder) as path, fresh_cache(dir=path), torch.no_grad():
             for file, batch in programs.items():
                 log.info("compile %s: %s images a call, about a minute", file.name, _words(batch))
                 started = time.perf_counter()
@@ -170,6 +170,25 @@ def compile_programs(
             ) from error
         raise
     return lines
+
+
+@contextmanager
+def unquoted_path(folder: Path) -> Generator[str]:
+    """Give a folder's path in a form that a command line may hold without quotes.
+
+    inductor joins the paths of its cache to the compiler's command line and splits that at spaces
+    (torch 2.14, torch/_inductor/cpp_builder.py).
+    """
+    path = str(folder.absolute())
+    if shlex.quote(path) == path:
+        yield path
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        # Not `self`: the compiler is another process.
+        yield f"/proc/{os.getpid()}/fd/{opened}"
+    finally:
+        os.close(opened)
 
 
 def weight_bytes_of(model: EfficientNet, dtype: torch.dtype) -> int:

@@ -1,5 +1,6 @@
 """Programs of one checkpoint -> their times, measured in turns by processes of their own."""
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -140,7 +141,7 @@ class _Contender:
         self._process = context.Process(target=_contend, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
-        self._connection.send(images)
+        self._send(images)
 
     def __enter__(self) -> "_Contender":
         return self
@@ -152,23 +153,35 @@ class _Contender:
 
     def ask(self, seconds: float) -> float:
         """Let it compute for some seconds; return the median of a call in ms."""
+        self._send(seconds)
         try:
-            self._connection.send(seconds)
             return self._connection.recv()
         except (EOFError, ConnectionError):
+            self._process.join()
             raise PipelineError(
-                f"the process that measures {self._name} died: see its message above"
+                f"the process that measures {self._name} died with exit code "
+                f"{self._process.exitcode}: see its message above"
             ) from None
+
+    def _send(self, message: object) -> None:
+        # A process that died is noticed by the next answer that does not come.
+        with contextlib.suppress(ConnectionError):
+            self._connection.send(message)
 
 
 def _contend(connection: Connection, opener: Callable[[], Infer], batch_size: int) -> None:
     obey_parent()
     torch.set_num_threads(num_usable_cores())
+    torch.set_flush_denormal(True)  # as the runtimes do
     images: NDArray[np.float32] = connection.recv()
     infer = opener()
     gc.disable()
     while True:
-        connection.send(_median_call_ms(infer, images, batch_size, connection.recv()))
+        try:
+            seconds: float = connection.recv()
+        except EOFError:
+            return
+        connection.send(_median_call_ms(infer, images, batch_size, seconds))
 
 
 def _median_call_ms(

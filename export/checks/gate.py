@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import AccuracyGate, ArtifactManifest, BlockCost
+from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.images.datasets import SAMPLE_PHOTOS, Sample, sha256_of_samples
 from efficientnet.runtimes import Runtime
 from export.checks.agreement import QUANTIZED_FLIP_MARGIN, problem_of, usual_batch_size
@@ -63,7 +64,7 @@ class Gate:
         self._sha256 = sha256_of_samples(self._samples)
         self._reference = _reference(source, num_images)
         labels = [sample.label for sample in self._samples]
-        require_better_than_chance(self._reference, labels, source.record.num_classes)
+        require_better_than_chance(self._reference, labels)
 
     def measure(self, runtime: Runtime) -> AccuracyGate:
         """Classify all images with a program."""
@@ -102,26 +103,21 @@ def require_gate_images(source: Source) -> None:
         )
 
 
-def require_better_than_chance(
-    reference: NDArray[np.bool_], labels: Sequence[int], num_classes: int
-) -> None:
+def require_better_than_chance(reference: NDArray[np.bool_], labels: Sequence[int]) -> None:
     """Check that the eager model knows something that could be lost.
-
-    Chance is the better of a guess and of the most frequent class for every image; clearly better
-    is what chance reaches in fewer than 1 of 40 draws of as many images.
 
     Raises:
         GateError: it does not.
     """
-    num_images = len(reference)
-    chance = max(1 / num_classes, Counter(labels).most_common(1)[0][1] / num_images)
-    least = chance + Z_95 * math.sqrt(chance * (1 - chance) / num_images)
-    if reference.mean() <= least:
+    num_images, top1 = len(reference), float(reference.mean())
+    chance = Counter(labels).most_common(1)[0][1] / num_images
+    if is_at_chance(top1, chance, num_images):
         raise GateError(
-            f"the eager model has {reference.mean():.2%} of {num_images} held-out images right, "
-            f"and chance {chance:.2%}: where nothing is known nothing can be lost, so the accuracy "
-            "gate cannot judge; export a network that has learned these classes, at the --size it "
-            "was trained for, give other images with --data, or export in fp32"
+            f"the eager model has {top1:.2%} of {num_images} held-out images right, and always "
+            f"naming the largest class has {chance:.2%}: where nothing is known nothing can be "
+            "lost, so the accuracy gate cannot judge; export a network that has learned these "
+            "classes, at the --size it was trained for, give other images with --data, or export "
+            "in fp32"
         )
 
 

@@ -22,6 +22,8 @@ HINTS = {
     "fp32": " (it has TF32 alone); take --provider cuda, or python export/trt.py",
 }
 
+Device = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -180,6 +182,91 @@ class OpenVinoConfig(MixedConfig):
             raise ValueError(
                 "--precision is fp8, which no CPU that OpenVINO runs on computes in; "
                 "expected fp32, bf16, fp16 or int8"
+            )
+
+
+@dataclass(frozen=True)
+class TrtConfig(ExportConfig):
+    """Settings of an engine; --batches makes one for each size, --batch one for the range."""
+
+    precision: Precision = "fp16"
+    """Number format that the convolutions compute in."""
+
+    batches: tuple[int, ...] | None = None
+    """Batch sizes that get an engine each, with fixed shapes; None = one engine for --batch."""
+
+    flavor: Literal["tensorrt", "rtx"] = "tensorrt"
+    """rtx: TensorRT-RTX, which builds without a GPU, and for several at once."""
+
+    compute_capability: tuple[str, ...] | None = None
+    """Of rtx: GPUs to build for, e.g. 8.6 8.9, or 'portable' for all from 8.0 on; None = the one
+    here, without one portable."""
+
+    optimization_level: int = 3
+    """0 to 5: how long the builder looks for fast kernels."""
+
+    workspace_mib: int | None = None
+    """Scratch memory that a kernel may use; None = as much as the GPU has."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        if self.compute_capability is not None and self.flavor != "rtx":
+            raise ValueError(
+                "--compute-capability is for --flavor rtx; TensorRT builds for the GPU that is here"
+            )
+        if not 0 <= self.optimization_level <= 5:
+            raise ValueError(f"--optimization-level is {self.optimization_level}, expected 0 to 5")
+        if self.workspace_mib is not None and self.workspace_mib < 1:
+            raise ValueError(f"--workspace-mib is {self.workspace_mib}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class TorchTrtConfig(ExportConfig):
+    """Settings of a program; --batches makes one for each size, --batch one for the range."""
+
+    precision: Precision = "fp16"
+    """Number format that the convolutions compute in."""
+
+    optimization_level: int = 3
+    """0 to 5: how long the builder looks for fast kernels."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        if self.is_quantized:
+            raise ValueError(
+                f"--precision is {self.precision}, for which torch-tensorrt needs NVIDIA's "
+                "ModelOpt in an environment of its own: take "
+                f"'python export/trt.py --precision {self.precision}', which needs none"
+            )
+        if not 0 <= self.optimization_level <= 5:
+            raise ValueError(f"--optimization-level is {self.optimization_level}, expected 0 to 5")
+
+
+@dataclass(frozen=True)
+class AotiConfig(ExportConfig):
+    """Settings of a compiled program; --batches makes one for each size, --batch one for all."""
+
+    device: Device | None = None
+    """What the program runs on, and is compiled on; None = the GPU where there is one."""
+
+    fused_squeeze_excite: bool = True
+    """Of cuda: squeeze-excite as one Triton kernel."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        if self.is_quantized:
+            instead = (
+                "'python export/ov.py --precision int8' for the CPU or 'python export/trt.py "
+                "--precision int8' for a GPU"
+                if self.precision == "int8"
+                else "'python export/trt.py --precision fp8'"
+            )
+            raise ValueError(
+                f"--precision is {self.precision}, and AOTInductor compiles in fp32, fp16 or bf16: "
+                f"take {instead}"
             )
 
 

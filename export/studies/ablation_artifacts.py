@@ -74,7 +74,7 @@ def make_aoti(
     source: Source, config: ExportConfig, form: Form, output: Path, device: Literal["cpu", "cuda"]
 ) -> Made:
     """Compile a form with the compiler settings of export/aoti.py."""
-    aoti: Any = importlib.import_module("export.aoti")
+    aoti: Any = importlib.import_module("export.builders.aoti_export")
     builder: Any = importlib.import_module("export.builders.aoti_builder")
     target = aoti.find_target(aoti.AotiConfig(device=device))
     settings = builder.CompileSettings(device, torch.float32, False)

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -21,13 +20,9 @@ from export.graphs.forms import FORMS, EagerModel, Form, model_in_form, open_eag
 from export.graphs.parts import Executed, count_parts
 from export.inputs.config import ExportConfig
 from export.inputs.reference import BATCH_SIZE, Source
+from export.inputs.study_config import RuntimeName
 from export.studies.ablation_artifacts import MAKERS
 from export.studies.executed import executed_by_torch
-
-RuntimeName = Literal[
-    "onnxruntime", "openvino", "torch", "aoti", "torch-cuda", "aoti-cuda", "tensorrt"
-]
-RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +89,7 @@ def why_not_here(runtime: RuntimeName) -> str | None:
     try:
         importlib.import_module(names.RUNTIMES[runtime.removesuffix("-cuda")].module)
         if runtime.startswith("aoti"):
-            aoti = importlib.import_module("export.aoti")
+            aoti = importlib.import_module("export.builders.aoti_export")
             aoti.find_target(aoti.AotiConfig(device=device))
             aoti.require_compiler()
         elif runtime == "tensorrt":

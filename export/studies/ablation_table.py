@@ -79,7 +79,7 @@ def to_markdown(record: AblationRecord) -> str:
     names = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13")
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     devices = [gpu.partition(",")[0] for gpu in record.environment.gpus]
-    cores = f"{record.environment.num_cores} cores of {record.environment.cpu}"
+    cores = f"{record.environment.num_cores} cores of {record.environment.processor}"
     fates = "\n".join(f"- {line}" for line in fate_lines(record.rows))
     return (
         f"{table_of(record.rows).markdown()}\n\n"

@@ -10,6 +10,8 @@ from efficientnet.reporting.publishing import Measured, publish_part
 from efficientnet.reporting.tables import NOTHING, Table, format_bytes, format_ms, format_percent
 
 SECTION = "exports"
+# Of weights that were published by others, trained on ImageNet.
+PUBLISHED_WEIGHTS_SECTION = "published-weights"
 
 # To the fastest artifact, beside the others.
 DEFAULT_LINK = "default"
@@ -27,6 +29,9 @@ class Line(BaseModel):
     max_abs_logit_error: float | None = None
     top1: float | None = None
     drop: float | None = None
+    drop_low: float | None = None
+    drop_high: float | None = None
+    """95 % confidence interval of the drop, paired."""
     p50_ms: float | None = None
     kept_blocks: int = 0
     left_out: str | None = None
@@ -44,6 +49,8 @@ def line_of(name: str, output: Path, manifest: ArtifactManifest) -> Line:
         max_abs_logit_error=manifest.parity.max_abs_logit_error if manifest.parity else None,
         top1=gate.top1 if gate else None,
         drop=gate.drop if gate else None,
+        drop_low=gate.drop_low if gate else None,
+        drop_high=gate.drop_high if gate else None,
         kept_blocks=len(quantization.kept_blocks) if quantization else 0,
         left_out=None if manifest.parity else "built here, to be checked where it can run",
     )
@@ -56,6 +63,10 @@ class Summary(Measured):
     image_size: int
     batch_size: int = 1
     """Images in the calls that were measured."""
+    section: str = SECTION
+    """Of the README."""
+    num_images: int | None = None
+    """Held-out images that top-1 is of; None where that was not recorded."""
     lines: tuple[Line, ...]
     default: str | None
     notes: tuple[str, ...]
@@ -67,20 +78,21 @@ def publish(summary: Summary, readme: Path) -> None:
     Raises:
         PublishError: the README has no place for them.
     """
-    name = f"exports-{summary.variant}-{summary.image_size}px.json"
-    publish_part(summary, name, readme, SECTION, section_of)
+    name = f"{summary.section}-{summary.variant}-{summary.image_size}px.json"
+    publish_part(summary, name, readme, summary.section, section_of)
 
 
 def section_of(summary: Summary) -> str:
     """Write a table as Markdown."""
     table = table_of(list(summary.lines), summary.default).markdown()
-    cpu, cores = summary.environment.cpu, summary.environment.num_cores
+    cpu, cores = summary.environment.processor, summary.environment.num_cores
+    images = "" if summary.num_images is None else f"Top-1: on {summary.num_images:,} images. "
     return "\n\n".join(
         [
             f"**{summary.variant}, {summary.image_size} px**",
             table,
-            f"{cpu}, {cores} cores, {summary.started_at:%Y-%m-%d} UTC. p50: at batch "
-            f"{summary.batch_size}.",
+            f"{cpu}, {cores} cores, {summary.started_at:%Y-%m-%d} UTC. {images}p50: in turns, at "
+            f"batch {summary.batch_size}.",
             *(f"- {note}" for note in summary.notes),
         ]
     )
@@ -142,7 +154,7 @@ def table_of(lines: list[Line], default: str | None) -> Table:
             NOTHING if line.size_bytes is None else format_bytes(line.size_bytes),
             NOTHING if line.max_abs_logit_error is None else f"{line.max_abs_logit_error:.1e}",
             NOTHING if line.top1 is None else format_percent(line.top1, 2),
-            NOTHING if line.drop is None else f"{0.0 - 100 * line.drop:+.2f}",
+            _change(line),
             format_ms(line.p50_ms),
             "yes" if line.artifact is not None and line.artifact == default else "",
             f"({reasons.index(line.left_out) + 1})" if line.left_out else "",
@@ -152,3 +164,12 @@ def table_of(lines: list[Line], default: str | None) -> Table:
     words = frozenset({columns[0], columns[1], columns[7], columns[8]})
     notes = tuple(f"({number}) {reason}" for number, reason in enumerate(reasons, start=1))
     return Table(columns, tuple(rows), words, notes)
+
+
+def _change(line: Line) -> str:
+    if line.drop is None:
+        return NOTHING
+    text = f"{0.0 - 100 * line.drop:+.2f}"
+    if line.drop_low is None or line.drop_high is None:
+        return text
+    return f"{text} ({0.0 - 100 * line.drop_high:+.1f} to {0.0 - 100 * line.drop_low:+.1f})"

@@ -84,7 +84,7 @@ def make_record(
         peak_device_memory_bytes=None,
         peak_process_memory_bytes=measured.peak_memory_bytes,
         mfu=cost.flops / call_s / peak.operations_per_s if peak else None,
-        mbu=cost.moved_bytes / call_s / peak.bytes_per_s if peak else None,
+        mbu=cost.weight_bytes / call_s / peak.bytes_per_s if peak else None,
         floor_ms=latency_floor_ms(cost, peak) if peak else None,
         device_peak=describe_peak(peak) if peak else None,
         harness_overhead_ms=overhead_ms,

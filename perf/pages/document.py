@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.clock import WARM_UP_TOLERANCE, min_samples, relative_spread
 from efficientnet.measuring.stability import MAX_BUSY_ELSEWHERE, MAX_TURN_SPREAD
-from efficientnet.reporting.class_accuracy import class_table
+from efficientnet.reporting.class_table import class_table
 from efficientnet.reporting.tables import Table, format_bytes, format_ms, format_percent
 from efficientnet.runtimes.names import title
 from perf.pages.results import result_tables
@@ -72,7 +72,7 @@ def build_document(joined: Joined) -> Document:
 def machine_name(environment: EnvironmentRecord) -> str:
     """Name a machine by what computes: GPUs if there are any, and the CPU."""
     gpus = "".join(f"{gpu.partition(',')[0]}, " for gpu in environment.gpus)
-    return f"{gpus}{environment.cpu} ({environment.num_cores} cores)"
+    return f"{gpus}{environment.processor} ({environment.num_cores} cores)"
 
 
 def _place(number: int, group: Group) -> str:
@@ -158,7 +158,7 @@ def _method_section(rows: Sequence[Row]) -> Section:
             f"by more than {format_percent(MAX_TURN_SPREAD, 0)}, or other programs kept more than "
             f"{format_percent(MAX_BUSY_ELSEWHERE, 0)} of the cores busy.",
             f"Time / floor: p50 over what the device could not beat, the longer of computing all "
-            f"multiply-adds and moving all weights and maps once. Peak: {peaks}.",
+            f"multiply-adds and reading all weights once. Peak: {peaks}.",
             "Peak memory: resident memory of the process, without the input images.",
         ),
     )
@@ -173,7 +173,7 @@ def _environment_table(group: Group) -> Table:
     environment = group.environment
     commits = dict.fromkeys(row.latency.environment.git_commit or "unknown" for row in group.rows)
     rows = (
-        ("CPU", environment.cpu),
+        ("CPU", environment.processor),
         ("cores", str(environment.num_cores)),
         ("memory", format_bytes(environment.memory_bytes)),
         ("GPU", "; ".join(environment.gpus) or "none: GPU rows are not measured"),

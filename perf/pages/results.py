@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.formats.records import Scenario
 from efficientnet.measuring.clock import min_samples
-from efficientnet.reporting.class_accuracy import is_at_chance
+from efficientnet.measuring.stability import BELOW_FLOOR, is_below_floor
 from efficientnet.reporting.tables import (
     NOTHING,
     Table,
@@ -85,6 +86,9 @@ def _result_row(
         )
     elif ratio is None:
         ratio_cell = percentile_cell(None)
+    floor_cell = NOTHING
+    if latency.p50_ms and latency.floor_ms:
+        floor_cell = format_ratio(latency.p50_ms / latency.floor_ms)
     where: list[str] = []
     if not is_same_machine(latency.environment, accuracy.environment):
         where.append("accuracy measured on another machine or with other versions")
@@ -109,9 +113,7 @@ def _result_row(
         percentile_cell(latency.p99_ms),
         format_rate(latency.throughput_images_per_s),
         ratio_cell,
-        format_ratio(latency.p50_ms / latency.floor_ms)
-        if latency.p50_ms and latency.floor_ms
-        else NOTHING,
+        noted(floor_cell, BELOW_FLOOR) if is_below_floor(latency) else floor_cell,
         noted(f"{format_percent(accuracy.top1)} ({accuracy.num_images:,})", *where),
         format_percent(classes.balanced) if classes else NOTHING,
         format_bytes(latency.peak_process_memory_bytes),

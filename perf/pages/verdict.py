@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.reporting.tables import format_ms, format_percent, format_rate, format_ratio
 from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES, title
 from perf.pages.rows import Group, Row
@@ -93,9 +94,17 @@ def _alone(row: Row) -> str:
 
 def _caution(rows: Sequence[Row]) -> str:
     references = [row.eager for row in rows if row.eager is not None]
+    caution = ""
+    own = rows[0].accuracy
+    classes = own.class_accuracy
+    if classes and is_at_chance(own.top1, classes.largest_share, own.num_images):
+        caution += (
+            " That top-1 is not clearly above always naming the largest class, "
+            f"{own.class_names[classes.largest]}: {format_percent(classes.largest_share)}."
+        )
     if any(row.instabilities for row in (*rows, *references)):
-        return " The measurement is not stable: see the notes under the tables."
-    return ""
+        caution += " The measurement is not stable: see the notes under the tables."
+    return caution
 
 
 def _is_same_program(row: Row, other: Row) -> bool:

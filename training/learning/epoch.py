@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from efficientnet.errors import PipelineError
+from efficientnet.formats.class_accuracy import ClassAccuracy
 from efficientnet.network.model import EfficientNet
-from efficientnet.reporting.class_accuracy import ClassAccuracy
 from training.batches.loader import Batch
 from training.batches.sampler import StepPlan
 from training.learning.distributed import sum_of

@@ -139,6 +139,9 @@ def new_state(
     """
     if device.type == "cpu":
         keep_freed_memory()
+        # Before the first operation, whose threads inherit it. A diverging network has many: V2-S
+        # on noise takes 1.4 times as long with them.
+        torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
     spec = get_variant(config.variant)
     model = build_model(spec, num_classes, config.stochastic_depth_rate, network)

@@ -16,14 +16,11 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from efficientnet.formats.class_accuracy import MAX_CLASSES_WITHOUT_TOP5, is_at_chance
 from efficientnet.images.datasets import data_name
 from efficientnet.machine.atomic import write_bytes, write_text
 from efficientnet.machine.environment import EnvironmentRecord
-from efficientnet.reporting.class_accuracy import (
-    MAX_CLASSES_WITHOUT_TOP5,
-    class_table,
-    is_at_chance,
-)
+from efficientnet.reporting.class_table import class_table
 from efficientnet.reporting.tables import NOTHING, Table, format_bytes, format_percent, format_rate
 from training.learning.epoch import MAX_CONFUSION_CLASSES, Evaluation
 from training.recipe.config import TrainConfig, config_to_json
@@ -221,7 +218,7 @@ def environment_table(environment: EnvironmentRecord, device_name: str, world_si
     rows = (
         ("device", _processes(device_name, world_size)),
         *(("GPU", gpu) for gpu in environment.gpus),
-        ("CPU", f"{environment.cpu}, {environment.num_cores} cores, {memory}"),
+        ("CPU", f"{environment.processor}, {environment.num_cores} cores, {memory}"),
         ("system", f"{environment.system}, Python {environment.python}"),
         ("libraries", ", ".join(f"{n} {v}" for n, v in environment.libraries.items())),
         ("commit", environment.git_commit or NOTHING),

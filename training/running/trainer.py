@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.machine.environment import current_environment, num_usable_cores
-from efficientnet.reporting.class_accuracy import is_at_chance
 from efficientnet.reporting.tables import format_percent
 from training.batches.loader import (
     Batch,

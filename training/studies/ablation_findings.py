@@ -110,7 +110,7 @@ def magnitude_findings(record: AblationRecord) -> list[str]:
 def setting(record: AblationRecord) -> str:
     """Write what the numbers were made with."""
     machines = "; ".join(
-        f"{e.gpus[0] if e.gpus else f'{e.num_cores} cores of {e.cpu}'}, torch "
+        f"{e.gpus[0] if e.gpus else f'{e.num_cores} cores of {e.processor}'}, torch "
         f"{e.libraries.get('torch')}, commit {e.git_commit}"
         for e in record.environments
     )

@@ -13,7 +13,7 @@ from efficientnet.images.datasets import data_name
 from efficientnet.network.variants import get_variant
 from training.recipe.config import Schedule, TrainConfig
 from training.recipe.recipes import DIGITS_RECIPE
-from training.run import parse
+from training.running.command_line import parse
 
 Experiment = Literal["schedules", "magnitudes"]
 

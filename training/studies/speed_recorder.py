@@ -11,7 +11,7 @@ import torch
 from efficientnet.formats.records import TrainingSpeedRecord
 from efficientnet.images.datasets import data_name
 from efficientnet.machine.environment import current_environment, num_usable_cores
-from efficientnet.measuring.peaks import CPU_PRECISION, cpu_peak, describe_peak, gpu_peak
+from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
 from efficientnet.network.cost import DevicePeak, network_cost
 from efficientnet.network.variants import get_variant
 from training.learning.memory import USABLE_SHARE, MemoryModel, device_memory_bytes
@@ -31,10 +31,11 @@ class Recorder:
         self._cpu_peak: DevicePeak | None = None
         self._is_cpu = not torch.cuda.is_available()
         self._cpu_bytes = device_memory_bytes(torch.device("cpu"))
-        if self._is_cpu and config.precision == CPU_PRECISION:
+        if self._is_cpu:
             # Now: nothing else computes.
-            self._cpu_peak = cpu_peak(config.threads or num_usable_cores())
-            log.info("the CPU's peak in float32: %s", describe_peak(self._cpu_peak))
+            peaks = cpu_peaks(config.threads or num_usable_cores(), [config.precision])
+            self._cpu_peak = peaks[config.precision]
+            log.info("the CPU's peak in %s: %s", config.precision, describe_peak(self._cpu_peak))
 
     def predict(self, group: Sequence[Cell]) -> list[Measured]:
         """Return the rows of a group that a CPU cannot hold, so that it is not tried; else none."""

@@ -204,7 +204,7 @@ def _millions(num_parameters: float, multiply_adds: float) -> list[str]:
 def _how(run: Run) -> str:
     first = run[0]
     environment = first.environment
-    device = environment.gpus[0] if environment.gpus else environment.cpu
+    device = environment.gpus[0] if environment.gpus else environment.processor
     versions = [f"torch {environment.libraries.get('torch')}"]
     versions += dict.fromkeys(f"timm {r.contender_version}" for r in run if r.contender_version)
     peak = first.device_peak or "unknown"

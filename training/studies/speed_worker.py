@@ -1,5 +1,6 @@
 """Cells of a group -> what their processes measured, taking turns."""
 
+import contextlib
 import multiprocessing
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,9 +20,6 @@ MIN_WARM_UP_STEPS = 2
 
 # Of a cell's time, at most, for steps that do not count.
 WARM_UP_FRACTION = 0.5
-
-# For it to end its loader's workers.
-EXIT_TIMEOUT_S = 2.0
 
 
 class SpeedError(PipelineError):
@@ -66,7 +64,6 @@ class SpeedProcess:
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        self._process.join(EXIT_TIMEOUT_S)
         self._process.kill()
         self._process.join()
 
@@ -94,14 +91,16 @@ class SpeedProcess:
         return answer
 
     def _ask(self, question: tuple[int | None, float]) -> object:
-        self._connection.send(question)
+        # A process that died is noticed by _receive, which knows what it left.
+        with contextlib.suppress(ConnectionError):
+            self._connection.send(question)
         answer = self._receive()
         return None if isinstance(answer, OutOfMemory) else answer
 
     def _receive(self) -> object:
         try:
             answer = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             raise SpeedError(
                 f"the process that measured {self._cell.describe()} ended with exit code "
@@ -158,6 +157,8 @@ def _serve(connection: Connection, cell: Cell) -> None:
     # The loader's workers are forks, as in training; this process was spawned and would spawn.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(cell.num_threads)
+    # As in training; of timm's steps, too. Random pixels may make them.
+    torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

@@ -3,13 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from efficientnet.reporting.tables import NOTHING, Table, format_percent
-
 # Up to so many classes the right one is always among the five best.
 MAX_CLASSES_WITHOUT_TOP5 = 5
-
-# Of more classes only the worst are listed.
-MAX_LISTED_CLASSES, NUM_WORST_CLASSES = 100, 20
 
 # Two standard errors: what is not further above the largest class's share may be luck.
 STANDARD_ERRORS = 2.0
@@ -51,29 +46,6 @@ def is_at_chance(top1: float, largest_share: float, num_images: int) -> bool:
     """Tell whether a top-1 is not clearly above that of always naming the largest class."""
     error = (largest_share * (1 - largest_share) / num_images) ** 0.5
     return top1 <= largest_share + STANDARD_ERRORS * error
-
-
-def class_table(classes: ClassAccuracy, names: Sequence[str]) -> Table:
-    """List images, share and recall of each class; of more than 100 the 20 of lowest recall."""
-    recalls, total, notes = classes.recalls, sum(classes.images), ()
-    order = list(range(len(names)))
-    if len(order) > MAX_LISTED_CLASSES:
-        order = sorted(filter(classes.images.__getitem__, order), key=lambda i: recalls[i] or 0.0)
-        order = order[:NUM_WORST_CLASSES]
-        notes = (f"The {len(order)} classes of lowest recall, of {len(names):,}.",)
-    rows: list[tuple[str, ...]] = []
-    for index in order:
-        recall = recalls[index]
-        rows.append(
-            (
-                names[index],
-                f"{classes.images[index]:,}",
-                format_percent(classes.images[index] / total),
-                NOTHING if recall is None else format_percent(recall),
-            )
-        )
-    columns = ("class", "held-out images", "share", "recall")
-    return Table(columns, tuple(rows), frozenset(columns[:1]), notes)
 
 
 def count_classes(labels: Sequence[int], predicted: Sequence[int], num: int) -> ClassAccuracy:

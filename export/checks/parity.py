@@ -1,0 +1,155 @@
+"""Artifacts -> each step from the eager model to them compared, and the first that breaks named."""
+
+import json
+import logging
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from efficientnet.formats.artifact import (
+    ArtifactError,
+    ArtifactManifest,
+    read_artifact,
+    write_manifest,
+)
+from efficientnet.formats.checkpoint import RECORD_FILE, CheckpointError
+from efficientnet.machine.environment import EnvironmentRecord, current_environment
+from efficientnet.runtimes.protocol import open_program
+from export.checks.agreement import ParityError
+from export.checks.gate import Gate, describe, is_allowed
+from export.checks.stepwise import Ladder
+from export.checks.stepwise_record import LadderRecord, report_of
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
+from export.inputs.study_config import ParityConfig
+
+FORMAT_VERSION = 1
+
+GATE = "accuracy gate"
+
+log = logging.getLogger(__name__)
+
+
+class ParityReport(BaseModel):
+    """The ladders of all artifacts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    environment: EnvironmentRecord
+    ladders: tuple[LadderRecord, ...]
+
+
+def main(config: ParityConfig) -> ParityReport:
+    """Compare all artifacts; when one breaks, the JSON is printed all the same.
+
+    Raises:
+        ParityError: an artifact breaks.
+        ArtifactError: damaged, of another checkpoint, or its runtime is not here.
+        CheckpointError: not found, or damaged.
+        GateError: a quantised artifact is to be completed, and there are no labelled images.
+    """
+    # All of them before the first is compared: a wrong path is told at once.
+    manifests = {path: read_artifact(path, allow_unchecked=True) for path in config.artifacts}
+    checkpoints = {
+        path: config.checkpoint or find_checkpoint(path, manifest.checkpoint_sha256)
+        for path, manifest in manifests.items()
+    }
+    by_source: dict[tuple[Path, int], tuple[Source, Ladder]] = {}
+    ladders: list[LadderRecord] = []
+    for path, manifest in manifests.items():
+        size = manifest.preprocess.image_size
+        key = (checkpoints[path], size)
+        if key not in by_source:
+            source = load_source(
+                ExportConfig(
+                    checkpoint=checkpoints[path],
+                    size=size,
+                    data=config.data,
+                    num_parity_images=config.num_images,
+                ),
+                images_flag="--num-images",
+            )
+            by_source[key] = source, Ladder(source)
+        source, steps = by_source[key]
+        require_made_of(source, path, manifest)
+        ladder = steps.climb(path, manifest, config.layers)
+        if manifest.parity is None and ladder.first_broken is None:
+            ladder = complete(source, path, manifest, ladder)
+        if manifest.parity is None and not ladder.is_completed:
+            log.info("%s stays as it is: not checked, and refused", path)
+        log.info("%s", report_of(ladder))
+        ladders.append(ladder)
+    report = ParityReport(environment=current_environment(), ladders=tuple(ladders))
+    broken = [
+        f"{ladder.artifact} at {ladder.first_broken}" for ladder in ladders if ladder.first_broken
+    ]
+    if broken:
+        print(report.model_dump_json())
+        raise ParityError(
+            f"{len(broken)} of {len(ladders)} artifacts do not answer like the eager model: "
+            f"{'; '.join(broken)}"
+        )
+    return report
+
+
+def find_checkpoint(artifact: Path, weights_sha256: str, runs: Path = Path("runs")) -> Path:
+    """Find the checkpoint that an artifact was made of.
+
+    Raises:
+        CheckpointError: no run has it.
+    """
+    found = list(runs.rglob(RECORD_FILE))
+    for record in sorted(found):
+        try:
+            sha256 = json.loads(record.read_text(encoding="utf-8")).get("weights_sha256")
+        # Of the damaged ones there, none is asked for.
+        except (ValueError, AttributeError):
+            continue
+        if sha256 == weights_sha256:
+            return record.parent
+    raise CheckpointError(
+        f"{artifact} was made of weights with SHA-256 {weights_sha256[:12]}, and none of the "
+        f"{len(found)} checkpoints under {runs.resolve()} has them: give it with --checkpoint"
+    )
+
+
+def require_made_of(source: Source, artifact: Path, manifest: ArtifactManifest) -> None:
+    """Check that an artifact is of the checkpoint that it will be compared with.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    if manifest.checkpoint_sha256 != source.record.weights_sha256:
+        raise ArtifactError(
+            f"{artifact} was made of another checkpoint: of weights with SHA-256 "
+            f"{manifest.checkpoint_sha256[:12]}, and {source.checkpoint} has "
+            f"{source.record.weights_sha256[:12]}; give that one with --checkpoint"
+        )
+    if manifest.preprocess != source.preprocess:
+        raise ArtifactError(
+            f"{artifact} wants its images preprocessed otherwise than {source.checkpoint}; "
+            "export the checkpoint again"
+        )
+
+
+def complete(
+    source: Source, artifact: Path, manifest: ArtifactManifest, ladder: LadderRecord
+) -> LadderRecord:
+    """Write what was found into the manifest of an artifact that passed, so that all accept it.
+
+    int8 and fp8 must pass the accuracy gate before; one that does not stays as it is.
+    """
+    gate = manifest.gate
+    if manifest.precision in ("int8", "fp8") and gate is None:
+        limits = manifest.quantization
+        assert limits is not None
+        checker = Gate(source, limits.num_gate_images, limits.max_drop)
+        gate = checker.measure(open_program(artifact, manifest))
+        log.info("%s", describe(gate))
+        if not is_allowed(gate):
+            return ladder.model_copy(update={"gate": gate, "first_broken": GATE})
+    update = {"parity": ladder.rungs[-1].parity, "gate": gate}
+    write_manifest(artifact, manifest.model_copy(update=update))
+    log.info("%s was not checked before: it passed, and is accepted from now on", artifact)
+    return ladder.model_copy(update={"gate": gate, "is_completed": True})

@@ -1,0 +1,188 @@
+"""What can be set when artifacts are compared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import tyro
+
+from efficientnet.precision import Precision
+from export.inputs.candidates import COMMANDS
+from export.inputs.config import ExportConfig
+
+RuntimeName = Literal[
+    "onnxruntime", "openvino", "torch", "aoti", "torch-cuda", "aoti-cuda", "tensorrt"
+]
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+
+# Settings of other exports that would change nothing here.
+NOT_TAKEN = ("precision", "batch", "batches", "size", "max_drop", "num_gate_images")
+
+
+@dataclass(frozen=True)
+class AllConfig(ExportConfig):
+    """Settings of all exports."""
+
+    # Of one artifact: what is shared by all of them is what --help lists.
+    precision: tyro.conf.Suppress[Precision] = "fp32"
+    output: tyro.conf.Suppress[Path | None] = None
+
+    only: tuple[str, ...] = ()
+    """Commands to run, of ort ov native aoti torch_trt trt; none = all."""
+
+    seconds: float = 4.0
+    """Measured time of each artifact, in calls of the images that --batch is tuned for."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and all tables there into the README."""
+
+    readme: Path = Path("README.md")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        unknown = sorted(set(self.only) - set(COMMANDS))
+        if unknown:
+            raise ValueError(f"--only is {' '.join(unknown)}, expected of {', '.join(COMMANDS)}")
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        if self.precision != "fp32":
+            raise ValueError(
+                f"--precision is {self.precision}, but all of them are made; "
+                "'python export/ort.py --precision ...' and its sisters make one"
+            )
+        if self.output is not None:
+            raise ValueError("--output is one artifact's; all of them go to artifacts/<variant>")
+
+
+@dataclass(frozen=True)
+class StockConfig(ExportConfig):
+    """Settings of the comparison."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Our artifacts of the same checkpoint and size; none = only make the stock ones."""
+
+    seconds: float = 10.0
+    """Measured time of each program."""
+
+    turns: int = 8
+    """Turns that this time is split into."""
+
+    batch_sizes: tuple[int, ...] = (1,)
+    """Images in a call, each measured in a run of its own; the stock artifacts get fixed shapes for
+    them, and ours should have been exported with the same --batches."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and all tables there into the README."""
+
+    readme: Path = Path("README.md")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        super().__post_init__()
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(
+                f"--batch-sizes is {list(self.batch_sizes)}, expected at least one, >= 1"
+            )
+        for name in NOT_TAKEN:
+            if getattr(self, name) != getattr(ExportConfig, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is not taken here: the stock tools have their own "
+                    "precisions and are not judged, and all programs are measured at the "
+                    "checkpoint's size and --batch-sizes"
+                )
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Settings of the ablation. All is computed in fp32: nothing but the graph's form differs."""
+
+    checkpoint: Path | None = None
+    """Checkpoint directory; None = the one of the newest complete run."""
+
+    runtimes: tuple[RuntimeName, ...] = RUNTIMES
+    """What executes the forms; those that are not here get a row that says why."""
+
+    seconds: float = 10.0
+    """Measured time of each form in each runtime, at batch size 1."""
+
+    turns: int = 8
+    """Turns that this time is split into."""
+
+    output: Path | None = None
+    """Folder that the artifacts stay in; None = none does."""
+
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what the checkpoint was trained on."""
+
+    num_parity_images: int = 128
+    """Held-out images that each form is compared on, at least 64."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and the table into the README."""
+
+    readme: Path = Path("README.md")
+    """Where the table goes."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        if self.turns < 1:
+            raise ValueError(f"--turns is {self.turns}, expected at least 1")
+        if not self.runtimes or len(set(self.runtimes)) < len(self.runtimes):
+            raise ValueError(
+                f"--runtimes is {' '.join(self.runtimes)}, expected at least one, each once"
+            )
+        _ = self.export_config
+
+    @property
+    def export_config(self) -> ExportConfig:
+        """What an export is told."""
+        return ExportConfig(
+            checkpoint=self.checkpoint,
+            batch=(1, 1, 1),
+            data=self.data,
+            num_parity_images=self.num_parity_images,
+        )
+
+
+@dataclass(frozen=True)
+class QuickConfig:
+    """What is exported."""
+
+    checkpoint: Path | None = None
+    """Checkpoint directory; None = the one of the newest complete run."""
+
+    data: str | None = None
+    """Images for parity, calibration and the accuracy gate: a folder or tar shards, as in
+    training/run.py; None = what the checkpoint was trained on."""
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """Settings of a comparison."""
+
+    artifacts: tyro.conf.Positional[tuple[Path, ...]]
+    """Artifact directories."""
+
+    checkpoint: Path | None = None
+    """Checkpoint that all of them were made of; None = found under runs/ by its hash."""
+
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what the checkpoint was trained on."""
+
+    num_images: int = 128
+    """Held-out images that are compared, at least 64."""
+
+    layers: bool = False
+    """Compare also layer by layer: the first rung that breaks, or the artifact when none does."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not self.artifacts:
+            raise ValueError("no artifact is named, expected e.g. artifacts/v2-s/onnxruntime-fp32")
+        if self.num_images < 64:
+            raise ValueError(f"--num-images is {self.num_images}, expected at least 64")

@@ -1,0 +1,70 @@
+"""Checkpoint -> what folding batch norm and fusing squeeze-excite bring, runtime by runtime."""
+
+import logging
+import tempfile
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+
+from efficientnet.images.datasets import data_name
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.environment import current_environment
+from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from export.inputs.reference import load_source
+from export.inputs.study_config import AblationConfig
+from export.studies.ablation_rows import FormRecord, measure_forms
+from export.studies.ablation_table import AblationRecord, fate_lines, table_of, to_markdown
+
+SECTION = "fusion"
+
+log = logging.getLogger(__name__)
+
+
+def main(config: AblationConfig) -> AblationRecord:
+    """Make and measure all forms; return the record.
+
+    Raises:
+        CheckpointError: no whole checkpoint.
+        PublishError: the README has no place for the table; nothing is measured then.
+        PipelineError: a measurement failed.
+    """
+    if config.publish:
+        find_section(config.readme, SECTION)
+    started_at = datetime.now(UTC)
+    export_config = config.export_config
+    source = load_source(export_config)
+    rows: list[FormRecord] = []
+    with ExitStack() as stack:
+        scratch = config.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for number, runtime in enumerate(config.runtimes, start=1):
+            log.info("[%d of %d] %s", number, len(config.runtimes), runtime)
+            folder = scratch / runtime
+            rows += measure_forms(
+                runtime, source, export_config, config.seconds, config.turns, folder
+            )
+    record = AblationRecord(
+        variant=source.variant,
+        image_size=source.image_size,
+        checkpoint_sha256=source.record.weights_sha256,
+        num_parity_images=config.num_parity_images,
+        data=data_name(source.dataset.source),
+        seconds=config.seconds,
+        environment=current_environment(),
+        started_at=started_at,
+        rows=tuple(rows),
+    )
+    log.info("%s", "\n".join([table_of(rows).aligned_text(), *fate_lines(rows)]))
+    if config.publish:
+        publish(record, config.readme)
+    return record
+
+
+def publish(record: AblationRecord, readme: Path) -> None:
+    """Write the record and its text below reports/published/, and the table into the README."""
+    path = published_directory(record.started_at, [record.environment]) / f"{SECTION}.json"
+    text = to_markdown(record)
+    write_section(readme, SECTION, text)
+    write_text(path, record.model_dump_json(indent=1) + "\n")
+    title = "# What folding batch norm and fusing squeeze-excite bring"
+    write_text(path.with_suffix(".md"), f"{title}\n\n{text}")
+    log.info("published: %s, and the table in %s", path, readme)

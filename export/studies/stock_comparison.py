@@ -1,0 +1,162 @@
+"""Checkpoint -> what the stock tools make of it, and our times beside theirs."""
+
+import logging
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.machine.processor import cpu_features
+from efficientnet.reporting.publishing import Measured, find_section, publish_part
+from efficientnet.reporting.tables import Table, format_ms, format_ratio
+from export.builders.measuring import measure
+from export.inputs.config import ExportConfig
+from export.inputs.reference import Source, load_source
+from export.inputs.study_config import StockConfig
+from export.studies.stock_tools import make_stock_artifacts
+
+SECTION = "stock"
+
+# What decides which kernels a processor gets.
+CPU_FEATURES = frozenset({"avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8"})
+
+log = logging.getLogger(__name__)
+
+
+class Ratio(BaseModel):
+    """Our time over another's: median of the ratios within a turn, and their range."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    program: str
+    p50_ms: float | None
+    other: str
+    ratio: float
+    low: float
+    high: float
+
+
+class Comparison(Measured):
+    """All ratios of one run."""
+
+    variant: str
+    num_threads: int
+    cpu_features: tuple[str, ...]
+    batch_size: int
+    image_size: int
+    ratios: tuple[Ratio, ...]
+
+
+class Comparisons(BaseModel):
+    """Those of all batch sizes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    comparisons: tuple[Comparison, ...]
+
+
+def main(config: StockConfig) -> Comparisons | str:
+    """Make the stock artifacts and measure all programs in turns.
+
+    Raises:
+        CheckpointError, CalibrationError: see load_source and choose_samples.
+        PipelineError: the measurement failed.
+    """
+    if config.publish:
+        find_section(config.readme, SECTION)
+    source = load_source(config)
+    folder = (config.output or Path("artifacts") / source.variant) / "stock"
+    shapes = ExportConfig(
+        batches=config.batch_sizes,
+        num_calibration_images=config.num_calibration_images,
+        seed=config.seed,
+    )
+    stock = make_stock_artifacts(source, shapes, folder)
+    if not config.paths:
+        return "\n".join(map(str, stock))
+    found: list[Comparison] = []
+    for batch_size in config.batch_sizes:
+        found.append(compare(source, stock, config, batch_size))
+        log.info("%s", table_of(found[-1]).aligned_text())
+        if config.publish:
+            publish(found[-1], config.readme)
+    return Comparisons(comparisons=tuple(found))
+
+
+def compare(
+    source: Source, stock: Sequence[Path], config: StockConfig, batch_size: int
+) -> Comparison:
+    """Measure all programs in turns at one batch size."""
+    started_at = datetime.now(UTC)
+    paths = [source.checkpoint, *stock, *config.paths]
+    records = measure(paths, config.seconds, config.turns, batch_size, config.data)
+    names = ["eager", *(path.name for path in stock)]
+    others = dict(zip(names, records[: len(names)], strict=True))
+    ratios: list[Ratio] = []
+    for path, own in zip(config.paths, records[len(names) :], strict=True):
+        for name, other in others.items():
+            pairs = zip(own.turn_p50_ms, other.turn_p50_ms, strict=True)
+            shares = sorted(a / b for a, b in pairs)
+            ratios.append(
+                Ratio(
+                    program=path.name,
+                    # Too few calls for a percentile of all are enough for one of each turn.
+                    p50_ms=statistics.median(own.turn_p50_ms),
+                    other=name,
+                    ratio=statistics.median(shares),
+                    low=shares[0],
+                    high=shares[-1],
+                )
+            )
+    return Comparison(
+        variant=source.variant,
+        num_threads=num_usable_cores(),
+        environment=current_environment(),
+        cpu_features=tuple(sorted(CPU_FEATURES & cpu_features())),
+        started_at=started_at,
+        batch_size=batch_size,
+        image_size=source.image_size,
+        ratios=tuple(ratios),
+    )
+
+
+def publish(comparison: Comparison, readme: Path) -> None:
+    """Write a comparison to its place, and all that stand there into the README.
+
+    Raises:
+        PublishError: the README has no place for them.
+    """
+    c = comparison
+    name = f"stock-{c.variant}-{c.image_size}px-batch-{c.batch_size}.json"
+    publish_part(comparison, name, readme, SECTION, section_of)
+
+
+def section_of(comparison: Comparison) -> str:
+    """Write a comparison as Markdown."""
+    c, features = comparison, ", ".join(comparison.cpu_features)
+    return (
+        f"**{c.variant}, {c.image_size} px, batch {c.batch_size}**\n\n"
+        f"{table_of(c).markdown()}\n\n"
+        f"{c.environment.cpu} ({features}), {c.num_threads} threads, {c.started_at:%Y-%m-%d} UTC. "
+        "Ours / theirs: median of the ratios of the medians within a turn, and their range; less "
+        "than 1 is faster."
+    )
+
+
+def table_of(comparison: Comparison) -> Table:
+    """Lay the ratios out: ours by row, the others by column."""
+    ratios = comparison.ratios
+    others = list(dict.fromkeys(ratio.other for ratio in ratios))
+    rows: list[tuple[str, ...]] = []
+    for program in dict.fromkeys(ratio.program for ratio in ratios):
+        own = {ratio.other: ratio for ratio in ratios if ratio.program == program}
+        cells = [
+            f"{format_ratio(r.ratio)} ({format_ratio(r.low)} to {format_ratio(r.high)})"
+            for r in (own[other] for other in others)
+        ]
+        rows.append((program, format_ms(own[others[0]].p50_ms), *cells))
+    columns = ("ours / theirs", "p50 ms", *others)
+    return Table(columns, tuple(rows), frozenset(columns[:1]))

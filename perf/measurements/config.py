@@ -1,0 +1,243 @@
+"""What can be set when programs are measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import tyro
+
+from efficientnet.formats.records import Scenario
+from efficientnet.network.architectures import peer_of
+from efficientnet.network.variants import Padding, get_variant
+
+MAX_CALLS = 200
+
+
+def require_different_paths(paths: Sequence[Path]) -> None:
+    """Raise a ValueError that names a path which is given twice, in whatever spelling."""
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ValueError(f"{path} is given twice; name each path once")
+        seen.add(path.resolve())
+
+
+@dataclass(frozen=True)
+class AccuracyConfig:
+    """Settings of an evaluation."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Artifact and checkpoint directories; none = the newest complete run's checkpoint and the
+    artifacts made of it."""
+
+    data: str | None = None
+    """Folder or tar shards, as in training/run.py, whose held-out images are classified; None =
+    what each program was trained on."""
+
+    batch_size: int | None = None
+    """Images per call, at least 1; None = 32, or the most that an artifact takes."""
+
+    predictions: Path | None = None
+    """File for one JSON line per image (name, label, probabilities), of one path only; None = not
+    written."""
+
+    output: Path = Path("reports/accuracy.jsonl")
+    """File that the records are appended to."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"--batch-size is {self.batch_size}, expected at least 1")
+        if self.predictions is not None and len(self.paths) > 1:
+            raise ValueError(
+                f"--predictions takes the answers of one program, {len(self.paths)} paths are "
+                "given; run the command once for each"
+            )
+        require_different_paths(self.paths)
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """Settings of a measurement."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Artifact and checkpoint directories; none = the newest complete run's checkpoint and the
+    artifacts made of it."""
+
+    seconds: float = 10.0
+    """Measured time of each path in each scenario, without warm-up, above 0."""
+
+    turns: int = 6
+    """Turns that this time is split into, at least 1."""
+
+    threads: int | None = None
+    """CPU threads of a call; None = one per usable core."""
+
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Batch sizes that are tried for offline; those an artifact does not take are left out."""
+
+    scenarios: tuple[Scenario, ...] = get_args(Scenario)
+    """What is measured of each path."""
+
+    output: Path = Path("reports/latency.jsonl")
+    """File that the records are appended to."""
+
+    seed: int = 0
+    """Draws the held-out images that are the input."""
+
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what each program was trained on."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        for flag, value in (("--turns", self.turns), ("--threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} is {value}, expected at least 1")
+        if not self.batches or min(self.batches) < 1:
+            raise ValueError(f"--batches is {list(self.batches)}, expected sizes of at least 1")
+        if not self.scenarios or len(set(self.scenarios)) < len(self.scenarios):
+            raise ValueError(
+                f"--scenarios is {list(self.scenarios)}, expected one or both of "
+                f"{', '.join(get_args(Scenario))}"
+            )
+        require_different_paths(self.paths)
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """Settings of a measurement."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Artifact directories, of ONNX Runtime on the CPU, of OpenVINO or of the native engine."""
+
+    calls: int = 20
+    """Calls that are timed after the warm-up, 1 to 200; OpenVINO's profile takes rounds of 5."""
+
+    threads: int | None = None
+    """CPU threads of a call; None = one per usable core."""
+
+    batch_size: int = 1
+    """Images in a call, at least 1."""
+
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what each program was trained on."""
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not self.paths:
+            raise ValueError(
+                "no artifact is named, expected at least one like artifacts/v2-s/openvino-int8"
+            )
+        if not 1 <= self.calls <= MAX_CALLS:
+            raise ValueError(f"--calls is {self.calls}, expected 1 to {MAX_CALLS}")
+        for flag, value in (("--threads", self.threads), ("--batch-size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} is {value}, expected at least 1")
+        require_different_paths(self.paths)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What to compare, and for how long."""
+
+    variants: tuple[str, ...] = ("b0", "b4", "v2-s", "v2-m")
+
+    paddings: tuple[Padding, ...] = ("symmetric", "same")
+    """timm has each network with both: efficientnet_b0 and tf_efficientnet_b0."""
+
+    seconds: float = 15.0
+    """Measured per contender and row, without warm-up."""
+
+    turns: int = 6
+
+    train_batch_size: int = 2
+
+    threads: int | None = None
+    """CPU threads of each contender; None = one per usable core."""
+
+    output: Path = Path("reports/network.json")
+    """Records; the table goes beside it as .md."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/ in the place of `output`, and the table into the
+    README."""
+
+    readme: Path = Path("README.md")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        for name in self.variants:
+            get_variant(name)
+            for padding in self.paddings:
+                peer_of(name, "timm", padding)
+        if self.seconds <= 0 or self.turns < 1 or self.train_batch_size < 1:
+            raise ValueError("--seconds, --turns and --train-batch-size must be positive")
+
+
+@dataclass(frozen=True)
+class PreprocessingConfig:
+    """Settings of the comparison."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of photos, with folders in it or without."""
+
+    size: int = 224
+    """Height and width of the tensor, pixels; with --checkpoint, its own."""
+
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """With --checkpoint, its own."""
+
+    crop_fraction: float | None = 0.875
+    """None: squash to the square; with --checkpoint, its own."""
+
+    checkpoint: Path | None = None
+    """Checkpoint or artifact whose preprocessing is measured, and whose answers by exact and fast
+    are compared; None = not used."""
+
+    rounds: int = 5
+    """Times that each contender sees each photo, at least 1."""
+
+    output: Path = Path("reports/preprocessing.json")
+    """File that is written."""
+
+    publish: bool = False
+    """Measure the preprocessing of published weights, and the checkpoint's; write to
+    reports/published/<date>-<device>/ and the table into the README."""
+
+    readme: Path = Path("README.md")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        for flag, value in (("--size", self.size), ("--rounds", self.rounds)):
+            if value < 1:
+                raise ValueError(f"{flag} is {value}, expected at least 1")
+        if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
+            raise ValueError(
+                f"--crop-fraction is {self.crop_fraction:g}, expected above 0, up to 1"
+            )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of a report."""
+
+    latency: Path = Path("reports/latency.jsonl")
+    """Records of perf/latency.py."""
+
+    accuracy: Path = Path("reports/accuracy.jsonl")
+    """Records of perf/accuracy.py."""
+
+    output: Path = Path("reports")
+    """Folder for report.md, report.html and latency.png."""
+
+    publish: bool = False
+    """Also copy report, picture and records to <output>/published/<date>-<device>/ and write the
+    table into the README."""
+
+    readme: Path = Path("README.md")
+    """File with the markers that the table is written between."""

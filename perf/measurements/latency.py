@@ -1,0 +1,125 @@
+"""Artifacts and checkpoints -> latency and throughput of each, measured in turns."""
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from efficientnet.formats.records import Scenario, append_record
+from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
+from efficientnet.measuring.programs import (
+    Program,
+    read_programs,
+    require_writable,
+)
+from efficientnet.measuring.progress import Progress
+from efficientnet.measuring.stability import BELOW_FLOOR, instabilities, is_below_floor
+from efficientnet.measuring.turns import Measured, Pace
+from efficientnet.network.cost import DevicePeak
+from perf.measurements.config import LatencyConfig
+from perf.measurements.measured_programs import choose_best_sizes, measure, open_subjects, planned_s
+from perf.measurements.recording import make_record, results_table
+
+log = logging.getLogger(__name__)
+
+
+def main(config: LatencyConfig) -> Path:
+    """Measure all paths and append the records; nothing is written when one of them fails.
+
+    Raises:
+        FileNotFoundError: a path or the data is not there.
+        ArtifactError, CheckpointError: a path is not what it should be, found before any work.
+        WorkerError: a process failed; the others are stopped.
+    """
+    started_at = datetime.now(UTC)
+    programs = read_programs(config.paths)
+    batch_sizes = [choose_batch_sizes(program, config.batches) for program in programs]
+    require_writable(config.output, "--output")
+    num_threads = config.threads or num_usable_cores()
+    pace = Pace(config.seconds, config.turns)
+    log.info(
+        "programs: %d; threads: %d; measured time: %g s each and scenario, in %d turns; "
+        "machine: %s, %d cores",
+        len(programs),
+        num_threads,
+        config.seconds,
+        config.turns,
+        current_environment().processor,
+        num_usable_cores(),
+    )
+    # Before the programs are opened: nothing else computes now.
+    peaks = peaks_of(programs, num_threads)
+    results: dict[Scenario, list[tuple[Measured, float]]] = {}
+    with (
+        open_subjects(programs, batch_sizes, num_threads, config.data, config.seed) as subjects,
+        Progress(planned_s(subjects, config.scenarios, pace)) as progress,
+    ):
+        if "single_stream" in config.scenarios:
+            ones = [1] * len(subjects)
+            results["single_stream"] = measure(subjects, ones, "single_stream", pace, progress)
+        if "offline" in config.scenarios:
+            best = choose_best_sizes(subjects, pace, progress)
+            results["offline"] = measure(subjects, best, "offline", pace, progress)
+    folder = config.output.parent
+    records = [
+        make_record(
+            subject,
+            scenario,
+            measured,
+            overhead_ms,
+            num_threads,
+            started_at,
+            config.seed,
+            folder,
+            peaks[subject.program.path],
+        )
+        for scenario, measurements in results.items()
+        for subject, (measured, overhead_ms) in zip(subjects, measurements, strict=True)
+    ]
+    for record in records:
+        append_record(config.output, record)
+    names = [subject.worker.name for subject in subjects] * len(results)
+    log.info("%s", results_table(names, records).aligned_text())
+    for name, record in zip(names, records, strict=True):
+        for reason in instabilities(record):
+            log.info("unstable: %s, %s: %s", name, record.scenario, reason)
+        if is_below_floor(record):
+            log.info("wrong floor: %s, %s: %s", name, record.scenario, BELOW_FLOOR)
+    log.info("a speed is reported with its accuracy only: 'python perf/accuracy.py' measures it")
+    return config.output
+
+
+def peaks_of(programs: Sequence[Program], num_threads: int) -> dict[Path, DevicePeak | None]:
+    """Find what the device of each program can do at most; None where that is not known."""
+    of_cpu = cpu_peaks(num_threads, [p.precision for p in programs if not p.runs_on_gpu])
+    for precision, peak in of_cpu.items():
+        log.info("the CPU's peak in %s: %s", precision, describe_peak(peak))
+    gpus = current_environment().gpus
+    gpu_name = gpus[0].partition(",")[0] if gpus else ""
+    return {
+        program.path: gpu_peak(gpu_name, program.precision)
+        if program.runs_on_gpu
+        else of_cpu.get(program.precision)
+        for program in programs
+    }
+
+
+def choose_batch_sizes(program: Program, asked: Sequence[int]) -> tuple[int, ...]:
+    """Keep the sizes that the program takes, ascending; those it does not take are logged.
+
+    Raises:
+        ValueError: none is left.
+    """
+    most = program.max_batch_size
+    sizes = sorted(set(asked))
+    taken = tuple(size for size in sizes if most is None or size <= most)
+    if not taken:
+        raise ValueError(
+            f"{program.path} takes at most {most} images in a call, --batches are "
+            f"{', '.join(map(str, sizes))}; add a smaller one, or export with a larger --batch"
+        )
+    if len(taken) < len(sizes):
+        left_out = ", ".join(str(size) for size in sizes if size not in taken)
+        log.info("%s takes at most %d images in a call: without %s", program.path, most, left_out)
+    return taken

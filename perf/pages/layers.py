@@ -1,0 +1,196 @@
+"""Artifacts -> where the time of a call goes, layer by layer, as the runtime tells."""
+
+import logging
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.machine.environment import (
+    EnvironmentRecord,
+    current_environment,
+    num_usable_cores,
+)
+from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.peaks import cpu_peaks, describe_peak
+from efficientnet.measuring.programs import (
+    Program,
+    images_for,
+    read_program,
+)
+from efficientnet.network.cost import layer_costs, total_cost
+from efficientnet.network.variants import get_variant
+from efficientnet.reporting.tables import format_percent
+from efficientnet.runtimes import open_runtime
+from perf.measurements.config import LayersConfig
+from perf.measurements.layer_profile import (
+    NUM_WARM_UP_CALLS,
+    PROFILERS,
+    Batches,
+    layer_times,
+    time_calls,
+)
+from perf.pages.layer_tables import ProgramLayers, kind_times, log_tables, side_by_side_table
+
+SEED = 0
+
+WHO_TELLS = (
+    "the runtimes that tell the times of layers are onnxruntime on the CPU, openvino and native"
+)
+
+log = logging.getLogger(__name__)
+
+
+class LayerTimes(BaseModel):
+    """What one run of the command measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    programs: tuple[ProgramLayers, ...]
+    batch_size: int
+    num_threads: int
+    num_calls: int
+    environment: EnvironmentRecord
+    started_at: AwareDatetime
+
+
+def main(config: LayersConfig) -> LayerTimes:
+    """Measure one artifact after the other and log the tables.
+
+    Raises:
+        FileNotFoundError: a path or the data is not there.
+        ArtifactError, CheckpointError: a path is not what it should be, or its runtime does not
+            tell the times of layers; found before any work.
+    """
+    started_at = datetime.now(UTC)
+    programs = [read_profiled(path, config.batch_size) for path in config.paths]
+    num_threads = config.threads or num_usable_cores()
+    log.info(
+        "programs: %d; threads: %d; batch size: %d; calls: %d; machine: %s, %d cores",
+        *(len(programs), num_threads, config.batch_size, config.calls),
+        *(current_environment().processor, num_usable_cores()),
+    )
+    # Before the programs are opened: nothing else computes now.
+    peaks = cpu_peaks(num_threads, [program.precision for program in programs])
+    for precision, peak in peaks.items():
+        log.info("the CPU's peak in %s: %s", precision, describe_peak(peak))
+    found: list[ProgramLayers] = []
+    for program in programs:
+        peak = peaks.get(program.precision)
+        operations_per_s = peak.operations_per_s if peak else None
+        found.append(measure_layers(program, config, num_threads, operations_per_s))
+        log_tables(found[-1])
+    if len(found) > 1:
+        log.info("\nside by side, ms\n%s", side_by_side_table(found).aligned_text())
+    return LayerTimes(
+        programs=tuple(found),
+        batch_size=config.batch_size,
+        num_threads=num_threads,
+        num_calls=config.calls,
+        environment=current_environment(),
+        started_at=started_at,
+    )
+
+
+def read_profiled(path: Path, batch_size: int) -> Program:
+    """Read an artifact whose runtime tells the times of its layers.
+
+    Raises:
+        FileNotFoundError: no such path.
+        ArtifactError, CheckpointError: not an artifact, damaged, or of another runtime.
+        ValueError: it takes fewer images in a call, or answers so many in streams.
+    """
+    program = read_program(path)
+    if program.runtime == "torch":
+        raise ArtifactError(
+            f"{path} is a checkpoint, and the eager model has no profile that is read here; "
+            f"{WHO_TELLS}: make an artifact of it with 'python export/ort.py' or "
+            "'python export/ov.py'"
+        )
+    manifest = read_artifact(path)
+    provider = manifest.provider
+    if program.runtime not in PROFILERS or provider is not None:
+        on = f" on {provider}" if provider else ""
+        raise ArtifactError(
+            f"{path} is for the runtime {program.runtime}{on}, whose profile is not read here; "
+            f"{WHO_TELLS}"
+        )
+    if program.max_batch_size is not None and batch_size > program.max_batch_size:
+        raise ValueError(
+            f"{path} takes at most {program.max_batch_size} images in a call, --batch-size is "
+            f"{batch_size}; choose a smaller one, or export with a larger --batch"
+        )
+    if batch_size in manifest.streamed_batches:
+        raise ValueError(
+            f"{path} answers {batch_size} images one by one, in streams side by side, whose layers "
+            "no profile adds up; profile one image: --batch-size 1 --threads 1"
+        )
+    if program.runtime == "native" and batch_size != 1:
+        raise ValueError(
+            f"{path}: the native engine tells the times of one image's layers, --batch-size is "
+            f"{batch_size}; profile one image: --batch-size 1"
+        )
+    return program
+
+
+def measure_layers(
+    program: Program, config: LayersConfig, num_threads: int, operations_per_s: float | None
+) -> ProgramLayers:
+    """Time calls of one artifact without a profile, then its layers with one."""
+    spec, size = program.preprocess, config.batch_size
+    samples = images_for(program, config.data).val
+    inputs = prepare_inputs(samples, spec, size, SEED)
+    with inputs.file:
+        batches = rotate(map_inputs(inputs.file.fileno(), inputs.image_size), size)
+        times_ms = plain_calls(program, batches, num_threads, config.calls)
+        manifest = read_artifact(program.path)
+        profile = PROFILERS[program.runtime](
+            program.path / manifest.program_file, manifest, batches, num_threads, config.calls
+        )
+    costs = layer_costs(
+        get_variant(program.variant),
+        spec.image_size,
+        size,
+        program.precision,
+        len(program.class_names),
+    )
+    layers = layer_times(profile.nodes, costs, manifest.output.name, operations_per_s)
+    expected = total_cost(costs).flops
+    counted = sum(layer.operations for layer in layers)
+    if counted != expected:
+        log.warning(
+            "%s: %s of the operations are in no node that the runtime names",
+            program.path,
+            format_percent(1 - counted / expected),
+        )
+    return ProgramLayers(
+        path=str(program.path),
+        program_sha256=program.program_sha256,
+        variant=program.variant,
+        runtime=program.runtime,
+        precision=program.precision,
+        image_size=spec.image_size,
+        kinds=kind_times(layers, operations_per_s),
+        layers=layers,
+        layers_ms=sum(layer.ms for layer in layers),
+        call_ms=min(times_ms),
+        median_call_ms=statistics.median(times_ms),
+        profiled_call_ms=profile.call_ms,
+        operations_per_s=operations_per_s,
+    )
+
+
+def plain_calls(
+    program: Program, batches: Batches, num_threads: int, num_calls: int
+) -> list[float]:
+    """Return the milliseconds of calls after a warm-up, as latency.py measures them."""
+    runtime = open_runtime(program.path, num_threads)
+
+    def call() -> None:
+        runtime.infer(next(batches))
+
+    return time_calls(call, NUM_WARM_UP_CALLS + num_calls)[NUM_WARM_UP_CALLS:]

@@ -1,0 +1,51 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import write_tiny_checkpoint
+
+from training.recipe.config import config_to_json
+from training.recipe.recipes import digits_recipe
+from training.studies.side_by_side_study import SideBySideConfig, SideBySideError, main, table_of
+
+
+def write_run(folder: Path, top1: list[float], weights: str | None, **changes: object) -> Path:
+    write_tiny_checkpoint(folder / "checkpoint")
+    record = json.loads((folder / "checkpoint" / "checkpoint.json").read_text())
+    config = replace(digits_recipe("tiny"), weights=weights)
+    record |= {"train_config": config_to_json(config), **changes}
+    (folder / "checkpoint" / "checkpoint.json").write_text(json.dumps(record))
+    lines = [{"epoch": i, "top1": t, "elapsed_s": 10.0 * i} for i, t in enumerate(top1, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_runs_stand_beside_each_other_epoch_by_epoch_and_in_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- fine-tuning: by a command -->\n<!-- /fine-tuning -->\n")
+    tuned = write_run(tmp_path / "tuned", [0.5, 0.75], "package:lite0")
+    scratch = write_run(tmp_path / "scratch", [0.25, 0.3, 0.35], None)
+    found = main(SideBySideConfig((tuned, scratch), publish=True, readme=readme))
+    assert [curve.start for curve in found.curves] == ["package:lite0", None]
+    assert table_of(found).rows == (
+        ("1", "50.0 % (10 s)", "25.0 % (10 s)"),
+        ("2", "75.0 % (20 s)", "30.0 % (20 s)"),
+        ("3", "-", "35.0 % (30 s)"),
+    )
+    assert "tuned: package:lite0, learning rate" in readme.read_text()
+    assert len(list(tmp_path.glob("reports/published/*/fine-tuning-tiny-digits.json"))) == 1
+
+
+def test_runs_on_other_images_are_not_compared(tmp_path: Path):
+    runs = (
+        write_run(tmp_path / "a", [0.5], None),
+        write_run(tmp_path / "b", [0.5], None, data="sample-photos"),
+    )
+    with pytest.raises(SideBySideError, match="the runs differ in data"):
+        main(SideBySideConfig(runs))
+    with pytest.raises(ValueError, match="1 runs are named, expected at least two"):
+        SideBySideConfig(runs[:1])

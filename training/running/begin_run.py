@@ -1,0 +1,279 @@
+"""A recipe or a run to go on with -> its first step: data, plan and state, then the Trainer."""
+
+import logging
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from efficientnet.command import PROJECT_LOGGERS
+from efficientnet.formats.checkpoint import CheckpointError, read_checkpoint
+from efficientnet.machine.locking import LockedError, locked_folder
+from training.batches.sampler import StepPlan
+from training.inputs.initial_weights import load_start, log_start
+from training.inputs.training_data import load_training_data
+from training.learning.distributed import (
+    Ranks,
+    from_main,
+    join_ranks,
+    leave_ranks,
+    local_world_size,
+    may_be_restarted,
+)
+from training.learning.memory import (
+    USABLE_SHARE,
+    device_memory_bytes,
+    plan_micro_batches,
+    require_batch_norm_fits,
+)
+from training.learning.state import TrainState, new_state
+from training.recipe.config import (
+    TrainConfig,
+    changed_values,
+    config_from_json,
+    config_to_json,
+    flat_values,
+)
+from training.recipe.stages import Stage, plan_stages
+from training.running.command_line import ResumeConfig
+from training.running.run_folder import (
+    CHECKPOINT,
+    Run,
+    SavedRun,
+    is_complete,
+    read_run,
+    run_of,
+)
+from training.running.trainer import Trainer, device_name
+
+# Of the steps; and the weight of the initial batch norm statistics after the last step.
+MAX_WARMUP_SHARE, MAX_INITIAL_SHARE = 0.5, 0.01
+
+log = logging.getLogger(__name__)
+
+
+def main(command: TrainConfig | ResumeConfig) -> Path | None:
+    """Train, or go on training; return the checkpoint's directory, in rank 0.
+
+    Raises:
+        DatasetError: the data cannot be used.
+        CheckpointError: there is nothing to resume, or it is another run.
+        LockedError: another process trains this run.
+        WeightsError: what to start from cannot be used.
+        BatchTooLargeError: a stage does not fit the device.
+        TrainingError: the loss is not finite.
+        KeyboardInterrupt: Ctrl-C, after what was reached has been saved.
+    """
+    ranks = join_ranks()
+    try:
+        if not ranks.is_main:
+            for name in PROJECT_LOGGERS:
+                logging.getLogger(name).setLevel(logging.ERROR)
+        checkpoint = train(command, ranks)
+        return checkpoint if ranks.is_main else None
+    finally:
+        leave_ranks()
+
+
+def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
+    """Train as one of the processes; return the checkpoint's directory."""
+    if isinstance(command, TrainConfig):
+        command.require_stages_fit()
+    directory = directory_of(command)
+    with _kept_from_others(directory, ranks):
+        return _train_in(directory, command, ranks)
+
+
+@contextmanager
+def _kept_from_others(directory: Path, ranks: Ranks) -> Generator[None]:
+    # Rank 0 holds the lock, and the others end with it if it cannot.
+    with ExitStack() as stack:
+        problem: Exception | None = None
+        if ranks.is_main:
+            try:
+                stack.enter_context(locked_folder(directory))
+            except (LockedError, OSError) as error:
+                problem = error
+        problem = from_main(problem)
+        if problem is not None:
+            raise problem
+        yield
+
+
+def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
+    saved = find_run(command, directory)
+    if isinstance(command, TrainConfig) and from_main(is_complete(directory)):
+        record = read_checkpoint(directory / CHECKPOINT)
+        require_same_recipe(command, config_from_json(record.train_config), directory)
+        log.info("%s is complete: nothing to train", directory)
+        return directory / CHECKPOINT
+    start = None
+    if saved:
+        config, preprocess, network = saved.config, saved.record.preprocess, saved.record.network
+        if isinstance(command, TrainConfig):
+            config = require_same_recipe(command, config, directory)
+        elif command.config is not None:
+            config = require_same_run(command.config, config, directory)
+        log.info("go on with %s at step %d", directory, saved.record.step)
+    else:
+        assert isinstance(command, TrainConfig)
+        config = command
+        start = load_start(config)
+        preprocess = config.preprocess_spec(start.preprocess if start else None)
+        network = config.network_options(start.network if start else None)
+    stages = plan_stages(config.progressive, config.seed)
+    require_batch_norm_fits(config, stages, ranks.world_size)
+
+    dataset = load_training_data(config, ranks, saved.left_out if saved else None)
+    # After what can be wrong with the data, so that an error is not the 46th line.
+    log_recipe(config)
+    run = Run(directory, config, dataset, preprocess, network)
+    if saved:
+        saved.require_dataset(run)
+    num_classes = len(dataset.class_names)
+    if saved and saved.state["world_size"] == ranks.world_size:
+        sizes = tuple(saved.state["micro_batch_sizes"])
+    else:
+        limit = USABLE_SHARE * device_memory_bytes(ranks.device)
+        # On the CPU the processes of a machine share its memory.
+        limit /= 1 if ranks.device.type == "cuda" else local_world_size()
+        sizes = from_main(
+            plan_micro_batches(config, network, num_classes, stages, ranks.world_size, limit)
+        )
+    plan = StepPlan(len(dataset.train), config, sizes, ranks.world_size)
+    if start:
+        log_start(start, num_classes)
+    state = new_state(config, network, num_classes, ranks.device, start.tensors if start else None)
+    if saved:
+        state.load_dict(saved.state)
+    state.micro_batch_sizes, state.world_size = plan.micro_batch_sizes, plan.world_size
+    log_plan(run, stages, plan, state)
+    Trainer(run, state, ranks, plan, stages).fit()
+    return run.checkpoint
+
+
+def directory_of(command: TrainConfig | ResumeConfig) -> Path:
+    """Return the directory of the run that is begun or gone on with.
+
+    Raises:
+        ValueError: torchrun may start the processes again, and the run could not be found then.
+        CheckpointError: there is no run to go on with.
+    """
+    if isinstance(command, ResumeConfig):
+        directory, checkpoint = run_of(command.resume)
+        if not checkpoint.is_dir():
+            read_run(command.resume)  # It says what is missing.
+        if may_be_restarted() and command.resume.resolve() != directory.resolve():
+            raise ValueError(
+                f"torchrun --max-restarts would go back to {command.resume} at each restart; start "
+                f"it without, or give the run, --resume {directory}"
+            )
+        return directory
+    if command.name is None:
+        if may_be_restarted():
+            raise ValueError(
+                "torchrun --max-restarts starts the processes again, which must find their run: "
+                "give it a name with --name"
+            )
+        stamp = from_main(datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
+        return command.output / f"{command.variant}-{stamp}"
+    return command.output / command.name
+
+
+def find_run(command: TrainConfig | ResumeConfig, directory: Path) -> SavedRun | None:
+    """Return what a run was saved with; None if it has not been begun.
+
+    Raises:
+        CheckpointError: see read_run.
+    """
+    if isinstance(command, ResumeConfig):
+        return read_run(command.resume, command.variant)
+    # Rank 0 decides: another process may look while it already writes.
+    is_begun = from_main((directory / CHECKPOINT).is_symlink() and not is_complete(directory))
+    return read_run(directory, command.variant) if is_begun else None
+
+
+def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path) -> TrainConfig:
+    """Return the recipe to go on with.
+
+    Raises:
+        CheckpointError: the run of this name was begun with other values.
+    """
+    if changes := changed_values(config_to_json(begun), config_to_json(asked)):
+        raise CheckpointError(
+            f"{directory} was begun with {'; '.join(changes)}: give the same values, or begin "
+            "another run by another --name"
+        )
+    return asked
+
+
+def require_same_run(asked: TrainConfig, begun: TrainConfig, directory: Path) -> TrainConfig:
+    """Return the recipe to go on with where --resume and other flags are given.
+
+    Data may be elsewhere now: its images are compared with the run's by their names and labels.
+
+    Raises:
+        CheckpointError: the run was begun with other values, or is not where they say.
+    """
+    moved = replace(begun, data=asked.data, data_folder=asked.data_folder)
+    if asked.name == directory.name:
+        moved = replace(moved, name=asked.name)
+    if asked.output != begun.output and asked.output.resolve() != directory.resolve().parent:
+        raise CheckpointError(f"{directory} is not in --output {asked.output}: leave that out")
+    return require_same_recipe(asked, moved, directory)
+
+
+def log_recipe(config: TrainConfig) -> None:
+    """Print every value that decides the run."""
+    reason = f", for {config.recipe_reason}" if config.recipe_reason else ""
+    log.info("recipe %s of %s%s", config.recipe, config.variant, reason)
+    for name, value in flat_values(config_to_json(config)).items():
+        log.info("  %-36s %s", name, value)
+
+
+def misfits(plan: StepPlan) -> list[str]:
+    """Tell which values of a recipe are made for more steps than the run has."""
+    config, said = plan.config, list[str]()
+    warmup_steps = config.optimizer.warmup_epochs * plan.steps_per_epoch
+    if warmup_steps > MAX_WARMUP_SHARE * plan.num_steps:
+        said.append(
+            f"optimizer.warmup_epochs {config.optimizer.warmup_epochs:g} is more than half of the "
+            f"{plan.num_steps} steps: the learning rate hardly falls again"
+        )
+    if (1 - config.batch_norm_momentum) ** plan.num_steps > MAX_INITIAL_SHARE:
+        said.append(
+            f"batch_norm_momentum {config.batch_norm_momentum:g} is small for {plan.num_steps} "
+            "steps: the statistics that are deployed still hold the initial ones"
+        )
+    return said
+
+
+def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainState) -> None:
+    """Print what is trained on, and what each stage makes of the recipe."""
+    log.info("  stage  image size  RandAugment  Mixup  CutMix  dropout   steps  passes x images")
+    for stage in stages:
+        micro_batch_size = plan.micro_batch_sizes[stage.index]
+        log.info(
+            "  %5d  %7d px  %11.2f  %5.3f  %6.3f  %7.3f  %6d  %6d x %d",
+            stage.index + 1,
+            stage.image_size,
+            stage.randaugment_magnitude,
+            stage.mixup_alpha,
+            stage.cutmix_alpha,
+            stage.dropout_rate,
+            plan.num_steps_of_stage(stage.index),
+            run.config.batch_size // micro_batch_size,
+            micro_batch_size,
+        )
+    log.info(
+        "%d training and %d held-out images of %d classes, %d steps per epoch, on %s%s",
+        len(run.dataset.train),
+        len(run.dataset.val),
+        len(run.dataset.class_names),
+        plan.steps_per_epoch,
+        f"{plan.world_size} processes, each on " if plan.world_size > 1 else "",
+        device_name(state.device),
+    )
+    for misfit in misfits(plan):
+        log.warning("%s; --recipe small follows from the number of images", misfit)

@@ -1,0 +1,54 @@
+"""What can be set when the loaders are compared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from training.recipe.config import MAX_RANDAUGMENT_MAGNITUDE
+
+
+@dataclass(frozen=True)
+class LoaderSpeedConfig:
+    """Settings of the comparison."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of JPEG images, with folders in it or without."""
+
+    image_sizes: tuple[int, ...] = (128, 224, 300)
+    """Height and width of the batches, pixels."""
+
+    num_workers: int = 2
+    """Processes of each loader."""
+
+    batch_size: int = 32
+
+    rounds: int = 5
+    """Turns of each loader at each size."""
+
+    passes: int = 4
+    """Over the images in each turn, after one that does not count."""
+
+    magnitude: int = 10
+    """Of RandAugment, 3..30."""
+
+    output: Path = Path("reports/loader.json")
+    """File that is written."""
+
+    publish: bool = False
+    """Also write it to reports/published/<date>-<device>/, and the table into the README."""
+
+    readme: Path = Path("README.md")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        for name in ("num_workers", "batch_size", "rounds", "passes"):
+            if getattr(self, name) < 1:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is {getattr(self, name)}, expected at least 1")
+        if not self.image_sizes or min(self.image_sizes) < 16:
+            raise ValueError(f"--image-sizes is {self.image_sizes}, expected sizes from 16 px on")
+        if not 3 <= self.magnitude <= MAX_RANDAUGMENT_MAGNITUDE:
+            raise ValueError(
+                f"--magnitude is {self.magnitude}, expected 3 to {MAX_RANDAUGMENT_MAGNITUDE:g}"
+            )

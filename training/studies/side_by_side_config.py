@@ -1,0 +1,24 @@
+"""What can be set when runs are compared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class SideBySideConfig:
+    """What is compared."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of complete runs of one variant on the same images."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and the table into the README."""
+
+    readme: Path = Path("README.md")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if len(self.runs) < 2:
+            raise ValueError(f"{len(self.runs)} runs are named, expected at least two")
