@@ -8,7 +8,7 @@ OTHER_ORT := $(if $(filter gpu,$(HARDWARE)),onnxruntime,onnxruntime-gpu)
 EXTRAS := train,export,serve,dev,rtx,weights,$(HARDWARE)
 INSTALLED := .venv/.installed-$(HARDWARE)
 NATIVE := efficientnet/runtimes/native
-ENGINE := .venv/.native-engine
+ENGINE := $(NATIVE)/_engine.so
 RUN := .venv/bin/python
 LITE0 := artifacts/lite0/default/manifest.json
 # The two photographs that come with scikit-learn.
@@ -28,7 +28,7 @@ help:  ## list the targets
 
 setup: $(INSTALLED) $(ENGINE)  ## make .venv with everything installed; nothing when it is up to date
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: $$($(PYTHON) --version) is too old, 3.11 or newer is needed:" \
 	       "make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -40,13 +40,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@rm -f .venv/.installed-*
 	@touch $@
 
-# Without a C++ compiler all else is installed, and the native engine's export says what is missing.
-$(ENGINE): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h $(NATIVE)/build.py) | $(INSTALLED)
-	-$(RUN) -m efficientnet.runtimes.native.build
-	@touch $@
+# Without a compiler the native engine is left out, and its export says so.
+$(ENGINE): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py | $(INSTALLED)
+	-$(RUN) $(NATIVE)/build.py
 
-wheel: setup  ## make dist/*.whl with the native engine compiled for every instruction set
-	$(RUN) -m efficientnet.runtimes.native.build
+wheel: setup  ## make dist/*.whl, with the native engine in it for machines without a compiler
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 demo: setup  ## the whole road on handwritten digits: train, export, measure, report, serve

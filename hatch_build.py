@@ -1,4 +1,4 @@
-"""hatchling's build hook: the native engine is compiled where there is a C++ compiler."""
+"""Compiles the native engine when the package is installed or made a wheel; see [tool.hatch]."""
 
 import importlib.util
 import sysconfig
@@ -7,15 +7,19 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-BUILD = "efficientnet/runtimes/native/build.py"
+NATIVE = "efficientnet/runtimes/native"
 
 
-class NativeEngineHook(BuildHookInterface):
-    """Puts the engine's library into the wheel, which is then for this platform alone."""
+class EngineBuildHook(BuildHookInterface):
+    """Puts _engine.so beside its sources, where both an editable install and a wheel find it."""
+
+    PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile; where that fails the package is made without, and the export says so."""
-        spec = importlib.util.spec_from_file_location("native_build", Path(self.root) / BUILD)
+        """Build the engine; without a compiler the installation goes on without it."""
+        # By its path: the package is not installed yet, nor is what it imports.
+        path = Path(self.root) / NATIVE / "build.py"
+        spec = importlib.util.spec_from_file_location("engine_build", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -24,10 +28,8 @@ class NativeEngineHook(BuildHookInterface):
         except module.BuildError as error:
             self.app.display_warning(f"the native engine is left out: {error}")
             return
-        if version == "editable":
-            return
-        # Of Python it uses ctypes alone: one wheel for all versions.
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{platform}"
-        build_data["artifacts"].append(str(library.relative_to(self.root)))
+        if version != "editable":
+            build_data["force_include"][str(library)] = f"{NATIVE}/{library.name}"
+            build_data["pure_python"] = False
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["tag"] = f"py3-none-{platform}"

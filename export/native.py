@@ -7,7 +7,7 @@ python export/native.py --checkpoint runs/v2-s-20261122T101500Z/checkpoint --siz
 from efficientnet.command import late, parse_flags, run_command
 from export.inputs.config import NativeConfig
 
-main = late("export.builders.native_builder", "export_native")
+main = late("export.builders.native_builder")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(NativeConfig, __doc__), main)

@@ -33,6 +33,7 @@ from export.graphs.quantization import ONNXRUNTIME, insert_quantization
 from export.inputs.config import ExportConfig, NativeConfig
 from export.inputs.reference import load_source
 from perf import layers
+from perf.measurements.config import LayersConfig
 
 pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
 
@@ -233,12 +234,12 @@ def test_without_fast_kernels_both_export_and_artifact_are_refused_but_for_refer
 
 def test_the_times_of_layers_have_the_names_of_modules(fitted_checkpoint: Path, tmp_path: Path):
     artifact = native.main(config(fitted_checkpoint, tmp_path / "a", "bf16"))
-    (program,) = layers.main(layers.LayersConfig((artifact,), calls=2)).programs
+    (program,) = layers.main(LayersConfig((artifact,), calls=2)).programs
     counted = sum(layer.operations for layer in program.layers)
     assert counted == read_artifact(artifact).flops_per_image
     assert {"squeeze-excite", "classifier"} <= {layer.kind for layer in program.layers}
     with pytest.raises(ValueError, match="--batch-size 1"):
-        layers.main(layers.LayersConfig((artifact,), calls=2, batch_size=2))
+        layers.main(LayersConfig((artifact,), calls=2, batch_size=2))
 
 
 def _view(made: Made) -> Any:

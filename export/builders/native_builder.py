@@ -33,7 +33,7 @@ PROGRAM_FILE = "model.native"
 log = logging.getLogger(__name__)
 
 
-def export_native(config: NativeConfig) -> Path:
+def main(config: NativeConfig) -> Path:
     """Export, check and write the artifact; return its directory.
 
     Raises:

@@ -34,6 +34,9 @@ COMMON_FLAGS = [
     "-ffp-contract=off",
 ]
 
+# The C++ library goes inside: images for serving may have none.
+LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
+
 # Source -> what its kernels may use beyond the processor's oldest instructions; only on x86-64.
 X86_KERNELS = {
     "amx.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mavx512bf16 "
@@ -80,6 +83,7 @@ def build(library: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
     stamp = _stamp(compiler, flags)
     stamp_file = library.with_suffix(".stamp")
     if library.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
+        library.touch()  # make compares times
         return library
     units = [path for path in sources() if path.suffix == ".cpp"]
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -95,7 +99,7 @@ def build(library: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
             for _ in pool.map(compile_one, units, objects):
                 pass
         linked = Path(temporary) / library.name
-        _run([compiler, *flags, "-shared", *map(str, objects), "-o", str(linked)])
+        _run([compiler, *flags, *LINK_FLAGS, "-shared", *map(str, objects), "-o", str(linked)])
         # Beside the library first: a rename within a file system is never seen half done.
         staged = library.with_name(f".{library.name}.{os.getpid()}")
         shutil.copyfile(linked, staged)
@@ -106,7 +110,7 @@ def build(library: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
 
 def _stamp(compiler: str, flags: list[str]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(repr((version, flags, X86_KERNELS, platform.machine())).encode())
+    digest = hashlib.sha256(repr((version, flags, LINK_FLAGS, X86_KERNELS, platform.machine())).encode())
     for path in sources():
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

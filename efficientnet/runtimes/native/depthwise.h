@@ -45,7 +45,7 @@ static void depthwise_group(const Packed& p, int group, const uint8_t* from, int
   const uint8_t* weights = p.weights + size_t(group) * p.group_bytes;
   const int32_t* bias = reinterpret_cast<const int32_t*>(p.bias) + group * GROUP;
   const int width = target.width, columns = table.columns;
-  const bool has_table = p.layer->activation != NONE;
+  const bool is_active = p.layer->activation != NONE;
   for (int i = 0; i < 64; i++) totals[i] = 0;
   for (int y = 0; y < rows; y += OUT_ROWS) {
     const int count = rows - y < OUT_ROWS ? rows - y : OUT_ROWS;
@@ -77,7 +77,7 @@ static void depthwise_group(const Packed& p, int group, const uint8_t* from, int
             if (r >= count) break;
             const F s0 = Lanes::loadf(scales), s1 = Lanes::loadf(scales + 16), s2 = Lanes::loadf(scales + 32), s3 = Lanes::loadf(scales + 48);
             const V* v = sums[r];
-            const V q = has_table ? table.finish(v[0], v[1], v[2], v[3], s0, s1, s2, s3, Lanes::zero())
+            const V q = is_active ? table.finish(v[0], v[1], v[2], v[3], s0, s1, s2, s3, Lanes::zero())
                                   : line.finish(v[0], v[1], v[2], v[3], s0, s1, s2, s3, Lanes::zero());
             Lanes::store(out + r * out_row, mask, q);
             low_sum = Lanes::add16(low_sum, Lanes::low8(q, Lanes::zero()));

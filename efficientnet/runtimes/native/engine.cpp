@@ -272,4 +272,7 @@ void engine_info(engine* self, int info[8]) {
 
 const char* engine_level(engine* self) { return self->kernels.name; }
 
-void engine_close(engine* self) { delete self; }
+// In a forked child the threads are missing that a destructor would wait for: the memory is left to the child's end.
+void engine_close(engine* self) {
+  if (self && getpid() == self->process) delete self;
+}

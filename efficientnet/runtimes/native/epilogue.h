@@ -5,7 +5,11 @@
 // group of 32 channels is two tiles of 16, tile t's lane 4 l + i is channel 8 l + 4 t + i (two pixels side by side fill 64 bytes, and one
 // permute parts them); a depthwise group of 64 is four tiles, tile t's lane 4 l + i is channel 16 l + 4 t + i.
 
-enum Mode { TABLE, LINE, RESIDUAL, SUMS };  // activation; none; none and residual; activation, and only the sums over pixels are kept
+// What follows a sum: an activation (or none), a residual (or none); or an activation of which only the sums over pixels are kept.
+enum Mode { LINE, TABLE, LINE_RESIDUAL, TABLE_RESIDUAL, SUMS };
+
+constexpr bool has_table(int mode) { return mode == TABLE || mode == TABLE_RESIDUAL || mode == SUMS; }
+constexpr bool has_residual(int mode) { return mode == LINE_RESIDUAL || mode == TABLE_RESIDUAL; }
 
 // Walks over the pixels of an output map (and of a residual) in rows of `width`.
 struct Target {
@@ -41,22 +45,23 @@ struct Epilogue {
   int32_t* totals;  // SUMS: of 32 channels
 
   Epilogue(const Packed& p, int first_channel, void* channel_totals)
-      : scales(p.scales + first_channel), table(MODE == TABLE || MODE == SUMS ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
+      : scales(p.scales + first_channel), table(has_table(MODE) && p.table ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
         offset(Lanes::set16(p.layer->output_offset)), multiplier(Lanes::set16(p.layer->residual_multiplier)),
         columns(p.outputs - first_channel), totals(static_cast<int32_t*>(channel_totals)) {}
 
   inline __attribute__((always_inline)) V line(V x, V residual8) const {
-    if (MODE == RESIDUAL) x = Lanes::adds16(x, Lanes::mulhrs16(Lanes::half16(residual8), multiplier));
+    if (has_residual(MODE)) x = Lanes::adds16(x, Lanes::mulhrs16(Lanes::half16(residual8), multiplier));
     return Lanes::adds16(x, offset);
   }
 
   // Four registers of sums, their scales and residual -> bytes.
   inline __attribute__((always_inline)) V finish(V a, V b, V c, V d, F sa, F sb, F sc, F sd, V residual) const {
     V x = Lanes::pack32(Lanes::scaled(a, sa), Lanes::scaled(b, sb)), y = Lanes::pack32(Lanes::scaled(c, sc), Lanes::scaled(d, sd));
-    if (MODE == TABLE || MODE == SUMS) {
+    if (has_table(MODE)) {
       x = table.at(x);
       y = table.at(y);
-    } else {
+    }
+    if (!has_table(MODE) || has_residual(MODE)) {
       // A byte in the upper half of 16 bits is 256 times its value; half of that is what the multiplier wants.
       x = line(x, Lanes::low8(Lanes::zero(), residual));
       y = line(y, Lanes::high8(Lanes::zero(), residual));
@@ -73,7 +78,7 @@ struct Epilogue {
       const float* second_scales = IS_WIDE ? scales : scales + 8;
       Target u = t;
       if (IS_WIDE && has_two) u.next();
-      const V r = MODE == RESIDUAL ? Lanes::load_pair(t.residual, u.residual, mask) : Lanes::zero();
+      const V r = has_residual(MODE) ? Lanes::load_pair(t.residual, u.residual, mask) : Lanes::zero();
       const V q = finish(Lanes::load(sums), Lanes::load(sums + 16), Lanes::load(second), Lanes::load(second + 16), Lanes::loadf(scales),
                          Lanes::loadf(scales + 16), Lanes::loadf(second_scales), Lanes::loadf(second_scales + 16), r);
       if (MODE == SUMS) {
@@ -121,8 +126,8 @@ struct FloatEpilogue {
     for (int i = 0; i < (has_two ? 2 : 1); i++, sums += 32) {
       for (int c = 0; c < 32; c += Lanes::WORDS) {
         Lanes::F v = Lanes::loadf(reinterpret_cast<const float*>(sums) + c);
-        if (MODE == TABLE || MODE == SUMS) v = activated(v, activation);
-        if (MODE == RESIDUAL) v = Lanes::addf(v, Lanes::widen(t.residual + c * 2));
+        if (has_table(MODE)) v = activated(v, activation);
+        if (has_residual(MODE)) v = Lanes::addf(v, Lanes::widen(t.residual + c * 2));
         if (MODE == SUMS) Lanes::storef(totals + c, Lanes::addf(Lanes::loadf(totals + c), v));
         else Lanes::narrow(t.out + c * 2, columns - c, v);
       }

@@ -64,10 +64,10 @@ static inline float dot16(const uint16_t* weights, const float* values, int coun
   return sums[0];
 }
 
-// Output byte of a u8 convolution: its sum scaled to 16 bits, then by table or line.
-static inline uint8_t by_table(int32_t x, const int16_t* table, int fraction_bits) {
+// The piecewise linear activation of 16 bits.
+static inline int32_t by_table(int32_t x, const int16_t* table) {
   const int i = (x >> 10) & 63;
-  return sat8(adds(mulhrs(x, table[i]), table[64 + i]) >> fraction_bits);
+  return adds(mulhrs(x, table[i]), table[64 + i]);
 }
 
 }  // namespace native

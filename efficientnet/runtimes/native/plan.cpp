@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace native {
@@ -19,6 +21,15 @@ size_t padded(size_t bytes) {
 
 }  // namespace
 
+#ifdef __SANITIZE_ADDRESS__
+// From the allocator whose ends are watched.
+Memory::Memory(size_t bytes) : data_(static_cast<uint8_t*>(aligned_alloc(4096, (bytes + 4096) / 4096 * 4096))), bytes_(bytes) {
+  if (!data_) throw std::bad_alloc();
+  memset(data_, 0, bytes);
+}
+
+Memory::~Memory() { free(data_); }
+#else
 Memory::Memory(size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
   void* data = mmap(nullptr, bytes_ ? bytes_ : 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
@@ -32,6 +43,7 @@ Memory::Memory(size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
 Memory::~Memory() {
   if (data_) munmap(data_, bytes_ ? bytes_ : 4096);
 }
+#endif
 
 Memory::Memory(Memory&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
 
@@ -94,7 +106,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
     Step step;
     step.program = &program;
     if (layer->input >= 0) step.in = maps[size_t(layer->input)];
-    const bool has_next = fuses && feeds_next(i);
+    const bool has_next = fuses && feeds_next(i) && layer->residual == -1;
     if (has_next && is_pointwise(*layer) && layer->activation != NONE && layers[i + 1].kind == DEPTHWISE) {
       step.expand.layer = layer;
       layer = &layers[++i];
@@ -117,7 +129,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
     if (fuses && i + 1 < layers.size() && feeds_next(i)) {
       const Kind next = Kind(layers[i + 1].kind);
       step.keeps_sums = (step.kind == DEPTHWISE && next == SQUEEZE_EXCITE) ||
-                        (is_pointwise(*layer) && layer->activation != NONE && next == CLASSIFIER && step.in.is_contiguous());
+                        (is_pointwise(*layer) && layer->activation != NONE && !step.has_residual && next == CLASSIFIER && step.in.is_contiguous());
     }
     if (step.kind == SQUEEZE_EXCITE || step.kind == CLASSIFIER) {
       step.phases = step.kind == SQUEEZE_EXCITE ? 3 : 2;

@@ -48,11 +48,11 @@ void run_input(const Step& step, const Call& call) {
 
 uint8_t finish(const Step& step, int32_t sum, float scale, const uint8_t* residual, int n) {
   const Layer& l = *step.main;
-  const int32_t x = sat16(rint32(float(sum) * scale));
-  if (l.activation != NONE) return by_table(x, step.program->blob<int16_t>(l.table), l.fraction_bits);
-  int32_t y = x;
+  int32_t y = sat16(rint32(float(sum) * scale));
+  if (l.activation != NONE) y = by_table(y, step.program->blob<int16_t>(l.table));
   if (residual) y = adds(y, mulhrs(residual[n] << 7, l.residual_multiplier));
-  return sat8(adds(y, l.output_offset) >> l.fraction_bits);
+  if (l.activation == NONE || residual) y = adds(y, l.output_offset);
+  return sat8(y >> l.fraction_bits);
 }
 
 void run_convolution(const Step& step, const Call& call) {

@@ -185,6 +185,9 @@ void Program::check_layer(int index, std::vector<char>& is_written) const {
   if (l.kind == CONVERT ? in.type == out.type : in.type != out.type)
     fail_layer(index, "has types of input and output that do not fit its kind");
   if (l.kind != CONV && l.residual != -1) fail_layer(index, "has a residual, which convolutions alone have");
+  // Their means are sums of bytes in 32 bits.
+  if ((l.kind == SQUEEZE_EXCITE || l.kind == CLASSIFIER) && int64_t(in.height) * in.width > (1 << 22))
+    fail_layer(index, "takes the mean of more than 4194304 pixels");
   const uint64_t inputs = uint64_t(in.channels), outputs = uint64_t(out.channels), squeeze = uint64_t(l.squeeze_channels);
   auto same_shape = [&](const Tensor& other) {
     return other.height == out.height && other.width == out.width && other.channels == out.channels;
@@ -213,8 +216,7 @@ void Program::check_layer(int index, std::vector<char>& is_written) const {
       check_array(index, "bias", l.bias, outputs * 4);
       if (l.residual != -1) {
         const Tensor& residual = tensors[size_t(l.residual)];
-        if (l.activation != NONE || residual.type != out.type || !same_shape(residual))
-          fail_layer(index, "adds a residual of another shape or type, or after an activation");
+        if (residual.type != out.type || !same_shape(residual)) fail_layer(index, "adds a residual of another shape or type");
       }
       if (!is_u8) break;
       check_array(index, "scales", l.scales, outputs * 4);
