@@ -37,20 +37,28 @@ static void pack_conv(const Layer& l, const Map& in, int outputs, const uint8_t*
   const int pixel = in.channels * (in.is_bf16 ? 2 : 1), blocks = (row_bytes_of(l, in) + 63) / 64;
   const int64_t filter = int64_t(l.kernel) * l.kernel * pixel;
   for (int g = 0; g < groups_of(l, outputs); g++, to += conv_group_bytes(l, in))
-    for (int tile = 0; tile < 2; tile++)
+    for (int tile = 0; tile < 2; tile++) {
+      const uint8_t* filters[16];
       for (int lane = 0; lane < 16; lane++) {
         const int n = g * CONV_GROUP + conv_channel(tile, lane, in.is_bf16);
-        if (n >= outputs) continue;
-        const uint8_t* source = from + n * filter;
-        for (int ky = 0; ky < l.kernel; ky++) {
-          uint8_t* row = to + int64_t(ky) * blocks * 2048 + tile * 1024 + lane * 4;
-          for (int kx = 0; kx < l.kernel; kx++, source += pixel) {
-            int at = kx * int(in.pixel_bytes), done = 0;
-            for (; done + 4 <= pixel; done += 4, at += 4) __builtin_memcpy(row + int64_t(at / 64) * 2048 + at % 64 * 16, source + done, 4);
-            for (; done < pixel; done++, at++) row[int64_t(at / 64) * 2048 + at / 4 % 16 * 64 + at % 4] = source[done];
-          }
-        }
+        filters[lane] = n < outputs ? from + n * filter : nullptr;
       }
+      for (int ky = 0; ky < l.kernel; ky++)
+        for (int kx = 0; kx < l.kernel; kx++) {
+          const int64_t source = int64_t(ky * l.kernel + kx) * pixel;
+          uint8_t* row = to + int64_t(ky) * blocks * 2048 + tile * 1024;
+          int at = kx * int(in.pixel_bytes), done = 0;
+          // Word by word: a tile's row of 64 bytes is written at once, and the filters are read side by side.
+          for (; done + 4 <= pixel; done += 4, at += 4) {
+            uint8_t* words = row + int64_t(at / 64) * 2048 + at % 64 * 16;
+            for (int lane = 0; lane < 16; lane++)
+              if (filters[lane]) __builtin_memcpy(words + lane * 4, filters[lane] + source + done, 4);
+          }
+          for (; done < pixel; done++, at++)
+            for (int lane = 0; lane < 16; lane++)
+              if (filters[lane]) row[int64_t(at / 64) * 2048 + at / 4 % 16 * 64 + lane * 4 + at % 4] = filters[lane][source + done];
+        }
+    }
 }
 
 static void pack_depthwise(const Layer& l, int channels, const int8_t* from, uint8_t* to) {
