@@ -12,10 +12,13 @@ from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import preprocess
 from efficientnet.measuring.null_runtime import NullRuntime
 from efficientnet.runtimes import Runtime, open_runtime
-from export import ov
-from export.inputs.config import OpenVinoConfig
+from efficientnet.runtimes.native.build import LIBRARY
+from export import native, ov
+from export.inputs.config import NativeConfig, OpenVinoConfig
 
-PROGRAMS = ["torch", "onnxruntime", "openvino"]
+NEEDS_ENGINE = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
+
+PROGRAMS = ["torch", "onnxruntime", "openvino", pytest.param("native", marks=NEEDS_ENGINE)]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,11 @@ def programs(
     exported = ov.main(
         OpenVinoConfig(tiny_checkpoint, tmp_path_factory.mktemp("openvino") / "artifact")
     )
-    return {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": exported}
+    found = {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": exported}
+    if LIBRARY.is_file():
+        output = tmp_path_factory.mktemp("native") / "artifact"
+        found["native"] = native.main(NativeConfig(tiny_checkpoint, output, reference=True))
+    return found
 
 
 @pytest.fixture(params=PROGRAMS)
