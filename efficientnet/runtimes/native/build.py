@@ -110,7 +110,9 @@ def build(library: Path = LIBRARY, extra_flags: tuple[str, ...] = ()) -> Path:
 
 def _stamp(compiler: str, flags: list[str]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(repr((version, flags, LINK_FLAGS, X86_KERNELS, platform.machine())).encode())
+    digest = hashlib.sha256(
+        repr((version, flags, LINK_FLAGS, X86_KERNELS, platform.machine())).encode()
+    )
     for path in sources():
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
