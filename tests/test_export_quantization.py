@@ -24,12 +24,8 @@ from efficientnet.formats.artifact import (
 from efficientnet.images.datasets import Dataset, load_dataset
 from efficientnet.network.model import ConvNormAct, ReLU6, ResidualBlock
 from efficientnet.network.variants import VARIANTS
-<<<<<<< HEAD
 from export import ort
-from export.builders.openvino_builder import pattern_of
-=======
 from export.builders.openvino_builder import pattern_of, quantize, read_fused
->>>>>>> imagenet
 from export.checks import sensitivity
 from export.checks.agreement import compare_logits, require_parity, tolerances_for
 from export.checks.gate import (
@@ -54,11 +50,7 @@ from export.graphs.calibration import (
 from export.graphs.folding import count_ops, export_onnx, fold_batch_norm, is_within
 from export.graphs.precision import graph_of, typed_graph
 from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_quantize
-<<<<<<< HEAD
-from export.inputs.config import ExportConfig, OrtConfig
-=======
-from export.inputs.config import ExportConfig, OpenVinoConfig
->>>>>>> imagenet
+from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.reference import Source, load_source
 
 BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
