@@ -51,12 +51,12 @@ def describe(doc: str | None) -> str | None:
     return doc and re.sub(r"^ *(?=(python|curl|torchrun) )", "    ", doc, flags=re.MULTILINE)
 
 
-def late(module: str, name: str = "main") -> Callable[[Any], Any]:
-    """Return a function of a module that is imported when it is called.
+def late(module: str) -> Callable[[Any], Any]:
+    """Return the `main` of a module that is imported when it is called.
 
     So that --help and wrong flags are answered before torch is loaded.
     """
-    return lambda config: getattr(importlib.import_module(module), name)(config)
+    return lambda config: importlib.import_module(module).main(config)
 
 
 def run_command(

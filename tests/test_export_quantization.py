@@ -25,7 +25,7 @@ from efficientnet.images.datasets import Dataset, load_dataset
 from efficientnet.network.model import ConvNormAct, ReLU6, ResidualBlock
 from efficientnet.network.variants import VARIANTS
 from export import ort
-from export.builders.openvino_builder import pattern_of
+from export.builders.openvino_builder import pattern_of, quantize, read_fused
 from export.checks import sensitivity
 from export.checks.agreement import compare_logits, require_parity, tolerances_for
 from export.checks.gate import (
@@ -48,9 +48,9 @@ from export.graphs.calibration import (
     write_calibration,
 )
 from export.graphs.folding import count_ops, export_onnx, fold_batch_norm, is_within
-from export.graphs.precision import typed_graph
+from export.graphs.precision import graph_of, typed_graph
 from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_quantize
-from export.inputs.config import ExportConfig, OrtConfig
+from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.reference import Source, load_source
 
 BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
@@ -538,3 +538,24 @@ def test_a_clip_is_rounded_in_place_of_the_convolution_before_it():
     assert not {node.input[0] for node in clips} & set(tensors)
     names = {name for layers in layers_by_block(model).values() for name in layers}
     assert {node.output[0] for node in clips} <= names
+
+
+def test_two_photographs_choose_one_range_for_each_map_of_openvino(source: Source, tmp_path: Path):
+    photos = load_dataset("sample-photos", is_split=False)
+    dataset = Dataset(photos.source, source.record.class_names, (), photos.val)
+    record = source.record.model_copy(update={"data": "sample-photos"})
+    config = OpenVinoConfig(precision="int8", num_calibration_images=64)
+
+    def range_shapes(chosen: Source) -> set[tuple[int, ...]]:
+        fused = read_fused(graph_of(chosen))
+        model, _ = quantize(fused, chosen, config, (), tmp_path)
+        return {
+            tuple(op.input_value(1).get_shape())
+            for op in model.get_ops()
+            if op.get_type_name() == "FakeQuantize"
+            and op.input_value(0).get_node().get_type_name() != "Constant"
+        }
+
+    assert max(len(shape) for shape in range_shapes(source)) == 4
+    without_training = replace(source, dataset=dataset, record=record)
+    assert range_shapes(without_training) == {()}

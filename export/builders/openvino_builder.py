@@ -13,6 +13,7 @@ from typing import Any, get_args
 import nncf
 import onnx
 import openvino as ov
+from nncf.quantization.advanced_parameters import QuantizationParameters
 from nncf.quantization.range_estimator import (
     AggregatorType,
     RangeEstimatorParameters,
@@ -29,7 +30,13 @@ from efficientnet.runtimes.openvino_runtime import own_precision, require_capabi
 from export.builders.search import fastest_within_drop
 from export.builders.streams import choose_streams
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
-from export.graphs.calibration import METHOD, choose_samples, images_of, write_calibration
+from export.graphs.calibration import (
+    METHOD,
+    choose_samples,
+    has_two_photographs_only,
+    images_of,
+    write_calibration,
+)
 from export.graphs.folding import INPUT_NAME, OPSET, count_weight_bytes
 from export.graphs.precision import graph_of
 from export.inputs.config import Activations, OpenVinoConfig
@@ -55,6 +62,12 @@ BATCH_MEAN = RangeEstimatorParameters(
         statistics_type=StatisticsType.MAX, aggregator_type=AggregatorType.MEAN
     ),
 )
+
+# By itself NNCF gives each channel of a depthwise convolution's input a range of its own. Channels
+# that are quiet in crops of two photographs are cut off in all others: lite0 had 91 of 128
+# photographs of ImageNet right in place of 114, and with one range for the map 115 (mean squared
+# logit error, as a root, 0.74 and 0.11 deviations).
+ONE_RANGE = QuantizationParameters(per_channel=False)
 
 # With less than that left after a failed write, the disk is full.
 LEAST_FREE_BYTES = 1_000_000
@@ -194,6 +207,7 @@ def quantize(
             # Without VNNI two products are added up in 16 bits, where weights of 8 bits overflow.
             overflow_fix=nncf.OverflowFix.FIRST_LAYER if has_vnni() else nncf.OverflowFix.ENABLE,
             activations_range_estimator_params=BATCH_MEAN,
+            activations_quantization_params=ONE_RANGE if has_two_photographs_only(source) else None,
         ),
         ignored_scope=nncf.IgnoredScope(
             patterns=patterns,

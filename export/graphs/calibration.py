@@ -44,7 +44,7 @@ def choose_samples(source: Source, config: ExportConfig) -> list[Sample]:
         CalibrationError: there are fewer than --num-calibration-images.
     """
     train = source.dataset.train
-    if not train and source.record.data == SAMPLE_PHOTOS:
+    if has_two_photographs_only(source):
         log.info("calibration on crops of two photographs, as there are no training images")
         return list(sample_photos_to_calibrate(config.num_calibration_images))
     if len(train) < config.num_calibration_images:
@@ -54,6 +54,11 @@ def choose_samples(source: Source, config: ExportConfig) -> list[Sample]:
             f"--num-calibration-images (at least {MIN_CALIBRATION_IMAGES})"
         )
     return random.Random(config.seed).sample(list(train), config.num_calibration_images)
+
+
+def has_two_photographs_only(source: Source) -> bool:
+    """Whether ranges are chosen by crops of the sample photographs: weights trained elsewhere."""
+    return not source.dataset.train and source.record.data == SAMPLE_PHOTOS
 
 
 def images_of(source: Source, samples: Sequence[Sample]) -> Iterator[NDArray[np.float32]]:
