@@ -23,10 +23,18 @@ namespace {
   } while (0)
 
 struct Products {
+  // Blocks up to which the epilogue is done between the products of a block, too: at 3 blocks that takes 18 % off, at 15 it adds 4 %.
+  static constexpr int SHORT = 4;
+  static int steps(const Packed& p) {
+    const int blocks = p.layer->kernel * p.row_blocks;
+    return blocks <= SHORT ? 2 * blocks : blocks;
+  }
+
   template <bool IS_BF16, class Pending>
   static inline __attribute__((always_inline)) void compute(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count,
                                                             const uint8_t* weights, const int32_t* bias, int32_t* sums, Pending& pending) {
     const int kernel = p.layer->kernel, blocks = p.row_blocks;
+    const bool is_short = kernel * blocks <= SHORT;
     // A tile load with stride 0 is the same row sixteen times.
     _tile_loadd(0, bias, 0);
     _tile_loadd(1, bias + 16, 0);
@@ -41,6 +49,7 @@ struct Products {
           PRODUCT(0, 4, 6);
           _tile_loadd(7, weights + 1024, 64);
           PRODUCT(1, 4, 7);
+          if (is_short) pending.step();
           _tile_loadd(5, in + 16 * pixel, pixel);
           PRODUCT(2, 5, 6);
           PRODUCT(3, 5, 7);

@@ -1,4 +1,4 @@
-// AVX-512 VNNI with BF16: `vpdpbusd` and `vdpbf16ps` on 64 bytes (Intel from Cooper Lake, AMD from Zen 4).
+// AVX-512 VNNI with BF16 and VBMI: `vpdpbusd` and `vdpbf16ps` on 64 bytes (Intel from Sapphire Rapids, AMD from Zen 4).
 #include <immintrin.h>
 
 #include "kernels.h"

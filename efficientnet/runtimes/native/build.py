@@ -39,9 +39,9 @@ LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 
 # Source -> what its kernels may use beyond the processor's oldest instructions; only on x86-64.
 X86_KERNELS = {
-    "amx.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mavx512bf16 "
+    "amx.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vbmi -mavx512vnni -mavx512bf16 "
     "-mfma -mavx2 -mamx-tile -mamx-int8 -mamx-bf16",
-    "avx512_bf16.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mavx512bf16 "
+    "avx512_bf16.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vbmi -mavx512vnni -mavx512bf16 "
     "-mfma -mavx2",
     "avx512_vnni.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mfma -mavx2",
     "avx_vnni.cpp": "-mavx2 -mfma -mavxvnni",

@@ -22,7 +22,7 @@ static void conv_units(const Packed& p, int group, const Source& source, const T
   Pending<E> pending{epilogue, target, prefetch};
   const uint8_t* weights = p.weights + size_t(group) * p.group_bytes;
   const int32_t* bias = reinterpret_cast<const int32_t*>(p.bias) + group * CONV_GROUP;
-  const int steps = p.layer->kernel * p.row_blocks;
+  const int steps = Products::steps(p);
   int flip = 0;
   for (int s = 0; s < source.segments; s++) {
     const uint8_t* from = source.start + s * source.segment;

@@ -6,6 +6,8 @@
 struct Products {
   static constexpr int PIXELS = Lanes::BYTES == 64 ? 8 : 6;
 
+  static int steps(const Packed&) { return 1; }
+
   template <bool IS_BF16, class Pending>
   static void compute(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count, const uint8_t* weights,
                       const int32_t* bias, int32_t* sums, Pending& pending) {

@@ -42,7 +42,34 @@ struct Lanes {
     V left(V v) const { return _mm512_sllv_epi16(v, count); }
   };
 
-  // 64 linear pieces of 1024; each half of the table is two registers.
+  // 64 linear pieces of 1024, numbered by a word's upper six bits.
+#ifdef __AVX512VBMI__
+  // Lookups of bytes take one instruction each for 64 entries (of words three for 32 lanes): the table's low and high bytes stand apart.
+  struct Table {
+    V slope_low, slope_high, offset_low, offset_high;
+    explicit Table(const int16_t* t) {
+      alignas(64) uint8_t bytes[4][64];
+      for (int i = 0; i < 64; i++) {
+        bytes[0][i] = uint8_t(t[i]);
+        bytes[1][i] = uint8_t(t[i] >> 8);
+        bytes[2][i] = uint8_t(t[64 + i]);
+        bytes[3][i] = uint8_t(t[64 + i] >> 8);
+      }
+      slope_low = load(bytes[0]);
+      slope_high = load(bytes[1]);
+      offset_low = load(bytes[2]);
+      offset_high = load(bytes[3]);
+    }
+    V at(V x) const {
+      // Both bytes of a word get its bits from 10 on; a lookup takes the lower six of each.
+      const V i = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x3a3a2a2a1a1a0a0a), x);
+      constexpr __mmask64 UPPER = 0xaaaaaaaaaaaaaaaa;
+      const V slope = _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(i, slope_low), UPPER, i, slope_high);
+      const V offset = _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(i, offset_low), UPPER, i, offset_high);
+      return adds16(mulhrs16(x, slope), offset);
+    }
+  };
+#else
   struct Table {
     V slope0, slope1, offset0, offset1;
     explicit Table(const int16_t* t) : slope0(load(t)), slope1(load(t + 32)), offset0(load(t + 64)), offset1(load(t + 96)) {}
@@ -52,6 +79,7 @@ struct Lanes {
       return adds16(mulhrs16(x, slope), offset);
     }
   };
+#endif
 
   // Which of the first bytes of a register are stored.
   struct Mask {
@@ -64,6 +92,11 @@ struct Lanes {
   // Two rows of 32 bytes in the order that packing leaves them in (eight of one, eight of the other), and back.
   static void store_pair(void* p0, void* p1, Mask m, V v) {
     v = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), v);
+    if (__mmask32(m.bits) == 0xffffffff) {
+      _mm256_storeu_si256(static_cast<__m256i*>(p0), _mm512_castsi512_si256(v));
+      _mm256_storeu_si256(static_cast<__m256i*>(p1), _mm512_extracti64x4_epi64(v, 1));
+      return;
+    }
     _mm256_mask_storeu_epi8(p0, __mmask32(m.bits), _mm512_castsi512_si256(v));
     _mm256_mask_storeu_epi8(p1, __mmask32(m.bits), _mm512_extracti64x4_epi64(v, 1));
   }

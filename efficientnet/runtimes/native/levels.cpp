@@ -34,11 +34,11 @@ Features::Features() {
   if (a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
   avx2 = saves_256 && bit(b7, 5) && fma;
   avx_vnni = avx2 && bit(a71, 4);
-  // F, DQ, BW, VL and the first VBMI.
+  // F, DQ, BW and VL.
   avx512 = avx2 && saves_512 && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);
   avx512_vnni = avx512 && bit(c7, 11);
-  avx512_bf16 = avx512 && bit(a71, 5);
-  amx = avx512_vnni && avx512_bf16 && saves_tiles && bit(d7, 22) && bit(d7, 24) && bit(d7, 25) && ask_for_tiles();
+  avx512_bf16 = avx512_vnni && bit(a71, 5) && bit(c7, 1);  // with VBMI
+  amx = avx512_bf16 && saves_tiles && bit(d7, 22) && bit(d7, 24) && bit(d7, 25) && ask_for_tiles();
 }
 
 const Features& features() {
@@ -54,7 +54,7 @@ const std::vector<const Kernels*>& levels() {
     std::vector<const Kernels*> list;
 #ifdef __x86_64__
     if (features().amx) list.push_back(&AMX);
-    if (features().avx512_vnni && features().avx512_bf16) list.push_back(&AVX512_BF16);
+    if (features().avx512_bf16) list.push_back(&AVX512_BF16);
     if (features().avx512_vnni) list.push_back(&AVX512_VNNI);
     if (features().avx_vnni) list.push_back(&AVX_VNNI);
 #endif
