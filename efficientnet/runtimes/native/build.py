@@ -38,12 +38,12 @@ COMMON_FLAGS = [
 LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
 
 # Source -> what its kernels may use beyond the processor's oldest instructions; only on x86-64.
+AVX512 = "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni"
+AVX512_BF16 = f"{AVX512} -mavx512bf16 -mavx512vbmi"
 X86_KERNELS = {
-    "amx.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vbmi -mavx512vnni -mavx512bf16 "
-    "-mfma -mavx2 -mamx-tile -mamx-int8 -mamx-bf16",
-    "avx512_bf16.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vbmi -mavx512vnni -mavx512bf16 "
-    "-mfma -mavx2",
-    "avx512_vnni.cpp": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni -mfma -mavx2",
+    "amx.cpp": f"{AVX512_BF16} -mamx-tile -mamx-int8 -mamx-bf16",
+    "avx512_bf16.cpp": AVX512_BF16,
+    "avx512_vnni.cpp": AVX512,
     "avx_vnni.cpp": "-mavx2 -mfma -mavxvnni",
 }
 
