@@ -1,7 +1,8 @@
 """Checkpoint -> what answers fastest on this CPU, from one process and in less than a minute.
 
-ONNX Runtime and OpenVINO, in float32, in bf16 where the processor has it, and in int8 as far as the
-accuracy gate lets it. `export/all.py` makes everything, and measures it as it should be.
+ONNX Runtime and OpenVINO, in float32, in bf16 where the processor has it, and in int8 if the
+accuracy gate lets it. `export/all.py` makes everything, searches for mixtures where int8 loses too
+much, and measures as it should be.
 
 python export/quick.py
 python export/quick.py --checkpoint runs/lite0-20261122T101500Z/checkpoint
@@ -85,7 +86,7 @@ def export(source: Source, config: OrtConfig | OpenVinoConfig, folder: Path) -> 
     output = folder / f"{name}-{config.precision}"
     log.info("%s %s", name, config.precision)
     try:
-        config = replace(config, output=output)
+        config = replace(config, output=output, keeps_blocks=False)
         if isinstance(config, OrtConfig):
             write_onnxruntime(source, config)
         else:
