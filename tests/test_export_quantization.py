@@ -460,6 +460,13 @@ def test_a_program_that_loses_too_much_with_all_blocks_kept_is_refused(
             lambda built: judged(built, drop=0.02),
             lambda: [BlockCost(block="features.0", logit_error=1.0)],
         )
+    with pytest.raises(LossError, match="refused, it loses too much"):
+        keep_within_drop(
+            lambda kept: Attempt(tmp_path, manifest),
+            lambda built: judged(built, drop=0.02),
+            lambda: pytest.fail("ranked"),
+            keeps_blocks=False,
+        )
 
 
 @pytest.mark.parametrize(
@@ -547,7 +554,7 @@ def test_two_photographs_choose_one_range_for_each_map_of_openvino(source: Sourc
     config = OpenVinoConfig(precision="int8", num_calibration_images=64)
 
     def range_shapes(chosen: Source) -> set[tuple[int, ...]]:
-        fused = read_fused(graph_of(chosen))
+        fused = read_fused(graph_of(chosen, "fp32"))
         model, _ = quantize(fused, chosen, config, (), tmp_path)
         return {
             tuple(op.input_value(1).get_shape())

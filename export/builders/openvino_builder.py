@@ -122,7 +122,7 @@ def write_openvino(
 ) -> Path:
     """Export, check and write one artifact; return its directory."""
     output = default_output(config, source, "openvino")
-    graph = graph_of(source)
+    graph = graph_of(source, "fp32")
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         model, quantization = read_fused(graph), None

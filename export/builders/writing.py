@@ -132,7 +132,9 @@ def write_checked_artifact(
                     built.directory, check_parity(source, built.directory, manifest, False)
                 )
 
-            tried, manifest = keep_within_drop(attempt, judge, lambda: rank_blocks(source, config))
+            tried, manifest = keep_within_drop(
+                attempt, judge, lambda: rank_blocks(source, config), config.keeps_blocks
+            )
         else:
             tried, manifest = attempt(())
         for file in tried.iterdir():

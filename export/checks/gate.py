@@ -182,6 +182,7 @@ def keep_within_drop(
     attempt: Callable[[tuple[str, ...]], Attempt],
     judge: Callable[[Attempt], Attempt],
     rank: Callable[[], list[BlockCost]],
+    keeps_blocks: bool = True,
 ) -> Attempt:
     """Keep the fewest blocks in a higher precision with which no more is lost than may be.
 
@@ -192,6 +193,7 @@ def keep_within_drop(
         attempt: builds a program with the blocks that are named in a higher precision.
         judge: fills in parity and gate of a program's manifest.
         rank: the blocks, the costliest first; called when something has to be kept.
+        keeps_blocks: whether any may be kept.
 
     Raises:
         LossError: no number of blocks is enough.
@@ -205,6 +207,8 @@ def keep_within_drop(
     first = tried(())
     if is_passed(first):
         return first
+    if not keeps_blocks:
+        raise LossError(f"the artifact is refused, it loses too much: {verdict_of(first)}")
     log.info("that is too much: which blocks cost most?")
     ranking = rank()
     log.info("%s", ranking_text(ranking))

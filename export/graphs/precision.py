@@ -101,7 +101,7 @@ def typed_graph(
 # Two: what is exported, and the float32 graph whose maps the ranges are of. torch's exporter takes
 # most of an export's time, and several artifacts may be made of one graph.
 @lru_cache(maxsize=2)
-def graph_of(source: Source, precision: FloatPrecision = "fp32") -> onnx.ModelProto:
+def graph_of(source: Source, precision: FloatPrecision) -> onnx.ModelProto:
     """Export the network to ONNX; not to be changed."""
     log.info(
         "export %s at %d px to ONNX, opset %d", source.variant, source.image_size, OPSETS[precision]
@@ -124,7 +124,7 @@ def _calibrate(source: Source, config: ExportConfig, scheme: str) -> _Calibrated
     # Ranges are those of the float32 model, whose maps have the same names; but for the input,
     # which a graph of 16 bits casts first.
     is_plain = chosen.float_precision == "fp32"
-    plain = graph if is_plain else graph_of(source)
+    plain = graph if is_plain else graph_of(source, "fp32")
     tensors = tensors_to_quantize(graph, (), chosen)
     names = [INPUT_NAME if tensor == CAST_INPUT_NAME else tensor for tensor in tensors]
     found = collect_ranges(plain, names, images_of(source, samples))

@@ -65,6 +65,10 @@ class ExportConfig:
     max_drop: float = 0.5
     """Points of top-1 that int8 and fp8 may lose on them."""
 
+    keeps_blocks: bool = True
+    """Of int8 and fp8: where too much is lost, keep the costliest blocks in a higher precision, as
+    few as do; if not, the artifact is refused then."""
+
     seed: int = 0
     """Draws the calibration images."""
 

@@ -67,7 +67,7 @@ def export(source: Source, config: OrtConfig | OpenVinoConfig, folder: Path) -> 
     output = folder / f"{name}-{config.precision}"
     log.info("%s %s", name, config.precision)
     try:
-        config = replace(config, output=output)
+        config = replace(config, output=output, keeps_blocks=False)
         if isinstance(config, OrtConfig):
             rebuild = rebuild_command("export/ort.py", config, source.checkpoint)
             write_onnxruntime(source, config, rebuild=rebuild)
