@@ -97,6 +97,6 @@ void leave() { _tile_release(); }
 
 }  // namespace
 
-const Kernels AMX = {"amx", true, packed_bytes, pack, scratch_bytes, run, needs, enter, leave};
+const Kernels AMX = {"amx", true, 64, packed_bytes, pack, scratch_bytes, run, needs, enter, leave};
 
 }  // namespace native

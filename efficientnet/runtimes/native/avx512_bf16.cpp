@@ -18,6 +18,6 @@ namespace {
 
 }  // namespace
 
-const Kernels AVX512_BF16 = {"avx512_bf16", true, packed_bytes, pack, scratch_bytes, run, needs, [] {}, [] {}};
+const Kernels AVX512_BF16 = {"avx512_bf16", true, 4, packed_bytes, pack, scratch_bytes, run, needs, [] {}, [] {}};
 
 }  // namespace native

@@ -18,6 +18,6 @@ namespace {
 
 }  // namespace
 
-const Kernels AVX512_VNNI = {"avx512_vnni", true, packed_bytes, pack, scratch_bytes, run, needs, [] {}, [] {}};
+const Kernels AVX512_VNNI = {"avx512_vnni", true, 4, packed_bytes, pack, scratch_bytes, run, needs, [] {}, [] {}};
 
 }  // namespace native

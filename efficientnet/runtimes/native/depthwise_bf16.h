@@ -13,6 +13,7 @@ static void depthwise_group_bf16(const Packed& p, int group, const uint8_t* from
   float* columns = reinterpret_cast<float*>(scratch.columns);
   const int activation = p.layer->activation, width = target.width, channels = p.outputs - group * GROUP;
   const int64_t out_row = target.pixel * width + target.skip;
+  const bool is_silu = activation == SILU;
   for (int i = 0; i < GROUP; i++) totals[i] = 0;
   for (int c = 0; c < GROUP && c < channels; c += LANES) {
     const float* weights = reinterpret_cast<const float*>(p.weights + size_t(group) * p.group_bytes) + c;
@@ -38,7 +39,7 @@ static void depthwise_group_bf16(const Packed& p, int group, const uint8_t* from
                 if ((ky * K + kx) % 2) u = Lanes::fma(value, w[ky * K + kx], u);
                 else v = Lanes::fma(value, w[ky * K + kx], v);
               }
-            v = activated(Lanes::addf(v, u), activation);
+            v = is_silu ? silu_of(Lanes::addf(v, u)) : activated(Lanes::addf(v, u), activation);
             Lanes::narrow(out, channels - c, v);
             total = Lanes::addf(total, v);
           }

@@ -123,13 +123,25 @@ struct FloatEpilogue {
       : activation(p.layer->activation), columns(p.outputs - first_channel), totals(static_cast<float*>(channel_totals)) {}
 
   inline __attribute__((always_inline)) void pixels(const int32_t* sums, bool has_two, Target& t) const {
+    if (activation == SILU) pixels_of<SILU>(sums, has_two, t);
+    else if (activation == RELU6) pixels_of<RELU6>(sums, has_two, t);
+    else pixels_of<NONE>(sums, has_two, t);
+  }
+
+  template <int ACTIVATION>
+  inline __attribute__((always_inline)) void pixels_of(const int32_t* sums, bool has_two, Target& t) const {
+    constexpr int REGISTERS = 32 / Lanes::WORDS;
     for (int i = 0; i < (has_two ? 2 : 1); i++, sums += 32) {
-      for (int c = 0; c < 32; c += Lanes::WORDS) {
-        Lanes::F v = Lanes::loadf(reinterpret_cast<const float*>(sums) + c);
-        if (has_table(MODE)) v = activated(v, activation);
-        if (has_residual(MODE)) v = Lanes::addf(v, Lanes::widen(t.residual + c * 2));
-        if (MODE == SUMS) Lanes::storef(totals + c, Lanes::addf(Lanes::loadf(totals + c), v));
-        else Lanes::narrow(t.out + c * 2, columns - c, v);
+      Lanes::F v[REGISTERS];
+      for (int k = 0; k < REGISTERS; k++) {
+        v[k] = Lanes::loadf(reinterpret_cast<const float*>(sums) + k * Lanes::WORDS);
+        if (has_table(MODE)) v[k] = activated(v[k], ACTIVATION);
+        if (has_residual(MODE)) v[k] = Lanes::addf(v[k], Lanes::widen(t.residual + k * Lanes::WORDS * 2));
+      }
+      for (int k = 0; k < REGISTERS; k++) {
+        float* total = totals + k * Lanes::WORDS;
+        if (MODE == SUMS) Lanes::storef(total, Lanes::addf(Lanes::loadf(total), v[k]));
+        else Lanes::narrow(t.out + k * Lanes::WORDS * 2, columns - k * Lanes::WORDS, v[k]);
       }
       t.next();
     }

@@ -101,6 +101,7 @@ struct Call {
 struct Kernels {
   const char* name;
   bool fuses;
+  int block_bytes;  // of a kernel row that are multiplied at once
   size_t (*packed_bytes)(const Program& program, const Layer& layer, const Map& in, const Map& out);
   void (*pack)(const Program& program, const Layer& layer, const Map& in, const Map& out, uint8_t* to, Packed& packed);
   size_t (*scratch_bytes)(const Step& step);

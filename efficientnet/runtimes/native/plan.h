@@ -35,7 +35,7 @@ struct Plan {
   int most_channels = 0;
 
  private:
-  void make_maps(const Program& program);
+  void make_maps(const Program& program, const Kernels& kernels);
   void make_steps(const Program& program, bool fuses);
   void pack(const Program& program, const Kernels& kernels);
   void place(const Program& program, bool keeps_tensors);

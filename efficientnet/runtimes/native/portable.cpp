@@ -184,7 +184,7 @@ void run(const Step& step, int phase, const Call& call) {
 }  // namespace
 
 const Kernels PORTABLE = {
-    "portable", false,
+    "portable", false, 4,
     [](const Program&, const Layer&, const Map&, const Map&) { return size_t(0); },
     [](const Program&, const Layer&, const Map&, const Map&, uint8_t*, Packed&) {},
     [](const Step&) { return size_t(0); },
