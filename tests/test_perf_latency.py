@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -14,20 +16,30 @@ from processes import child_pids, process_exists, wait_until
 
 from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import ArtifactError
-from efficientnet.formats.records import LatencyRecord, read_records
+from efficientnet.formats.records import (
+    AccuracyRecord,
+    LatencyRecord,
+    append_record,
+    read_records,
+)
 from efficientnet.images.datasets import DatasetError, Sample, load_dataset
 from efficientnet.images.preprocess import PreprocessSpec, preprocess
 from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.contender import Worker, WorkerError
 from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
 from efficientnet.measuring.peaks import gpu_peak
-from efficientnet.measuring.programs import read_program, read_programs
+from efficientnet.measuring.programs import Program, read_program, read_programs
 from efficientnet.network.cost import DevicePeak
 from perf.measurements import latency, recording
-from perf.measurements.latency import LatencyConfig, choose_batch_sizes
+from perf.measurements.latency import (
+    LatencyConfig,
+    choose_batch_sizes,
+    without_accuracy,
+)
 from perf.measurements.recording import results_table
 
 ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "reports" / "published" / "2026-11-22-amd-epyc-2-cores"
 COMMAND = [sys.executable, str(ROOT / "perf" / "latency.py")]
 
 SPEC = PreprocessSpec(
@@ -429,3 +441,19 @@ def test_a_program_on_a_gpu_gets_the_peak_of_the_gpu(
         latency, "current_environment", lambda: environment.model_copy(update={"gpus": ()})
     )
     assert latency.peaks_of([unknown], 1) == {unknown.path: None}
+
+
+def test_only_programs_without_an_accuracy_are_named(tmp_path: Path):
+    measured = AccuracyRecord.model_validate_json(
+        next(iter((PUBLISHED / "accuracy.jsonl").read_text(encoding="utf-8").splitlines()))
+    )
+    append_record(tmp_path / "accuracy.jsonl", measured)
+    programs = [
+        SimpleNamespace(path=Path("old"), program_sha256=measured.program_sha256),
+        SimpleNamespace(path=Path("new"), program_sha256="0" * 64),
+    ]
+    assert without_accuracy(cast(list[Program], programs), tmp_path) == [Path("new")]
+    assert without_accuracy(cast(list[Program], programs), tmp_path / "nowhere") == [
+        Path("old"),
+        Path("new"),
+    ]

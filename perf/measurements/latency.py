@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from efficientnet.formats.records import Scenario, append_record
+from efficientnet.formats.records import AccuracyRecord, Scenario, append_record, read_records
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
 from efficientnet.measuring.programs import (
@@ -20,6 +20,9 @@ from efficientnet.network.cost import DevicePeak
 from perf.measurements.config import LatencyConfig
 from perf.measurements.measured_programs import choose_best_sizes, measure, open_subjects, planned_s
 from perf.measurements.recording import make_record, results_table
+
+# Beside the latencies, where perf/accuracy.py writes by default.
+ACCURACY_FILE = "accuracy.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +89,21 @@ def main(config: LatencyConfig) -> Path:
             log.info("unstable: %s, %s: %s", name, record.scenario, reason)
         if is_below_floor(record):
             log.info("wrong floor: %s, %s: %s", name, record.scenario, BELOW_FLOOR)
-    log.info("a speed is reported with its accuracy only: 'python perf/accuracy.py' measures it")
+    if missing := without_accuracy([subject.program for subject in subjects], folder):
+        log.info(
+            "a speed is reported with its accuracy only: 'python perf/accuracy.py %s' measures it",
+            " ".join(map(str, missing)),
+        )
     return config.output
+
+
+def without_accuracy(programs: Sequence[Program], folder: Path) -> list[Path]:
+    """Return the paths of the programs whose accuracy has not been measured yet."""
+    records = folder / ACCURACY_FILE
+    known: set[str] = set()
+    if records.is_file():
+        known = {record.program_sha256 for record in read_records(records, AccuracyRecord)}
+    return [program.path for program in programs if program.program_sha256 not in known]
 
 
 def peaks_of(programs: Sequence[Program], num_threads: int) -> dict[Path, DevicePeak | None]:

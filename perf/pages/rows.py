@@ -134,8 +134,8 @@ def command_for_accuracy(record: LatencyRecord) -> str:
     manifests = sorted(Path("artifacts").glob("*/*/manifest.json"))
     checkpoints = sorted(Path("runs").glob("*/checkpoint/checkpoint.json"))
     for path in (*manifests, *checkpoints):
-        if path.parent.parent.is_symlink():
-            # runs/latest, which may be another run tomorrow.
+        if path.parent.is_symlink() or path.parent.parent.is_symlink():
+            # runs/latest and artifacts/<variant>/default, which may be others tomorrow.
             continue
         try:
             text = path.read_text(encoding="utf-8")
