@@ -1,6 +1,7 @@
 """A `tiny` checkpoint and its artifact, made once per test session."""
 
 import os
+import signal
 from pathlib import Path
 from typing import get_args
 
@@ -24,9 +25,12 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from all tests but those of `pytest -m gpu`: the others are about the CPU."""
+    """Hide GPUs from all tests but those of `pytest -m gpu`, and let Ctrl-C be heard."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # A shell's job in the background ignores Ctrl-C, and so would the commands that tests start.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 TINY_PREPROCESS = PreprocessSpec(

@@ -54,10 +54,13 @@ def test_whatever_ends_a_command_ends_its_children(ending: signal.Signals | str,
         [sys.executable, "-c", COMMAND, str(ending)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as command:
         assert command.stdout is not None
-        children = list(map(int, command.stdout.readline().split()))
-        if isinstance(ending, signal.Signals):
-            command.send_signal(ending)
-        command.communicate(timeout=30)
+        try:
+            children = list(map(int, command.stdout.readline().split()))
+            if isinstance(ending, signal.Signals):
+                command.send_signal(ending)
+            command.communicate(timeout=60)
+        finally:
+            command.kill()
     assert command.returncode == code and len(children) == 2
     assert wait_until(lambda: not any(map(process_exists, children)))
 

@@ -1,6 +1,5 @@
 import errno
 import math
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from small_trainings import epoch_metrics
 from torch.utils.tensorboard.writer import SummaryWriter
-from training_processes import end, require_equal, saved_state, start
+from training_processes import require_equal, saved_state
 
 from efficientnet.formats.checkpoint import load_checkpoint, read_checkpoint
 from efficientnet.network.variants import NetworkOptions
@@ -37,17 +36,19 @@ def state_of(run: Path) -> dict:
     return torch.load(run / "checkpoint" / "train_state.pt", weights_only=True)["state"]
 
 
-def stop_after(step: int, number: signal.Signals) -> None:
-    """Send this process what Ctrl-C or Slurm sends, during a step: for `start`."""
+def stop_after(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do what Ctrl-C or Slurm's signal does, during a step; pytest would take a real one, too."""
     original = trainer.ProgressBar.update
     seen = iter(range(1, 10_000))
 
     def update(self: object, report: object) -> None:
         original(self, report)
         if next(seen) == step:
-            os.kill(os.getpid(), number)
+            handler = signal.getsignal(number)
+            assert callable(handler)
+            handler(number, None)
 
-    trainer.ProgressBar.update = update
+    monkeypatch.setattr(trainer.ProgressBar, "update", update)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +84,18 @@ def test_a_small_network_learns_the_digits(tmp_path: Path):
 
 @pytest.mark.parametrize(("stop_step", "number"), [(3, signal.SIGINT), (17, signal.SIGTERM)])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
-    stop_step: int, number: signal.Signals, whole: Path, tmp_path: Path
+    stop_step: int,
+    number: signal.Signals,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    assert end(start(tiny_config(tmp_path / "cut"), stop_after, stop_step, number)) == [1]
+    with monkeypatch.context() as patch:
+        stop_after(stop_step, number, patch)
+        with pytest.raises(KeyboardInterrupt, match="--resume") as interrupt:
+            main(tiny_config(tmp_path / "cut"))
     (cut,) = [p for p in (tmp_path / "cut").iterdir() if p.is_dir()]
+    assert str(cut) in str(interrupt.value)
     # The flag is looked at before a step, which is then still taken.
     assert state_of(cut)["step"] == stop_step + 1
     assert not (tmp_path / "cut" / "latest").exists()

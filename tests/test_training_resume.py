@@ -341,12 +341,13 @@ def test_a_full_disk_at_the_last_checkpoint_fails_the_run_and_says_how_to_go_on(
 def test_a_dead_loader_worker_is_told_with_the_command_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    update = trainer.ProgressBar.update
+    update, others = trainer.ProgressBar.update, set(multiprocessing.active_children())
 
     def killing(self: trainer.ProgressBar, report: StepReport) -> None:
         update(self, report)
         if report.step == 3:
-            multiprocessing.active_children()[0].kill()
+            (worker,) = set(multiprocessing.active_children()) - others
+            worker.kill()
 
     monkeypatch.setattr(trainer.ProgressBar, "update", killing)
     with pytest.raises(TrainingError, match=r"--num-workers.*step-0000002.*--resume"):
