@@ -120,7 +120,7 @@ def test_every_form_answers_like_the_network(model: EfficientNet, form):
         expected = model(torch.from_numpy(IMAGE)).numpy()
     found = EagerModel(model_in_form(model, form), "cpu")(IMAGE)
     # Rounding of folded weights, and another order of additions.
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * expected.std())
 
 
 @pytest.mark.parametrize("form", FORMS)
