@@ -1,9 +1,11 @@
 """A device and a precision -> what it can do at most: GPUs from data sheets, CPUs measured."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 
 from efficientnet.network.cost import DevicePeak
@@ -81,6 +83,11 @@ LIMITING_VARIABLES = (
     "MKL_ENABLE_INSTRUCTIONS",
     "MKL_DEBUG_CPU_TYPE",
 )
+# Some seconds on an idle machine.
+MAX_MEASURED_S = 120
+
+log = logging.getLogger(__name__)
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -110,21 +117,10 @@ def cpu_peaks(num_threads: int, precisions: Iterable[Precision]) -> dict[Precisi
         return {}
     measured = dict.fromkeys(kind for precision in asked for kind in COMPUTED_IN[precision])
     environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads))
-    answer = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "efficientnet.measuring.cpu_peak",
-            str(num_threads),
-            *measured,
-        ],
-        env={name: v for name, v in environment.items() if name not in LIMITING_VARIABLES},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+    found = _measure(
+        [str(num_threads), *measured],
+        {name: v for name, v in environment.items() if name not in LIMITING_VARIABLES},
     )
-    found: dict[str, tuple[float, str]] = json.loads(answer.stdout)
     bytes_per_s = found["copy"][0]
     peaks: dict[Precision, DevicePeak] = {}
     for precision in asked:
@@ -134,6 +130,26 @@ def cpu_peaks(num_threads: int, precisions: Iterable[Precision]) -> dict[Precisi
         in_kind = "" if fastest == precision else f" in {fastest}"
         peaks[precision] = DevicePeak(operations_per_s, bytes_per_s, f"measured: {what}{in_kind}")
     return peaks
+
+
+def _measure(arguments: list[str], environment: dict[str, str]) -> dict[str, tuple[float, str]]:
+    # Into a file: a pipe would be waited for until all that inherited it have ended.
+    command = [sys.executable, "-P", "-m", "efficientnet.measuring.cpu_peak", *arguments]
+    for is_last in (False, True):
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as answer:
+            try:
+                subprocess.run(
+                    command, env=environment, stdout=answer, check=True, timeout=MAX_MEASURED_S
+                )
+            except subprocess.TimeoutExpired:
+                # Seen once, beside a full suite of tests, and not found out why.
+                log.warning("measuring the CPU's peak has not ended in %d s", MAX_MEASURED_S)
+                if is_last:
+                    raise
+                continue
+            answer.seek(0)
+            return json.load(answer)
+    raise AssertionError
 
 
 def describe_peak(peak: DevicePeak) -> str:
