@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml constraints.txt hatch_build.py
 	$(RUN) -m pip uninstall --quiet --yes $(OTHER_ORT)
 	@echo "installing into .venv, 6 GB: one to five minutes"
 	$(RUN) -m pip install --constraint constraints.txt --editable ".[$(EXTRAS)]" \
-	  | grep --line-buffered -E '^(Collecting|Installing|ERROR)' | cut -c 1-70
+	  | { grep --line-buffered -E '^(Collecting|Installing|ERROR)' || true; } | cut -c 1-70
 	@rm -f .venv/.installed-*
 	@touch $@
 
