@@ -471,14 +471,16 @@ def test_a_record_is_published_again(
     monkeypatch.chdir(tmp_path)
     Path("some.json").write_text(record.model_dump_json())
     config = AblationConfig(record=Path("some.json"), publish=True)
-    Path("README.md").write_text("no place\n")
+    Path("docs").mkdir()
+    Path("docs/results.md").write_text("no place\n")
     with pytest.raises(PublishError, match="no place for the table"):
         main(config)
     assert not Path("reports").exists()
-    Path("README.md").write_text("<!-- ablation-digits: made -->\n<!-- /ablation-digits -->\n")
+    results = Path("docs/results.md")
+    results.write_text("<!-- ablation-digits: made -->\n<!-- /ablation-digits -->\n")
     text = main(config)
     assert text.is_file() and text.parent.parent == Path("reports/published")
-    assert headline(record) in Path("README.md").read_text()
+    assert headline(record) in results.read_text()
 
 
 def test_what_is_no_record_and_flags_of_trainings_are_refused(tmp_path: Path):

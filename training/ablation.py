@@ -9,7 +9,7 @@ schedules: sizes that rise, that are fixed, or in random order, with regularisat
 size or is constant (Tan and Le 2021, Tables 12 and 13). magnitudes: RandAugment's magnitude by
 image size (Table 5). Each training is a run of training/run.py; a seed is a round of all of them.
 Started again, the command goes on where it was interrupted. With --record it trains nothing and
-writes the text, the picture and the README's section of a record again.
+writes the text, the picture and the section of docs/results.md of a record again.
 """
 
 from efficientnet.command import late, parse_flags, run_command

@@ -1,4 +1,4 @@
-"""Measurements -> their place in reports/published/, and a section of the README."""
+"""Measurements -> their place in reports/published/, and a section of docs/results.md."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -28,7 +28,7 @@ Part = TypeVar("Part", bound=Measured)
 
 
 class PublishError(PipelineError):
-    """A report that cannot be published: no place in the README, or a file is missing."""
+    """A report that cannot be published: no place in docs/results.md, or a file is missing."""
 
 
 def published_directory(
@@ -74,7 +74,7 @@ def write_section(readme: Path, name: str, body: str) -> None:
 def publish_part(
     record: Part, name: str, readme: Path, section: str, render: Callable[[Part], str]
 ) -> None:
-    """Write a record to its place, and all of its section that stand beside it into the README.
+    """Write a record to its place, and all of its section beside it into docs/results.md.
 
     Args:
         record: what was measured.

@@ -34,9 +34,9 @@ class AllConfig(ExportConfig):
     """Measured time of each artifact, in calls of the images that --batch is tuned for."""
 
     publish: bool = False
-    """Write to reports/published/<date>-<device>/, and all tables there into the README."""
+    """Write to reports/published/<date>-<device>/, and all tables there into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -73,9 +73,9 @@ class StockConfig(ExportConfig):
     them, and ours should have been exported with the same --batches."""
 
     publish: bool = False
-    """Write to reports/published/<date>-<device>/, and all tables there into the README."""
+    """Write to reports/published/<date>-<device>/, and all tables there into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -120,9 +120,9 @@ class AblationConfig:
     """Held-out images that each form is compared on, at least 64."""
 
     publish: bool = False
-    """Write to reports/published/<date>-<device>/, and the table into the README."""
+    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
     """Where the table goes."""
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ def main(config: AblationConfig) -> AblationRecord:
 
     Raises:
         CheckpointError: no whole checkpoint.
-        PublishError: the README has no place for the table; nothing is measured then.
+        PublishError: docs/results.md has no place for the table; nothing is measured then.
         PipelineError: a measurement failed.
     """
     if config.publish:
@@ -60,7 +60,7 @@ def main(config: AblationConfig) -> AblationRecord:
 
 
 def publish(record: AblationRecord, readme: Path) -> None:
-    """Write the record and its text below reports/published/, and the table into the README."""
+    """Write record and text below reports/published/, and the table into docs/results.md."""
     path = published_directory(record.started_at, [record.environment]) / f"{SECTION}.json"
     text = to_markdown(record)
     write_section(readme, SECTION, text)

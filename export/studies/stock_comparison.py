@@ -124,10 +124,10 @@ def compare(
 
 
 def publish(comparison: Comparison, readme: Path) -> None:
-    """Write a comparison to its place, and all that stand there into the README.
+    """Write a comparison to its place, and all that stand there into docs/results.md.
 
     Raises:
-        PublishError: the README has no place for them.
+        PublishError: docs/results.md has no place for them.
     """
     c = comparison
     name = f"stock-{c.variant}-{c.image_size}px-batch-{c.batch_size}.json"

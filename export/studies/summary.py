@@ -64,7 +64,7 @@ class Summary(Measured):
     batch_size: int = 1
     """Images in the calls that were measured."""
     section: str = SECTION
-    """Of the README."""
+    """Of docs/results.md."""
     num_images: int | None = None
     """Held-out images that top-1 is of; None where that was not recorded."""
     lines: tuple[Line, ...]
@@ -73,10 +73,10 @@ class Summary(Measured):
 
 
 def publish(summary: Summary, readme: Path) -> None:
-    """Write a table to its place, and all that stand there into the README.
+    """Write a table to its place, and all that stand there into docs/results.md.
 
     Raises:
-        PublishError: the README has no place for them.
+        PublishError: docs/results.md has no place for them.
     """
     name = f"{summary.section}-{summary.variant}-{summary.image_size}px.json"
     publish_part(summary, name, readme, summary.section, section_of)

@@ -165,9 +165,9 @@ class NetworkConfig:
 
     publish: bool = False
     """Write to reports/published/<date>-<device>/ in the place of `output`, and the table into the
-    README."""
+    docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -207,9 +207,9 @@ class PreprocessingConfig:
 
     publish: bool = False
     """Measure the preprocessing of published weights, and the checkpoint's; write to
-    reports/published/<date>-<device>/ and the table into the README."""
+    reports/published/<date>-<device>/ and the table into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
         """Check the limits."""
@@ -237,7 +237,7 @@ class ReportConfig:
 
     publish: bool = False
     """Also copy report, picture and records to <output>/published/<date>-<device>/ and write the
-    table into the README."""
+    table into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
     """File with the markers that the table is written between."""

@@ -102,7 +102,7 @@ def main(config: NetworkConfig) -> Path:
     """Measure all rows; return the table's file.
 
     Raises:
-        PublishError: the README has no place for the table; nothing is measured then.
+        PublishError: docs/results.md has no place for the table; nothing is measured then.
     """
     if config.publish:
         find_section(config.readme, SECTION)

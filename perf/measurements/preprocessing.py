@@ -81,7 +81,7 @@ def main(config: PreprocessingConfig) -> Path:
         PreprocessingError: no photos, or timm is missing.
         ArtifactError, CheckpointError: the checkpoint is not what it should be.
         ImageError: a photo cannot be decoded.
-        PublishError: the README has no place for the table; nothing is measured then.
+        PublishError: docs/results.md has no place for the table; nothing is measured then.
     """
     if config.publish:
         find_section(config.readme, SECTION)

@@ -1,4 +1,4 @@
-"""A report and its records -> reports/published/<date>-<device>/, and the README's table."""
+"""A report and its records -> reports/published/<date>-<device>/, and tables in docs/results.md."""
 
 import os
 import shutil
@@ -30,11 +30,11 @@ def publish(
     published: Path,
     readme: Path,
 ) -> Path:
-    """Write the report's own directory and the README's table; return the directory.
+    """Write the report's own directory and the table in docs/results.md; return the directory.
 
     Raises:
-        PublishError: the README has no place for the table, or samples are missing; nothing has
-        been written then.
+        PublishError: docs/results.md has no place for the table, or samples are missing; nothing
+        has been written then.
     """
     find_section(readme, RESULTS)
     rows = [row for group in joined.groups for row in group.rows]
@@ -63,7 +63,7 @@ def publish(
 
 
 def readme_results(joined: Joined, document: Document, link: str) -> str:
-    """Write what stands in the README: verdict, tables, picture and where the rest is."""
+    """Write what stands in docs/results.md: verdict, tables, picture and where the rest is."""
     parts = list(document.verdict)
     for group in joined.groups:
         for heading, table in result_tables(group):

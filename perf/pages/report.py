@@ -28,7 +28,7 @@ def main(config: ReportConfig) -> Path:
     Raises:
         ReportError: no latency was measured, or none with an accuracy.
         ValueError: a record is damaged or of another format.
-        PublishError: the README has no place for the table.
+        PublishError: docs/results.md has no place for the table.
     """
     latencies = read_records(config.latency, LatencyRecord)
     if not latencies:

@@ -75,13 +75,13 @@ class AblationConfig:
     """Folder of the runs and the results; None = runs/ablation-NAME."""
 
     publish: bool = False
-    """Copy the results to reports/published/<date>-<device>/ and a table into the README."""
+    """Copy the results to reports/published/<date>-<device>/ and a table into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
 
     record: Path | None = None
     """Train nothing: write text and picture of this record (an ablation.json, or a published one)
-    again, beside it; with --publish where published ones go, and into the README."""
+    again, beside it; with --publish where published ones go, and into docs/results.md."""
 
     def __post_init__(self) -> None:
         """Check the limits that the runs do not check."""

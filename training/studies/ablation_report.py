@@ -53,7 +53,7 @@ def write_results(
 
 
 def publish(record: AblationRecord, readme: Path, published: Path = PUBLISHED) -> Path:
-    """Write the results among the published ones, and a table into the README.
+    """Write the results among the published ones, and a table into docs/results.md.
 
     Returns:
         The published text.
@@ -90,7 +90,7 @@ def _without_folders(record: AblationRecord) -> AblationRecord:
 
 
 def section_name(name: str) -> str:
-    """Name the README's section and the published files."""
+    """Name the section of docs/results.md and the published files."""
     return f"ablation-{name}"
 
 

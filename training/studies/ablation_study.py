@@ -25,7 +25,7 @@ def main(config: AblationConfig) -> Path:
     Raises:
         AblationError: a run failed, or was trained with other values; --record is no record.
         FileNotFoundError: --record is not there.
-        PublishError: the README has no place for the table; nothing is trained then.
+        PublishError: docs/results.md has no place for the table; nothing is trained then.
         KeyboardInterrupt: Ctrl-C, after the runs under way have saved what was reached.
     """
     if config.record is not None:

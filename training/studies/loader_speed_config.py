@@ -36,9 +36,9 @@ class LoaderSpeedConfig:
     """File that is written."""
 
     publish: bool = False
-    """Also write it to reports/published/<date>-<device>/, and the table into the README."""
+    """Also write it to reports/published/<date>-<device>/, and the table into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
         """Check the limits."""

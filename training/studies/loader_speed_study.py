@@ -112,7 +112,7 @@ def main(config: LoaderSpeedConfig) -> Path:
     Raises:
         FileNotFoundError: there is no such folder.
         LoaderSpeedError: no JPEG images in it, or a loader failed.
-        PublishError: the README has no place for the table.
+        PublishError: docs/results.md has no place for the table.
     """
     started_at = datetime.now(UTC)
     if config.publish:

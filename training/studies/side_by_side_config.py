@@ -14,9 +14,9 @@ class SideBySideConfig:
     """Folders of complete runs of one variant on the same images."""
 
     publish: bool = False
-    """Write to reports/published/<date>-<device>/, and the table into the README."""
+    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
         """Check the limits."""

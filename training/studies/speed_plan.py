@@ -71,9 +71,9 @@ class SpeedConfig:
 
     publish: bool = False
     """Also write records and tables to reports/published/<date>-<device>/, where those of other
-    settings stay, and all of them into the README."""
+    settings stay, and all of them into docs/results.md."""
 
-    readme: Path = Path("README.md")
+    readme: Path = Path("docs/results.md")
     """File with the markers that the tables are written between."""
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ def main(config: SpeedConfig) -> Path:
     """Measure all rows, print the table, and return the records' file.
 
     Raises:
-        PublishError: the README has no place for the tables; nothing is measured then.
+        PublishError: docs/results.md has no place for the tables; nothing is measured then.
         SpeedError: a process failed; the rows before it are kept.
         FileNotFoundError, DatasetError, ValueError: the data cannot be used.
     """

@@ -34,7 +34,7 @@ def publish(records: Run, readme: Path) -> Path:
     """Add a run to what is published of this day and device, in the place of one like it.
 
     Raises:
-        PublishError: the README has no place for the tables.
+        PublishError: docs/results.md has no place for the tables.
         ValueError: what was published before is damaged.
     """
     find_section(readme, SECTION)
