@@ -1,0 +1,114 @@
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from efficientnet.network.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+SCRIPT = re.compile(r"(training|export|perf|serving)/\w+\.py")
+END_OF_COMMAND = {"&", "&&", "|", "||", ";", ">", "2>"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page: Path):
+    links = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    missing = [link for link in links if "://" not in link and not exists(page, link)]
+    assert not missing
+
+
+def test_the_readme_has_at_most_200_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_commands_parse():
+    commands = [(page, command) for page in PAGES for command in commands_of(page)]
+    scripts = sorted({script for _, (script, *_) in commands if script != "make"})
+    assert len(commands) > 50 and len(scripts) > 15
+    absent = [script for script in scripts if not (ROOT / script).is_file()]
+    assert not absent
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        known = dict(zip(scripts, pool.map(known_flags, scripts), strict=True))
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
+    wrong: list[str] = []
+    for page, (script, *words) in commands:
+        if script == "make":
+            problems = {word for word in words if "=" not in word} - targets
+        else:
+            problems = {w.partition("=")[0] for w in words if w.startswith("--")} - known[script]
+            if script == "training/run.py" and words and not words[0].startswith("-"):
+                problems |= {words[0]} - VARIANTS.keys() - {"VARIANT"}
+        wrong += [f"{page.name}: {script} {shlex.join(words)}: {word}" for word in problems]
+    assert not wrong
+
+
+def test_tests_that_are_named_exist():
+    named = [
+        match[1] for page in PAGES for match in re.finditer(r"\b(tests/\w+\.\w+)", page.read_text())
+    ]
+    assert named
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def exists(page: Path, link: str) -> bool:
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    if not anchor:
+        return target.exists()
+    return target.is_file() and anchor in anchors(target)
+
+
+def anchors(page: Path) -> set[str]:
+    """Name a page's headings as GitHub does."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
+
+
+def commands_of(page: Path) -> Iterator[list[str]]:
+    """Find calls of the project's scripts and of make, in blocks of sh and between backticks."""
+    blocks = re.findall(r"^ *```sh\n(.*?)^ *```$", page.read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
+    for line in lines:
+        call = re.search(r"(^|\s)((?:\S*/)?(?:python|torchrun)\b.*|make( .*)?)$", line)
+        if call is None or not (call[2].startswith("make") or SCRIPT.search(call[2])):
+            continue
+        words = shlex.split(call[2], comments=True)
+        ends = [i for i, word in enumerate(words) if word in END_OF_COMMAND]
+        words = words[: ends[0]] if ends else words
+        if words[0] == "make":
+            yield words
+            continue
+        scripts = [i for i, word in enumerate(words) if SCRIPT.fullmatch(word)]
+        if scripts:
+            yield words[scripts[0] :]
+
+
+def known_flags(script: str) -> set[str]:
+    first = [["v2-s"], []] if script == "training/run.py" else [[]]
+    texts = [
+        subprocess.run(
+            [sys.executable, script, *words, "--help"],
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for words in first
+    ]
+    return set(re.findall(r"--[a-z][\w.-]*", "\n".join(texts)))
