@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from efficientnet.network.variants import VARIANTS
+from efficientnet.reporting.publishing import find_section
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -17,6 +18,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 SCRIPT = re.compile(r"(training|export|perf|serving)/\w+\.py")
+FLAGS_OF_OTHERS = {"--requeue"}  # Slurm's
 END_OF_COMMAND = {"&", "&&", "|", "||", ";", ">", "2>"}
 
 
@@ -49,7 +51,35 @@ def test_commands_parse():
             if script == "training/run.py" and words and not words[0].startswith("-"):
                 problems |= {words[0]} - VARIANTS.keys() - {"VARIANT"}
         wrong += [f"{page.name}: {script} {shlex.join(words)}: {word}" for word in problems]
+    # Flags that stand alone between backticks, like `--progressive.image-size 96 224`.
+    ours = set[str]().union(*known.values())
+    for page in PAGES:
+        for flag in re.findall(r"`(--[a-z][\w.-]*)[^`]*`", prose(page)):
+            if flag not in ours and flag not in FLAGS_OF_OTHERS:
+                wrong.append(f"{page.name}: {flag}")
     assert not wrong
+
+
+def test_the_results_page_has_a_place_for_what_each_command_publishes():
+    sources = "".join(
+        path.read_text()
+        for stage in ("training", "export", "perf")
+        for path in (ROOT / stage).rglob("*.py")
+    )
+    defaults = set(re.findall(r'readme: Path = Path\("(.*)"\)', sources))
+    sections = re.findall(r'^(?:\w*SECTION|RESULTS) = "([\w-]+)"$', sources, re.M)
+    assert defaults == {"docs/results.md"} and len(sections) > 8
+    for section in sections:
+        find_section(ROOT / "docs/results.md", section)
+
+
+def test_the_commands_that_take_no_time_run():
+    texts = "\n".join(page.read_text() for page in PAGES)
+    commands = set(re.findall(r"`python (-m efficientnet[^`]*)`", texts))
+    assert len(commands) > 1
+    for command in commands:
+        words = [sys.executable, *shlex.split(command)]
+        subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
 
 
 def test_tests_that_are_named_exist():
