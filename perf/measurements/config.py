@@ -164,7 +164,7 @@ class NetworkConfig:
     """Records; the table goes beside it as .md."""
 
     publish: bool = False
-    """Write to reports/published/<date>-<device>/ in the place of `output`, and the table into the
+    """Write to reports/published/<date>-<device>/ in the place of `output`, and the table into
     docs/results.md."""
 
     readme: Path = Path("docs/results.md")
