@@ -287,7 +287,7 @@ def test_what_was_measured_is_published(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    readme = write_readme(tmp_path)
+    results = write_results(tmp_path)
     found = ablation.main(
         AblationConfig(
             tiny_checkpoint,
@@ -300,7 +300,7 @@ def test_what_was_measured_is_published(
     )
     for line in found.rows:
         assert line.reason is None and len(line.turn_p50_ms) == 2 and min(line.turn_p50_ms) > 0
-    assert "| onnxruntime | BN folded + SE fused |" in readme.read_text()
+    assert "| onnxruntime | BN folded + SE fused |" in results.read_text()
     (published,) = (tmp_path / "reports" / "published").glob("*/fusion.json")
     assert AblationRecord.model_validate_json(published.read_text()) == found
     assert published.with_suffix(".md").is_file()
@@ -308,7 +308,7 @@ def test_what_was_measured_is_published(
 
 @pytest.mark.slow
 def test_the_command_measures_one_runtime_after_the_other(tiny_checkpoint: Path, tmp_path: Path):
-    readme = write_readme(tmp_path)
+    results = write_results(tmp_path)
     runtimes = ("onnxruntime", "openvino", "tensorrt")
     command = [
         *(sys.executable, str(ROOT / "export" / "ablation.py")),
@@ -322,10 +322,11 @@ def test_the_command_measures_one_runtime_after_the_other(tiny_checkpoint: Path,
         (runtime, form) for runtime in runtimes for form in FORMS
     ]
     assert all(line.reason is None for line in found[:6])
-    assert "| openvino | BN folded + SE fused |" in readme.read_text()
+    assert "| openvino | BN folded + SE fused |" in results.read_text()
 
 
-def write_readme(folder: Path) -> Path:
-    readme = folder / "README.md"
-    readme.write_text("# Title\n\n<!-- fusion: written by a command -->\n<!-- /fusion -->\n")
-    return readme
+def write_results(folder: Path) -> Path:
+    results = folder / "docs" / "results.md"
+    results.parent.mkdir()
+    results.write_text("# Title\n\n<!-- fusion: written by a command -->\n<!-- /fusion -->\n")
+    return results

@@ -52,12 +52,13 @@ def test_publishing_measures_several_sizes_and_writes_the_table(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- preprocessing: here -->\nold\n<!-- /preprocessing -->\nb\n")
+    results = tmp_path / "docs" / "results.md"
+    results.parent.mkdir()
+    results.write_text("a\n<!-- preprocessing: here -->\nold\n<!-- /preprocessing -->\nb\n")
     made = preprocessing.main(PreprocessingConfig(photos, rounds=1, publish=True))
     cases = PreprocessingReport.model_validate_json(made.read_text()).cases
     assert len(cases) == 9 and made.parent.parent == Path("reports/published")
-    text = readme.read_text()
+    text = results.read_text()
     assert text.startswith("a\n<!-- preprocessing: here -->\n\n| preprocessing | timm ms |")
     assert "old" not in text and text.endswith("<!-- /preprocessing -->\nb\n")
     assert "| 384 px, squash, bilinear |" in text
