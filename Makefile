@@ -64,11 +64,8 @@ $(LITE0): $(INSTALLED)
 	$(RUN) export/quick.py --checkpoint runs/imagenet/latest/checkpoint
 	@touch $@
 
-# Training's tests run in processes of their own: the heap was seen damaged, and forked loaders died of it,
-# where OpenVINO had been loaded after the native engine (hwloc of OpenVINO's TBB, "invalid next size").
 test: check  ## format, lint, types, import contracts, tests
-	$(RUN) -m pytest -n auto --dist loadfile --durations 10 --ignore-glob '*/test_training_*.py'
-	$(RUN) -m pytest -n auto --dist loadfile --durations 10 tests/test_training_*.py
+	$(RUN) -m pytest -n auto --dist loadfile --durations 10
 
 check: setup  ## format, lint, types, import contracts
 	.venv/bin/ruff format --check .

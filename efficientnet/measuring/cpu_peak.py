@@ -85,7 +85,7 @@ def _of_torch(precision: str) -> Generator[Product]:
 
 
 def _of_openvino(precision: str, num_threads: int) -> Generator[Product]:
-    core = ov.Core()
+    core = importlib.import_module("efficientnet.runtimes.openvino_runtime").openvino_core()
     if precision.upper() not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return
     settings = {

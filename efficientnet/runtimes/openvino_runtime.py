@@ -1,5 +1,6 @@
 """An OpenVINO artifact -> OpenVINO's CPU plugin, in the precision that the manifest names."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,9 +56,8 @@ class OpenVinoRuntime:
         self._streamed_batches = streamed_batches
         self.info = info
         try:
-            self._core = ov.Core()
-            require_capability(self._core, float_precision, program.path)
-            self._model = self._core.read_model(program.data, weights.data)
+            require_capability(float_precision, program.path)
+            self._model = openvino_core().read_model(program.data, weights.data)
             self._static = {
                 size: self._compile(size).create_infer_request()
                 for size in static_batches
@@ -100,7 +100,7 @@ class OpenVinoRuntime:
         properties = compile_properties(self._precision, self._num_threads, num_streams)
         if batch_size is None:
             properties["CPU_RUNTIME_CACHE_CAPACITY"] = NUM_KEPT_KERNELS
-        return self._core.compile_model(model, DEVICE, properties)
+        return openvino_core().compile_model(model, DEVICE, properties)
 
 
 def _keep_logits(request: Any, row: NDArray[np.float32]) -> None:
@@ -119,12 +119,26 @@ def compile_properties(
     }
 
 
-def require_capability(core: Any, precision: str, what: object) -> None:
+@cache
+def openvino_core() -> ov.Core:
+    """Return the only core of this process, which is never closed.
+
+    Each core gives the thread that first compiles with it a stack for signals, and takes it back
+    when it closes. Two that close in the order of their opening leave the thread with a stack that
+    is unmapped: the next signal (SIGTERM, or SIGCHLD of a loader's worker) ends the process, or is
+    handled on top of what lies there by then. Seen with OpenVINO 2026.4.1 (in its source,
+    src/plugins/intel_cpu/src/sigstack_manager.cpp).
+    """
+    return ov.Core()
+
+
+def require_capability(precision: str, what: object) -> None:
     """Check that this processor computes in a precision by itself.
 
     Raises:
         ArtifactError: it does not; OpenVINO would compute in float32 without a word.
     """
+    core = openvino_core()
     found = core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
     if CAPABILITIES[precision] not in found:
         raise ArtifactError(
@@ -135,9 +149,10 @@ def require_capability(core: Any, precision: str, what: object) -> None:
         )
 
 
-def own_precision(core: Any) -> Literal["bf16", "fp32"]:
+def own_precision() -> Literal["bf16", "fp32"]:
     """Return what OpenVINO computes in by default on this processor, whatever the file says."""
-    return "bf16" if "BF16" in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES") else "fp32"
+    found = openvino_core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    return "bf16" if "BF16" in found else "fp32"
 
 
 def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> OpenVinoRuntime:

@@ -26,7 +26,11 @@ from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.machine.processor import has_vnni
 from efficientnet.precision import Precision
-from efficientnet.runtimes.openvino_runtime import own_precision, require_capability
+from efficientnet.runtimes.openvino_runtime import (
+    openvino_core,
+    own_precision,
+    require_capability,
+)
 from export.builders.search import fastest_within_drop
 from export.builders.streams import choose_streams
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
@@ -86,9 +90,8 @@ def export_openvino(config: OpenVinoConfig) -> Path:
         CheckpointError, GraphError, CalibrationError, GateError, LossError, ParityError: see
             load_source, export_onnx, choose_samples and write_checked_artifact.
     """
-    core = ov.Core()
     if config.precision != "int8":
-        require_capability(core, config.precision, "the artifact")
+        require_capability(config.precision, "the artifact")
     source = load_source(config)
     finish = partial(choose_streams, source, sizes=config.static_batches)
     # Also in the artifacts of a search, whose own settings are results.
@@ -109,7 +112,7 @@ def search_openvino(
     every = [config.activations] if config.activations else get_args(Activations)
     kinds = {f"{kind} int8": replace(config, activations=kind) for kind in every}
     output = default_output(config, source, "openvino")
-    in_float = replace(config, precision=own_precision(ov.Core()), activations=None, search=False)
+    in_float = replace(config, precision=own_precision(), activations=None, search=False)
     return fastest_within_drop(source, kinds, in_float, output, write, finish)
 
 
@@ -152,7 +155,7 @@ def read_fused(graph: onnx.ModelProto) -> ov.Model:
     then: SiLU stays a pass of its own over each map instead of a part of the convolution (133
     nodes of V2-S, 0.57 of the time without them on a CPU with AVX2).
     """
-    model = ov.Core().read_model(graph.SerializeToString())
+    model = openvino_core().read_model(graph.SerializeToString())
     apply_moc_transformations(model, cf=False)
     return model
 
@@ -218,7 +221,7 @@ def quantize(
         method=method,
         num_calibration_images=len(samples),
         calibration_sha256=sha256,
-        kept_precision=own_precision(ov.Core()),
+        kept_precision=own_precision(),
         kept_blocks=tuple(kept),
         float_layers=config.float_layers,
     )

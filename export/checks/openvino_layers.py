@@ -9,7 +9,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from efficientnet.precision import Precision
-from efficientnet.runtimes.openvino_runtime import DEVICE, HINTS
+from efficientnet.runtimes.openvino_runtime import DEVICE, HINTS, openvino_core
 
 
 def show_openvino(
@@ -28,7 +28,7 @@ def show_openvino(
         names: as export_onnx names nodes; the plugin joined some of them, which are left out.
         images: [N, 3, H, W].
     """
-    core = ov.Core()
+    core = openvino_core()
     model = core.read_model(program)
     nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
     taps = {

@@ -53,9 +53,10 @@ def make_openvino(source: Source, config: ExportConfig, form: Form, output: Path
     """Write a form as OpenVINO's artifact, read by OpenVINO as it is."""
     graph = graph_in_form(source.model, source.image_size, form)
     ov: Any = importlib.import_module("openvino")
+    runtime: Any = importlib.import_module("efficientnet.runtimes.openvino_runtime")
 
     def build(directory: Path, _: tuple[str, ...]) -> Built:
-        model = ov.Core().read_model(graph.SerializeToString())
+        model = runtime.openvino_core().read_model(graph.SerializeToString())
         ov.save_model(model, directory / "model.xml", compress_to_fp16=False)
         return Built(
             "model.xml",

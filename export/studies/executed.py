@@ -77,9 +77,8 @@ def executed_by_openvino(
     program: Path, image: NDArray[np.float32], graph: onnx.ModelProto
 ) -> Executed:
     """Read the plugin's runtime model, which tells the layers that each of its nodes does."""
-    ov: Any = importlib.import_module("openvino")
     runtime: Any = importlib.import_module("efficientnet.runtimes.openvino_runtime")
-    core = ov.Core()
+    core = runtime.openvino_core()
     model = core.read_model(program)
     model.reshape(list(image.shape))
     settings = {

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import openvino as ov
-
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.machine.atomic import point_link
@@ -53,7 +51,7 @@ def main(config: QuickConfig) -> Path:
 
 def chosen_exports() -> list[OrtConfig | OpenVinoConfig]:
     """Return what this processor has kernels for."""
-    of_openvino: list[Precision] = ["fp32", own_precision(ov.Core()), "int8"]
+    of_openvino: list[Precision] = ["fp32", own_precision(), "int8"]
     return [
         *(OrtConfig(precision=precision) for precision in ("fp32", "int8")),
         *(OpenVinoConfig(precision=precision) for precision in dict.fromkeys(of_openvino)),

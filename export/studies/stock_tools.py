@@ -24,7 +24,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.precision import Precision
-from efficientnet.runtimes.openvino_runtime import own_precision
+from efficientnet.runtimes.openvino_runtime import openvino_core, own_precision
 from export.builders.openvino_builder import PROGRAM_FILE, WEIGHTS_FILE, save
 from export.builders.writing import Builder, Built, write_checked_artifact
 from export.graphs.calibration import choose_samples, images_of, write_calibration
@@ -49,7 +49,7 @@ def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> 
         images = [
             image for batch in images_of(source, samples) for image in np.split(batch, len(batch))
         ]
-        float_precision = own_precision(ov.Core())
+        float_precision = own_precision()
 
         def record(directory: Path, method: str) -> QuantizationRecord:
             return QuantizationRecord(
@@ -81,12 +81,12 @@ def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> 
             return Built("model.onnx", weight_bytes, quantization=quantization)
 
         def openvino_float(directory: Path, _: tuple[str, ...]) -> Built:
-            return _save(ov.Core().read_model(plain), directory, config, float_precision)
+            return _save(openvino_core().read_model(plain), directory, config, float_precision)
 
         def openvino_int8(directory: Path, _: tuple[str, ...]) -> Built:
             dataset = nncf.Dataset([{INPUT_NAME: image} for image in images])
             model: Any = nncf.quantize(
-                ov.Core().read_model(plain),
+                openvino_core().read_model(plain),
                 dataset,
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(images),

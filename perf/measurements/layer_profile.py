@@ -148,13 +148,12 @@ def profile_openvino(
     program: Path, manifest: ArtifactManifest, batches: Batches, num_threads: int, num_calls: int
 ) -> Profile:
     """Run an OpenVINO program with the plugin's counters, compiled as the runtime does."""
-    ov: Any = importlib.import_module("openvino")
     runtime: Any = importlib.import_module(RUNTIMES["openvino"].module)
     first = next(batches)
     quantization = manifest.quantization
     precision = quantization.kept_precision if quantization else manifest.precision
     settings = runtime.compile_properties(precision, num_threads) | {"PERF_COUNT": True}
-    core = ov.Core()
+    core = runtime.openvino_core()
     model = core.read_model(program)
     shape = list(first.shape)
     model.reshape(shape if shape[0] in manifest.static_batches else [-1, *shape[1:]])
