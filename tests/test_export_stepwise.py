@@ -26,11 +26,10 @@ from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.names import RUNTIMES, RuntimeName
 from export import ort, ov
 from export.builders import openvino_builder as ov_build
-from export.checks import parity
-from export.checks import stepwise as ladder
+from export.checks import parity, stepwise
 from export.checks.layers import first_above, layers_by_block, relative_error
 from export.checks.parity import GATE, ParityConfig, ParityReport, complete, find_checkpoint
-from export.checks.stepwise import Ladder, Skipped
+from export.checks.stepwise import Skipped, StepwiseParity
 from export.graphs.folding import fold_batch_norm
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig
@@ -67,15 +66,15 @@ def report(tiny_checkpoint: Path, artifacts: dict[str, Path]) -> ParityReport:
     return parity.main(ParityConfig(paths, checkpoint=tiny_checkpoint, num_images=64, layers=True))
 
 
-def test_every_rung_of_a_faithful_artifact_agrees(report: ParityReport):
-    rungs = {record.rungs[-1].name: record.rungs for record in report.ladders}
-    assert list(rungs) == ["onnxruntime fp32", "onnxruntime fp16", "openvino fp32"]
+def test_every_step_of_a_faithful_artifact_agrees(report: ParityReport):
+    steps = {record.rungs[-1].name: record.rungs for record in report.ladders}
+    assert list(steps) == ["onnxruntime fp32", "onnxruntime fp16", "openvino fp32"]
     for record in report.ladders:
         assert record.first_broken is None
-        assert all(rung.parity and rung.problem is None for rung in record.rungs)
+        assert all(step.parity and step.problem is None for step in record.rungs)
     folds = ["batch norm folded, in float64", "batch norm folded, fp32"]
     exported = [*folds, "ONNX fp32, not optimized"]
-    names = {last: [rung.name for rung in own[:-1]] for last, own in rungs.items()}
+    names = {last: [step.name for step in own[:-1]] for last, own in steps.items()}
     assert names["onnxruntime fp16"] == [*exported, "model.onnx, not optimized"]
     assert names["openvino fp32"] == exported
 
@@ -105,7 +104,7 @@ def test_layers_have_the_names_of_the_nodes(source: Source, tiny_artifact: Path)
     assert {name for names in layers_by_block(source.model).values() for name in names} == nodes
 
 
-def test_the_command_names_the_broken_rung_and_layer_and_prints_json_last(
+def test_the_command_names_the_broken_step_and_layer_and_prints_json_last(
     tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
 ):
     broken = perturbed(tiny_artifact, tmp_path / "broken")
@@ -116,7 +115,7 @@ def test_the_command_names_the_broken_rung_and_layer_and_prints_json_last(
     assert "Traceback" not in done.stderr
     (bad,) = ParityReport.model_validate_json(done.stdout.splitlines()[-1]).ladders
     assert bad.first_broken == "model.onnx, not optimized"
-    assert [rung.problem is None for rung in bad.rungs] == [True, True, True, False, False]
+    assert [step.problem is None for step in bad.rungs] == [True, True, True, False, False]
     assert bad.layers is not None and bad.layers.layer == CHANGED_LAYER
 
 
@@ -130,7 +129,7 @@ def test_a_changed_weight_of_an_openvino_program_is_found(
     )
     openvino.save_model(model, directory / ov_build.PROGRAM_FILE, compress_to_fp16=False)
     manifest = rehashed(directory)
-    record = Ladder(source).climb(directory, manifest, wants_layers=True)
+    record = StepwiseParity(source).compare(directory, manifest, wants_layers=True)
     assert record.first_broken == "openvino fp32"
     assert record.layers is not None
     assert (record.layers.block, record.layers.layer) == (CHANGED_BLOCK, CHANGED_LAYER)
@@ -145,8 +144,10 @@ def test_a_wrong_fold_is_found_before_anything_is_exported(
         layer.bias.data *= 1.02  # type: ignore
         return folded
 
-    monkeypatch.setattr(ladder, "fold_batch_norm", fold_wrongly)
-    record = Ladder(source).climb(tiny_artifact, read_artifact(tiny_artifact), wants_layers=True)
+    monkeypatch.setattr(stepwise, "fold_batch_norm", fold_wrongly)
+    record = StepwiseParity(source).compare(
+        tiny_artifact, read_artifact(tiny_artifact), wants_layers=True
+    )
     assert record.first_broken == "batch norm folded, in float64"
     assert record.layers is not None
     assert record.layers.layer == "features.2.0.block.0.0/Conv"
@@ -326,4 +327,4 @@ def unchecked(artifact: Path, directory: Path, **changes: object) -> Path:
 
 
 def graph_of(source: Source, directory: Path, manifest: ArtifactManifest, **changes: object):
-    return ladder._graph_of_artifact(source, directory, manifest.model_copy(update=changes))
+    return stepwise._graph_of_artifact(source, directory, manifest.model_copy(update=changes))

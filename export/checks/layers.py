@@ -68,9 +68,9 @@ class LayersRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rung: str
-    """Whose layers these are."""
+    """Name of the step whose layers these are."""
     note: str | None
-    """Why they are not those of the rung that breaks."""
+    """Why they are not those of the step that breaks."""
     num_images: int
     bound: float
     """Largest error that is rounding."""
@@ -91,7 +91,7 @@ def compare_layers(
     show: Show,
     images: NDArray[np.float32],
     precision: Precision,
-    rung: str,
+    step: str,
     note: str | None = None,
 ) -> LayersRecord:
     """Find the first block that differs too much from the eager model's, and the layer in it.
@@ -101,7 +101,7 @@ def compare_layers(
         show: gives what the layers of the compared program put out.
         images: [N, 3, H, W]; those with the largest logit errors tell most.
         precision: of the compared program.
-        rung: its name.
+        step: its name.
         note: said with the result.
     """
     by_block = layers_by_block(model)
@@ -117,7 +117,7 @@ def compare_layers(
     block = first_above(blocks, bound)
     layers = errors_of(by_block[block])
     return LayersRecord(
-        rung=rung,
+        rung=step,
         note=note,
         num_images=len(images),
         bound=bound,

@@ -17,8 +17,8 @@ from efficientnet.machine.environment import EnvironmentRecord, current_environm
 from efficientnet.runtimes.protocol import open_program
 from export.checks.agreement import ParityError
 from export.checks.gate import Gate, describe, is_allowed
-from export.checks.stepwise import Ladder
-from export.checks.stepwise_record import LadderRecord, report_of
+from export.checks.stepwise import StepwiseParity
+from export.checks.stepwise_record import StepwiseParityRecord, report_of
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Source, load_source
 from export.inputs.study_config import ParityConfig
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 
 class ParityReport(BaseModel):
-    """The ladders of all artifacts."""
+    """The steps of all artifacts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
     environment: EnvironmentRecord
-    ladders: tuple[LadderRecord, ...]
+    ladders: tuple[StepwiseParityRecord, ...]
 
 
 def main(config: ParityConfig) -> ParityReport:
@@ -55,8 +55,8 @@ def main(config: ParityConfig) -> ParityReport:
         path: config.checkpoint or find_checkpoint(path, manifest.checkpoint_sha256)
         for path, manifest in manifests.items()
     }
-    by_source: dict[tuple[Path, int], tuple[Source, Ladder]] = {}
-    ladders: list[LadderRecord] = []
+    by_source: dict[tuple[Path, int], tuple[Source, StepwiseParity]] = {}
+    records: list[StepwiseParityRecord] = []
     for path, manifest in manifests.items():
         size = manifest.preprocess.image_size
         key = (checkpoints[path], size)
@@ -70,24 +70,24 @@ def main(config: ParityConfig) -> ParityReport:
                 ),
                 images_flag="--num-images",
             )
-            by_source[key] = source, Ladder(source)
-        source, steps = by_source[key]
+            by_source[key] = source, StepwiseParity(source)
+        source, stepwise = by_source[key]
         require_made_of(source, path, manifest)
-        ladder = steps.climb(path, manifest, config.layers)
-        if manifest.parity is None and ladder.first_broken is None:
-            ladder = complete(source, path, manifest, ladder)
-        if manifest.parity is None and not ladder.is_completed:
+        record = stepwise.compare(path, manifest, config.layers)
+        if manifest.parity is None and record.first_broken is None:
+            record = complete(source, path, manifest, record)
+        if manifest.parity is None and not record.is_completed:
             log.info("%s stays as it is: not checked, and refused", path)
-        log.info("%s", report_of(ladder))
-        ladders.append(ladder)
-    report = ParityReport(environment=current_environment(), ladders=tuple(ladders))
+        log.info("%s", report_of(record))
+        records.append(record)
+    report = ParityReport(environment=current_environment(), ladders=tuple(records))
     broken = [
-        f"{ladder.artifact} at {ladder.first_broken}" for ladder in ladders if ladder.first_broken
+        f"{record.artifact} at {record.first_broken}" for record in records if record.first_broken
     ]
     if broken:
         print(report.model_dump_json())
         raise ParityError(
-            f"{len(broken)} of {len(ladders)} artifacts do not answer like the eager model: "
+            f"{len(broken)} of {len(records)} artifacts do not answer like the eager model: "
             f"{'; '.join(broken)}"
         )
     return report
@@ -134,8 +134,8 @@ def require_made_of(source: Source, artifact: Path, manifest: ArtifactManifest) 
 
 
 def complete(
-    source: Source, artifact: Path, manifest: ArtifactManifest, ladder: LadderRecord
-) -> LadderRecord:
+    source: Source, artifact: Path, manifest: ArtifactManifest, record: StepwiseParityRecord
+) -> StepwiseParityRecord:
     """Write what was found into the manifest of an artifact that passed, so that all accept it.
 
     int8 and fp8 must pass the accuracy gate before; one that does not stays as it is.
@@ -148,8 +148,8 @@ def complete(
         gate = checker.measure(open_program(artifact, manifest))
         log.info("%s", describe(gate))
         if not is_allowed(gate):
-            return ladder.model_copy(update={"gate": gate, "first_broken": GATE})
-    update = {"parity": ladder.rungs[-1].parity, "gate": gate}
+            return record.model_copy(update={"gate": gate, "first_broken": GATE})
+    update = {"parity": record.rungs[-1].parity, "gate": gate}
     write_manifest(artifact, manifest.model_copy(update=update))
     log.info("%s was not checked before: it passed, and is accepted from now on", artifact)
-    return ladder.model_copy(update={"gate": gate, "is_completed": True})
+    return record.model_copy(update={"gate": gate, "is_completed": True})

@@ -1,7 +1,7 @@
-"""An artifact -> its ladder: each step from the eager model to it, compared on held-out images.
+"""An artifact -> each step from the eager model to it, compared on held-out images.
 
 Eager model -> batch norm folded -> ONNX graph in float32 -> ONNX graph in the artifact's precision
--> the artifact. The first rung that answers differently tells which step is at fault.
+-> the artifact. The first that answers differently is the one at fault.
 """
 
 import copy
@@ -43,7 +43,7 @@ from export.checks.layers import (
     show_model,
     show_onnx,
 )
-from export.checks.stepwise_record import LadderRecord, RungRecord
+from export.checks.stepwise_record import ParityStepRecord, StepwiseParityRecord
 from export.graphs.calibration import CALIBRATION_FILE, CalibrationError
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm
 from export.graphs.precision import typed_graph
@@ -66,7 +66,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Rung:
+class ParityStep:
     """A step that can be run."""
 
     name: str
@@ -89,25 +89,25 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A rung that was compared."""
+class ComparedStep:
+    """A step that was compared, or skipped."""
 
-    record: RungRecord
-    rung: Rung | None = None
+    record: ParityStepRecord
+    step: ParityStep | None = None
     """None where it was skipped."""
     worst: NDArray[np.intp] | None = None
     """Indices of its images, the largest logit error first."""
 
 
-class Ladder:
+class StepwiseParity:
     """The steps from one checkpoint; those that its artifacts share are run once."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def climb(
+    def compare(
         self, directory: Path, manifest: ArtifactManifest, wants_layers: bool = False
-    ) -> LadderRecord:
+    ) -> StepwiseParityRecord:
         """Compare every step with the eager model; with `wants_layers` look into the first bad one.
 
         All steps are run, also those after one that breaks: each starts at the checkpoint again.
@@ -121,7 +121,7 @@ class Ladder:
         if graph is not None:
             steps.append(self._compare_graph(graph, manifest.precision))
         provider = f" ({manifest.provider})" if manifest.provider else ""
-        artifact = self._rung(
+        artifact = self._parity_step(
             f"{manifest.runtime}{provider} {manifest.precision}",
             manifest.precision,
             partial(
@@ -135,7 +135,7 @@ class Ladder:
         steps.append(_compare(artifact))
         broken = next((i for i, step in enumerate(steps) if step.record.problem), None)
         seen = steps if broken is None else steps[: broken + 1]
-        return LadderRecord(
+        return StepwiseParityRecord(
             artifact=str(directory),
             program_sha256=manifest.program_sha256,
             checkpoint_sha256=manifest.checkpoint_sha256,
@@ -149,13 +149,13 @@ class Ladder:
         )
 
     @cached_property
-    def _shared(self) -> tuple[Step, ...]:
+    def _shared(self) -> tuple[ComparedStep, ...]:
         source = self._source
         folded = fold_batch_norm(source.model)
         steps = [
-            _compare(_fold_rung(source, folded)),
+            _compare(_fold_step(source, folded)),
             _compare(
-                self._rung(
+                self._parity_step(
                     "batch norm folded, fp32",
                     "fp32",
                     partial(_answer_of_model, folded),
@@ -164,65 +164,69 @@ class Ladder:
             ),
         ]
         # ONNX Runtime without its graph optimisations executes what is written, node by node: this
-        # rung is about the export alone. What an optimiser makes of it is the artifact's matter.
+        # step is about the export alone. What an optimiser makes of it is the artifact's matter.
         graph = export_onnx(source.model, source.image_size)
         steps.append(self._compare_graph(("ONNX fp32, not optimized", graph), "fp32"))
         return tuple(steps)
 
     def _compare_graph(
         self, named: tuple[str, onnx.ModelProto] | Skipped, precision: Precision
-    ) -> Step:
+    ) -> ComparedStep:
         if isinstance(named, Skipped):
-            return Step(RungRecord(name=named.name, skipped=named.reason))
+            return ComparedStep(ParityStepRecord(name=named.name, skipped=named.reason))
         name, graph = named
         try:
             answer = _answer_of_graph(graph)
         except NoKernel as error:
             reason = f"ONNX Runtime's CPU provider cannot run it: {error}"
-            return Step(RungRecord(name=name, skipped=reason))
-        return _compare(self._rung(name, precision, answer, partial(show_onnx, graph, False)))
+            return ComparedStep(ParityStepRecord(name=name, skipped=reason))
+        return _compare(
+            self._parity_step(name, precision, answer, partial(show_onnx, graph, False))
+        )
 
-    def _rung(
+    def _parity_step(
         self,
         name: str,
         precision: Precision,
         answer: Callable[[NDArray[np.float32]], Array],
         show: Show | None,
-    ) -> Rung:
+    ) -> ParityStep:
         logits = self._source.parity_logits
         tolerances = tolerances_for(precision, logits)
         images = self._source.parity_images
-        return Rung(name, precision, images, logits, tolerances, answer, show)
+        return ParityStep(name, precision, images, logits, tolerances, answer, show)
 
 
-def _compare(rung: Rung) -> Step:
-    found = rung.answer(rung.images)
-    parity = compare_logits(found, rung.expected, rung.tolerances)
+def _compare(step: ParityStep) -> ComparedStep:
+    found = step.answer(step.images)
+    parity = compare_logits(found, step.expected, step.tolerances)
     problem = problem_of(parity)
-    log.info("%s: %s", rung.name, problem or "agrees")
-    errors = logit_errors(found, rung.expected)
+    log.info("%s: %s", step.name, problem or "agrees")
+    errors = logit_errors(found, step.expected)
     worst = np.argsort(-errors.max(axis=1), kind="stable")
-    return Step(RungRecord(name=rung.name, parity=parity, problem=problem), rung, worst)
+    return ComparedStep(
+        ParityStepRecord(name=step.name, parity=parity, problem=problem), step, worst
+    )
 
 
-def _compare_layers(model: EfficientNet, steps: Sequence[Step]) -> LayersRecord:
+def _compare_layers(model: EfficientNet, compared: Sequence[ComparedStep]) -> LayersRecord:
     # Of the last step, or of the last before it that lets one look inside.
-    step = next(step for step in reversed(steps) if step.rung and step.rung.show)
-    rung, worst, last = step.rung, step.worst, steps[-1].record.name
-    assert rung is not None and rung.show is not None and worst is not None
+    shown = next(c for c in reversed(compared) if c.step and c.step.show)
+    step, worst, last = shown.step, shown.worst, compared[-1].record.name
+    assert step is not None and step.show is not None and worst is not None
     note = None
-    if rung.name != last:
+    if step.name != last:
         note = f"{last} does not show what its layers put out; these are of the nearest that does"
-    images = rung.images[worst[:NUM_IMAGES]]
-    return compare_layers(model, rung.show, images, rung.precision, rung.name, note)
+    images = step.images[worst[:NUM_IMAGES]]
+    return compare_layers(model, step.show, images, step.precision, step.name, note)
 
 
-def _fold_rung(source: Source, folded: EfficientNet) -> Rung:
+def _fold_step(source: Source, folded: EfficientNet) -> ParityStep:
     step = max(1, len(source.parity_images) // NUM_FOLD_IMAGES)
     images = source.parity_images[::step][:NUM_FOLD_IMAGES]
     expected = _answer_of_model(copy.deepcopy(source.model).double(), images.astype(np.float64))
     error = FOLD_TOLERANCE * float(expected.std())
-    return Rung(
+    return ParityStep(
         "batch norm folded, in float64",
         "fp32",
         images,

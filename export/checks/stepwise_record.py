@@ -1,4 +1,4 @@
-"""What a ladder found -> its record, its table, and the first rung that breaks."""
+"""What stepwise parity found -> its record, its table, and the first step that breaks."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,7 +14,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class RungRecord(_Frozen):
+class ParityStepRecord(_Frozen):
     """One step, compared with the eager model."""
 
     name: str
@@ -26,7 +26,7 @@ class RungRecord(_Frozen):
     """Why it could not be run here."""
 
 
-class LadderRecord(_Frozen):
+class StepwiseParityRecord(_Frozen):
     """All steps of one artifact."""
 
     artifact: str
@@ -38,8 +38,8 @@ class LadderRecord(_Frozen):
     precision: Precision
     image_size: int
     """Pixels."""
-    rungs: tuple[RungRecord, ...]
-    """From the eager model's side to the artifact, which is the last."""
+    rungs: tuple[ParityStepRecord, ...]
+    """The steps, from the eager model's side to the artifact, which is the last."""
     first_broken: str | None
     """Name of the first that breaks; None when none does."""
     layers: LayersRecord | None = None
@@ -50,7 +50,7 @@ class LadderRecord(_Frozen):
     """Whether the artifact was not checked before, passed, and is accepted by all from now on."""
 
 
-def table_of(record: LadderRecord) -> Table:
+def table_of(record: StepwiseParityRecord) -> Table:
     """Lay the steps out, one a row."""
     columns = (
         "rung",
@@ -63,29 +63,29 @@ def table_of(record: LadderRecord) -> Table:
         "verdict",
     )
     rows = [(REFERENCE, *(NOTHING,) * 6, "the reference")]
-    for rung in record.rungs:
-        parity = rung.parity
+    for step in record.rungs:
+        parity = step.parity
         if parity is None:
-            rows.append((rung.name, *(NOTHING,) * 6, f"skipped: {rung.skipped}"))
+            rows.append((step.name, *(NOTHING,) * 6, f"skipped: {step.skipped}"))
             continue
         num_counted = round((1 - parity.top1_agreement) * parity.num_images)
         rows.append(
             (
-                rung.name,
+                step.name,
                 f"{parity.max_abs_logit_error:.1e}",
                 f"{parity.mean_abs_logit_error:.1e}",
                 f"{parity.tolerances.max_abs_logit_error:.1e}",
                 format_percent(1 - parity.num_flips / parity.num_images),
                 str(parity.num_flips),
                 str(num_counted),
-                "agrees" if rung.problem is None else "breaks",
+                "agrees" if step.problem is None else "breaks",
             )
         )
     return Table(columns, tuple(rows), frozenset({"rung", "verdict"}))
 
 
-def report_of(record: LadderRecord) -> str:
-    """Write the table, which rung is the first to break, and the layers."""
+def report_of(record: StepwiseParityRecord) -> str:
+    """Write the table, which step is the first to break, and the layers."""
     lines = [
         f"{record.artifact}: logits against the eager model's",
         table_of(record).aligned_text(),

@@ -178,7 +178,7 @@ class ParityConfig:
     """Held-out images that are compared, at least 64."""
 
     layers: bool = False
-    """Compare also layer by layer: the first rung that breaks, or the artifact when none does."""
+    """Compare also layer by layer: the first step that breaks, or the artifact when none does."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
