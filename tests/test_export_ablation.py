@@ -28,7 +28,7 @@ from export.graphs.parts import (
     RESIDUAL,
     SILU,
     Executed,
-    Fate,
+    FusedPart,
     count_parts,
     find_parts,
 )
@@ -64,14 +64,14 @@ def graphs(model: EfficientNet) -> dict[str, onnx.ModelProto]:
 
 
 def row(form: str, turns: tuple[float, ...], base: tuple[float, ...]) -> FormRecord:
-    fate = Fate(part=SILU, total=3, executed_by={"QuickGelu": 2, "Conv": 1})
+    fused = FusedPart(part=SILU, total=3, executed_by={"QuickGelu": 2, "Conv": 1})
     return FormRecord(
         runtime="onnxruntime",
         form=form,  # type: ignore[arg-type]
         turn_p50_ms=turns,
         turn_ratios=tuple(a / b for a, b in zip(turns, base, strict=True)),
         max_abs_logit_error=2e-6,
-        executed=Executed(kinds={"Conv": 5, "QuickGelu": 2}, fates=(fate,)),
+        executed=Executed(kinds={"Conv": 5, "QuickGelu": 2}, fates=(fused,)),
     )
 
 
@@ -90,8 +90,8 @@ def record(rows: list[FormRecord]) -> AblationRecord:
 
 
 def where(executed: Executed, part: str) -> dict[str, int]:
-    (fate,) = (fate for fate in executed.fates if fate.part == part)
-    return fate.executed_by
+    (fused,) = (fused for fused in executed.fates if fused.part == part)
+    return fused.executed_by
 
 
 def test_only_nothing_has_batch_norm_and_only_fused_pools_globally(graphs):

@@ -15,7 +15,7 @@ PARTS = (RESIDUAL, GATE_SIGMOID, GATE_MUL, SILU)
 NOT_FOUND = "not found"
 
 
-class Fate(BaseModel):
+class FusedPart(BaseModel):
     """What became of one part of the network in a runtime."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,7 +34,7 @@ class Executed(BaseModel):
 
     kinds: dict[str, int]
     """Kind of node, kernel or operator -> how many, most first."""
-    fates: tuple[Fate, ...]
+    fates: tuple[FusedPart, ...]
 
     @property
     def num_nodes(self) -> int:
@@ -87,9 +87,11 @@ def executed_of(
     rest: str = NOT_FOUND,
 ) -> Executed:
     """Sum up what is executed; parts that nothing was found for are done by `rest`."""
-    fates: list[Fate] = []
+    fused: list[FusedPart] = []
     for part in PARTS:
         counts = Counter(found.get(part, ()))
         counts += Counter({rest: totals[part] - counts.total()})
-        fates.append(Fate(part=part, total=totals[part], executed_by=dict(counts.most_common())))
-    return Executed(kinds=dict(Counter(kinds).most_common()), fates=tuple(fates))
+        fused.append(
+            FusedPart(part=part, total=totals[part], executed_by=dict(counts.most_common()))
+        )
+    return Executed(kinds=dict(Counter(kinds).most_common()), fates=tuple(fused))

@@ -9,7 +9,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_ratio
 from export.graphs.forms import FORMS
-from export.graphs.parts import Fate
+from export.graphs.parts import FusedPart
 from export.studies.ablation_rows import FormRecord
 
 
@@ -59,18 +59,18 @@ def table_of(rows: Sequence[FormRecord]) -> Table:
     return Table(columns, tuple(lines), frozenset({"runtime", "form", "gain"}))
 
 
-def fate_lines(rows: Iterable[FormRecord]) -> list[str]:
+def fused_part_lines(rows: Iterable[FormRecord]) -> list[str]:
     """Tell for each runtime which executed nodes do the adds, gates and SiLUs of the last form."""
     return [
-        f"{row.runtime}: {'; '.join(map(_fate, row.executed.fates))}"
+        f"{row.runtime}: {'; '.join(map(_part_line, row.executed.fates))}"
         for row in rows
         if row.form == "fused" and row.executed is not None
     ]
 
 
-def _fate(fate: Fate) -> str:
-    where = ", ".join(f"{n} in {kind}" for kind, n in fate.executed_by.items())
-    return f"{fate.part} ({fate.total}): {where or NOTHING}"
+def _part_line(part: FusedPart) -> str:
+    where = ", ".join(f"{n} in {kind}" for kind, n in part.executed_by.items())
+    return f"{part.part} ({part.total}): {where or NOTHING}"
 
 
 def to_markdown(record: AblationRecord) -> str:
@@ -80,11 +80,11 @@ def to_markdown(record: AblationRecord) -> str:
     libraries = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
     devices = [gpu.partition(",")[0] for gpu in record.environment.gpus]
     cores = f"{record.environment.num_cores} cores of {record.environment.processor}"
-    fates = "\n".join(f"- {line}" for line in fate_lines(record.rows))
+    parts = "\n".join(f"- {line}" for line in fused_part_lines(record.rows))
     return (
         f"{table_of(record.rows).markdown()}\n\n"
         "What became of the parts of the network in the last form, by the kind of node, kernel or "
-        f"operator that computes them:\n\n{fates}\n\n"
+        f"operator that computes them:\n\n{parts}\n\n"
         f"{record.variant} at {record.image_size} px, batch 1, fp32, "
         f"{', '.join([*devices, cores])}, {libraries}, {record.started_at:%Y-%m-%d} UTC. "
         "Each form in a process of its own, taking turns within its runtime; ms: median of the "

@@ -13,7 +13,7 @@ from efficientnet.reporting.publishing import find_section, published_directory,
 from export.inputs.reference import load_source
 from export.inputs.study_config import AblationConfig
 from export.studies.ablation_rows import FormRecord, measure_forms
-from export.studies.ablation_table import AblationRecord, fate_lines, table_of, to_markdown
+from export.studies.ablation_table import AblationRecord, fused_part_lines, table_of, to_markdown
 
 SECTION = "fusion"
 
@@ -53,7 +53,7 @@ def main(config: AblationConfig) -> AblationRecord:
         started_at=started_at,
         rows=tuple(rows),
     )
-    log.info("%s", "\n".join([table_of(rows).aligned_text(), *fate_lines(rows)]))
+    log.info("%s", "\n".join([table_of(rows).aligned_text(), *fused_part_lines(rows)]))
     if config.publish:
         publish(record, config.readme)
     return record
