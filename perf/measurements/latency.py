@@ -18,7 +18,7 @@ from efficientnet.measuring.stability import BELOW_FLOOR, instabilities, is_belo
 from efficientnet.measuring.turns import Measured, Pace
 from efficientnet.network.cost import DevicePeak
 from perf.measurements.config import LatencyConfig
-from perf.measurements.measured_programs import choose_best_sizes, measure, open_subjects, planned_s
+from perf.measurements.measured_programs import choose_best_sizes, measure, open_programs, planned_s
 from perf.measurements.recording import make_record, results_table
 
 # Beside the latencies, where perf/accuracy.py writes by default.
@@ -55,19 +55,19 @@ def main(config: LatencyConfig) -> Path:
     peaks = peaks_of(programs, num_threads)
     results: dict[Scenario, list[tuple[Measured, float]]] = {}
     with (
-        open_subjects(programs, batch_sizes, num_threads, config.data, config.seed) as subjects,
-        Progress(planned_s(subjects, config.scenarios, pace)) as progress,
+        open_programs(programs, batch_sizes, num_threads, config.data, config.seed) as opened,
+        Progress(planned_s(opened, config.scenarios, pace)) as progress,
     ):
         if "single_stream" in config.scenarios:
-            ones = [1] * len(subjects)
-            results["single_stream"] = measure(subjects, ones, "single_stream", pace, progress)
+            ones = [1] * len(opened)
+            results["single_stream"] = measure(opened, ones, "single_stream", pace, progress)
         if "offline" in config.scenarios:
-            best = choose_best_sizes(subjects, pace, progress)
-            results["offline"] = measure(subjects, best, "offline", pace, progress)
+            best = choose_best_sizes(opened, pace, progress)
+            results["offline"] = measure(opened, best, "offline", pace, progress)
     folder = config.output.parent
     records = [
         make_record(
-            subject,
+            program,
             scenario,
             measured,
             overhead_ms,
@@ -75,21 +75,21 @@ def main(config: LatencyConfig) -> Path:
             started_at,
             config.seed,
             folder,
-            peaks[subject.program.path],
+            peaks[program.program.path],
         )
         for scenario, measurements in results.items()
-        for subject, (measured, overhead_ms) in zip(subjects, measurements, strict=True)
+        for program, (measured, overhead_ms) in zip(opened, measurements, strict=True)
     ]
     for record in records:
         append_record(config.output, record)
-    names = [subject.worker.name for subject in subjects] * len(results)
+    names = [program.worker.name for program in opened] * len(results)
     log.info("%s", results_table(names, records).aligned_text())
     for name, record in zip(names, records, strict=True):
         for reason in instabilities(record):
             log.info("unstable: %s, %s: %s", name, record.scenario, reason)
         if is_below_floor(record):
             log.info("wrong floor: %s, %s: %s", name, record.scenario, BELOW_FLOOR)
-    if missing := without_accuracy([subject.program for subject in subjects], folder):
+    if missing := without_accuracy(programs, folder):
         log.info(
             "a speed is reported with its accuracy only: 'python perf/accuracy.py %s' measures it",
             " ".join(map(str, missing)),

@@ -24,7 +24,7 @@ MAX_NULL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Subject:
+class MeasuredProgram:
     """A program, the process that runs it, and one with the null runtime in its place."""
 
     program: Program
@@ -36,13 +36,13 @@ class Subject:
 
 
 @contextmanager
-def open_subjects(
+def open_programs(
     programs: Sequence[Program],
     batch_sizes: Sequence[tuple[int, ...]],
     num_threads: int,
     data: str | None,
     seed: int,
-) -> Generator[list[Subject]]:
+) -> Generator[list[MeasuredProgram]]:
     """Prepare the inputs, start the processes and wait until all are ready; end them afterwards.
 
     Raises:
@@ -54,7 +54,7 @@ def open_subjects(
     largest = max(size for sizes in batch_sizes for size in sizes)
     inputs: dict[tuple[str, PreprocessSpec], Inputs] = {}
     nulls: dict[tuple[str, PreprocessSpec, int], Worker] = {}
-    subjects: list[Subject] = []
+    opened: list[MeasuredProgram] = []
     with ExitStack() as stack:
 
         def start(name: str, program: Path | ProgramInfo, own_inputs: Inputs) -> Worker:
@@ -70,8 +70,8 @@ def open_subjects(
             answered = (*seen, len(program.class_names))
             if answered not in nulls:
                 nulls[answered] = start("harness overhead", _null_of(program), inputs[seen])
-            subjects.append(
-                Subject(
+            opened.append(
+                MeasuredProgram(
                     program,
                     start(names[program], program.path, inputs[seen]),
                     nulls[answered],
@@ -80,68 +80,72 @@ def open_subjects(
                     data_name(dataset.source),
                 )
             )
-        for worker in (*nulls.values(), *(subject.worker for subject in subjects)):
+        for worker in (*nulls.values(), *(program.worker for program in opened)):
             worker.receive()
-        yield subjects
+        yield opened
 
 
 def measure(
-    subjects: Sequence[Subject],
+    programs: Sequence[MeasuredProgram],
     batch_sizes: Sequence[int],
     scenario: Scenario,
     pace: Pace,
     progress: Progress,
 ) -> list[tuple[Measured, float]]:
-    """Measure each subject at its batch size, with the harness overhead at that size in ms."""
-    pairs = list(zip(subjects, batch_sizes, strict=True))
-    jobs = [Job(subject.worker, size, pace) for subject, size in pairs]
-    null_jobs = list(dict.fromkeys(Job(s.null, size, _null_pace(pace)) for s, size in pairs))
+    """Measure each program at its batch size, with the harness overhead at that size in ms."""
+    pairs = list(zip(programs, batch_sizes, strict=True))
+    jobs = [Job(program.worker, size, pace) for program, size in pairs]
+    null_jobs = list(dict.fromkeys(Job(p.null, size, _null_pace(pace)) for p, size in pairs))
     measured = measure_in_turns([*jobs, *null_jobs], scenario, progress)
     overheads_ms = {
         (job.worker, job.batch_size): statistics.median(result.samples_ms)
         for job, result in zip(null_jobs, measured[len(jobs) :], strict=True)
     }
     return [
-        (result, overheads_ms[subject.null, size])
-        for (subject, size), result in zip(pairs, measured[: len(jobs)], strict=True)
+        (result, overheads_ms[program.null, size])
+        for (program, size), result in zip(pairs, measured[: len(jobs)], strict=True)
     ]
 
 
-def choose_best_sizes(subjects: Sequence[Subject], pace: Pace, progress: Progress) -> list[int]:
-    """Find the batch size of the most images/s of each subject; a single one needs no sweep."""
-    if not _needs_sweep(subjects):
-        return [size for subject in subjects for size in subject.batch_sizes]
-    rates = sweep([(s.worker, s.batch_sizes) for s in subjects], pace, progress)
-    progress.write(sweep_table(subjects, rates).aligned_text())
+def choose_best_sizes(
+    programs: Sequence[MeasuredProgram], pace: Pace, progress: Progress
+) -> list[int]:
+    """Find the batch size of the most images/s of each program; a single one needs no sweep."""
+    if not _needs_sweep(programs):
+        return [size for program in programs for size in program.batch_sizes]
+    rates = sweep([(p.worker, p.batch_sizes) for p in programs], pace, progress)
+    progress.write(sweep_table(programs, rates).aligned_text())
     return [max(rate, key=lambda size, rate=rate: rate[size]) for rate in rates]
 
 
-def planned_s(subjects: Sequence[Subject], scenarios: Sequence[Scenario], pace: Pace) -> float:
+def planned_s(
+    programs: Sequence[MeasuredProgram], scenarios: Sequence[Scenario], pace: Pace
+) -> float:
     """Estimate how long the scenarios, and the sweep before offline, take."""
-    scenario_s = len(subjects) * pace.planned_s + _null_pace(pace).planned_s
+    scenario_s = len(programs) * pace.planned_s + _null_pace(pace).planned_s
     seconds = len(scenarios) * scenario_s
-    if "offline" in scenarios and _needs_sweep(subjects):
-        num_sizes = sum(len(subject.batch_sizes) for subject in subjects)
+    if "offline" in scenarios and _needs_sweep(programs):
+        num_sizes = sum(len(program.batch_sizes) for program in programs)
         seconds += num_sizes * NUM_SWEEPS * pace.sweep_s
     return seconds
 
 
-def sweep_table(subjects: Sequence[Subject], rates: Sequence[dict[int, float]]) -> Table:
+def sweep_table(programs: Sequence[MeasuredProgram], rates: Sequence[dict[int, float]]) -> Table:
     """Lay out images/s by batch size."""
     sizes = sorted({size for rate in rates for size in rate})
     columns = ("images/s at batch", *map(str, sizes))
     rows = tuple(
         (
-            subject.worker.name,
+            program.worker.name,
             *(format_rate(rate[size]) if size in rate else NOTHING for size in sizes),
         )
-        for subject, rate in zip(subjects, rates, strict=True)
+        for program, rate in zip(programs, rates, strict=True)
     )
     return Table(columns, rows, frozenset(columns[:1]))
 
 
-def _needs_sweep(subjects: Sequence[Subject]) -> bool:
-    return any(len(subject.batch_sizes) > 1 for subject in subjects)
+def _needs_sweep(programs: Sequence[MeasuredProgram]) -> bool:
+    return any(len(program.batch_sizes) > 1 for program in programs)
 
 
 def _names(programs: Sequence[Program]) -> dict[Program, str]:

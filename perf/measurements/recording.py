@@ -15,14 +15,14 @@ from efficientnet.measuring.turns import Measured
 from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
 from efficientnet.network.variants import get_variant
 from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
-from perf.measurements.measured_programs import Subject
+from perf.measurements.measured_programs import MeasuredProgram
 
 # More than these go to a .npy file: a line of the records should stay readable.
 MAX_SAMPLES_IN_RECORD = 5000
 
 
 def make_record(
-    subject: Subject,
+    measured_program: MeasuredProgram,
     scenario: Scenario,
     measured: Measured,
     overhead_ms: float,
@@ -33,7 +33,7 @@ def make_record(
     peak: DevicePeak | None,
 ) -> LatencyRecord:
     """Write down a measurement; many samples go to a file in `folder`, beside the records."""
-    program, samples = subject.program, measured.samples_ms
+    program, samples = measured_program.program, measured.samples_ms
     summary = summarize(samples)
     cost = network_cost(
         get_variant(program.variant),
@@ -56,7 +56,7 @@ def make_record(
         precision=program.precision,
         image_size=program.preprocess.image_size,
         preprocess_sha256=program.preprocess.sha256,
-        data=subject.data,
+        data=measured_program.data,
         environment=current_environment(),
         started_at=started_at,
         batch_size=measured.batch_size,
@@ -68,7 +68,7 @@ def make_record(
         is_warmup_stable=measured.warm_up.is_stable,
         num_iterations=len(samples),
         num_turns=len(measured.turns),
-        num_input_images=subject.num_input_images,
+        num_input_images=measured_program.num_input_images,
         seed=seed,
         p50_ms=summary.p50_ms,
         p90_ms=summary.p90_ms,
