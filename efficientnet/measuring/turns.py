@@ -1,4 +1,4 @@
-"""Waiting processes and a pace -> their samples, measured in turns: only one computes at a time."""
+"""Waiting processes, a time budget -> their samples, in turns: only one computes at a time."""
 
 import statistics
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ NUM_SWEEPS = 2
 
 
 @dataclass(frozen=True)
-class Pace:
+class TimeBudget:
     """How long things take, derived from the seconds measured per row."""
 
     seconds: float
@@ -53,7 +53,7 @@ class Job:
 
     worker: Worker
     batch_size: int
-    pace: Pace
+    budget: TimeBudget
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,19 @@ def measure_in_turns(jobs: Sequence[Job], scenario: str, progress: Progress) -> 
     warm_ups: list[WarmUp] = []
     for job in jobs:
         progress.begin(f"{scenario}: warm-up, {job.worker.name}")
-        pace = job.pace
-        warm_ups.append(job.worker.warm_up(job.batch_size, pace.window_s, pace.warm_up_s))
-        progress.done(3 * pace.window_s)
+        budget = job.budget
+        warm_ups.append(job.worker.warm_up(job.batch_size, budget.window_s, budget.warm_up_s))
+        progress.done(3 * budget.window_s)
     answers: list[list[Answer]] = [[] for _ in jobs]
-    num_turns = jobs[0].pace.num_turns
+    num_turns = jobs[0].budget.num_turns
     for number in range(num_turns):
         # There and back: a machine that gets slower or faster meanwhile favors nobody.
         indices = range(len(jobs)) if number % 2 == 0 else reversed(range(len(jobs)))
         for index in indices:
             job = jobs[index]
             progress.begin(f"{scenario}: turn {number + 1} of {num_turns}, {job.worker.name}")
-            answers[index].append(job.worker.take_turn(job.batch_size, job.pace.turn_s))
-            progress.done(job.pace.turn_s * (1 + SETTLING_FRACTION))
+            answers[index].append(job.worker.take_turn(job.batch_size, job.budget.turn_s))
+            progress.done(job.budget.turn_s * (1 + SETTLING_FRACTION))
     return [
         _measured(job.batch_size, warm_up, own)
         for job, warm_up, own in zip(jobs, warm_ups, answers, strict=True)
@@ -114,7 +114,7 @@ def measure_in_turns(jobs: Sequence[Job], scenario: str, progress: Progress) -> 
 
 
 def sweep(
-    workers: Sequence[tuple[Worker, tuple[int, ...]]], pace: Pace, progress: Progress
+    workers: Sequence[tuple[Worker, tuple[int, ...]]], budget: TimeBudget, progress: Progress
 ) -> list[dict[int, float]]:
     """Measure each process at each of its batch sizes; return images/s by batch size."""
     num_images = [dict.fromkeys(batch_sizes, 0) for _, batch_sizes in workers]
@@ -126,10 +126,10 @@ def sweep(
                     f"offline: sweep {number + 1} of {NUM_SWEEPS}, {worker.name}, "
                     f"batch {batch_size}"
                 )
-                turn = worker.take_turn(batch_size, pace.sweep_s).turn
+                turn = worker.take_turn(batch_size, budget.sweep_s).turn
                 num_images[index][batch_size] += batch_size * len(turn.samples_ms)
                 seconds[index][batch_size] += turn.elapsed_s
-                progress.done(pace.sweep_s)
+                progress.done(budget.sweep_s)
     return [
         {batch_size: images[batch_size] / spent[batch_size] for batch_size in images}
         for images, spent in zip(num_images, seconds, strict=True)

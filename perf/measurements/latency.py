@@ -15,7 +15,7 @@ from efficientnet.measuring.programs import (
 )
 from efficientnet.measuring.progress import Progress
 from efficientnet.measuring.stability import BELOW_FLOOR, instabilities, is_below_floor
-from efficientnet.measuring.turns import Measured, Pace
+from efficientnet.measuring.turns import Measured, TimeBudget
 from efficientnet.network.cost import DevicePeak
 from perf.measurements.config import LatencyConfig
 from perf.measurements.measured_programs import choose_best_sizes, measure, open_programs, planned_s
@@ -40,7 +40,7 @@ def main(config: LatencyConfig) -> Path:
     batch_sizes = [choose_batch_sizes(program, config.batches) for program in programs]
     require_writable(config.output, "--output")
     num_threads = config.threads or num_usable_cores()
-    pace = Pace(config.seconds, config.turns)
+    budget = TimeBudget(config.seconds, config.turns)
     log.info(
         "programs: %d; threads: %d; measured time: %g s each and scenario, in %d turns; "
         "machine: %s, %d cores",
@@ -56,14 +56,14 @@ def main(config: LatencyConfig) -> Path:
     results: dict[Scenario, list[tuple[Measured, float]]] = {}
     with (
         open_programs(programs, batch_sizes, num_threads, config.data, config.seed) as opened,
-        Progress(planned_s(opened, config.scenarios, pace)) as progress,
+        Progress(planned_s(opened, config.scenarios, budget)) as progress,
     ):
         if "single_stream" in config.scenarios:
             ones = [1] * len(opened)
-            results["single_stream"] = measure(opened, ones, "single_stream", pace, progress)
+            results["single_stream"] = measure(opened, ones, "single_stream", budget, progress)
         if "offline" in config.scenarios:
-            best = choose_best_sizes(opened, pace, progress)
-            results["offline"] = measure(opened, best, "offline", pace, progress)
+            best = choose_best_sizes(opened, budget, progress)
+            results["offline"] = measure(opened, best, "offline", budget, progress)
     folder = config.output.parent
     records = [
         make_record(

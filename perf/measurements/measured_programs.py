@@ -14,7 +14,14 @@ from efficientnet.measuring.contender import Worker
 from efficientnet.measuring.inputs import Inputs, prepare_inputs
 from efficientnet.measuring.programs import Program, images_for
 from efficientnet.measuring.progress import Progress
-from efficientnet.measuring.turns import NUM_SWEEPS, Job, Measured, Pace, measure_in_turns, sweep
+from efficientnet.measuring.turns import (
+    NUM_SWEEPS,
+    Job,
+    Measured,
+    TimeBudget,
+    measure_in_turns,
+    sweep,
+)
 from efficientnet.reporting.tables import NOTHING, Table, format_rate
 from efficientnet.runtimes import ProgramInfo
 from efficientnet.runtimes.names import title
@@ -89,13 +96,13 @@ def measure(
     programs: Sequence[MeasuredProgram],
     batch_sizes: Sequence[int],
     scenario: Scenario,
-    pace: Pace,
+    budget: TimeBudget,
     progress: Progress,
 ) -> list[tuple[Measured, float]]:
     """Measure each program at its batch size, with the harness overhead at that size in ms."""
     pairs = list(zip(programs, batch_sizes, strict=True))
-    jobs = [Job(program.worker, size, pace) for program, size in pairs]
-    null_jobs = list(dict.fromkeys(Job(p.null, size, _null_pace(pace)) for p, size in pairs))
+    jobs = [Job(program.worker, size, budget) for program, size in pairs]
+    null_jobs = list(dict.fromkeys(Job(p.null, size, _null_budget(budget)) for p, size in pairs))
     measured = measure_in_turns([*jobs, *null_jobs], scenario, progress)
     overheads_ms = {
         (job.worker, job.batch_size): statistics.median(result.samples_ms)
@@ -108,25 +115,25 @@ def measure(
 
 
 def choose_best_sizes(
-    programs: Sequence[MeasuredProgram], pace: Pace, progress: Progress
+    programs: Sequence[MeasuredProgram], budget: TimeBudget, progress: Progress
 ) -> list[int]:
     """Find the batch size of the most images/s of each program; a single one needs no sweep."""
     if not _needs_sweep(programs):
         return [size for program in programs for size in program.batch_sizes]
-    rates = sweep([(p.worker, p.batch_sizes) for p in programs], pace, progress)
+    rates = sweep([(p.worker, p.batch_sizes) for p in programs], budget, progress)
     progress.write(sweep_table(programs, rates).aligned_text())
     return [max(rate, key=lambda size, rate=rate: rate[size]) for rate in rates]
 
 
 def planned_s(
-    programs: Sequence[MeasuredProgram], scenarios: Sequence[Scenario], pace: Pace
+    programs: Sequence[MeasuredProgram], scenarios: Sequence[Scenario], budget: TimeBudget
 ) -> float:
     """Estimate how long the scenarios, and the sweep before offline, take."""
-    scenario_s = len(programs) * pace.planned_s + _null_pace(pace).planned_s
+    scenario_s = len(programs) * budget.planned_s + _null_budget(budget).planned_s
     seconds = len(scenarios) * scenario_s
     if "offline" in scenarios and _needs_sweep(programs):
         num_sizes = sum(len(program.batch_sizes) for program in programs)
-        seconds += num_sizes * NUM_SWEEPS * pace.sweep_s
+        seconds += num_sizes * NUM_SWEEPS * budget.sweep_s
     return seconds
 
 
@@ -155,8 +162,8 @@ def _names(programs: Sequence[Program]) -> dict[Program, str]:
     return {p: name if taken[name] == 1 else f"{name} ({p.path})" for p, name in short.items()}
 
 
-def _null_pace(pace: Pace) -> Pace:
-    return Pace(min(pace.seconds, MAX_NULL_SECONDS), pace.num_turns)
+def _null_budget(budget: TimeBudget) -> TimeBudget:
+    return TimeBudget(min(budget.seconds, MAX_NULL_SECONDS), budget.num_turns)
 
 
 def _null_of(program: Program) -> ProgramInfo:
