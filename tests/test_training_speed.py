@@ -183,9 +183,9 @@ def test_sizes_are_the_recipes_and_the_tables_unless_given():
     assert SpeedConfig().variants == ("v2-s",) and SpeedConfig().image_size_list == recipe
     assert SpeedConfig("b0").image_size_list == (176,)
     groups = plan(SpeedConfig(table=2))
-    shapes = [(cell.image_size, cell.micro_batch_size) for (cell,) in groups]
+    shapes = [(case.image_size, case.micro_batch_size) for (case,) in groups]
     assert shapes == [(512, 12), (512, 24), (380, 12), (380, 24)]
-    assert [cell.padding for cell in plan(SpeedConfig("b7", peer="timm"))[0]] == ["same"] * 3
+    assert [case.padding for case in plan(SpeedConfig("b7", peer="timm"))[0]] == ["same"] * 3
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def test_publishing_keeps_other_runs_and_replaces_one_of_the_same_settings(
 
 
 def test_a_step_is_of_the_papers_recipe_without_mixup():
-    (cell,) = plan(SpeedConfig("v2-m", image_sizes=(64,), batch_sizes=(8,)))[0]
-    config, recipe = cell.train_config(), imagenet_recipe("v2-m")
+    (case,) = plan(SpeedConfig("v2-m", image_sizes=(64,), batch_sizes=(8,)))[0]
+    config, recipe = case.train_config(), imagenet_recipe("v2-m")
     assert config.progressive.image_size == (64, 64) and config.batch_size == 8
     assert recipe.progressive.mixup_alpha[1] > 0 and config.progressive.mixup_alpha == (0, 0)
     assert config.optimizer == recipe.optimizer

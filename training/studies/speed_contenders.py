@@ -22,7 +22,7 @@ from training.learning.distributed import Ranks
 from training.learning.state import new_state
 from training.learning.step import AUTOCAST_TYPES, TrainStep
 from training.recipe.stages import plan_stages
-from training.studies.speed_plan import Cell
+from training.studies.speed_plan import StepCase
 from training.studies.speed_stopwatch import Step
 
 # The time of a step does not depend on it, but a loss that is not a number does: fp16 then leaves
@@ -30,33 +30,33 @@ from training.studies.speed_stopwatch import Step
 LEARNING_RATE = 1e-6
 
 
-def our_step(cell: Cell, device: torch.device) -> Step:
+def our_step(case: StepCase, device: torch.device) -> Step:
     """Build training.learning.step.TrainStep and what it is fed with."""
-    config = cell.train_config()
-    state = new_state(config, config.network_options(None), cell.num_classes, device)
+    config = case.train_config()
+    state = new_state(config, config.network_options(None), case.num_classes, device)
     state.model.train()
     step = TrainStep(
-        state, config, Ranks(0, 1, device), cell.num_classes, config.preprocess_spec(None)
+        state, config, Ranks(0, 1, device), case.num_classes, config.preprocess_spec(None)
     )
     (stage,) = plan_stages(config.progressive)
-    step.begin_stage(stage, cell.micro_batch_size)
-    batches = repeat(_synthetic_batch(cell, device)) if cell.data is None else _fed(cell, device)
+    step.begin_stage(stage, case.micro_batch_size)
+    batches = repeat(_synthetic_batch(case, device)) if case.data is None else _fed(case, device)
     stop = torch.zeros((), device=device)
     return lambda: step(batches, 1, LEARNING_RATE, stop)
 
 
-def timm_step(cell: Cell, device: torch.device) -> Step:
+def timm_step(case: StepCase, device: torch.device) -> Step:
     """Build the step of timm's train.py, of the parts that it imports from timm.
 
     Batches come as its loader delivers them, uint8 [N, 3, H, W], and are normalized on the device
     as its PrefetchLoader does. The loss is not read, which it does when it logs.
     """
-    config = cell.train_config()
+    config = case.train_config()
     (stage,) = plan_stages(config.progressive)
     torch.manual_seed(config.seed)
     model: Any = timm.create_model(
-        peer_of(cell.variant, "timm", cell.padding),
-        num_classes=cell.num_classes,
+        peer_of(case.variant, "timm", case.padding),
+        num_classes=case.num_classes,
         drop_rate=stage.dropout_rate,
         drop_path_rate=config.stochastic_depth_rate,
     )
@@ -71,19 +71,19 @@ def timm_step(cell: Cell, device: torch.device) -> Step:
     )
     loss_of = LabelSmoothingCrossEntropy(config.label_smoothing)
     average = ModelEmaV3(model, decay=config.optimizer.ema_decay, use_warmup=True)
-    scaler = NativeScaler(device.type) if cell.precision == "fp16" else None
+    scaler = NativeScaler(device.type) if case.precision == "fp16" else None
     if device.type == "cuda":  # as at the start of its train.py
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    network: Any = torch.compile(model) if cell.is_compiled else model
+    network: Any = torch.compile(model) if case.is_compiled else model
     spec = config.preprocess_spec(None)
     mean, std = (
         torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
         for values in (spec.mean, spec.std)
     )
-    batch = _synthetic_batch(cell, device)
+    batch = _synthetic_batch(case, device)
     pixels, labels = batch.images.contiguous(), batch.labels
-    autocast_type = AUTOCAST_TYPES[cell.precision]
+    autocast_type = AUTOCAST_TYPES[case.precision]
     num_updates = 0
 
     def step() -> Tensor:
@@ -105,23 +105,23 @@ def timm_step(cell: Cell, device: torch.device) -> Step:
     return step
 
 
-def _synthetic_batch(cell: Cell, device: torch.device) -> Batch:
+def _synthetic_batch(case: StepCase, device: torch.device) -> Batch:
     # In memory as the loader's batches: [N, H, W, 3].
     generator = torch.Generator().manual_seed(0)
-    count, size = cell.micro_batch_size, cell.image_size
+    count, size = case.micro_batch_size, case.image_size
     pixels = torch.randint(
         256, (count, size, size, 3), generator=generator, dtype=torch.uint8
     ).permute(0, 3, 1, 2)
-    labels = torch.randint(cell.num_classes, (count,), generator=generator)
+    labels = torch.randint(case.num_classes, (count,), generator=generator)
     seeds = torch.arange(count)
     return Batch(pixels.to(device), labels.to(device), seeds)
 
 
-def _fed(cell: Cell, device: torch.device) -> Iterator[Batch]:
-    assert cell.data is not None
-    config = cell.train_config()
-    samples = load_dataset(cell.data).train
-    plan = StepPlan(len(samples), config, (cell.micro_batch_size,))
+def _fed(case: StepCase, device: torch.device) -> Iterator[Batch]:
+    assert case.data is not None
+    config = case.train_config()
+    samples = load_dataset(case.data).train
+    plan = StepPlan(len(samples), config, (case.micro_batch_size,))
     stages = plan_stages(config.progressive)
-    loader = train_batches(samples, config, stages, StepSampler(plan), cell.num_workers)
+    loader = train_batches(samples, config, stages, StepSampler(plan), case.num_workers)
     return iter(on_device(loader, device))

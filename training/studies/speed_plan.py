@@ -1,4 +1,4 @@
-"""What to measure -> cells, one for each process, in groups that take turns."""
+"""What to measure -> cases, one for each process, in groups that take turns."""
 
 from dataclasses import dataclass, replace
 from itertools import product
@@ -147,7 +147,7 @@ class SpeedConfig:
 
 
 @dataclass(frozen=True)
-class Cell:
+class StepCase:
     """What one process measures."""
 
     variant: str
@@ -191,7 +191,7 @@ class Cell:
         )
 
 
-def plan(config: SpeedConfig) -> list[tuple[Cell, ...]]:
+def plan(config: SpeedConfig) -> list[tuple[StepCase, ...]]:
     """List what is measured; those of one group take turns.
 
     Raises:
@@ -208,11 +208,11 @@ def plan(config: SpeedConfig) -> list[tuple[Cell, ...]]:
                 f"{max(config.batch_size_list)}; give smaller --batch-sizes, or more images"
             )
     workers = num_usable_cores() if config.num_workers is None else config.num_workers
-    groups: list[tuple[Cell, ...]] = []
+    groups: list[tuple[StepCase, ...]] = []
     for variant, image_size, batch_size in product(
         config.variants, config.image_size_list, config.batch_size_list
     ):
-        cell = Cell(
+        case = StepCase(
             variant=variant,
             contender=OURS,
             image_size=image_size,
@@ -224,10 +224,10 @@ def plan(config: SpeedConfig) -> list[tuple[Cell, ...]]:
             num_threads=config.threads or num_usable_cores(),
         )
         if config.peer:
-            peers = (replace(cell, contender=TIMM), replace(cell, contender=TIMM_AGAIN))
-            groups.append((cell, *peers))
+            peers = (replace(case, contender=TIMM), replace(case, contender=TIMM_AGAIN))
+            groups.append((case, *peers))
             continue
-        groups.append((cell,))
+        groups.append((case,))
         if config.data is not None:
-            groups.append((replace(cell, data=config.data, num_workers=workers),))
+            groups.append((replace(case, data=config.data, num_workers=workers),))
     return groups

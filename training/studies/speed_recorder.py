@@ -15,7 +15,7 @@ from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
 from efficientnet.network.cost import DevicePeak, network_cost
 from efficientnet.network.variants import get_variant
 from training.learning.memory import USABLE_SHARE, MemoryModel, device_memory_bytes
-from training.studies.speed_plan import OURS, Cell, SpeedConfig
+from training.studies.speed_plan import OURS, SpeedConfig, StepCase
 from training.studies.speed_worker import Device, Measured
 
 log = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ class Recorder:
             self._cpu_peak = peaks[config.precision]
             log.info("the CPU's peak in %s: %s", config.precision, describe_peak(self._cpu_peak))
 
-    def predict(self, group: Sequence[Cell]) -> list[Measured]:
+    def predict(self, group: Sequence[StepCase]) -> list[Measured]:
         """Return the rows of a group that a CPU cannot hold, so that it is not tried; else none."""
         if not self._is_cpu:
             return []
         limit = self._config.memory_limit_bytes or self._cpu_bytes * USABLE_SHARE
         # Those that take turns are all in memory at once.
-        needed = sum(self.predicted_bytes(cell) for cell in group)
+        needed = sum(self.predicted_bytes(case) for case in group)
         if needed <= limit:
             return []
         log.info(
@@ -53,47 +53,47 @@ class Recorder:
             limit / 1e9,
         )
         device = Device("cpu", "", self._cpu_bytes)
-        return [Measured(cell, device, is_out_of_memory=True) for cell in group]
+        return [Measured(case, device, is_out_of_memory=True) for case in group]
 
-    def predicted_bytes(self, cell: Cell) -> int:
+    def predicted_bytes(self, case: StepCase) -> int:
         """Return what our step takes, by training/learning/memory.py."""
-        key = (cell.variant, cell.padding)
+        key = (case.variant, case.padding)
         if key not in self._memory_models:
-            train_config = cell.train_config()
+            train_config = case.train_config()
             self._memory_models[key] = MemoryModel(
-                train_config, train_config.network_options(None), cell.num_classes
+                train_config, train_config.network_options(None), case.num_classes
             )
-        return self._memory_models[key].bytes_for(cell.image_size, cell.micro_batch_size)
+        return self._memory_models[key].bytes_for(case.image_size, case.micro_batch_size)
 
     def record(self, measured: Measured) -> TrainingSpeedRecord:
         """Make the record of a row."""
-        cell, device, turns = measured.cell, measured.device, measured.turns
+        case, device, turns = measured.case, measured.device, measured.turns
         if measured.is_out_of_memory:
             turns = ()
-        batch_size = cell.micro_batch_size
+        batch_size = case.micro_batch_size
         step_ms = [sample for turn in turns for sample in turn.step_ms]
         elapsed_s = sum(turn.elapsed_s for turn in turns)
         images_per_s = batch_size * len(step_ms) / elapsed_s if turns else None
-        peak = self._cpu_peak if device.type == "cpu" else gpu_peak(device.name, cell.precision)
+        peak = self._cpu_peak if device.type == "cpu" else gpu_peak(device.name, case.precision)
         mfu = None
         if peak and images_per_s is not None:
             cost = network_cost(
-                get_variant(cell.variant), cell.image_size, num_classes=cell.num_classes
+                get_variant(case.variant), case.image_size, num_classes=case.num_classes
             )
             mfu = 3 * cost.flops * images_per_s / peak.operations_per_s
         return TrainingSpeedRecord(
-            variant=cell.variant,
-            contender=cell.contender,
-            contender_version=None if cell.contender == OURS else timm.__version__,
-            image_size=cell.image_size,
+            variant=case.variant,
+            contender=case.contender,
+            contender_version=None if case.contender == OURS else timm.__version__,
+            image_size=case.image_size,
             micro_batch_size=batch_size,
-            precision=cell.precision,
-            num_classes=cell.num_classes,
-            is_compiled=cell.is_compiled,
-            is_loader_fed=cell.data is not None,
-            data="synthetic" if cell.data is None else data_name(cell.data),
-            num_workers=cell.num_workers,
-            num_threads=cell.num_threads,
+            precision=case.precision,
+            num_classes=case.num_classes,
+            is_compiled=case.is_compiled,
+            is_loader_fed=case.data is not None,
+            data="synthetic" if case.data is None else data_name(case.data),
+            num_workers=case.num_workers,
+            num_threads=case.num_threads,
             table=self._config.table,
             num_warm_up_steps=measured.warm_up.num_steps if measured.warm_up else 0,
             num_steps=len(step_ms),
@@ -102,7 +102,7 @@ class Recorder:
             turn_p50_ms=tuple(statistics.median(turn.step_ms) for turn in turns),
             compile_s=measured.warm_up.compile_s if measured.warm_up else None,
             peak_memory_bytes=max(turn.peak_memory_bytes for turn in turns) if turns else None,
-            predicted_memory_bytes=self.predicted_bytes(cell) if cell.contender == OURS else None,
+            predicted_memory_bytes=self.predicted_bytes(case) if case.contender == OURS else None,
             device_memory_bytes=device.memory_bytes,
             mfu=mfu,
             device_peak=describe_peak(peak) if peak else None,

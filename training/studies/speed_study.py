@@ -35,7 +35,7 @@ def main(config: SpeedConfig) -> Path:
             append_record(config.output, record)
             records.append(record)
             speed = "OOM" if record.images_per_s is None else format_rate(record.images_per_s)
-            log.info("%s: %s images/s", measured.cell.describe(), speed)
+            log.info("%s: %s images/s", measured.case.describe(), speed)
     print(document(records, as_markdown=False))
     if config.publish:
         publish(records, config.readme)

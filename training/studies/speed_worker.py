@@ -1,4 +1,4 @@
-"""Cells of a group -> what their processes measured, taking turns."""
+"""Cases of a group -> what their processes measured, taking turns."""
 
 import contextlib
 import multiprocessing
@@ -13,12 +13,12 @@ from efficientnet.errors import PipelineError
 from efficientnet.machine.children import obey_parent
 from training.learning.memory import device_memory_bytes
 from training.studies.speed_contenders import our_step, timm_step
-from training.studies.speed_plan import OURS, Cell
+from training.studies.speed_plan import OURS, StepCase
 from training.studies.speed_stopwatch import Stopwatch, Turn, WarmUp
 
 MIN_WARM_UP_STEPS = 2
 
-# Of a cell's time, at most, for steps that do not count.
+# Of a case's time, at most, for steps that do not count.
 WARM_UP_FRACTION = 0.5
 
 
@@ -50,12 +50,12 @@ class Failed:
 class SpeedProcess:
     """A process that computes only when it is asked to."""
 
-    def __init__(self, cell: Cell) -> None:
-        self._cell = cell
+    def __init__(self, case: StepCase) -> None:
+        self._case = case
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         # Not a daemon: those may not have the loader's workers as children.
-        self._process = context.Process(target=_serve, args=(theirs, cell))
+        self._process = context.Process(target=_serve, args=(theirs, case))
         self._process.start()
         theirs.close()
 
@@ -103,11 +103,11 @@ class SpeedProcess:
         except (EOFError, ConnectionError):
             self._process.join()
             raise SpeedError(
-                f"the process that measured {self._cell.describe()} ended with exit code "
+                f"the process that measured {self._case.describe()} ended with exit code "
                 f"{self._process.exitcode}; its own error is above, or the system killed it"
             ) from None
         if isinstance(answer, Failed):
-            raise SpeedError(f"{self._cell.describe()}: {answer.message}")
+            raise SpeedError(f"{self._case.describe()}: {answer.message}")
         return answer
 
 
@@ -115,14 +115,14 @@ class SpeedProcess:
 class Measured:
     """What a process answered so far."""
 
-    cell: Cell
+    case: StepCase
     device: Device
     warm_up: WarmUp | None = None
     turns: tuple[Turn, ...] = ()
     is_out_of_memory: bool = False
 
 
-def measure(group: Sequence[Cell], seconds: float, num_turns: int) -> list[Measured]:
+def measure(group: Sequence[StepCase], seconds: float, num_turns: int) -> list[Measured]:
     """Let the processes of a group take turns; one alone has a single long one.
 
     Args:
@@ -136,8 +136,8 @@ def measure(group: Sequence[Cell], seconds: float, num_turns: int) -> list[Measu
     takes_turns = len(group) > 1
     num_turns = num_turns if takes_turns else 1
     with ExitStack() as stack:
-        processes = [stack.enter_context(SpeedProcess(cell)) for cell in group]
-        rows = [(p, Measured(cell, p.wait())) for p, cell in zip(processes, group, strict=True)]
+        processes = [stack.enter_context(SpeedProcess(case)) for case in group]
+        rows = [(p, Measured(case, p.wait())) for p, case in zip(processes, group, strict=True)]
         for process, measured in rows:
             measured.warm_up = process.warm_up(WARM_UP_FRACTION * seconds)
             measured.is_out_of_memory = measured.warm_up is None
@@ -152,11 +152,11 @@ def measure(group: Sequence[Cell], seconds: float, num_turns: int) -> list[Measu
     return [measured for _, measured in rows]
 
 
-def _serve(connection: Connection, cell: Cell) -> None:
+def _serve(connection: Connection, case: StepCase) -> None:
     obey_parent()
     # The loader's workers are forks, as in training; this process was spawned and would spawn.
     multiprocessing.set_start_method(None, force=True)
-    torch.set_num_threads(cell.num_threads)
+    torch.set_num_threads(case.num_threads)
     # As in training; of timm's steps, too. Random pixels may make them.
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,11 +167,11 @@ def _serve(connection: Connection, cell: Cell) -> None:
         while True:
             num_settling_steps, seconds = connection.recv()
             if num_settling_steps is None:
-                make = our_step if cell.contender == OURS else timm_step
+                make = our_step if case.contender == OURS else timm_step
                 # What the workers have ready would make the first steps look too fast.
-                min_steps = MIN_WARM_UP_STEPS + (2 * cell.num_workers + 2 if cell.data else 0)
-                stopwatch = Stopwatch(make(cell, device), device)
-                connection.send(stopwatch.warm_up(seconds, min_steps, cell.is_compiled))
+                min_steps = MIN_WARM_UP_STEPS + (2 * case.num_workers + 2 if case.data else 0)
+                stopwatch = Stopwatch(make(case, device), device)
+                connection.send(stopwatch.warm_up(seconds, min_steps, case.is_compiled))
             else:
                 assert stopwatch is not None, "warm_up comes first"
                 connection.send(stopwatch.turn(seconds, num_settling_steps))
