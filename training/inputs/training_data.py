@@ -16,7 +16,7 @@ from efficientnet.images.datasets import (
 from efficientnet.images.preprocess import ImageError, decode_image
 from efficientnet.images.shards import with_image_key
 from training.inputs.named_sets import NAMED_SETS, prepare_named_set
-from training.learning.distributed import Ranks, from_main
+from training.learning.distributed import Ranks, broadcast_from_rank0
 from training.recipe.config import TrainConfig
 from training.recipe.recipes import RecipeFacts
 
@@ -83,14 +83,14 @@ def load_training_data(
     source = config.data or DIGITS
     if source in NAMED_SETS:
         prepared = prepare_named_set(source, config.data_folder) if ranks.is_main else None
-        source = str(from_main(prepared))
+        source = str(broadcast_from_rank0(prepared))
     if config.image_key is not None:
         source = with_image_key(source, config.image_key)
     dataset = load_dataset(source)
     if config.minival is not None:
         dataset = hold_out(dataset, config.minival)
     if left_out is None:
-        names: list[str] = from_main(_names_of_broken(dataset) if ranks.is_main else [])
+        names: list[str] = broadcast_from_rank0(_names_of_broken(dataset) if ranks.is_main else [])
         left_out = names
     return _without(dataset, set(left_out))
 

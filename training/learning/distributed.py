@@ -139,7 +139,7 @@ def leave_ranks() -> None:
         dist.destroy_process_group()
 
 
-def from_main(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Return rank 0's value in every process; plain values only."""
     if not dist.is_initialized():
         return value
@@ -148,7 +148,7 @@ def from_main(value: Any) -> Any:
     return values[0]
 
 
-def sum_of(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Add up numbers over all processes."""
     if not dist.is_initialized():
         return list(values)

@@ -14,7 +14,7 @@ from efficientnet.formats.class_accuracy import ClassAccuracy
 from efficientnet.network.model import EfficientNet
 from training.batches.loader import Batch
 from training.batches.sampler import StepPlan
-from training.learning.distributed import sum_of
+from training.learning.distributed import all_reduce_sum
 from training.learning.memory import give_back_freed_memory, peak_memory_bytes, reset_peak_memory
 from training.learning.optim import learning_rate_at
 from training.learning.state import StageTotals, TrainState
@@ -202,11 +202,11 @@ def evaluate(
         class_counts[1].index_add_(0, labels, hits[:, 0].long())
         if num_classes <= MAX_CONFUSION_CLASSES:
             confusion.index_add_(0, labels * num_classes + best[:, 0], ones)
-    loss_sum, num_top1, num_top5, num_images = sum_of([*sums.tolist(), count])
-    class_sums = [int(number) for number in sum_of(class_counts.flatten().tolist())]
+    loss_sum, num_top1, num_top5, num_images = all_reduce_sum([*sums.tolist(), count])
+    class_sums = [int(number) for number in all_reduce_sum(class_counts.flatten().tolist())]
     matrix = None
     if num_classes <= MAX_CONFUSION_CLASSES:
-        counts = iter(sum_of(confusion.tolist()))
+        counts = iter(all_reduce_sum(confusion.tolist()))
         matrix = tuple(
             tuple(int(next(counts)) for _ in range(num_classes)) for _ in range(num_classes)
         )

@@ -15,7 +15,7 @@ from training.inputs.initial_weights import load_start, log_start
 from training.inputs.training_data import load_training_data
 from training.learning.distributed import (
     Ranks,
-    from_main,
+    broadcast_from_rank0,
     join_ranks,
     leave_ranks,
     local_world_size,
@@ -95,7 +95,7 @@ def _kept_from_others(directory: Path, ranks: Ranks) -> Generator[None]:
                 stack.enter_context(locked_folder(directory))
             except (LockedError, OSError) as error:
                 problem = error
-        problem = from_main(problem)
+        problem = broadcast_from_rank0(problem)
         if problem is not None:
             raise problem
         yield
@@ -103,7 +103,7 @@ def _kept_from_others(directory: Path, ranks: Ranks) -> Generator[None]:
 
 def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
     saved = find_run(command, directory)
-    if isinstance(command, TrainConfig) and from_main(is_complete(directory)):
+    if isinstance(command, TrainConfig) and broadcast_from_rank0(is_complete(directory)):
         record = read_checkpoint(directory / CHECKPOINT)
         require_same_recipe(command, config_from_json(record.train_config), directory)
         log.info("%s is complete: nothing to train", directory)
@@ -138,7 +138,7 @@ def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks
         limit = USABLE_SHARE * device_memory_bytes(ranks.device)
         # On the CPU the processes of a machine share its memory.
         limit /= 1 if ranks.device.type == "cuda" else local_world_size()
-        sizes = from_main(
+        sizes = broadcast_from_rank0(
             plan_micro_batches(config, network, num_classes, stages, ranks.world_size, limit)
         )
     plan = StepPlan(len(dataset.train), config, sizes, ranks.world_size)
@@ -176,7 +176,7 @@ def directory_of(command: TrainConfig | ResumeConfig) -> Path:
                 "torchrun --max-restarts starts the processes again, which must find their run: "
                 "give it a name with --name"
             )
-        stamp = from_main(datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
+        stamp = broadcast_from_rank0(datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
         return command.output / f"{command.variant}-{stamp}"
     return command.output / command.name
 
@@ -190,7 +190,9 @@ def find_run(command: TrainConfig | ResumeConfig, directory: Path) -> SavedRun |
     if isinstance(command, ResumeConfig):
         return read_run(command.resume, command.variant)
     # Rank 0 decides: another process may look while it already writes.
-    is_begun = from_main((directory / CHECKPOINT).is_symlink() and not is_complete(directory))
+    is_begun = broadcast_from_rank0(
+        (directory / CHECKPOINT).is_symlink() and not is_complete(directory)
+    )
     return read_run(directory, command.variant) if is_begun else None
 
 

@@ -25,7 +25,7 @@ from training.batches.loader import (
 )
 from training.batches.prefetch import on_device
 from training.batches.sampler import StepPlan, StepSampler
-from training.learning.distributed import Ranks, from_main, local_world_size
+from training.learning.distributed import Ranks, broadcast_from_rank0, local_world_size
 from training.learning.epoch import (
     Evaluation,
     LossError,
@@ -166,7 +166,7 @@ class Trainer:
                     writer.wait()
                 # Told by rank 0, which alone knows when the last one was written.
                 newest = self.run.checkpoint
-                kept = from_main(newest.resolve() if newest.exists() else None)
+                kept = broadcast_from_rank0(newest.resolve() if newest.exists() else None)
                 self._roll_back(error, kept)
                 batches = self._batches()
                 continue
