@@ -64,8 +64,8 @@ class StepPlan:
         """Return the index of a step's stage."""
         return stage_index(step, self.num_steps, self.num_stages)
 
-    def passes_per_step(self, step: int) -> int:
-        """Count a process's forward passes in a step."""
+    def gradient_accumulation_steps(self, step: int) -> int:
+        """Count a process's forward passes in a step, whose gradients are added up."""
         micro_batch_size = self.micro_batch_sizes[self.stage_of(step)]
         return self.config.batch_size // (micro_batch_size * self.world_size)
 
@@ -127,7 +127,10 @@ class StepSampler(Sampler[list[SampleKey]]):
     def __len__(self) -> int:
         """Count the forward passes that are left."""
         plan = self._plan
-        return sum(plan.passes_per_step(step) for step in range(self._first_step, plan.num_steps))
+        return sum(
+            plan.gradient_accumulation_steps(step)
+            for step in range(self._first_step, plan.num_steps)
+        )
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Yield the keys of each forward pass."""

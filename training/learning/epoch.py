@@ -117,7 +117,7 @@ def train_epoch(
         )
         # Filled where it is needed: to copy it there would wait for the device.
         stop = torch.full((), float(is_asked_to_stop()), device=device)
-        num_passes = plan.passes_per_step(state.step)
+        num_passes = plan.gradient_accumulation_steps(state.step)
         step_loss, stops = step(batches, num_passes, rate, stop)
         loss_sum += step_loss
         unread.append(step_loss)

@@ -52,7 +52,7 @@ class StageResult:
     stage: Stage
     micro_batch_size: int
     """Images per forward pass."""
-    passes_per_step: int
+    gradient_accumulation_steps: int
     """Of all processes."""
     num_steps: int
     num_images: int
@@ -191,7 +191,7 @@ def stage_table(stages: Sequence[StageResult]) -> Table:
                 _value(stage.mixup_alpha),
                 _value(stage.cutmix_alpha),
                 _value(stage.dropout_rate),
-                f"{result.passes_per_step} x {result.micro_batch_size}",
+                f"{result.gradient_accumulation_steps} x {result.micro_batch_size}",
                 f"{result.num_steps:,}",
                 format_seconds(result.seconds),
                 format_rate(result.num_images / result.seconds) if result.seconds else NOTHING,

@@ -262,7 +262,8 @@ class Trainer:
             StageResult(
                 stage=stage,
                 micro_batch_size=plan.micro_batch_sizes[stage.index],
-                passes_per_step=run.config.batch_size // plan.micro_batch_sizes[stage.index],
+                gradient_accumulation_steps=run.config.batch_size
+                // plan.micro_batch_sizes[stage.index],
                 num_steps=plan.num_steps_of_stage(stage.index),
                 num_images=state.stages[stage.index].num_images,
                 seconds=state.stages[stage.index].seconds,
