@@ -29,10 +29,10 @@ from export.builders.openvino_builder import pattern_of, quantize, read_fused
 from export.checks import sensitivity
 from export.checks.agreement import compare_logits, require_parity, tolerances_for
 from export.checks.gate import (
+    AccuracyDropError,
     Attempt,
     Gate,
     GateError,
-    LossError,
     is_allowed,
     keep_within_drop,
     paired_drop,
@@ -454,13 +454,13 @@ def test_a_program_that_loses_too_much_with_all_blocks_kept_is_refused(
     tiny_artifact: Path, tmp_path: Path
 ):
     manifest = read_artifact(tiny_artifact)
-    with pytest.raises(LossError, match="with all 1 blocks kept"):
+    with pytest.raises(AccuracyDropError, match="with all 1 blocks kept"):
         keep_within_drop(
             lambda kept: Attempt(tmp_path, manifest),
             lambda built: judged(built, drop=0.02),
             lambda: [BlockCost(block="features.0", logit_error=1.0)],
         )
-    with pytest.raises(LossError, match="refused, it loses too much"):
+    with pytest.raises(AccuracyDropError, match="refused, it loses too much"):
         keep_within_drop(
             lambda kept: Attempt(tmp_path, manifest),
             lambda built: judged(built, drop=0.02),

@@ -14,7 +14,7 @@ from export.builders import openvino_builder as ov_build
 from export.builders import search
 from export.builders.search import faster_in_float, time_of
 from export.checks.agreement import ParityError
-from export.checks.gate import GateError, LossError
+from export.checks.gate import AccuracyDropError, GateError
 from export.graphs.folding import is_within
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.reference import Source, load_source
@@ -172,7 +172,7 @@ def test_a_search_with_the_runtimes_own_profile(
 def test_nothing_is_written_when_every_mixture_loses_too_much(
     fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    errors = iter([LossError("it loses too much"), ParityError("it answers otherwise")])
+    errors = iter([AccuracyDropError("it loses too much"), ParityError("it answers otherwise")])
 
     def refuse(_: Source, config: OpenVinoConfig, **__: object) -> Path | None:
         if config.precision == "int8":
@@ -181,7 +181,7 @@ def test_nothing_is_written_when_every_mixture_loses_too_much(
 
     monkeypatch.setattr(ov_build, "write_openvino", refuse)
     config = OpenVinoConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
-    with pytest.raises(LossError, match="no kind of int8 artifact is within --max-drop"):
+    with pytest.raises(AccuracyDropError, match="no kind of int8 artifact is within --max-drop"):
         ov_build.export_openvino(config)
     assert list(tmp_path.iterdir()) == []
 

@@ -38,8 +38,8 @@ def main(config: NativeConfig) -> Path:
 
     Raises:
         ArtifactError: the engine was not built, or has no fast kernels for this processor.
-        CheckpointError, GraphError, CalibrationError, GateError, LossError, ParityError: see
-            load_source, export_onnx, choose_samples and write_checked_artifact.
+        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
+            see load_source, export_onnx, choose_samples and write_checked_artifact.
     """
     require_kernels("the artifact", config.reference)
     source = load_source(config)

@@ -37,8 +37,8 @@ def export_onnxruntime(config: ExportConfig) -> Path:
 
     Raises:
         ArtifactError: the provider is not there.
-        CheckpointError, GraphError, CalibrationError, GateError, LossError, ParityError: see
-            load_source, export_onnx, choose_samples and write_checked_artifact.
+        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
+            see load_source, export_onnx, choose_samples and write_checked_artifact.
     """
     provider = provider_of(config)
     require_provider(PROVIDERS[provider])

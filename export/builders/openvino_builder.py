@@ -87,8 +87,8 @@ def export_openvino(config: OpenVinoConfig) -> Path:
 
     Raises:
         ArtifactError: the processor does not compute in the precision.
-        CheckpointError, GraphError, CalibrationError, GateError, LossError, ParityError: see
-            load_source, export_onnx, choose_samples and write_checked_artifact.
+        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
+            see load_source, export_onnx, choose_samples and write_checked_artifact.
     """
     if config.precision != "int8":
         require_capability(config.precision, "the artifact")

@@ -23,7 +23,7 @@ from efficientnet.reporting.tables import Table, format_ms
 from efficientnet.runtimes import open_runtime
 from export.builders.measuring import Infer, measure_callables, profile_modules
 from export.checks.agreement import ParityError
-from export.checks.gate import LossError, require_gate_images
+from export.checks.gate import AccuracyDropError, require_gate_images
 from export.checks.sensitivity import named_blocks
 from export.inputs.config import MixedConfig
 from export.inputs.reference import Source
@@ -61,7 +61,7 @@ def fastest_within_drop(
 
     Raises:
         GateError: there are no images to judge by; before anything is built.
-        LossError: all of them lose more than --max-drop, or answer otherwise than they may.
+        AccuracyDropError: all of them lose more than --max-drop, or answer otherwise than they may.
     """
     require_gate_images(source)
     with new_artifact_directory(output) as directory:
@@ -76,7 +76,7 @@ def fastest_within_drop(
             log.info("%s%s", name, "".join(f"\n    {layer}" for layer in config.float_layers))
             try:
                 found.append(export(source, replace(config, output=root / name)))
-            except (LossError, ParityError) as error:
+            except (AccuracyDropError, ParityError) as error:
                 log.info("left out: %s", error)
                 return None
             return found[-1]
@@ -93,7 +93,7 @@ def fastest_within_drop(
                         replace(config, float_layers=layers),
                     )
         if not found:
-            raise LossError(
+            raise AccuracyDropError(
                 "no kind of int8 artifact is within --max-drop; export in "
                 f"{float_precision}, or allow more with --max-drop"
             )

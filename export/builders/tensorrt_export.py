@@ -38,8 +38,8 @@ def main(config: TrtConfig) -> Path:
 
     Raises:
         TensorRTError: not installed, no GPU, or one that does not compute in the precision.
-        CheckpointError, GraphError, CalibrationError, GateError, LossError, ParityError: see
-            load_source, typed_graph and write_checked_artifact.
+        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
+            see load_source, typed_graph and write_checked_artifact.
     """
     runtime = "tensorrt" if config.flavor == "tensorrt" else "tensorrt-rtx"
     target = find_target(runtime, config.precision, config.compute_capability)

@@ -105,7 +105,7 @@ def write_checked_artifact(
         CheckpointError: the eager model answers with NaN or infinity; nothing is built.
         ParityError: the program does not answer like the eager model; nothing is written.
         GateError: there are no images that a quantised program can be judged by.
-        LossError: a quantised program loses more than --max-drop; nothing is written.
+        AccuracyDropError: a quantised program loses more than --max-drop; nothing is written.
     """
     started = time.perf_counter()
     if can_run_here:

@@ -34,7 +34,7 @@ class GateError(PipelineError):
     """Images that the accuracy gate cannot judge by."""
 
 
-class LossError(PipelineError):
+class AccuracyDropError(PipelineError):
     """A quantised program that loses too much, whatever is kept in a higher precision."""
 
 
@@ -196,7 +196,7 @@ def keep_within_drop(
         keeps_blocks: whether any may be kept.
 
     Raises:
-        LossError: no number of blocks is enough.
+        AccuracyDropError: no number of blocks is enough.
     """
 
     def tried(kept: tuple[str, ...]) -> Attempt:
@@ -208,14 +208,14 @@ def keep_within_drop(
     if is_passed(first):
         return first
     if not keeps_blocks:
-        raise LossError(f"the artifact is refused, it loses too much: {verdict_of(first)}")
+        raise AccuracyDropError(f"the artifact is refused, it loses too much: {verdict_of(first)}")
     log.info("that is too much: which blocks cost most?")
     ranking = rank()
     log.info("%s", ranking_text(ranking))
     names = tuple(cost.block for cost in ranking)
     best = tried(names)
     if not is_passed(best):
-        raise LossError(
+        raise AccuracyDropError(
             f"the artifact is refused: with all {len(names)} blocks kept in a higher precision it "
             f"still loses too much: {verdict_of(best)}; export in fp32, or allow more with "
             "--max-drop"
