@@ -484,12 +484,12 @@ def test_a_program_that_loses_too_much_with_all_blocks_kept_is_refused(
 def test_a_network_that_knows_no_more_than_chance_cannot_be_judged(
     num_right: int, labels: list[int], is_judged: bool
 ):
-    reference = np.arange(360) < num_right
+    eager_is_right = np.arange(360) < num_right
     if is_judged:
-        require_better_than_chance(reference, labels)
+        require_better_than_chance(eager_is_right, labels)
         return
     with pytest.raises(GateError, match="of 360 held-out images right"):
-        require_better_than_chance(reference, labels)
+        require_better_than_chance(eager_is_right, labels)
 
 
 def test_an_int8_export_of_a_network_at_chance_is_refused(tiny_checkpoint: Path, tmp_path: Path):

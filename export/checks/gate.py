@@ -62,19 +62,19 @@ class Gate:
         self._source = source
         self._max_drop = max_drop
         self._sha256 = sha256_of_samples(self._samples)
-        self._reference = _reference(source, num_images)
+        self._eager_is_right = _eager_is_right(source, num_images)
         labels = [sample.label for sample in self._samples]
-        require_better_than_chance(self._reference, labels)
+        require_better_than_chance(self._eager_is_right, labels)
 
     def measure(self, runtime: Runtime) -> AccuracyGate:
         """Classify all images with a program."""
         who = f"{runtime.info.runtime} {runtime.info.precision}"
         size = usual_batch_size(runtime)
         right = is_right(self._source, self._samples, runtime.infer, who, size)
-        drop, low, high = paired_drop(self._reference, right)
+        drop, low, high = paired_drop(self._eager_is_right, right)
         return AccuracyGate(
             num_images=len(right),
-            reference_top1=float(self._reference.mean()),
+            reference_top1=float(self._eager_is_right.mean()),
             top1=float(right.mean()),
             drop=drop,
             drop_low=low,
@@ -103,13 +103,13 @@ def require_gate_images(source: Source) -> None:
         )
 
 
-def require_better_than_chance(reference: NDArray[np.bool_], labels: Sequence[int]) -> None:
+def require_better_than_chance(eager_is_right: NDArray[np.bool_], labels: Sequence[int]) -> None:
     """Check that the eager model knows something that could be lost.
 
     Raises:
         GateError: it does not.
     """
-    num_images, top1 = len(reference), float(reference.mean())
+    num_images, top1 = len(eager_is_right), float(eager_is_right.mean())
     chance = Counter(labels).most_common(1)[0][1] / num_images
     if is_at_chance(top1, chance, num_images):
         raise GateError(
@@ -135,7 +135,7 @@ def _samples(source: Source, num_images: int | None) -> list[Sample]:
 
 
 @lru_cache(maxsize=1)
-def _reference(source: Source, num_images: int | None) -> NDArray[np.bool_]:
+def _eager_is_right(source: Source, num_images: int | None) -> NDArray[np.bool_]:
     return is_right(source, _samples(source, num_images), source.answer, "the eager model")
 
 
@@ -158,7 +158,7 @@ def is_right(
 
 
 def paired_drop(
-    reference: NDArray[np.bool_], found: NDArray[np.bool_]
+    eager_is_right: NDArray[np.bool_], found: NDArray[np.bool_]
 ) -> tuple[float, float, float]:
     """Return the share of images lost, and its 95 % confidence interval.
 
@@ -167,11 +167,11 @@ def paired_drop(
     matched proportions": half an image is added to each of the four cells.
 
     Args:
-        reference: whether each image was right before, [N].
-        found: and after, [N].
+        eager_is_right: whether the eager model has each image right, [N].
+        found: whether the other has, [N].
     """
-    lost, won = int((reference & ~found).sum()), int((found & ~reference).sum())
-    num_images = len(reference)
+    lost, won = int((eager_is_right & ~found).sum()), int((found & ~eager_is_right).sum())
+    num_images = len(eager_is_right)
     b, c, n = lost + 0.5, won + 0.5, num_images + 2
     center = (b - c) / n
     half = Z_95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
