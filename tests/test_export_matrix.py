@@ -27,7 +27,7 @@ from export import ov as openvino_export
 from export.builders import openvino_builder as ov_build
 from export.checks.agreement import compare_logits, require_parity, tolerances_for
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -39,16 +39,16 @@ MAX_DROP = 1.2
 
 
 @pytest.fixture(scope="module")
-def sources(fitted_checkpoints: dict[Padding, Path]) -> dict[Padding, Source]:
+def references(fitted_checkpoints: dict[Padding, Path]) -> dict[Padding, Reference]:
     return {
-        padding: load_source(ExportConfig(checkpoint=checkpoint, num_parity_images=128))
+        padding: load_reference(ExportConfig(checkpoint=checkpoint, num_parity_images=128))
         for padding, checkpoint in fitted_checkpoints.items()
     }
 
 
 @pytest.fixture(scope="module")
-def source(sources: dict[Padding, Source]) -> Source:
-    return sources["same"]
+def reference(references: dict[Padding, Reference]) -> Reference:
+    return references["same"]
 
 
 def export(kind: str, checkpoint: Path, output: Path, precision: str) -> Path:
@@ -75,20 +75,26 @@ MATRIX = [
 @pytest.mark.parametrize("padding", get_args(Padding))
 @pytest.mark.parametrize(("kind", "precision"), MATRIX)
 def test_an_artifact_answers_like_the_network(
-    sources: dict[Padding, Source], tmp_path: Path, kind: str, precision: str, padding: Padding
+    references: dict[Padding, Reference],
+    tmp_path: Path,
+    kind: str,
+    precision: str,
+    padding: Padding,
 ):
-    source = sources[padding]
+    reference = references[padding]
     if kind == "openvino" and precision != "int8" and precision.upper() not in CAPABILITIES:
         with pytest.raises(ArtifactError, match=f"computes in {precision}, and this processor"):
-            export(kind, source.checkpoint, tmp_path / "artifact", precision)
+            export(kind, reference.checkpoint, tmp_path / "artifact", precision)
         assert not list(tmp_path.iterdir())
         return
-    artifact = export(kind, source.checkpoint, tmp_path / "artifact", precision)
+    artifact = export(kind, reference.checkpoint, tmp_path / "artifact", precision)
     manifest = read_artifact(artifact)
     assert (manifest.runtime, manifest.precision) == (kind, precision)
-    logits = open_runtime(artifact).infer(source.parity_images[:16])
+    logits = open_runtime(artifact).infer(reference.parity_images[:16])
     record = compare_logits(
-        logits, source.parity_logits[:16], tolerances_for(manifest.precision, source.parity_logits)
+        logits,
+        reference.parity_logits[:16],
+        tolerances_for(manifest.precision, reference.parity_logits),
     )
     assert record.top1_agreement >= 0.9 and np.isfinite(logits).all()
     if precision in ("int8",):
@@ -100,23 +106,23 @@ def test_an_artifact_answers_like_the_network(
         assert manifest.gate is None
     # A batch size that nothing was prepared for, and the largest.
     for size in (3, 16):
-        more = open_runtime(artifact).infer(source.parity_images[:size])
+        more = open_runtime(artifact).infer(reference.parity_images[:size])
         np.testing.assert_allclose(more[0], logits[0], atol=0.05 * float(logits.std()) + 1e-4)
     with pytest.raises(ValueError, match="a batch of 17 images, the program takes 1 to 16"):
-        open_runtime(artifact).infer(source.parity_images[:17])
+        open_runtime(artifact).infer(reference.parity_images[:17])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_the_onnx_files_load_in_other_tools(
-    fitted_checkpoint: Path, source: Source, tmp_path: Path, precision
+    fitted_checkpoint: Path, reference: Reference, tmp_path: Path, precision
 ):
     artifact = export("onnxruntime", fitted_checkpoint, tmp_path / "artifact", precision)
     onnx.checker.check_model(onnx.load(artifact / "model.onnx"), full_check=True)
     model = ov.Core().read_model(artifact / "model.onnx")
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    (logits,) = compiled([source.parity_images]).values()
+    (logits,) = compiled([reference.parity_images]).values()
     # Others fuse otherwise, and round at other places: not more than ours may.
-    expected = source.parity_logits
+    expected = reference.parity_logits
     require_parity(compare_logits(logits, expected, tolerances_for(precision, expected)))
 
 

@@ -31,7 +31,7 @@ from export.graphs.calibration import Ranges
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm
 from export.graphs.quantization import ONNXRUNTIME, insert_quantization
 from export.inputs.config import ExportConfig, NativeConfig
-from export.inputs.reference import load_source
+from export.inputs.reference import load_reference
 from perf import layers
 from perf.measurements.config import LayersConfig
 
@@ -85,10 +85,10 @@ def test_an_artifact_answers_like_the_network(
     artifact = native.main(config(checkpoint, tmp_path / "a", precision))
     manifest = read_artifact(artifact)
     assert (manifest.runtime, manifest.precision, manifest.binding) == ("native", precision, None)
-    source = load_source(ExportConfig(checkpoint=checkpoint, num_parity_images=64))
+    reference = load_reference(ExportConfig(checkpoint=checkpoint, num_parity_images=64))
     runtime = open_runtime(artifact)
-    logits = runtime.infer(source.parity_images[:16])
-    expected = source.parity_logits[:16]
+    logits = runtime.infer(reference.parity_images[:16])
+    expected = reference.parity_logits[:16]
     mean_error = np.abs(logits - expected).mean() / expected.std()
     assert mean_error < (0.05 if precision == "bf16" else 0.3)
     if precision == "int8":
@@ -98,10 +98,10 @@ def test_an_artifact_answers_like_the_network(
     else:
         assert manifest.gate is None
     for size in (1, 3):
-        few = open_runtime(artifact, 3).infer(source.parity_images[:size])
+        few = open_runtime(artifact, 3).infer(reference.parity_images[:size])
         np.testing.assert_allclose(few, logits[:size], atol=1e-5)
     with pytest.raises(ValueError, match="a batch of 17 images, the program takes 1 to 16"):
-        runtime.infer(source.parity_images[:17])
+        runtime.infer(reference.parity_images[:17])
 
 
 def test_each_layer_is_within_one_step_of_the_onnx_graph_with_the_same_ranges():

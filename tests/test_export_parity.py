@@ -22,7 +22,7 @@ from export.checks.agreement import (
     tolerances_for,
 )
 from export.inputs.config import ExportConfig
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 from perf.measurements.accuracy import AccuracyConfig
 from perf.measurements.latency import LatencyConfig
 
@@ -43,22 +43,22 @@ class ShiftedRuntime:
 
 
 @pytest.fixture(scope="module")
-def source(tiny_checkpoint: Path) -> Source:
-    return load_source(ExportConfig(checkpoint=tiny_checkpoint, num_parity_images=64))
+def reference(tiny_checkpoint: Path) -> Reference:
+    return load_reference(ExportConfig(checkpoint=tiny_checkpoint, num_parity_images=64))
 
 
 def measure_parity(
-    source: Source, runtime: Runtime, tolerances: ParityTolerances | None = None
+    reference: Reference, runtime: Runtime, tolerances: ParityTolerances | None = None
 ) -> ParityRecord:
-    found = run_in_batches(runtime, source.parity_images, source.parity_logits)
-    tolerances = tolerances or tolerances_for("fp32", source.parity_logits)
-    record = compare_logits(found, source.parity_logits, tolerances)
+    found = run_in_batches(runtime, reference.parity_images, reference.parity_logits)
+    tolerances = tolerances or tolerances_for("fp32", reference.parity_logits)
+    record = compare_logits(found, reference.parity_logits, tolerances)
     require_parity(record)
     return record
 
 
-def test_a_faithful_artifact_passes(source: Source, tiny_artifact: Path):
-    record = measure_parity(source, open_runtime(tiny_artifact))
+def test_a_faithful_artifact_passes(reference: Reference, tiny_artifact: Path):
+    record = measure_parity(reference, open_runtime(tiny_artifact))
     assert record.num_images == 64
     assert record.top1_agreement == 1.0
     assert record.mean_abs_logit_error <= record.max_abs_logit_error <= 1e-4
@@ -66,18 +66,18 @@ def test_a_faithful_artifact_passes(source: Source, tiny_artifact: Path):
 
 @pytest.mark.parametrize("shift", [0.002, np.nan, np.inf])
 def test_parity_rejects_an_artifact_above_the_tolerance(
-    source: Source, tiny_artifact: Path, shift: float
+    reference: Reference, tiny_artifact: Path, shift: float
 ):
     shifted = ShiftedRuntime(open_runtime(tiny_artifact), np.float32([shift] + [0] * 9))
     with pytest.raises(ParityError, match="refused: its largest logit error"):
-        measure_parity(source, shifted)
+        measure_parity(reference, shifted)
 
 
-def test_parity_rejects_another_top1_class(source: Source, tiny_artifact: Path):
+def test_parity_rejects_another_top1_class(reference: Reference, tiny_artifact: Path):
     shifted = ShiftedRuntime(open_runtime(tiny_artifact), np.float32([100] + [0] * 9))
     loose = ParityTolerances(max_abs_logit_error=1e6, min_top1_agreement=1.0)
     with pytest.raises(ParityError, match="another top-1 class"):
-        measure_parity(source, shifted, loose)
+        measure_parity(reference, shifted, loose)
 
 
 def test_another_top1_class_within_the_margin_is_told_and_does_not_count():
@@ -130,7 +130,7 @@ def test_too_few_held_out_images_are_an_error(tiny_checkpoint: Path):
     config = ExportConfig(checkpoint=tiny_checkpoint, num_parity_images=361)
     for flag in ("--num-parity-images", "--num-images"):
         with pytest.raises(ValueError, match=f"there are 360 held-out images.*lower {flag}"):
-            load_source(config, flag)
+            load_reference(config, flag)
 
 
 @dataclass
@@ -153,28 +153,28 @@ class CountingRuntime:
 
 @pytest.mark.parametrize("wrong_size", [1, 2, 16, 50])
 def test_every_prepared_size_is_compared_in_full_and_one_that_is_not(
-    source: Source, tiny_artifact: Path, wrong_size: int
+    reference: Reference, tiny_artifact: Path, wrong_size: int
 ):
     # 40 images are too few for the largest size.
     runtime = CountingRuntime(open_runtime(tiny_artifact), wrong_size)
-    expected = source.parity_logits[:40]
-    found = run_in_batches(runtime, source.parity_images[:40], expected, (50,))
+    expected = reference.parity_logits[:40]
+    found = run_in_batches(runtime, reference.parity_images[:40], expected, (50,))
     assert {1, 2, 16, 50} <= set(runtime.sizes)
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() > 0.9
 
 
-def test_no_batch_is_larger_than_the_program_takes(source: Source, tiny_artifact: Path):
+def test_no_batch_is_larger_than_the_program_takes(reference: Reference, tiny_artifact: Path):
     runtime = CountingRuntime(open_runtime(tiny_artifact), None, max_batch_size=1)
-    found = run_in_batches(runtime, source.parity_images, source.parity_logits)
+    found = run_in_batches(runtime, reference.parity_images, reference.parity_logits)
     assert runtime.sizes == [1] * 64
-    np.testing.assert_allclose(found, source.parity_logits, atol=1e-4)
+    np.testing.assert_allclose(found, reference.parity_logits, atol=1e-4)
 
 
-def test_int8_logits_of_another_size_are_refused(source: Source):
-    tolerances = tolerances_for("int8", source.parity_logits)
+def test_int8_logits_of_another_size_are_refused(reference: Reference):
+    tolerances = tolerances_for("int8", reference.parity_logits)
     # The classes are all the same.
-    record = compare_logits(3 * source.parity_logits, source.parity_logits, tolerances)
+    record = compare_logits(3 * reference.parity_logits, reference.parity_logits, tolerances)
     assert record.top1_agreement == 1.0
     with pytest.raises(ParityError, match=r"its logits are off by .* on average"):
         require_parity(record)

@@ -51,14 +51,14 @@ from export.graphs.folding import count_ops, export_onnx, fold_batch_norm, is_wi
 from export.graphs.precision import graph_of, typed_graph
 from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_quantize
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 
 BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
 
 
 @pytest.fixture(scope="module")
-def source(fitted_checkpoint: Path) -> Source:
-    return load_source(ExportConfig(checkpoint=fitted_checkpoint, num_parity_images=64))
+def reference(fitted_checkpoint: Path) -> Reference:
+    return load_reference(ExportConfig(checkpoint=fitted_checkpoint, num_parity_images=64))
 
 
 @pytest.fixture(scope="module")
@@ -67,33 +67,35 @@ def config() -> ExportConfig:
 
 
 def quantized(
-    source: Source, config: ExportConfig, scheme: str, kept: tuple[str, ...] = ()
+    reference: Reference, config: ExportConfig, scheme: str, kept: tuple[str, ...] = ()
 ) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
-        return typed_graph(source, config, kept, scheme, Path(folder)).model
+        return typed_graph(reference, config, kept, scheme, Path(folder)).model
 
 
 @pytest.mark.parametrize("scheme", ["onnxruntime", "onnxruntime-7-bits", "tensorrt"])
 def test_an_int8_graph_answers_nearly_like_the_model(
-    source: Source, config: ExportConfig, scheme: str
+    reference: Reference, config: ExportConfig, scheme: str
 ):
-    graph = quantized(source, config, scheme)
+    graph = quantized(reference, config, scheme)
     onnx.checker.check_model(graph, full_check=True)
     options = onnxruntime.SessionOptions()
     # As it is written: fused kernels without VNNI add up in 16 bits.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
-    (logits,) = session.run(None, {"images": source.parity_images})
-    expected = source.parity_logits
+    (logits,) = session.run(None, {"images": reference.parity_images})
+    expected = reference.parity_logits
     parity = compare_logits(logits, expected, tolerances_for("int8", expected))
     require_parity(parity)
     # 0.1 deviations by a simulation in torch; a graph that is not rounded at all has 1e-6.
     assert 1e-3 < parity.mean_abs_logit_error / expected.std() < 0.3
 
 
-def test_each_runtime_gets_the_number_types_of_its_kernels(source: Source, config: ExportConfig):
+def test_each_runtime_gets_the_number_types_of_its_kernels(
+    reference: Reference, config: ExportConfig
+):
     def types(scheme: str) -> tuple[set[int], set[int]]:
-        graph = quantized(source, config, scheme).graph
+        graph = quantized(reference, config, scheme).graph
         kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
         maps = {kinds[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
         constants = {
@@ -110,9 +112,9 @@ def test_each_runtime_gets_the_number_types_of_its_kernels(source: Source, confi
 
 
 def test_tensorrt_gets_both_inputs_of_a_residual_addition_in_8_bits(
-    source: Source, config: ExportConfig
+    reference: Reference, config: ExportConfig
 ):
-    graph = quantized(source, config, "tensorrt").graph
+    graph = quantized(reference, config, "tensorrt").graph
     makers = {output: node.op_type for node in graph.node for output in node.output}
     additions = [node for node in graph.node if node.op_type == "Add"]
     assert len(additions) == 4
@@ -120,8 +122,10 @@ def test_tensorrt_gets_both_inputs_of_a_residual_addition_in_8_bits(
         assert [makers[name] for name in node.input] == ["DequantizeLinear"] * 2
 
 
-def test_squeeze_excite_and_the_classifier_stay_in_float32(source: Source, config: ExportConfig):
-    graph = quantized(source, config, "onnxruntime").graph
+def test_squeeze_excite_and_the_classifier_stay_in_float32(
+    reference: Reference, config: ExportConfig
+):
+    graph = quantized(reference, config, "onnxruntime").graph
     constants = {t.name: t.data_type for t in graph.initializer}
     layers = [n for n in graph.node if n.op_type in ("Conv", "Gemm")]
     gates = [n for n in layers if n.op_type == "Gemm" or ".gate." in n.name]
@@ -133,14 +137,14 @@ def test_squeeze_excite_and_the_classifier_stay_in_float32(source: Source, confi
 
 
 def test_squeeze_excite_transposes_no_map_of_8_bits(
-    source: Source, config: ExportConfig, tmp_path: Path
+    reference: Reference, config: ExportConfig, tmp_path: Path
 ):
     def num_executed(kept: tuple[str, ...] = ()) -> Counter[str]:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         # It warns that the file is for this processor.
         options.log_severity_level = 3
-        graph = quantized(source, config, "onnxruntime", kept)
+        graph = quantized(reference, config, "onnxruntime", kept)
         onnxruntime.InferenceSession(graph.SerializeToString(), options)
         return count_ops(onnx.load(tmp_path / "optimized.onnx"))
 
@@ -153,9 +157,9 @@ def test_squeeze_excite_transposes_no_map_of_8_bits(
 
 
 def test_fp8_leaves_narrow_and_depthwise_convolutions_in_16_bits(
-    source: Source, config: ExportConfig
+    reference: Reference, config: ExportConfig
 ):
-    graph = quantized(source, replace(config, precision="fp8"), "tensorrt-fp8").graph
+    graph = quantized(reference, replace(config, precision="fp8"), "tensorrt-fp8").graph
     shapes = {t.name: t.dims for t in graph.initializer}
     in_fp8 = {
         node.name: shapes[node.input[1].replace("DequantizeLinear", "quantized")]
@@ -167,14 +171,14 @@ def test_fp8_leaves_narrow_and_depthwise_convolutions_in_16_bits(
         assert outputs >= 16 and inputs >= 16 and height * width <= 32
     stem = next(node for node in graph.node if node.op_type == "Conv")
     assert stem.name not in in_fp8
-    in_int8 = quantized(source, config, "tensorrt").graph
+    in_int8 = quantized(reference, config, "tensorrt").graph
     assert any(n.op_type == "Conv" and n.name == stem.name for n in in_int8.node)
     (first,) = [n for n in in_int8.node if n.name == stem.name]
     assert "DequantizeLinear" in first.input[1]
 
 
-def test_weights_of_7_bits_cannot_overflow_16_bits(source: Source, config: ExportConfig):
-    graph = quantized(source, config, "onnxruntime-7-bits").graph
+def test_weights_of_7_bits_cannot_overflow_16_bits(reference: Reference, config: ExportConfig):
+    graph = quantized(reference, config, "onnxruntime-7-bits").graph
     weights = [
         onnx.numpy_helper.to_array(t)
         for t in graph.initializer
@@ -184,8 +188,8 @@ def test_weights_of_7_bits_cannot_overflow_16_bits(source: Source, config: Expor
     assert 2 * 255 * 63 < 2**15
 
 
-def test_kept_blocks_have_float32_weights(source: Source, config: ExportConfig):
-    graph = quantized(source, config, "onnxruntime", kept=("features.2.0",)).graph
+def test_kept_blocks_have_float32_weights(reference: Reference, config: ExportConfig):
+    graph = quantized(reference, config, "onnxruntime", kept=("features.2.0",)).graph
     kept = [n for n in graph.node if n.op_type == "Conv" and is_within(n.name, "features.2.0")]
     others = [n for n in graph.node if n.op_type == "Conv" and is_within(n.name, "features.2.1")]
     assert kept and others
@@ -207,11 +211,11 @@ def stored_as(
 @pytest.mark.parametrize("scheme", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("size", [1e-3, 2e-4, 1e-6, 3e-7, 0.0])
 def test_channels_of_tiny_weights_keep_their_signs_and_biases(
-    source: Source, config: ExportConfig, scheme: str, size: float
+    reference: Reference, config: ExportConfig, scheme: str, size: float
 ):
     layer = "features.1.0.block.0.0/Conv"
     precision = "fp16" if scheme == "tensorrt" else "fp32"
-    graph = export_onnx(source.model, source.image_size, precision)
+    graph = export_onnx(reference.model, reference.image_size, precision)
     chosen = SCHEMES[scheme]
     ranges = dict.fromkeys(tensors_to_quantize(graph, (), chosen), (-1.0, 3.0))
     (conv,) = [node for node in graph.graph.node if node.name == layer]
@@ -235,9 +239,9 @@ def test_channels_of_tiny_weights_keep_their_signs_and_biases(
         np.testing.assert_allclose(found_bias, bias, atol=1e-3)
 
 
-def test_scales_of_16_bits_are_normal_numbers(source: Source, config: ExportConfig):
+def test_scales_of_16_bits_are_normal_numbers(reference: Reference, config: ExportConfig):
     assert SCHEMES["tensorrt"].float_precision == "fp16"
-    graph = export_onnx(source.model, source.image_size, "fp16")
+    graph = export_onnx(reference.model, reference.image_size, "fp16")
     tensors = tensors_to_quantize(graph, (), SCHEMES["tensorrt"])
     insert_quantization(graph, dict.fromkeys(tensors, (0.0, 1e-9)), (), SCHEMES["tensorrt"])
     scales = [t for t in graph.graph.initializer if t.name.endswith("/scale")]
@@ -246,17 +250,17 @@ def test_scales_of_16_bits_are_normal_numbers(source: Source, config: ExportConf
         assert (onnx.numpy_helper.to_array(tensor) >= np.finfo(np.float16).tiny).all()
 
 
-def test_maps_that_16_bits_do_not_hold_are_an_error(source: Source):
-    graph = export_onnx(source.model, source.image_size, "fp16")
+def test_maps_that_16_bits_do_not_hold_are_an_error(reference: Reference):
+    graph = export_onnx(reference.model, reference.image_size, "fp16")
     tensors = tensors_to_quantize(graph, (), SCHEMES["tensorrt"])
     ranges = dict.fromkeys(tensors, (-1.0, 1.0)) | {tensors[3]: (-1e7, 1.0)}
     with pytest.raises(CalibrationError, match=r"has values up to 1\.0e\+07, and fp16"):
         insert_quantization(graph, ranges, (), SCHEMES["tensorrt"])
 
 
-def test_with_all_blocks_kept_nothing_is_quantised(source: Source, config: ExportConfig):
-    every = tuple(name for name, _ in named_blocks(source.model))
-    assert count_ops(quantized(source, config, "onnxruntime", every))["QuantizeLinear"] == 0
+def test_with_all_blocks_kept_nothing_is_quantised(reference: Reference, config: ExportConfig):
+    every = tuple(name for name, _ in named_blocks(reference.model))
+    assert count_ops(quantized(reference, config, "onnxruntime", every))["QuantizeLinear"] == 0
 
 
 def test_a_pattern_takes_the_nodes_of_one_module_only():
@@ -271,7 +275,7 @@ def test_a_pattern_takes_the_nodes_of_one_module_only():
 
 
 def test_squeeze_excites_own_layers_have_no_part_in_the_ranking(
-    source: Source, config: ExportConfig, monkeypatch: pytest.MonkeyPatch
+    reference: Reference, config: ExportConfig, monkeypatch: pytest.MonkeyPatch
 ):
     rounded: list[tuple[int, ...]] = []
 
@@ -280,8 +284,8 @@ def test_squeeze_excites_own_layers_have_no_part_in_the_ranking(
         return weight
 
     monkeypatch.setattr(sensitivity, "_round_weights", round_weights)
-    rank_blocks(source, config)
-    layers = [m for m in source.model.modules() if isinstance(m, ConvNormAct)]
+    rank_blocks(reference, config)
+    layers = [m for m in reference.model.modules() if isinstance(m, ConvNormAct)]
     # Each convolution once a batch of 16 images.
     assert len(rounded) == len(layers) * 64 // 16
 
@@ -293,13 +297,13 @@ def test_a_block_is_not_taken_for_one_whose_name_starts_alike():
 
 
 def test_calibration_takes_training_images_only_and_names_them(
-    source: Source, config: ExportConfig, tmp_path: Path
+    reference: Reference, config: ExportConfig, tmp_path: Path
 ):
-    samples = choose_samples(source, config)
-    held_out = {sample.name for sample in source.dataset.val}
+    samples = choose_samples(reference, config)
+    held_out = {sample.name for sample in reference.dataset.val}
     assert len(samples) == 64 and not held_out & {sample.name for sample in samples}
-    assert samples == choose_samples(source, config)
-    assert samples != choose_samples(source, replace(config, seed=1))
+    assert samples == choose_samples(reference, config)
+    assert samples != choose_samples(reference, replace(config, seed=1))
     write_calibration(tmp_path, samples, config, "a method")
     content = json.loads((tmp_path / CALIBRATION_FILE).read_text())
     assert content["num_images"] == 64 and content["seed"] == 0
@@ -307,8 +311,8 @@ def test_calibration_takes_training_images_only_and_names_them(
     assert all(len(sha256) == 64 for sha256 in content["images"].values())
 
 
-def test_too_few_training_images_are_an_error(source: Source, config: ExportConfig):
-    few = replace(source, dataset=replace(source.dataset, train=source.dataset.train[:63]))
+def test_too_few_training_images_are_an_error(reference: Reference, config: ExportConfig):
+    few = replace(reference, dataset=replace(reference.dataset, train=reference.dataset.train[:63]))
     with pytest.raises(CalibrationError, match="there are 63 training images"):
         choose_samples(few, config)
 
@@ -318,25 +322,25 @@ def test_fewer_than_64_calibration_images_cannot_be_asked_for():
         ExportConfig(num_calibration_images=63)
 
 
-def test_ranges_that_are_no_numbers_are_an_error(source: Source, config: ExportConfig):
-    graph = export_onnx(source.model, source.image_size)
+def test_ranges_that_are_no_numbers_are_an_error(reference: Reference, config: ExportConfig):
+    graph = export_onnx(reference.model, reference.image_size)
     images = np.full((2, 3, 32, 32), np.nan, np.float32)
     with pytest.raises(CalibrationError, match="are not finite"):
         collect_ranges(graph, ["features.0.0/Conv"], [images])
 
 
-def test_a_range_is_the_mean_over_batches_and_holds_zero(source: Source):
-    graph = export_onnx(source.model, source.image_size)
+def test_a_range_is_the_mean_over_batches_and_holds_zero(reference: Reference):
+    graph = export_onnx(reference.model, reference.image_size)
     name = "features.0.0/Conv"
-    batches = [source.parity_images[:8], source.parity_images[8:10] + 3.0]
+    batches = [reference.parity_images[:8], reference.parity_images[8:10] + 3.0]
     ranges = collect_ranges(graph, ["images", name], batches)
-    layer = fold_batch_norm(source.model).features[0][0]
+    layer = fold_batch_norm(reference.model).features[0][0]
     with torch.inference_mode():
         maps = [layer(torch.from_numpy(batch)).numpy() for batch in batches]
     for found, values in ((ranges["images"], batches), (ranges[name], maps)):
         low, high = np.mean([v.min() for v in values]), np.mean([v.max() for v in values])
         assert found == pytest.approx((min(low, 0.0), max(high, 0.0)), abs=1e-4)
-    assert ranges["images"][1] > 1 and source.parity_images.max() < ranges["images"][1]
+    assert ranges["images"][1] > 1 and reference.parity_images.max() < ranges["images"][1]
 
 
 def test_a_drop_is_that_of_the_images_that_changed():
@@ -360,20 +364,22 @@ def test_more_images_narrow_the_interval():
     assert 0 < low_many < 0.02 < high_many
 
 
-def test_every_block_is_ranked_by_what_it_does_to_the_logits(source: Source, config: ExportConfig):
-    before = source.answer(source.parity_images[:8])
-    ranking = rank_blocks(source, config)
-    names = [name for name, _ in named_blocks(source.model)]
+def test_every_block_is_ranked_by_what_it_does_to_the_logits(
+    reference: Reference, config: ExportConfig
+):
+    before = reference.answer(reference.parity_images[:8])
+    ranking = rank_blocks(reference, config)
+    names = [name for name, _ in named_blocks(reference.model)]
     assert sorted(cost.block for cost in ranking) == sorted(names)
     errors = [cost.logit_error for cost in ranking]
     assert errors == sorted(errors, reverse=True) and errors[-1] > 0
-    np.testing.assert_array_equal(source.answer(source.parity_images[:8]), before)
+    np.testing.assert_array_equal(reference.answer(reference.parity_images[:8]), before)
 
 
 def test_a_block_with_one_huge_weight_in_each_channel_is_the_costliest(
-    source: Source, config: ExportConfig
+    reference: Reference, config: ExportConfig
 ):
-    broken = load_source(ExportConfig(checkpoint=source.checkpoint, num_parity_images=64))
+    broken = load_reference(ExportConfig(checkpoint=reference.checkpoint, num_parity_images=64))
     block = dict(named_blocks(broken.model))["features.3.1"]
     assert isinstance(block, ResidualBlock)
     depthwise_norm, projection = block.block[1][1], block.block[3][0]
@@ -498,14 +504,16 @@ def test_an_int8_export_of_a_network_at_chance_is_refused(tiny_checkpoint: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_without_labels_are_judged_by_the_eager_models_own_sure_answers(source: Source):
+def test_images_without_labels_are_judged_by_the_eager_models_own_sure_answers(
+    reference: Reference,
+):
     photos = load_dataset("sample-photos", is_split=False)
-    dataset = Dataset(photos.source, source.record.class_names, (), photos.val)
-    gate = Gate(replace(source, dataset=dataset), None, 0.005)
+    dataset = Dataset(photos.source, reference.record.class_names, (), photos.val)
+    gate = Gate(replace(reference, dataset=dataset), None, 0.005)
 
     def asked(change: float) -> AccuracyGate:
         def infer(images: np.ndarray) -> np.ndarray:
-            logits = source.answer(images)
+            logits = reference.answer(images)
             logits[0] += change * (logits[0] == logits[0].min())
             return logits
 
@@ -521,16 +529,16 @@ def test_images_without_labels_are_judged_by_the_eager_models_own_sure_answers(s
 
 
 def test_weights_without_training_images_are_calibrated_on_other_crops_than_they_are_checked_on(
-    source: Source, config: ExportConfig
+    reference: Reference, config: ExportConfig
 ):
     photos = load_dataset("sample-photos", is_split=False)
-    dataset = Dataset(photos.source, source.record.class_names, (), photos.val)
-    record = source.record.model_copy(update={"data": "sample-photos"})
-    samples = choose_samples(replace(source, dataset=dataset, record=record), config)
+    dataset = Dataset(photos.source, reference.record.class_names, (), photos.val)
+    record = reference.record.model_copy(update={"data": "sample-photos"})
+    samples = choose_samples(replace(reference, dataset=dataset, record=record), config)
     assert len(samples) == config.num_calibration_images
     assert not {s.read() for s in samples} & {s.read() for s in photos.val}
     with pytest.raises(CalibrationError, match="there are 0 training images"):
-        choose_samples(replace(source, dataset=dataset), config)
+        choose_samples(replace(reference, dataset=dataset), config)
 
 
 def test_a_clip_is_rounded_in_place_of_the_convolution_before_it():
@@ -547,13 +555,15 @@ def test_a_clip_is_rounded_in_place_of_the_convolution_before_it():
     assert {node.output[0] for node in clips} <= names
 
 
-def test_two_photographs_choose_one_range_for_each_map_of_openvino(source: Source, tmp_path: Path):
+def test_two_photographs_choose_one_range_for_each_map_of_openvino(
+    reference: Reference, tmp_path: Path
+):
     photos = load_dataset("sample-photos", is_split=False)
-    dataset = Dataset(photos.source, source.record.class_names, (), photos.val)
-    record = source.record.model_copy(update={"data": "sample-photos"})
+    dataset = Dataset(photos.source, reference.record.class_names, (), photos.val)
+    record = reference.record.model_copy(update={"data": "sample-photos"})
     config = OpenVinoConfig(precision="int8", num_calibration_images=64)
 
-    def range_shapes(chosen: Source) -> set[tuple[int, ...]]:
+    def range_shapes(chosen: Reference) -> set[tuple[int, ...]]:
         fused = read_fused(graph_of(chosen, "fp32"))
         model, _ = quantize(fused, chosen, config, (), tmp_path)
         return {
@@ -563,6 +573,6 @@ def test_two_photographs_choose_one_range_for_each_map_of_openvino(source: Sourc
             and op.input_value(0).get_node().get_type_name() != "Constant"
         }
 
-    assert max(len(shape) for shape in range_shapes(source)) == 4
-    without_training = replace(source, dataset=dataset, record=record)
+    assert max(len(shape) for shape in range_shapes(reference)) == 4
+    without_training = replace(reference, dataset=dataset, record=record)
     assert range_shapes(without_training) == {()}

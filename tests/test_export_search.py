@@ -17,7 +17,7 @@ from export.checks.agreement import ParityError
 from export.checks.gate import AccuracyDropError, GateError
 from export.graphs.folding import is_within
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 
 DEPTHWISE = "features.3.0.block.1"
 BLOCK = "features.1.0"
@@ -31,8 +31,8 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def source(fitted_checkpoint: Path) -> Source:
-    return load_source(ExportConfig(checkpoint=fitted_checkpoint, num_parity_images=64))
+def reference(fitted_checkpoint: Path) -> Reference:
+    return load_reference(ExportConfig(checkpoint=fitted_checkpoint, num_parity_images=64))
 
 
 @pytest.fixture(autouse=True)
@@ -56,24 +56,24 @@ def test_a_layer_is_timed_with_its_silu_and_a_block_with_all_in_it():
     assert time_of("features.1.0.block", {"features.1.0.blocks": 1.0}) == 0
 
 
-def test_layers_and_blocks_are_chosen_that_gain_more_than_noise(source: Source):
-    in_int8 = times(source.model)
+def test_layers_and_blocks_are_chosen_that_gain_more_than_noise(reference: Reference):
+    in_int8 = times(reference.model)
     layer = f"{DEPTHWISE}.0"
     assert layer in in_int8
-    assert faster_in_float(source.model, in_int8, in_int8) == {}
-    assert faster_in_float(source.model, in_int8 | {layer: 0.96}, in_int8) == {}
+    assert faster_in_float(reference.model, in_int8, in_int8) == {}
+    assert faster_in_float(reference.model, in_int8 | {layer: 0.96}, in_int8) == {}
     # Of its block it is too small a part.
-    assert faster_in_float(source.model, in_int8 | {layer: 0.9}, in_int8) == {
+    assert faster_in_float(reference.model, in_int8 | {layer: 0.9}, in_int8) == {
         "layers": (DEPTHWISE,)
     }
-    found = faster_in_float(source.model, in_int8 | {layer: 0.1}, in_int8)
+    found = faster_in_float(reference.model, in_int8 | {layer: 0.1}, in_int8)
     assert found == {"layers": (DEPTHWISE,), "blocks": ("features.3.0",)}
 
 
-def test_the_same_choice_by_layer_and_by_block_is_built_once(source: Source):
-    in_int8 = times(source.model, features_0_0=1.0)
+def test_the_same_choice_by_layer_and_by_block_is_built_once(reference: Reference):
+    in_int8 = times(reference.model, features_0_0=1.0)
     in_float = in_int8 | {"features.0.0": 0.5}
-    assert faster_in_float(source.model, in_float, in_int8) == {"layers": ("features.0",)}
+    assert faster_in_float(reference.model, in_float, in_int8) == {"layers": ("features.0",)}
 
 
 def test_layers_in_float_have_float_weights_in_openvino(fitted_checkpoint: Path, tmp_path: Path):
@@ -122,12 +122,12 @@ def test_layers_in_float_have_float_weights_in_onnxruntime(fitted_checkpoint: Pa
 
 def test_a_search_measures_every_mixture_and_keeps_the_fastest(
     fitted_checkpoint: Path,
-    source: Source,
+    reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
-    in_int8 = times(source.model)
+    in_int8 = times(reference.model)
     profiled: list[tuple[Path, ...]] = []
 
     def profile(paths: tuple[Path, ...], *_: object) -> list[dict[str, float]]:
@@ -140,7 +140,7 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
 
     def measure(openers: dict[str, Any], *_: object) -> dict[str, tuple[float, ...]]:
         for opener in openers.values():
-            opener()(source.parity_images[:1])
+            opener()(reference.parity_images[:1])
         return {name: (1.0 if name.startswith(wanted) else 2.0,) for name in openers}
 
     monkeypatch.setattr(search, "profile_modules", profile)
@@ -174,7 +174,7 @@ def test_nothing_is_written_when_every_mixture_loses_too_much(
 ):
     errors = iter([AccuracyDropError("it loses too much"), ParityError("it answers otherwise")])
 
-    def refuse(_: Source, config: OpenVinoConfig, **__: object) -> Path | None:
+    def refuse(_: Reference, config: OpenVinoConfig, **__: object) -> Path | None:
         if config.precision == "int8":
             raise next(errors)
         return config.output
@@ -187,11 +187,11 @@ def test_nothing_is_written_when_every_mixture_loses_too_much(
 
 
 def test_a_search_without_images_to_judge_by_builds_nothing(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    few = replace(source, dataset=replace(source.dataset, val=source.dataset.val[:99]))
-    config = OpenVinoConfig(source.checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
-    monkeypatch.setattr(ov_build, "load_source", lambda _: few)
+    few = replace(reference, dataset=replace(reference.dataset, val=reference.dataset.val[:99]))
+    config = OpenVinoConfig(reference.checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
+    monkeypatch.setattr(ov_build, "load_reference", lambda _: few)
     monkeypatch.setattr(ov_build, "write_openvino", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(GateError, match="there are 99 held-out images, the accuracy gate needs"):
         ov_build.export_openvino(config)

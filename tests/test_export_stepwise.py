@@ -33,7 +33,7 @@ from export.checks.stepwise import Skipped, StepwiseParity
 from export.graphs.folding import fold_batch_norm
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig
-from export.inputs.reference import Source, batches_of, load_source
+from export.inputs.reference import Reference, batches_of, load_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,8 +42,8 @@ CHANGED_LAYER = "features.3.0.block.1.0/Conv"
 
 
 @pytest.fixture(scope="module")
-def source(tiny_checkpoint: Path) -> Source:
-    return load_source(ExportConfig(checkpoint=tiny_checkpoint, num_parity_images=64))
+def reference(tiny_checkpoint: Path) -> Reference:
+    return load_reference(ExportConfig(checkpoint=tiny_checkpoint, num_parity_images=64))
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,10 @@ def test_folding_may_change_the_logits_by_1e_5_of_their_deviation(report: Parity
     assert 0 < fold.max_abs_logit_error < 0.1 * bound
 
 
-def test_layers_of_each_runtime_are_those_of_the_eager_model(report: ParityReport, source: Source):
-    blocks = list(layers_by_block(source.model))
+def test_layers_of_each_runtime_are_those_of_the_eager_model(
+    report: ParityReport, reference: Reference
+):
+    blocks = list(layers_by_block(reference.model))
     for record, largest in zip(report.ladders, (1e-5, 5e-3, 1e-5), strict=True):
         assert record.layers is not None
         assert record.layers.rung == record.rungs[-1].name
@@ -98,10 +100,10 @@ def test_layers_of_each_runtime_are_those_of_the_eager_model(report: ParityRepor
         assert record.layers.layers and not record.layers.is_above_bound
 
 
-def test_layers_have_the_names_of_the_nodes(source: Source, tiny_artifact: Path):
+def test_layers_have_the_names_of_the_nodes(reference: Reference, tiny_artifact: Path):
     graph = onnx.load(tiny_artifact / "model.onnx").graph
     nodes = {node.output[0] for node in graph.node if node.op_type != "Reshape"}
-    assert {name for names in layers_by_block(source.model).values() for name in names} == nodes
+    assert {name for names in layers_by_block(reference.model).values() for name in names} == nodes
 
 
 def test_the_command_names_the_broken_step_and_layer_and_prints_json_last(
@@ -120,7 +122,7 @@ def test_the_command_names_the_broken_step_and_layer_and_prints_json_last(
 
 
 def test_a_changed_weight_of_an_openvino_program_is_found(
-    source: Source, artifacts: dict[str, Path], tmp_path: Path
+    reference: Reference, artifacts: dict[str, Path], tmp_path: Path
 ):
     directory = tmp_path / "broken"
     shutil.copytree(artifacts["openvino fp32"], directory)
@@ -129,14 +131,14 @@ def test_a_changed_weight_of_an_openvino_program_is_found(
     )
     openvino.save_model(model, directory / ov_build.PROGRAM_FILE, compress_to_fp16=False)
     manifest = rehashed(directory)
-    record = StepwiseParity(source).compare(directory, manifest, wants_layers=True)
+    record = StepwiseParity(reference).compare(directory, manifest, wants_layers=True)
     assert record.first_broken == "openvino fp32"
     assert record.layers is not None
     assert (record.layers.block, record.layers.layer) == (CHANGED_BLOCK, CHANGED_LAYER)
 
 
 def test_a_wrong_fold_is_found_before_anything_is_exported(
-    source: Source, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+    reference: Reference, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fold_wrongly(model: EfficientNet) -> EfficientNet:
         folded = fold_batch_norm(model)
@@ -145,7 +147,7 @@ def test_a_wrong_fold_is_found_before_anything_is_exported(
         return folded
 
     monkeypatch.setattr(stepwise, "fold_batch_norm", fold_wrongly)
-    record = StepwiseParity(source).compare(
+    record = StepwiseParity(reference).compare(
         tiny_artifact, read_artifact(tiny_artifact), wants_layers=True
     )
     assert record.first_broken == "batch norm folded, in float64"
@@ -184,13 +186,13 @@ def test_an_unchecked_artifact_that_breaks_is_left_as_it_is(
 
 
 def test_an_unchecked_quantised_artifact_must_pass_the_accuracy_gate(
-    source: Source, report: ParityReport, tiny_artifact: Path, tmp_path: Path
+    reference: Reference, report: ParityReport, tiny_artifact: Path, tmp_path: Path
 ):
-    val = source.dataset.val
-    batches = batches_of(val, source.preprocess)
-    answers = [int(label) for batch in batches for label in source.answer(batch).argmax(axis=1)]
+    val = reference.dataset.val
+    batches = batches_of(val, reference.preprocess)
+    answers = [int(label) for batch in batches for label in reference.answer(batch).argmax(axis=1)]
     right = tuple(replace(s, label=label) for s, label in zip(val, answers, strict=True))
-    easy = replace(source, dataset=replace(source.dataset, val=right))
+    easy = replace(reference, dataset=replace(reference.dataset, val=right))
     broken = perturbed(tiny_artifact, tmp_path / "broken")
     for name, program, max_drop, is_good in (
         ("good", tiny_artifact, 0.005, True),
@@ -211,22 +213,22 @@ def test_an_unchecked_quantised_artifact_must_pass_the_accuracy_gate(
 
 
 def test_what_the_cpu_provider_cannot_run_is_skipped_with_the_reason(
-    source: Source, tiny_artifact: Path
+    reference: Reference, tiny_artifact: Path
 ):
     manifest = read_artifact(tiny_artifact)
-    made = graph_of(source, tiny_artifact, manifest, runtime="tensorrt", precision="bf16")
+    made = graph_of(reference, tiny_artifact, manifest, runtime="tensorrt", precision="bf16")
     assert isinstance(made, Skipped) and "no convolution in bf16" in made.reason
 
 
 def test_the_graph_of_a_quantised_engine_is_made_again_by_its_calibration(
-    source: Source, tiny_artifact: Path, tmp_path: Path
+    reference: Reference, tiny_artifact: Path, tmp_path: Path
 ):
     config = ExportConfig(precision="int8", num_calibration_images=64, seed=3)
-    typed = typed_graph(source, config, (CHANGED_BLOCK,), "tensorrt", tmp_path)
+    typed = typed_graph(reference, config, (CHANGED_BLOCK,), "tensorrt", tmp_path)
     manifest = read_artifact(tiny_artifact).model_copy(update={"quantization": typed.quantization})
-    made = graph_of(source, tmp_path, manifest, runtime="tensorrt", precision="int8")
+    made = graph_of(reference, tmp_path, manifest, runtime="tensorrt", precision="int8")
     assert isinstance(made, tuple) and made[1] == typed.model
-    elsewhere = graph_of(source, tiny_artifact, manifest, runtime="tensorrt", precision="int8")
+    elsewhere = graph_of(reference, tiny_artifact, manifest, runtime="tensorrt", precision="int8")
     assert isinstance(elsewhere, Skipped) and "cannot be repeated" in elsewhere.reason
 
 
@@ -326,5 +328,5 @@ def unchecked(artifact: Path, directory: Path, **changes: object) -> Path:
     return directory
 
 
-def graph_of(source: Source, directory: Path, manifest: ArtifactManifest, **changes: object):
-    return stepwise._graph_of_artifact(source, directory, manifest.model_copy(update=changes))
+def graph_of(reference: Reference, directory: Path, manifest: ArtifactManifest, **changes: object):
+    return stepwise._graph_of_artifact(reference, directory, manifest.model_copy(update=changes))

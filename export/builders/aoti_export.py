@@ -22,7 +22,7 @@ from export.builders.writing import Built, default_output, programs_for, write_c
 from export.graphs.folding import TORCH_TYPES
 from export.inputs.config import AotiConfig
 from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import load_source
+from export.inputs.reference import load_reference
 
 PROGRAM_FILE = "model.pt2"
 
@@ -49,14 +49,14 @@ def main(config: AotiConfig) -> Path:
 
     Raises:
         AotiError: no compiler, no GPU, or a precision that the device does not compute in.
-        CheckpointError, GraphError, ParityError: see load_source, fold_batch_norm and
+        CheckpointError, GraphError, ParityError: see load_reference, fold_batch_norm and
             write_checked_artifact.
     """
     target = find_target(config)
     compiler = require_compiler()
     log.info("torch %s and %s for %s (%s)", torch.__version__, compiler, target.device, target.name)
-    source = load_source(config)
-    output = default_output(config, source, "aoti" if target.device == "cpu" else "aoti-cuda")
+    reference = load_reference(config)
+    output = default_output(config, reference, "aoti" if target.device == "cpu" else "aoti-cuda")
     settings = CompileSettings(
         device=target.device,
         dtype=TORCH_TYPES[config.precision],
@@ -69,11 +69,11 @@ def main(config: AotiConfig) -> Path:
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         programs = {directory / file: batch for file, batch in zip(files, batches, strict=True)}
         lines = compile_programs(
-            source.model, source.image_size, programs, config.batch[1], settings
+            reference.model, reference.image_size, programs, config.batch[1], settings
         )
         return Built(
             program_file=files[0],
-            weight_bytes=weight_bytes_of(source.model, settings.dtype),
+            weight_bytes=weight_bytes_of(reference.model, settings.dtype),
             other_files=tuple(files[1:]),
             static_programs=static_programs,
             log=(f"compiled by torch {torch.__version__} and {compiler} for {target.name}", *lines),
@@ -83,11 +83,11 @@ def main(config: AotiConfig) -> Path:
                 version=torch.__version__,
                 compute_capability=target.compute_capability,
                 device=target.name,
-                rebuild=rebuild_command("export/aoti.py", config, source.checkpoint),
+                rebuild=rebuild_command("export/aoti.py", config, reference.checkpoint),
             ),
         )
 
-    return write_checked_artifact(source, config, output, "aoti", build)
+    return write_checked_artifact(reference, config, output, "aoti", build)
 
 
 def find_target(config: AotiConfig) -> Target:

@@ -24,7 +24,7 @@ from export.graphs.calibration import (
 from export.graphs.folding import export_onnx, fold_batch_norm
 from export.inputs.config import ExportConfig, NativeConfig
 from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 
 SCRIPT = "export/native.py"
 
@@ -39,21 +39,23 @@ def main(config: NativeConfig) -> Path:
     Raises:
         ArtifactError: the engine was not built, or has no fast kernels for this processor.
         CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_source, export_onnx, choose_samples and write_checked_artifact.
+            see load_reference, export_onnx, choose_samples and write_checked_artifact.
     """
     require_kernels("the artifact", config.reference)
-    source = load_source(config)
-    output = default_output(config, source, "native")
+    reference = load_reference(config)
+    output = default_output(config, reference, "native")
     # Another machine may have to ask for the portable kernels.
-    rebuild = rebuild_command(SCRIPT, replace(config, reference=True), source.checkpoint)
+    rebuild = rebuild_command(SCRIPT, replace(config, reference=True), reference.checkpoint)
     binding = vnni_binding("efficientnet-pipeline", rebuild)
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         ranges, quantization = None, None
         if config.precision == "int8":
-            ranges, quantization = calibrate(source, config, kept, directory)
-        log.info("write %s at %d px in %s", source.variant, source.image_size, config.precision)
-        made = make_program(fold_batch_norm(source.model), source.preprocess, ranges, kept)
+            ranges, quantization = calibrate(reference, config, kept, directory)
+        log.info(
+            "write %s at %d px in %s", reference.variant, reference.image_size, config.precision
+        )
+        made = make_program(fold_batch_norm(reference.model), reference.preprocess, ranges, kept)
         made.program.write(directory / PROGRAM_FILE)
         names = {"layers": made.layer_names, "tensors": made.tensor_names}
         write_text(directory / NAMES_FILE, json.dumps(names, indent=1) + "\n")
@@ -66,16 +68,16 @@ def main(config: NativeConfig) -> Path:
             quantization=quantization,
         )
 
-    return write_checked_artifact(source, config, output, "native", build)
+    return write_checked_artifact(reference, config, output, "native", build)
 
 
 def calibrate(
-    source: Source, config: NativeConfig, kept: tuple[str, ...], directory: Path
+    reference: Reference, config: NativeConfig, kept: tuple[str, ...], directory: Path
 ) -> tuple[Ranges, QuantizationRecord]:
     """Choose the ranges of all maps, and write calibration.json."""
     # Of all settings, only these change the ranges.
     choice = ExportConfig(num_calibration_images=config.num_calibration_images, seed=config.seed)
-    calibrated = _calibrate(source, choice)
+    calibrated = _calibrate(reference, choice)
     return calibrated.ranges, QuantizationRecord(
         method=f"native: {METHOD}",
         num_calibration_images=len(calibrated.samples),
@@ -92,8 +94,8 @@ class _Calibrated(NamedTuple):
 
 # The gate asks for several programs that differ in what stays in float.
 @lru_cache(maxsize=1)
-def _calibrate(source: Source, config: ExportConfig) -> _Calibrated:
-    samples = choose_samples(source, config)
-    graph = export_onnx(source.model, source.image_size)
-    found = collect_ranges(graph, map_names(source.model), images_of(source, samples))
+def _calibrate(reference: Reference, config: ExportConfig) -> _Calibrated:
+    samples = choose_samples(reference, config)
+    graph = export_onnx(reference.model, reference.image_size)
+    found = collect_ranges(graph, map_names(reference.model), images_of(reference, samples))
     return _Calibrated(tuple(samples), found)

@@ -19,7 +19,7 @@ from export.graphs.folding import count_ops, count_weight_bytes
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig, OrtConfig
 from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 
 PROGRAM_FILE = "model.onnx"
 
@@ -38,27 +38,27 @@ def export_onnxruntime(config: ExportConfig) -> Path:
     Raises:
         ArtifactError: the provider is not there.
         CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_source, export_onnx, choose_samples and write_checked_artifact.
+            see load_reference, export_onnx, choose_samples and write_checked_artifact.
     """
     provider = provider_of(config)
     require_provider(PROVIDERS[provider])
-    source = load_source(config)
+    reference = load_reference(config)
     # Also in the artifacts of a search, whose own settings are results.
-    rebuild = rebuild_command("export/ort.py", config, source.checkpoint)
+    rebuild = rebuild_command("export/ort.py", config, reference.checkpoint)
     write = partial(write_onnxruntime, rebuild=rebuild)
     finish = None
     if provider == "cpu":
-        finish = partial(choose_streams, source, sizes=config.static_batches)
+        finish = partial(choose_streams, reference, sizes=config.static_batches)
     if isinstance(config, OrtConfig) and config.search:
-        output = default_output(config, source, OUTPUT_NAMES["cpu"])
+        output = default_output(config, reference, OUTPUT_NAMES["cpu"])
         in_float: OrtConfig = replace(config, precision="fp32", search=False)
         kinds = {"int8": config}
-        return fastest_within_drop(source, kinds, in_float, output, write, finish)
-    return write(source, config, finish)
+        return fastest_within_drop(reference, kinds, in_float, output, write, finish)
+    return write(reference, config, finish)
 
 
 def write_onnxruntime(
-    source: Source,
+    reference: Reference,
     config: ExportConfig,
     finish: Callable[[Path], None] | None = None,
     *,
@@ -66,7 +66,7 @@ def write_onnxruntime(
 ) -> Path:
     """Export, check and write one artifact; return its directory."""
     provider = provider_of(config)
-    output = default_output(config, source, OUTPUT_NAMES[provider])
+    output = default_output(config, reference, OUTPUT_NAMES[provider])
     # Without VNNI two products are added up in 16 bits, where weights of 8 bits would overflow.
     scheme = {"cpu": "onnxruntime" if has_vnni() else "onnxruntime-7-bits"}.get(
         provider, "tensorrt"
@@ -75,7 +75,7 @@ def write_onnxruntime(
         log.info("the CPU provider computes fp16 in fp32: the file is half as large, not faster")
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
-        typed = typed_graph(source, config, kept, scheme, directory)
+        typed = typed_graph(reference, config, kept, scheme, directory)
         # Records find each other by the file's hash: those of two providers are two programs.
         helper.set_model_props(typed.model, {"provider": PROVIDERS[provider]})
         onnx.save(typed.model, directory / PROGRAM_FILE)
@@ -97,7 +97,7 @@ def write_onnxruntime(
             quantization=typed.quantization,
         )
 
-    return write_checked_artifact(source, config, output, "onnxruntime", build, finish=finish)
+    return write_checked_artifact(reference, config, output, "onnxruntime", build, finish=finish)
 
 
 def provider_of(config: ExportConfig) -> str:

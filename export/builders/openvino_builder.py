@@ -45,7 +45,7 @@ from export.graphs.folding import INPUT_NAME, OPSET, count_weight_bytes
 from export.graphs.precision import graph_of
 from export.inputs.config import Activations, OpenVinoConfig
 from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 
 PROGRAM_FILE = "model.xml"
 WEIGHTS_FILE = "model.bin"
@@ -88,49 +88,49 @@ def export_openvino(config: OpenVinoConfig) -> Path:
     Raises:
         ArtifactError: the processor does not compute in the precision.
         CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_source, export_onnx, choose_samples and write_checked_artifact.
+            see load_reference, export_onnx, choose_samples and write_checked_artifact.
     """
     if config.precision != "int8":
         require_capability(config.precision, "the artifact")
-    source = load_source(config)
-    finish = partial(choose_streams, source, sizes=config.static_batches)
+    reference = load_reference(config)
+    finish = partial(choose_streams, reference, sizes=config.static_batches)
     # Also in the artifacts of a search, whose own settings are results.
-    rebuild = rebuild_command("export/ov.py", config, source.checkpoint)
+    rebuild = rebuild_command("export/ov.py", config, reference.checkpoint)
     write = partial(write_openvino, rebuild=rebuild)
     if config.search:
-        return search_openvino(source, config, finish, write)
-    return write(source, config, finish)
+        return search_openvino(reference, config, finish, write)
+    return write(reference, config, finish)
 
 
 def search_openvino(
-    source: Source,
+    reference: Reference,
     config: OpenVinoConfig,
     finish: Callable[[Path], None],
-    write: Callable[[Source, OpenVinoConfig], Path],
+    write: Callable[[Reference, OpenVinoConfig], Path],
 ) -> Path:
     """Write the fastest mixture of int8 and float layers; return its directory."""
     every = [config.activations] if config.activations else get_args(Activations)
     kinds = {f"{kind} int8": replace(config, activations=kind) for kind in every}
-    output = default_output(config, source, "openvino")
+    output = default_output(config, reference, "openvino")
     in_float = replace(config, precision=own_precision(), activations=None, search=False)
-    return fastest_within_drop(source, kinds, in_float, output, write, finish)
+    return fastest_within_drop(reference, kinds, in_float, output, write, finish)
 
 
 def write_openvino(
-    source: Source,
+    reference: Reference,
     config: OpenVinoConfig,
     finish: Callable[[Path], None] | None = None,
     *,
     rebuild: str,
 ) -> Path:
     """Export, check and write one artifact; return its directory."""
-    output = default_output(config, source, "openvino")
-    graph = graph_of(source, "fp32")
+    output = default_output(config, reference, "openvino")
+    graph = graph_of(reference, "fp32")
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         model, quantization = read_fused(graph), None
         if config.precision == "int8":
-            model, quantization = quantize(model, source, config, kept, directory)
+            model, quantization = quantize(model, reference, config, kept, directory)
         save(model, directory, config.precision)
         return Built(
             PROGRAM_FILE,
@@ -145,7 +145,7 @@ def write_openvino(
             binding=vnni_binding("openvino", rebuild) if quantization and has_vnni() else None,
         )
 
-    return write_checked_artifact(source, config, output, "openvino", build, finish=finish)
+    return write_checked_artifact(reference, config, output, "openvino", build, finish=finish)
 
 
 def read_fused(graph: onnx.ModelProto) -> ov.Model:
@@ -187,20 +187,20 @@ def pattern_of(name: str) -> str:
 
 def quantize(
     model: ov.Model,
-    source: Source,
+    reference: Reference,
     config: OpenVinoConfig,
     kept: Sequence[str],
     directory: Path,
 ) -> tuple[ov.Model, QuantizationRecord]:
     """Quantise to int8 with NNCF, all but squeeze-excite, `kept` and the config's float layers."""
-    samples = choose_samples(source, config)
+    samples = choose_samples(reference, config)
     activations = config.activations or "asymmetric"
     method = f"nncf {nncf.__version__}, {activations} activations, {METHOD}"
     sha256 = write_calibration(directory, samples, config, method)
     preset = "mixed" if activations == "asymmetric" else "performance"
     in_float = (*kept, *config.float_layers)
     patterns = [*ALWAYS_FLOAT, *map(pattern_of, in_float)]
-    batches = [{INPUT_NAME: images} for images in images_of(source, samples)]
+    batches = [{INPUT_NAME: images} for images in images_of(reference, samples)]
     quantized: Any = nncf.quantize(
         model,
         nncf.Dataset(batches),
@@ -210,7 +210,9 @@ def quantize(
             # Without VNNI two products are added up in 16 bits, where weights of 8 bits overflow.
             overflow_fix=nncf.OverflowFix.FIRST_LAYER if has_vnni() else nncf.OverflowFix.ENABLE,
             activations_range_estimator_params=BATCH_MEAN,
-            activations_quantization_params=ONE_RANGE if has_two_photographs_only(source) else None,
+            activations_quantization_params=ONE_RANGE
+            if has_two_photographs_only(reference)
+            else None,
         ),
         ignored_scope=nncf.IgnoredScope(
             patterns=patterns,

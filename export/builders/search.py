@@ -26,7 +26,7 @@ from export.checks.agreement import ParityError
 from export.checks.gate import AccuracyDropError, require_gate_images
 from export.checks.sensitivity import named_blocks
 from export.inputs.config import MixedConfig
-from export.inputs.reference import Source
+from export.inputs.reference import Reference
 
 # Profiles are the fastest of this many calls; what is not faster by more is noise.
 NUM_CALLS = 20
@@ -42,17 +42,17 @@ Config = TypeVar("Config", bound=MixedConfig)
 
 
 def fastest_within_drop(
-    source: Source,
+    reference: Reference,
     kinds: Mapping[str, Config],
     in_float: Config,
     output: Path,
-    export: Callable[[Source, Config], Path],
+    export: Callable[[Reference, Config], Path],
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Build every kind of int8 artifact, with and without float layers, and write the fastest.
 
     Args:
-        source: the model and its images.
+        reference: the model and its images.
         kinds: by name, settings of int8 exports that differ otherwise; one at least.
         in_float: settings of the export in the precision of layers that are not int8.
         output: the artifact's directory.
@@ -63,19 +63,19 @@ def fastest_within_drop(
         GateError: there are no images to judge by; before anything is built.
         AccuracyDropError: all of them lose more than --max-drop, or answer otherwise than they may.
     """
-    require_gate_images(source)
+    require_gate_images(reference)
     with new_artifact_directory(output) as directory:
         root = directory / "tried"
         plain = {kind: replace(config, search=False) for kind, config in kinds.items()}
         float_precision = in_float.precision
         log.info("all layers in %s, to compare with", float_precision)
-        all_float = export(source, replace(in_float, output=root / float_precision))
+        all_float = export(reference, replace(in_float, output=root / float_precision))
         found: list[Path] = []
 
         def tried(name: str, config: Config) -> Path | None:
             log.info("%s%s", name, "".join(f"\n    {layer}" for layer in config.float_layers))
             try:
-                found.append(export(source, replace(config, output=root / name)))
+                found.append(export(reference, replace(config, output=root / name)))
             except (AccuracyDropError, ParityError) as error:
                 log.info("left out: %s", error)
                 return None
@@ -87,7 +87,7 @@ def fastest_within_drop(
                 paths = (all_float, in_int8)
                 batch_size = config.tuned_batch_size
                 times = profile_modules(paths, NUM_CALLS, batch_size, config.data)
-                for level, layers in faster_in_float(source.model, *times).items():
+                for level, layers in faster_in_float(reference.model, *times).items():
                     tried(
                         f"{kind}, {level} in {float_precision}",
                         replace(config, float_layers=layers),
@@ -97,7 +97,7 @@ def fastest_within_drop(
                 "no kind of int8 artifact is within --max-drop; export in "
                 f"{float_precision}, or allow more with --max-drop"
             )
-        for file in measured_fastest(source, found, all_float, in_float).iterdir():
+        for file in measured_fastest(reference, found, all_float, in_float).iterdir():
             file.rename(directory / file.name)
         shutil.rmtree(root)
         if finish is not None:
@@ -142,12 +142,12 @@ def time_of(name: str, ms_of_modules: Mapping[str, float]) -> float:
 
 
 def measured_fastest(
-    source: Source, found: Sequence[Path], in_float: Path, config: MixedConfig
+    reference: Reference, found: Sequence[Path], in_float: Path, config: MixedConfig
 ) -> Path:
     """Measure all in turns, log their times, and return the fastest of `found`."""
     paths = [*found, in_float]
     batch_size = config.tuned_batch_size
-    images = source.parity_images[: max(batch_size, NUM_IMAGES)]
+    images = reference.parity_images[: max(batch_size, NUM_IMAGES)]
     images = np.resize(images, (max(batch_size, len(images)), *images.shape[1:]))
     openers = {path.name: partial(open_infer, path) for path in paths}
     measured = measure_callables(openers, images, SECONDS, TURNS, batch_size)

@@ -20,7 +20,7 @@ from efficientnet.runtimes import Runtime
 from efficientnet.runtimes.protocol import open_program
 from export.builders.writing import check_parity, log_line
 from export.checks.agreement import ParityError
-from export.inputs.reference import Source
+from export.inputs.reference import Reference
 
 # Both ways take turns; what gains less is noise.
 NUM_TURNS = 5
@@ -29,7 +29,7 @@ LEAST_GAIN = 0.03
 log = logging.getLogger(__name__)
 
 
-def choose_streams(source: Source, directory: Path, sizes: Sequence[int]) -> None:
+def choose_streams(reference: Reference, directory: Path, sizes: Sequence[int]) -> None:
     """Let an artifact answer those batch sizes in streams that are faster so, and right.
 
     To be called while nobody else can see the artifact: its manifest is written again.
@@ -38,13 +38,13 @@ def choose_streams(source: Source, directory: Path, sizes: Sequence[int]) -> Non
     streamed = tuple(
         size
         for size in sizes
-        if size > 1 and is_faster_in_streams(source, directory, manifest, size)
+        if size > 1 and is_faster_in_streams(reference, directory, manifest, size)
     )
     if not streamed:
         return
     in_streams = manifest.model_copy(update={"streamed_batches": streamed})
     try:
-        checked = check_parity(source, directory, in_streams)
+        checked = check_parity(reference, directory, in_streams)
     except ParityError as error:
         # What passed without them stays.
         log_line(directory, f"left as one call, in streams it answers otherwise: {error}")
@@ -53,10 +53,10 @@ def choose_streams(source: Source, directory: Path, sizes: Sequence[int]) -> Non
 
 
 def is_faster_in_streams(
-    source: Source, directory: Path, manifest: ArtifactManifest, size: int
+    reference: Reference, directory: Path, manifest: ArtifactManifest, size: int
 ) -> bool:
     """Measure an artifact at one batch size, in one call and image by image in streams."""
-    images = np.resize(source.parity_images, (size, *source.parity_images.shape[1:]))
+    images = np.resize(reference.parity_images, (size, *reference.parity_images.shape[1:]))
     ways = [open_with_streams(directory, manifest, streamed) for streamed in ((), (size,))]
     for runtime in ways:
         runtime.infer(images)

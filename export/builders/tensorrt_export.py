@@ -25,7 +25,7 @@ from export.graphs.folding import count_weight_bytes
 from export.graphs.precision import typed_graph
 from export.inputs.config import TrtConfig
 from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import load_source
+from export.inputs.reference import load_reference
 
 PROGRAM_FILE = "model.engine"
 LAYERS_FILE = "layers.json"
@@ -39,7 +39,7 @@ def main(config: TrtConfig) -> Path:
     Raises:
         TensorRTError: not installed, no GPU, or one that does not compute in the precision.
         CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_source, typed_graph and write_checked_artifact.
+            see load_reference, typed_graph and write_checked_artifact.
     """
     runtime = "tensorrt" if config.flavor == "tensorrt" else "tensorrt-rtx"
     target = find_target(runtime, config.precision, config.compute_capability)
@@ -51,21 +51,21 @@ def main(config: TrtConfig) -> Path:
             "but nothing says that it is faster than fp16",
             config.precision,
         )
-    source = load_source(config)
-    output = default_output(config, source, target.runtime)
+    reference = load_reference(config)
+    output = default_output(config, reference, target.runtime)
     settings = settings_for(config, target, output)
     binding = Binding(
         library=PACKAGES[target.runtime],
         version=version,
         compute_capability=" ".join(target.compute_capabilities) or None,
         device=target.device,
-        rebuild=rebuild_command("export/trt.py", config, source.checkpoint),
+        rebuild=rebuild_command("export/trt.py", config, reference.checkpoint),
     )
     scheme = "tensorrt-fp8" if config.precision == "fp8" else "tensorrt"
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
-        log.info("export %s at %d px to ONNX", source.variant, source.image_size)
-        typed = typed_graph(source, config, kept, scheme, directory)
+        log.info("export %s at %d px to ONNX", reference.variant, reference.image_size)
+        typed = typed_graph(reference, config, kept, scheme, directory)
         lines = [
             f"exported by torch {torch.__version__}, onnx {onnx.__version__}, opset {typed.opset}",
             f"built by {target.runtime} {version} for {target.device}",
@@ -96,7 +96,7 @@ def main(config: TrtConfig) -> Path:
         )
 
     return write_checked_artifact(
-        source, config, output, target.runtime, build, target.can_run_here
+        reference, config, output, target.runtime, build, target.can_run_here
     )
 
 

@@ -25,7 +25,7 @@ from export.graphs.folding import (
 )
 from export.inputs.config import TorchTrtConfig
 from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 
 PROGRAM_FILE = "model.pt2"
 TIMING_CACHE_FILE = "timing.cache"
@@ -46,28 +46,28 @@ def main(config: TorchTrtConfig) -> Path:
 
     Raises:
         TorchTensorRTError: see find_gpu and load_package.
-        CheckpointError, GraphError, ParityError: see load_source, fold_batch_norm and
+        CheckpointError, GraphError, ParityError: see load_reference, fold_batch_norm and
             write_checked_artifact.
     """
     gpu = find_gpu(config.precision)
     torch_tensorrt = load_package()
     version = version_of(torch_tensorrt)
     log.info("torch-tensorrt %s for %s", version, gpu.name)
-    source = load_source(config)
-    output = default_output(config, source, "torch-tensorrt")
+    reference = load_reference(config)
+    output = default_output(config, reference, "torch-tensorrt")
     batches = batches_for(config)
     static_programs = programs_for(PROGRAM_FILE, (b for b in batches if isinstance(b, int)))
     files = [program.file for program in static_programs] or [PROGRAM_FILE]
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
-        network = network_for(source, config.precision)
+        network = network_for(reference, config.precision)
         for file, batch in zip(files, batches, strict=True):
             log.info("build %s", file)
-            build_program(torch_tensorrt, network, source, config, batch, directory / file)
+            build_program(torch_tensorrt, network, reference, config, batch, directory / file)
         (directory / TIMING_CACHE_FILE).unlink(missing_ok=True)
         return Built(
             program_file=files[0],
-            weight_bytes=weight_bytes_of(source.model, TORCH_TYPES[config.precision]),
+            weight_bytes=weight_bytes_of(reference.model, TORCH_TYPES[config.precision]),
             other_files=tuple(files[1:]),
             static_programs=static_programs,
             log=(f"built by torch-tensorrt {version} for {gpu.name}",),
@@ -77,11 +77,11 @@ def main(config: TorchTrtConfig) -> Path:
                 version=version,
                 compute_capability=gpu.compute_capability,
                 device=gpu.name,
-                rebuild=rebuild_command("export/torch_trt.py", config, source.checkpoint),
+                rebuild=rebuild_command("export/torch_trt.py", config, reference.checkpoint),
             ),
         )
 
-    return write_checked_artifact(source, config, output, "torch-tensorrt", build)
+    return write_checked_artifact(reference, config, output, "torch-tensorrt", build)
 
 
 def find_gpu(precision: Precision) -> Gpu:
@@ -133,9 +133,9 @@ def load_package() -> Any:
         raise TorchTensorRTError(f"{PACKAGE} cannot be imported ({error}): {how}") from error
 
 
-def network_for(source: Source, precision: Precision) -> nn.Module:
+def network_for(reference: Reference, precision: Precision) -> nn.Module:
     """Return the network on the GPU, with the number format that its engine computes in."""
-    network = fold_batch_norm(source.model)
+    network = fold_batch_norm(reference.model)
     use_convolutions_in_squeeze_excite(network)
     return InPrecision(network, TORCH_TYPES[precision]).eval().cuda()
 
@@ -143,7 +143,7 @@ def network_for(source: Source, precision: Precision) -> nn.Module:
 def build_program(
     torch_tensorrt: Any,
     network: nn.Module,
-    source: Source,
+    reference: Reference,
     config: TorchTrtConfig,
     batch: Batch,
     file: Path,
@@ -153,12 +153,12 @@ def build_program(
     Args:
         torch_tensorrt: the package.
         network: on the GPU, float32 images to float32 logits; its weights tell the precision.
-        source: for the size of the images.
+        reference: for the size of the images.
         config: optimization level, precision and the middle of the range.
         batch: the only batch size, or the fewest and the most images.
         file: to write.
     """
-    shape = (3, source.image_size, source.image_size)
+    shape = (3, reference.image_size, reference.image_size)
     if isinstance(batch, int):
         num_images, dynamic_shapes = batch, None
         images: Any = torch_tensorrt.Input((batch, *shape), dtype=torch.float32, name=INPUT_NAME)

@@ -28,7 +28,7 @@ from export.checks.gate import Attempt, Gate, keep_within_drop
 from export.checks.sensitivity import rank_blocks
 from export.graphs.folding import INPUT_NAME, OUTPUT_NAME
 from export.inputs.config import ExportConfig
-from export.inputs.reference import Source
+from export.inputs.reference import Reference
 
 BUILD_LOG = "build.log"
 
@@ -70,9 +70,9 @@ def vnni_binding(library: str, rebuild: str) -> Binding:
     )
 
 
-def default_output(config: ExportConfig, source: Source, name: str) -> Path:
+def default_output(config: ExportConfig, reference: Reference, name: str) -> Path:
     """Return --output, or artifacts/<variant>/<name>-<precision>."""
-    return config.output or Path("artifacts") / source.variant / f"{name}-{config.precision}"
+    return config.output or Path("artifacts") / reference.variant / f"{name}-{config.precision}"
 
 
 def programs_for(program_file: str, batch_sizes: Iterable[int]) -> tuple[StaticProgram, ...]:
@@ -84,7 +84,7 @@ def programs_for(program_file: str, batch_sizes: Iterable[int]) -> tuple[StaticP
 
 
 def write_checked_artifact(
-    source: Source,
+    reference: Reference,
     config: ExportConfig,
     output: Path,
     runtime: str,
@@ -110,7 +110,7 @@ def write_checked_artifact(
     started = time.perf_counter()
     if can_run_here:
         # A network that is broken itself is told before anything is built.
-        _ = source.parity_logits
+        _ = reference.parity_logits
     with new_artifact_directory(output) as directory:
 
         def attempt(kept: tuple[str, ...]) -> Attempt:
@@ -119,21 +119,21 @@ def write_checked_artifact(
             built = build(tried, kept)
             lines = "".join(f"{line}\n" for line in built.log)
             (tried / BUILD_LOG).write_text(lines, encoding="utf-8")
-            return Attempt(tried, _manifest(source, config, tried, runtime, built))
+            return Attempt(tried, _manifest(reference, config, tried, runtime, built))
 
         if config.is_quantized and can_run_here and is_judged:
-            gate = Gate(source, config.num_gate_images, config.max_drop / 100)
+            gate = Gate(reference, config.num_gate_images, config.max_drop / 100)
 
             def judge(built: Attempt) -> Attempt:
                 found = gate.measure(open_program(*built))
                 manifest = built.manifest.model_copy(update={"gate": found})
                 # What parity finds is judged together with the loss.
                 return Attempt(
-                    built.directory, check_parity(source, built.directory, manifest, False)
+                    built.directory, check_parity(reference, built.directory, manifest, False)
                 )
 
             tried, manifest = keep_within_drop(
-                attempt, judge, lambda: rank_blocks(source, config), config.keeps_blocks
+                attempt, judge, lambda: rank_blocks(reference, config), config.keeps_blocks
             )
         else:
             tried, manifest = attempt(())
@@ -142,7 +142,7 @@ def write_checked_artifact(
         for other in directory.glob("attempt-*"):
             shutil.rmtree(other)
         if can_run_here and manifest.parity is None:
-            manifest = check_parity(source, directory, manifest, is_judged)
+            manifest = check_parity(reference, directory, manifest, is_judged)
         elif not can_run_here:
             log.info(
                 "not checked: it cannot run here, and is refused until "
@@ -165,7 +165,7 @@ def log_line(directory: Path, line: str) -> None:
 
 
 def check_parity(
-    source: Source, directory: Path, manifest: ArtifactManifest, is_judged: bool = True
+    reference: Reference, directory: Path, manifest: ArtifactManifest, is_judged: bool = True
 ) -> ArtifactManifest:
     """Compare a program with the eager model; return the manifest with what was found.
 
@@ -173,11 +173,11 @@ def check_parity(
         ParityError: the difference exceeds what its precision may.
     """
     runtime = open_program(directory, manifest)
-    tolerances = tolerances_for(manifest.precision, source.parity_logits)
+    tolerances = tolerances_for(manifest.precision, reference.parity_logits)
     found = run_in_batches(
-        runtime, source.parity_images, source.parity_logits, manifest.prepared_sizes
+        runtime, reference.parity_images, reference.parity_logits, manifest.prepared_sizes
     )
-    parity = compare_logits(found, source.parity_logits, tolerances)
+    parity = compare_logits(found, reference.parity_logits, tolerances)
     line = (
         f"parity on {parity.num_images} held-out images: "
         f"largest logit error {parity.max_abs_logit_error:.1e} "
@@ -191,14 +191,14 @@ def check_parity(
 
 
 def _manifest(
-    source: Source, config: ExportConfig, directory: Path, runtime: str, built: Built
+    reference: Reference, config: ExportConfig, directory: Path, runtime: str, built: Built
 ) -> ArtifactManifest:
     low, opt = config.batch[0], config.tuned_batch_size
     names = (built.program_file, *built.other_files)
     static_sizes = [program.batch_size for program in built.static_programs]
     highest = max(static_sizes) if static_sizes else config.max_batch_size
     return ArtifactManifest(
-        variant=source.variant,
+        variant=reference.variant,
         runtime=runtime,
         precision=config.precision,
         provider=built.provider,
@@ -207,20 +207,20 @@ def _manifest(
         other_files={name: sha256_of_file(directory / name) for name in built.other_files},
         static_programs=built.static_programs,
         static_batches=built.static_batches,
-        checkpoint_sha256=source.record.weights_sha256,
+        checkpoint_sha256=reference.record.weights_sha256,
         input=InputSpec(
             name=INPUT_NAME,
             dtype="float32",
             layout="NCHW",
-            shape=(3, source.image_size, source.image_size),
+            shape=(3, reference.image_size, reference.image_size),
             batch=BatchRange(
                 min=1 if static_sizes else min(low, highest), opt=min(opt, highest), max=highest
             ),
         ),
-        output=OutputSpec(name=OUTPUT_NAME, dtype="float32", shape=(source.record.num_classes,)),
-        preprocess=source.preprocess,
-        class_names=source.record.class_names,
-        data=source.record.data,
+        output=OutputSpec(name=OUTPUT_NAME, dtype="float32", shape=(reference.record.num_classes,)),
+        preprocess=reference.preprocess,
+        class_names=reference.record.class_names,
+        data=reference.record.data,
         build=BuildRecord(
             environment=current_environment(),
             opset=built.opset,
@@ -232,7 +232,7 @@ def _manifest(
         quantization=built.quantization and _with_limits(built.quantization, config),
         parity=None,
         size_bytes=sum((directory / name).stat().st_size for name in names),
-        flops_per_image=source.cost.flops,
+        flops_per_image=reference.cost.flops,
         weight_bytes=built.weight_bytes,
     )
 

@@ -23,7 +23,7 @@ from efficientnet.images.datasets import SAMPLE_PHOTOS, Sample, sha256_of_sample
 from efficientnet.runtimes import Runtime
 from export.checks.agreement import QUANTIZED_FLIP_MARGIN, problem_of, usual_batch_size
 from export.inputs.config import MIN_GATE_IMAGES
-from export.inputs.reference import BATCH_SIZE, Source, batches_of, spread
+from export.inputs.reference import BATCH_SIZE, Reference, batches_of, spread
 
 Z_95 = 1.96
 
@@ -56,13 +56,13 @@ class Gate:
             chance.
     """
 
-    def __init__(self, source: Source, num_images: int | None, max_drop: float) -> None:
-        require_gate_images(source)
-        self._samples = _samples(source, num_images)
-        self._source = source
+    def __init__(self, reference: Reference, num_images: int | None, max_drop: float) -> None:
+        require_gate_images(reference)
+        self._samples = _samples(reference, num_images)
+        self._reference = reference
         self._max_drop = max_drop
         self._sha256 = sha256_of_samples(self._samples)
-        self._eager_is_right = _eager_is_right(source, num_images)
+        self._eager_is_right = _eager_is_right(reference, num_images)
         labels = [sample.label for sample in self._samples]
         require_better_than_chance(self._eager_is_right, labels)
 
@@ -70,7 +70,7 @@ class Gate:
         """Classify all images with a program."""
         who = f"{runtime.info.runtime} {runtime.info.precision}"
         size = usual_batch_size(runtime)
-        right = is_right(self._source, self._samples, runtime.infer, who, size)
+        right = is_right(self._reference, self._samples, runtime.infer, who, size)
         drop, low, high = paired_drop(self._eager_is_right, right)
         return AccuracyGate(
             num_images=len(right),
@@ -81,24 +81,24 @@ class Gate:
             drop_high=high,
             max_drop=self._max_drop,
             dataset_sha256=self._sha256,
-            is_labelled=is_labelled(self._source),
+            is_labelled=is_labelled(self._reference),
         )
 
 
-def is_labelled(source: Source) -> bool:
+def is_labelled(reference: Reference) -> bool:
     """Whether the held-out images have labels."""
-    return source.dataset.source != SAMPLE_PHOTOS
+    return reference.dataset.source != SAMPLE_PHOTOS
 
 
-def require_gate_images(source: Source) -> None:
+def require_gate_images(reference: Reference) -> None:
     """Check that there are enough images to judge by.
 
     Raises:
         GateError: there are fewer than 100.
     """
-    if len(source.dataset.val) < MIN_GATE_IMAGES:
+    if len(reference.dataset.val) < MIN_GATE_IMAGES:
         raise GateError(
-            f"there are {len(source.dataset.val)} held-out images, the accuracy gate needs "
+            f"there are {len(reference.dataset.val)} held-out images, the accuracy gate needs "
             f"{MIN_GATE_IMAGES}; add images to val, or give others with --data"
         )
 
@@ -123,11 +123,13 @@ def require_better_than_chance(eager_is_right: NDArray[np.bool_], labels: Sequen
 
 # A search asks it for several artifacts of one checkpoint.
 @lru_cache(maxsize=1)
-def _samples(source: Source, num_images: int | None) -> list[Sample]:
-    samples = spread(source.dataset.val, num_images or len(source.dataset.val))
-    if is_labelled(source):
+def _samples(reference: Reference, num_images: int | None) -> list[Sample]:
+    samples = spread(reference.dataset.val, num_images or len(reference.dataset.val))
+    if is_labelled(reference):
         return samples
-    logits = np.concatenate([source.answer(x) for x in batches_of(samples, source.preprocess)])
+    logits = np.concatenate(
+        [reference.answer(x) for x in batches_of(samples, reference.preprocess)]
+    )
     second, first = np.sort(logits, axis=1)[:, -2:].T
     is_sure = first - second > QUANTIZED_FLIP_MARGIN * logits.std()
     answers = logits.argmax(axis=1)
@@ -135,12 +137,12 @@ def _samples(source: Source, num_images: int | None) -> list[Sample]:
 
 
 @lru_cache(maxsize=1)
-def _eager_is_right(source: Source, num_images: int | None) -> NDArray[np.bool_]:
-    return is_right(source, _samples(source, num_images), source.answer, "the eager model")
+def _eager_is_right(reference: Reference, num_images: int | None) -> NDArray[np.bool_]:
+    return is_right(reference, _samples(reference, num_images), reference.answer, "the eager model")
 
 
 def is_right(
-    source: Source,
+    reference: Reference,
     samples: Sequence[Sample],
     infer: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     who: str,
@@ -151,7 +153,7 @@ def is_right(
     with tqdm(
         total=len(samples), desc=f"top-1 of {who}", unit="img", disable=None, leave=False
     ) as bar:
-        for images in batches_of(samples, source.preprocess, batch_size):
+        for images in batches_of(samples, reference.preprocess, batch_size):
             answers.append(infer(images).argmax(axis=1))
             bar.update(len(images))
     return np.concatenate(answers) == np.asarray([sample.label for sample in samples])

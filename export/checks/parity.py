@@ -20,7 +20,7 @@ from export.checks.gate import Gate, describe, is_allowed
 from export.checks.stepwise import StepwiseParity
 from export.checks.stepwise_record import StepwiseParityRecord, report_of
 from export.inputs.config import ExportConfig
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import ParityConfig
 
 FORMAT_VERSION = 1
@@ -55,13 +55,13 @@ def main(config: ParityConfig) -> ParityReport:
         path: config.checkpoint or find_checkpoint(path, manifest.checkpoint_sha256)
         for path, manifest in manifests.items()
     }
-    by_source: dict[tuple[Path, int], tuple[Source, StepwiseParity]] = {}
+    references: dict[tuple[Path, int], tuple[Reference, StepwiseParity]] = {}
     records: list[StepwiseParityRecord] = []
     for path, manifest in manifests.items():
         size = manifest.preprocess.image_size
         key = (checkpoints[path], size)
-        if key not in by_source:
-            source = load_source(
+        if key not in references:
+            reference = load_reference(
                 ExportConfig(
                     checkpoint=checkpoints[path],
                     size=size,
@@ -70,12 +70,12 @@ def main(config: ParityConfig) -> ParityReport:
                 ),
                 images_flag="--num-images",
             )
-            by_source[key] = source, StepwiseParity(source)
-        source, stepwise = by_source[key]
-        require_made_of(source, path, manifest)
+            references[key] = reference, StepwiseParity(reference)
+        reference, stepwise = references[key]
+        require_made_of(reference, path, manifest)
         record = stepwise.compare(path, manifest, config.layers)
         if manifest.parity is None and record.first_broken is None:
-            record = complete(source, path, manifest, record)
+            record = complete(reference, path, manifest, record)
         if manifest.parity is None and not record.is_completed:
             log.info("%s stays as it is: not checked, and refused", path)
         log.info("%s", report_of(record))
@@ -114,27 +114,27 @@ def find_checkpoint(artifact: Path, weights_sha256: str, runs: Path = Path("runs
     )
 
 
-def require_made_of(source: Source, artifact: Path, manifest: ArtifactManifest) -> None:
+def require_made_of(reference: Reference, artifact: Path, manifest: ArtifactManifest) -> None:
     """Check that an artifact is of the checkpoint that it will be compared with.
 
     Raises:
         ArtifactError: it is not.
     """
-    if manifest.checkpoint_sha256 != source.record.weights_sha256:
+    if manifest.checkpoint_sha256 != reference.record.weights_sha256:
         raise ArtifactError(
             f"{artifact} was made of another checkpoint: of weights with SHA-256 "
-            f"{manifest.checkpoint_sha256[:12]}, and {source.checkpoint} has "
-            f"{source.record.weights_sha256[:12]}; give that one with --checkpoint"
+            f"{manifest.checkpoint_sha256[:12]}, and {reference.checkpoint} has "
+            f"{reference.record.weights_sha256[:12]}; give that one with --checkpoint"
         )
-    if manifest.preprocess != source.preprocess:
+    if manifest.preprocess != reference.preprocess:
         raise ArtifactError(
-            f"{artifact} wants its images preprocessed otherwise than {source.checkpoint}; "
+            f"{artifact} wants its images preprocessed otherwise than {reference.checkpoint}; "
             "export the checkpoint again"
         )
 
 
 def complete(
-    source: Source, artifact: Path, manifest: ArtifactManifest, record: StepwiseParityRecord
+    reference: Reference, artifact: Path, manifest: ArtifactManifest, record: StepwiseParityRecord
 ) -> StepwiseParityRecord:
     """Write what was found into the manifest of an artifact that passed, so that all accept it.
 
@@ -144,7 +144,7 @@ def complete(
     if manifest.precision in ("int8", "fp8") and gate is None:
         limits = manifest.quantization
         assert limits is not None
-        checker = Gate(source, limits.num_gate_images, limits.max_drop)
+        checker = Gate(reference, limits.num_gate_images, limits.max_drop)
         gate = checker.measure(open_program(artifact, manifest))
         log.info("%s", describe(gate))
         if not is_allowed(gate):

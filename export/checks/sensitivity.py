@@ -14,21 +14,21 @@ from export.graphs.calibration import choose_samples
 from export.graphs.folding import fold_batch_norm
 from export.graphs.quantization import FP8_LARGEST
 from export.inputs.config import ExportConfig
-from export.inputs.reference import Source, batches_of
+from export.inputs.reference import Reference, batches_of
 
 NUM_IMAGES = 64
 
 log = logging.getLogger(__name__)
 
 
-def rank_blocks(source: Source, config: ExportConfig) -> list[BlockCost]:
+def rank_blocks(reference: Reference, config: ExportConfig) -> list[BlockCost]:
     """Quantise one block after the other, the rest in float32; the costliest comes first.
 
     Simulated in torch, so that the ranking does not depend on a runtime: weights for each output
     channel, the convolutions' inputs for each map, both in 8 bits.
     """
-    folded = fold_batch_norm(source.model)
-    samples = choose_samples(source, config)[:NUM_IMAGES]
+    folded = fold_batch_norm(reference.model)
+    samples = choose_samples(reference, config)[:NUM_IMAGES]
     blocks = dict(named_blocks(folded))
     squares = dict.fromkeys(blocks, 0.0)
     logits: list[Tensor] = []
@@ -38,7 +38,7 @@ def rank_blocks(source: Source, config: ExportConfig) -> list[BlockCost]:
             total=len(samples), desc="ranking blocks", unit="img", disable=None, leave=False
         ) as bar,
     ):
-        for images in batches_of(samples, source.preprocess):
+        for images in batches_of(samples, reference.preprocess):
             x = torch.from_numpy(images)
             expected = folded(x)
             logits.append(expected)

@@ -48,7 +48,7 @@ from export.graphs.calibration import CALIBRATION_FILE, CalibrationError
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig
-from export.inputs.reference import BATCH_SIZE, Source
+from export.inputs.reference import BATCH_SIZE, Reference
 
 # Folding batch norm changes the function only by rounding the folded weights to float32. That is
 # what is limited here, computed in float64 on both sides: in float32 the order of additions alone
@@ -102,8 +102,8 @@ class ComparedStep:
 class StepwiseParity:
     """The steps from one checkpoint; those that its artifacts share are run once."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
 
     def compare(
         self, directory: Path, manifest: ArtifactManifest, wants_layers: bool = False
@@ -115,9 +115,9 @@ class StepwiseParity:
         Raises:
             ArtifactError: the artifact cannot be opened here; before anything else is done.
         """
-        source, runtime = self._source, open_program(directory, manifest)
+        reference, runtime = self._reference, open_program(directory, manifest)
         steps = [*self._shared]
-        graph = _graph_of_artifact(source, directory, manifest)
+        graph = _graph_of_artifact(reference, directory, manifest)
         if graph is not None:
             steps.append(self._compare_graph(graph, manifest.precision))
         provider = f" ({manifest.provider})" if manifest.provider else ""
@@ -127,7 +127,7 @@ class StepwiseParity:
             partial(
                 run_in_batches,
                 runtime,
-                expected=source.parity_logits,
+                expected=reference.parity_logits,
                 sizes=manifest.prepared_sizes,
             ),
             _show_of_artifact(directory, manifest),
@@ -142,18 +142,18 @@ class StepwiseParity:
             variant=manifest.variant,
             runtime=manifest.runtime,
             precision=manifest.precision,
-            image_size=source.image_size,
+            image_size=reference.image_size,
             rungs=tuple(step.record for step in steps),
             first_broken=None if broken is None else steps[broken].record.name,
-            layers=_compare_layers(source.model, seen) if wants_layers else None,
+            layers=_compare_layers(reference.model, seen) if wants_layers else None,
         )
 
     @cached_property
     def _shared(self) -> tuple[ComparedStep, ...]:
-        source = self._source
-        folded = fold_batch_norm(source.model)
+        reference = self._reference
+        folded = fold_batch_norm(reference.model)
         steps = [
-            _compare(_fold_step(source, folded)),
+            _compare(_fold_step(reference, folded)),
             _compare(
                 self._parity_step(
                     "batch norm folded, fp32",
@@ -165,7 +165,7 @@ class StepwiseParity:
         ]
         # ONNX Runtime without its graph optimisations executes what is written, node by node: this
         # step is about the export alone. What an optimiser makes of it is the artifact's matter.
-        graph = export_onnx(source.model, source.image_size)
+        graph = export_onnx(reference.model, reference.image_size)
         steps.append(self._compare_graph(("ONNX fp32, not optimized", graph), "fp32"))
         return tuple(steps)
 
@@ -191,9 +191,9 @@ class StepwiseParity:
         answer: Callable[[NDArray[np.float32]], Array],
         show: Show | None,
     ) -> ParityStep:
-        logits = self._source.parity_logits
+        logits = self._reference.parity_logits
         tolerances = tolerances_for(precision, logits)
-        images = self._source.parity_images
+        images = self._reference.parity_images
         return ParityStep(name, precision, images, logits, tolerances, answer, show)
 
 
@@ -221,10 +221,10 @@ def _compare_layers(model: EfficientNet, compared: Sequence[ComparedStep]) -> La
     return compare_layers(model, step.show, images, step.precision, step.name, note)
 
 
-def _fold_step(source: Source, folded: EfficientNet) -> ParityStep:
-    step = max(1, len(source.parity_images) // NUM_FOLD_IMAGES)
-    images = source.parity_images[::step][:NUM_FOLD_IMAGES]
-    expected = _answer_of_model(copy.deepcopy(source.model).double(), images.astype(np.float64))
+def _fold_step(reference: Reference, folded: EfficientNet) -> ParityStep:
+    step = max(1, len(reference.parity_images) // NUM_FOLD_IMAGES)
+    images = reference.parity_images[::step][:NUM_FOLD_IMAGES]
+    expected = _answer_of_model(copy.deepcopy(reference.model).double(), images.astype(np.float64))
     error = FOLD_TOLERANCE * float(expected.std())
     return ParityStep(
         "batch norm folded, in float64",
@@ -238,7 +238,7 @@ def _fold_step(source: Source, folded: EfficientNet) -> ParityStep:
 
 
 def _graph_of_artifact(
-    source: Source, directory: Path, manifest: ArtifactManifest
+    reference: Reference, directory: Path, manifest: ArtifactManifest
 ) -> tuple[str, onnx.ModelProto] | Skipped | None:
     # The graph that the artifact's runtime is given; None where it is the float32 one.
     precision = manifest.precision
@@ -252,7 +252,7 @@ def _graph_of_artifact(
     if precision == "fp32" or makes_its_own:
         return None
     if precision == "fp16":
-        return name, export_onnx(source.model, source.image_size, "fp16")
+        return name, export_onnx(reference.model, reference.image_size, "fp16")
     quantization = manifest.quantization
     if quantization is None:
         return Skipped(name, "manifest.json does not tell how the ranges were chosen")
@@ -266,7 +266,7 @@ def _graph_of_artifact(
         scheme = "tensorrt-fp8" if precision == "fp8" else "tensorrt"
         with tempfile.TemporaryDirectory() as folder:
             in_float = (*quantization.kept_blocks, *quantization.float_layers)
-            typed = typed_graph(source, config, in_float, scheme, Path(folder))
+            typed = typed_graph(reference, config, in_float, scheme, Path(folder))
     except (FileNotFoundError, CalibrationError) as error:
         return Skipped(name, f"the calibration cannot be repeated: {error}")
     assert typed.quantization is not None

@@ -20,7 +20,7 @@ from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import num_usable_cores
 from export.graphs.folding import INPUT_NAME
 from export.inputs.config import MIN_CALIBRATION_IMAGES, ExportConfig
-from export.inputs.reference import Source, batches_of
+from export.inputs.reference import Reference, batches_of
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -35,7 +35,7 @@ class CalibrationError(PipelineError):
     """Too few images to choose ranges by, or ranges that are no numbers."""
 
 
-def choose_samples(source: Source, config: ExportConfig) -> list[Sample]:
+def choose_samples(reference: Reference, config: ExportConfig) -> list[Sample]:
     """Draw the calibration images from the training images; held-out ones have no part in it.
 
     Weights that were trained elsewhere come without: they get crops of two photographs.
@@ -43,28 +43,28 @@ def choose_samples(source: Source, config: ExportConfig) -> list[Sample]:
     Raises:
         CalibrationError: there are fewer than --num-calibration-images.
     """
-    train = source.dataset.train
-    if has_two_photographs_only(source):
+    train = reference.dataset.train
+    if has_two_photographs_only(reference):
         log.info("calibration on crops of two photographs, as there are no training images")
         return list(sample_photos_to_calibrate(config.num_calibration_images))
     if len(train) < config.num_calibration_images:
         raise CalibrationError(
-            f"there are {len(train)} training images in {source.dataset.source}, calibration needs "
-            f"{config.num_calibration_images}; give the training data with --data, or lower "
+            f"there are {len(train)} training images in {reference.dataset.source}, calibration "
+            f"needs {config.num_calibration_images}; give the training data with --data, or lower "
             f"--num-calibration-images (at least {MIN_CALIBRATION_IMAGES})"
         )
     return random.Random(config.seed).sample(list(train), config.num_calibration_images)
 
 
-def has_two_photographs_only(source: Source) -> bool:
+def has_two_photographs_only(reference: Reference) -> bool:
     """Whether ranges are chosen by crops of the sample photographs: weights trained elsewhere."""
-    return not source.dataset.train and source.record.data == SAMPLE_PHOTOS
+    return not reference.dataset.train and reference.record.data == SAMPLE_PHOTOS
 
 
-def images_of(source: Source, samples: Sequence[Sample]) -> Iterator[NDArray[np.float32]]:
+def images_of(reference: Reference, samples: Sequence[Sample]) -> Iterator[NDArray[np.float32]]:
     """Give the samples' preprocessed images in batches, with a progress bar."""
     with tqdm(total=len(samples), desc="calibrating", unit="img", disable=None, leave=False) as bar:
-        for images in batches_of(samples, source.preprocess):
+        for images in batches_of(samples, reference.preprocess):
             yield images
             bar.update(len(images))
 

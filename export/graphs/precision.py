@@ -35,7 +35,7 @@ from export.graphs.quantization import (
     tensors_to_quantize,
 )
 from export.inputs.config import ExportConfig, MixedConfig
-from export.inputs.reference import Source
+from export.inputs.reference import Reference
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ class TypedGraph:
 
 
 def typed_graph(
-    source: Source, config: ExportConfig, kept: Sequence[str], scheme: str, directory: Path
+    reference: Reference, config: ExportConfig, kept: Sequence[str], scheme: str, directory: Path
 ) -> TypedGraph:
     """Export the graph of a precision; of int8 and fp8 with ranges from training images.
 
     Args:
-        source: the model and its images.
+        reference: the model and its images.
         config: precision, number of calibration images, seed.
         kept: blocks that stay in the scheme's float precision, besides the config's float layers.
         scheme: a key of SCHEMES; for float precisions not used.
@@ -71,7 +71,7 @@ def typed_graph(
         choice = ExportConfig(
             num_calibration_images=config.num_calibration_images, seed=config.seed
         )
-        calibrated = _calibrate(source, choice, scheme)
+        calibrated = _calibrate(reference, choice, scheme)
         sha256 = write_calibration(directory, calibrated.samples, config, METHOD)
         graph = onnx.ModelProto()
         graph.CopyFrom(calibrated.graph)
@@ -94,19 +94,22 @@ def typed_graph(
         return TypedGraph(graph, OPSETS["fp32"], quantization)
     precision: FloatPrecision = config.precision
     graph = onnx.ModelProto()
-    graph.CopyFrom(graph_of(source, precision))
+    graph.CopyFrom(graph_of(reference, precision))
     return TypedGraph(graph, OPSETS[precision])
 
 
 # Two: what is exported, and the float32 graph whose maps the ranges are of. torch's exporter takes
 # most of an export's time, and several artifacts may be made of one graph.
 @lru_cache(maxsize=2)
-def graph_of(source: Source, precision: FloatPrecision) -> onnx.ModelProto:
+def graph_of(reference: Reference, precision: FloatPrecision) -> onnx.ModelProto:
     """Export the network to ONNX; not to be changed."""
     log.info(
-        "export %s at %d px to ONNX, opset %d", source.variant, source.image_size, OPSETS[precision]
+        "export %s at %d px to ONNX, opset %d",
+        reference.variant,
+        reference.image_size,
+        OPSETS[precision],
     )
-    return export_onnx(source.model, source.image_size, precision)
+    return export_onnx(reference.model, reference.image_size, precision)
 
 
 class _Calibrated(NamedTuple):
@@ -117,16 +120,16 @@ class _Calibrated(NamedTuple):
 
 # The gate and the search ask for several graphs that differ in what stays in float.
 @lru_cache(maxsize=1)
-def _calibrate(source: Source, config: ExportConfig, scheme: str) -> _Calibrated:
+def _calibrate(reference: Reference, config: ExportConfig, scheme: str) -> _Calibrated:
     chosen = SCHEMES[scheme]
-    samples = choose_samples(source, config)
-    graph = graph_of(source, chosen.float_precision)
+    samples = choose_samples(reference, config)
+    graph = graph_of(reference, chosen.float_precision)
     # Ranges are those of the float32 model, whose maps have the same names; but for the input,
     # which a graph of 16 bits casts first.
     is_plain = chosen.float_precision == "fp32"
-    plain = graph if is_plain else graph_of(source, "fp32")
+    plain = graph if is_plain else graph_of(reference, "fp32")
     tensors = tensors_to_quantize(graph, (), chosen)
     names = [INPUT_NAME if tensor == CAST_INPUT_NAME else tensor for tensor in tensors]
-    found = collect_ranges(plain, names, images_of(source, samples))
+    found = collect_ranges(plain, names, images_of(reference, samples))
     ranges = {tensor: found[name] for tensor, name in zip(tensors, names, strict=True)}
     return _Calibrated(graph, tuple(samples), ranges)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Reference:
     """A checkpoint at one image size, with the images that its exports are checked on."""
 
     checkpoint: Path
@@ -88,7 +88,7 @@ class Source:
             return torch.cat([self.model(batch) for batch in batches]).numpy()
 
 
-def load_source(config: ExportConfig, images_flag: str = "--num-parity-images") -> Source:
+def load_reference(config: ExportConfig, images_flag: str = "--num-parity-images") -> Reference:
     """Load the checkpoint and its data; everything is checked that can be before work starts.
 
     Args:
@@ -112,7 +112,7 @@ def load_source(config: ExportConfig, images_flag: str = "--num-parity-images") 
     if config.size is not None and config.size != spec.image_size:
         log.info("images of %d px; the checkpoint's are of %d px", config.size, spec.image_size)
         spec = PreprocessSpec.model_validate(spec.model_dump() | {"image_size": config.size})
-    return Source(checkpoint, model, record, spec, dataset, config.num_parity_images)
+    return Reference(checkpoint, model, record, spec, dataset, config.num_parity_images)
 
 
 def choose_images(

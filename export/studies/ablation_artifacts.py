@@ -16,7 +16,7 @@ from export.graphs.folding import OPSET, count_weight_bytes
 from export.graphs.forms import FORMS, Form, graph_in_form, model_in_form
 from export.graphs.parts import Executed, count_parts
 from export.inputs.config import ExportConfig
-from export.inputs.reference import Source
+from export.inputs.reference import Reference
 from export.studies.executed import (
     executed_by_inductor,
     executed_by_onnxruntime,
@@ -36,22 +36,22 @@ class Made(NamedTuple):
     executed: Executed
 
 
-def make_onnxruntime(source: Source, config: ExportConfig, form: Form, output: Path) -> Made:
+def make_onnxruntime(reference: Reference, config: ExportConfig, form: Form, output: Path) -> Made:
     """Write a form as ONNX Runtime's artifact."""
-    graph = graph_in_form(source.model, source.image_size, form)
+    graph = graph_in_form(reference.model, reference.image_size, form)
 
     def build(directory: Path, _: tuple[str, ...]) -> Built:
         onnx.save(graph, directory / "model.onnx")
         return Built("model.onnx", count_weight_bytes(graph), opset=OPSET)
 
-    artifact = _write(source, config, output, "onnxruntime", build)
-    image, totals = source.parity_images[:1], count_parts(source.model)
+    artifact = _write(reference, config, output, "onnxruntime", build)
+    image, totals = reference.parity_images[:1], count_parts(reference.model)
     return Made(artifact, executed_by_onnxruntime(artifact / "model.onnx", image, totals))
 
 
-def make_openvino(source: Source, config: ExportConfig, form: Form, output: Path) -> Made:
+def make_openvino(reference: Reference, config: ExportConfig, form: Form, output: Path) -> Made:
     """Write a form as OpenVINO's artifact, read by OpenVINO as it is."""
-    graph = graph_in_form(source.model, source.image_size, form)
+    graph = graph_in_form(reference.model, reference.image_size, form)
     ov: Any = importlib.import_module("openvino")
     runtime: Any = importlib.import_module("efficientnet.runtimes.openvino_runtime")
 
@@ -66,27 +66,31 @@ def make_openvino(source: Source, config: ExportConfig, form: Form, output: Path
             opset=OPSET,
         )
 
-    artifact = _write(source, config, output, "openvino", build)
-    image = source.parity_images[:1]
+    artifact = _write(reference, config, output, "openvino", build)
+    image = reference.parity_images[:1]
     return Made(artifact, executed_by_openvino(artifact / "model.xml", image, graph))
 
 
 def make_aoti(
-    source: Source, config: ExportConfig, form: Form, output: Path, device: Literal["cpu", "cuda"]
+    reference: Reference,
+    config: ExportConfig,
+    form: Form,
+    output: Path,
+    device: Literal["cpu", "cuda"],
 ) -> Made:
     """Compile a form with the compiler settings of export/aoti.py."""
     aoti: Any = importlib.import_module("export.builders.aoti_export")
     builder: Any = importlib.import_module("export.builders.aoti_builder")
     target = aoti.find_target(aoti.AotiConfig(device=device))
     settings = builder.CompileSettings(device, torch.float32, False)
-    network = model_in_form(source.model, form, device)
+    network = model_in_form(reference.model, form, device)
     program = builder.Program(network, torch.float32).eval().to(device)
 
     def build(directory: Path, _: tuple[str, ...]) -> Built:
         log.info("compile %s", FORMS[form])
         # It tells everyone without a GPU that the CUDA toolkit is not used.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        image = torch.zeros(1, 3, source.image_size, source.image_size, device=device)
+        image = torch.zeros(1, 3, reference.image_size, reference.image_size, device=device)
         with builder.fresh_cache(dir=str(directory)), torch.no_grad():
             torch._inductor.aoti_compile_and_package(
                 torch.export.export(program, (image,)),
@@ -95,7 +99,7 @@ def make_aoti(
             )
         return Built(
             "model.pt2",
-            builder.weight_bytes_of(source.model, torch.float32),
+            builder.weight_bytes_of(reference.model, torch.float32),
             static_programs=(StaticProgram(batch_size=1, file="model.pt2"),),
             target_device=target.name if device == "cuda" else "cpu",
             binding=Binding(
@@ -107,18 +111,20 @@ def make_aoti(
             ),
         )
 
-    artifact = _write(source, config, output, "aoti", build)
-    return Made(artifact, executed_by_inductor(artifact / "model.pt2", count_parts(source.model)))
+    artifact = _write(reference, config, output, "aoti", build)
+    return Made(
+        artifact, executed_by_inductor(artifact / "model.pt2", count_parts(reference.model))
+    )
 
 
-def make_tensorrt(source: Source, config: ExportConfig, form: Form, output: Path) -> Made:
+def make_tensorrt(reference: Reference, config: ExportConfig, form: Form, output: Path) -> Made:
     """Build an engine of a form, for batches of one."""
     builder: Any = importlib.import_module("export.builders.tensorrt_builder")
     library = importlib.import_module("efficientnet.runtimes.tensorrt_library")
     target = importlib.import_module("export.builders.tensorrt_target").find_target(
         "tensorrt", "fp32", None
     )
-    graph = builder.fix_batch(graph_in_form(source.model, source.image_size, form), 1)
+    graph = builder.fix_batch(graph_in_form(reference.model, reference.image_size, form), 1)
     binding = Binding(
         library=library.PACKAGES["tensorrt"],
         version=target.trt.__version__,
@@ -141,19 +147,19 @@ def make_tensorrt(source: Source, config: ExportConfig, form: Form, output: Path
             binding=binding,
         )
 
-    artifact = _write(source, config, output, "tensorrt", build)
+    artifact = _write(reference, config, output, "tensorrt", build)
     engine = library.deserialize(target.trt, ProgramFile.read(artifact / "model.engine"), binding)
     layers = builder.read_layers(builder.layers_of(target.trt, engine))["layers"]
     return Made(artifact, executed_by_tensorrt(layers, graph))
 
 
 def _write(
-    source: Source, config: ExportConfig, output: Path, runtime: str, build: Builder
+    reference: Reference, config: ExportConfig, output: Path, runtime: str, build: Builder
 ) -> Path:
-    return write_checked_artifact(source, config, output, runtime, build, is_judged=False)
+    return write_checked_artifact(reference, config, output, runtime, build, is_judged=False)
 
 
-Make = Callable[[Source, ExportConfig, Form, Path], Made]
+Make = Callable[[Reference, ExportConfig, Form, Path], Made]
 
 MAKERS: dict[str, Make] = {
     "onnxruntime": make_onnxruntime,

@@ -19,7 +19,7 @@ from export.builders.measuring import measure, measure_callables
 from export.graphs.forms import FORMS, EagerModel, Form, model_in_form, open_eager
 from export.graphs.parts import Executed, count_parts
 from export.inputs.config import ExportConfig
-from export.inputs.reference import BATCH_SIZE, Source
+from export.inputs.reference import BATCH_SIZE, Reference
 from export.inputs.study_config import RuntimeName
 from export.studies.ablation_artifacts import MAKERS
 from export.studies.executed import executed_by_torch
@@ -63,7 +63,7 @@ class FormRecord(BaseModel):
 
 def measure_forms(
     runtime: RuntimeName,
-    source: Source,
+    reference: Reference,
     config: ExportConfig,
     seconds: float,
     turns: int,
@@ -79,8 +79,8 @@ def measure_forms(
         log.info("not measured: %s", reason)
         return [FormRecord(runtime=runtime, form=form, reason=reason) for form in FORMS]
     if runtime in ("torch", "torch-cuda"):
-        return _measure_eager(runtime, source, seconds, turns)
-    return _measure_artifacts(runtime, source, config, seconds, turns, folder)
+        return _measure_eager(runtime, reference, seconds, turns)
+    return _measure_artifacts(runtime, reference, config, seconds, turns, folder)
 
 
 def why_not_here(runtime: RuntimeName) -> str | None:
@@ -105,32 +105,32 @@ def why_not_here(runtime: RuntimeName) -> str | None:
 
 
 def _measure_eager(
-    runtime: RuntimeName, source: Source, seconds: float, turns: int
+    runtime: RuntimeName, reference: Reference, seconds: float, turns: int
 ) -> list[FormRecord]:
     device = "cuda" if runtime == "torch-cuda" else "cpu"
-    openers = {form: partial(open_eager, source.checkpoint, form, device) for form in FORMS}
-    images = source.parity_images
+    openers = {form: partial(open_eager, reference.checkpoint, form, device) for form in FORMS}
+    images = reference.parity_images
     measured = measure_callables(openers, images, seconds, turns)
     rows: list[FormRecord] = []
     for form in FORMS:
-        model = EagerModel(model_in_form(source.model, form, device), device)
+        model = EagerModel(model_in_form(reference.model, form, device), device)
         batches = [images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE)]
         logits = np.concatenate([model(batch) for batch in batches])
-        error = float(np.abs(logits.astype(np.float64) - source.parity_logits).max())
-        executed = executed_by_torch(model, images[:1], count_parts(source.model))
+        error = float(np.abs(logits.astype(np.float64) - reference.parity_logits).max())
+        executed = executed_by_torch(model, images[:1], count_parts(reference.model))
         rows.append(_row(runtime, form, measured, error, executed))
     return rows
 
 
 def _measure_artifacts(
     runtime: RuntimeName,
-    source: Source,
+    reference: Reference,
     config: ExportConfig,
     seconds: float,
     turns: int,
     folder: Path,
 ) -> list[FormRecord]:
-    made = {form: MAKERS[runtime](source, config, form, folder / form) for form in FORMS}
+    made = {form: MAKERS[runtime](reference, config, form, folder / form) for form in FORMS}
     manifests = {form: read_artifact(made[form].artifact) for form in FORMS}
     paths = [made[form].artifact for form in FORMS]
     records = measure(paths, seconds, turns, 1, config.data)

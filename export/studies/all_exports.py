@@ -20,7 +20,7 @@ from efficientnet.runtimes import open_runtime
 from export.builders.measuring import measure
 from export.checks.gate import Gate, GateError, is_labelled
 from export.inputs.candidates import CANDIDATES, Candidate
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import AllConfig
 from export.studies.summary import (
     DEFAULT_LINK,
@@ -49,24 +49,24 @@ def main(config: AllConfig) -> Summary:
         PipelineError: not one artifact could be made.
     """
     started_at = datetime.now(UTC)
-    source = load_source(config)
-    is_published = source.record.data == SAMPLE_PHOTOS
+    reference = load_reference(config)
+    is_published = reference.record.data == SAMPLE_PHOTOS
     section = PUBLISHED_WEIGHTS_SECTION if is_published else SECTION
     if config.publish:
         find_section(config.readme, section)
-    folder = Path("artifacts") / source.variant
+    folder = Path("artifacts") / reference.variant
     lines: list[Line] = []
     chosen = [c for c in CANDIDATES if not config.only or c.command in config.only]
     for number, candidate in enumerate(chosen, start=1):
         log.info("[%d of %d] %s", number, len(chosen), candidate.title)
-        lines.append(_export(candidate, source, config, folder))
+        lines.append(_export(candidate, reference, config, folder))
     if not any(line.artifact for line in lines):
         raise PipelineError("not one artifact could be made: see the reasons above")
-    eager = Line(name=EAGER, precision="fp32", artifact=str(source.checkpoint))
-    lines, num_images = _with_top1([eager, *lines], source, config)
+    eager = Line(name=EAGER, precision="fp32", artifact=str(reference.checkpoint))
+    lines, num_images = _with_top1([eager, *lines], reference, config)
     eager, *lines = _with_latency(lines, config)
     default, notes = choose_default(lines)
-    if num_images is not None and not is_labelled(source):
+    if num_images is not None and not is_labelled(reference):
         notes.append("images without labels: top-1 is the share that is answered as by eager")
     if default is not None:
         point_link(folder / DEFAULT_LINK, Path(Path(default).name))
@@ -76,8 +76,8 @@ def main(config: AllConfig) -> Summary:
     for note in (*table.notes, *notes):
         log.info("%s", note)
     summary = Summary(
-        variant=source.variant,
-        image_size=source.image_size,
+        variant=reference.variant,
+        image_size=reference.image_size,
         batch_size=config.tuned_batch_size,
         environment=current_environment(),
         started_at=started_at,
@@ -92,11 +92,11 @@ def main(config: AllConfig) -> Summary:
     return summary
 
 
-def _export(candidate: Candidate, source: Source, config: AllConfig, folder: Path) -> Line:
+def _export(candidate: Candidate, reference: Reference, config: AllConfig, folder: Path) -> Line:
     output = folder / f"{candidate.name}-{candidate.precision}"
     command = [
         *(sys.executable, str(PROJECT_ROOT / "export" / f"{candidate.command}.py")),
-        *("--checkpoint", str(source.checkpoint), "--output", str(output)),
+        *("--checkpoint", str(reference.checkpoint), "--output", str(output)),
         *("--precision", candidate.precision, *candidate.flags, *_shared_flags(config)),
     ]
     with subprocess.Popen(
@@ -132,10 +132,10 @@ def reason_of(text: str) -> str:
 
 
 def _with_top1(
-    lines: list[Line], source: Source, config: AllConfig
+    lines: list[Line], reference: Reference, config: AllConfig
 ) -> tuple[list[Line], int | None]:
     try:
-        gate = Gate(source, config.num_gate_images, config.max_drop / 100)
+        gate = Gate(reference, config.num_gate_images, config.max_drop / 100)
     except GateError as error:
         log.info("no top-1: %s", error)
         return lines, None

@@ -10,7 +10,7 @@ from efficientnet.images.datasets import data_name
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import find_section, published_directory, write_section
-from export.inputs.reference import load_source
+from export.inputs.reference import load_reference
 from export.inputs.study_config import AblationConfig
 from export.studies.ablation_rows import FormRecord, measure_forms
 from export.studies.ablation_table import AblationRecord, fused_part_lines, table_of, to_markdown
@@ -32,7 +32,7 @@ def main(config: AblationConfig) -> AblationRecord:
         find_section(config.readme, SECTION)
     started_at = datetime.now(UTC)
     export_config = config.export_config
-    source = load_source(export_config)
+    reference = load_reference(export_config)
     rows: list[FormRecord] = []
     with ExitStack() as stack:
         scratch = config.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -40,14 +40,14 @@ def main(config: AblationConfig) -> AblationRecord:
             log.info("[%d of %d] %s", number, len(config.runtimes), runtime)
             folder = scratch / runtime
             rows += measure_forms(
-                runtime, source, export_config, config.seconds, config.turns, folder
+                runtime, reference, export_config, config.seconds, config.turns, folder
             )
     record = AblationRecord(
-        variant=source.variant,
-        image_size=source.image_size,
-        checkpoint_sha256=source.record.weights_sha256,
+        variant=reference.variant,
+        image_size=reference.image_size,
+        checkpoint_sha256=reference.record.weights_sha256,
         num_parity_images=config.num_parity_images,
-        data=data_name(source.dataset.source),
+        data=data_name(reference.dataset.source),
         seconds=config.seconds,
         environment=current_environment(),
         started_at=started_at,

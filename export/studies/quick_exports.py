@@ -17,7 +17,7 @@ from export.builders.onnxruntime_builder import write_onnxruntime
 from export.builders.openvino_builder import write_openvino
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import QuickConfig
 from export.studies.summary import DEFAULT_LINK, Line, choose_default, line_of, table_of
 
@@ -37,9 +37,9 @@ def main(config: QuickConfig) -> Path:
         PipelineError: not one artifact could be made.
     """
     settings = ExportConfig(checkpoint=config.checkpoint, data=config.data)
-    source = load_source(settings)
-    folder = Path("artifacts") / source.variant
-    lines = with_latency([export(source, each, folder) for each in chosen_exports()], source)
+    reference = load_reference(settings)
+    folder = Path("artifacts") / reference.variant
+    lines = with_latency([export(reference, each, folder) for each in chosen_exports()], reference)
     default, _ = choose_default(lines)
     if default is None:
         raise PipelineError("not one artifact could be made: see the reasons above")
@@ -58,7 +58,7 @@ def chosen_exports() -> list[OrtConfig | OpenVinoConfig]:
     ]
 
 
-def export(source: Source, config: OrtConfig | OpenVinoConfig, folder: Path) -> Line:
+def export(reference: Reference, config: OrtConfig | OpenVinoConfig, folder: Path) -> Line:
     """Write one artifact, or say why there is none."""
     is_onnx = isinstance(config, OrtConfig)
     name = "onnxruntime" if is_onnx else "openvino"
@@ -67,25 +67,25 @@ def export(source: Source, config: OrtConfig | OpenVinoConfig, folder: Path) -> 
     try:
         config = replace(config, output=output, keeps_blocks=False)
         if isinstance(config, OrtConfig):
-            rebuild = rebuild_command("export/ort.py", config, source.checkpoint)
-            write_onnxruntime(source, config, rebuild=rebuild)
+            rebuild = rebuild_command("export/ort.py", config, reference.checkpoint)
+            write_onnxruntime(reference, config, rebuild=rebuild)
         else:
-            rebuild = rebuild_command("export/ov.py", config, source.checkpoint)
-            write_openvino(source, config, rebuild=rebuild)
+            rebuild = rebuild_command("export/ov.py", config, reference.checkpoint)
+            write_openvino(reference, config, rebuild=rebuild)
     except PipelineError as error:
         log.info("left out: %s", error)
         return Line(name=name, precision=config.precision, artifact=None, left_out=str(error))
     return line_of(name, output, read_artifact(output))
 
 
-def with_latency(lines: Sequence[Line], source: Source) -> list[Line]:
+def with_latency(lines: Sequence[Line], reference: Reference) -> list[Line]:
     """Time a call of one image in turns, all programs in this process."""
     made = [line for line in lines if line.artifact is not None]
     runtimes = [open_runtime(str(line.artifact)) for line in made]
     medians: list[list[float]] = [[] for _ in made]
     for turn in range(TURNS + 1):
         for number, runtime in enumerate(runtimes):
-            median = _median_call_ms(runtime, source, SECONDS / TURNS)
+            median = _median_call_ms(runtime, reference, SECONDS / TURNS)
             if turn > 0:
                 medians[number].append(median)
             time.sleep(PAUSE_S)
@@ -95,12 +95,12 @@ def with_latency(lines: Sequence[Line], source: Source) -> list[Line]:
     ]
 
 
-def _median_call_ms(runtime: Runtime, source: Source, seconds: float) -> float:
+def _median_call_ms(runtime: Runtime, reference: Reference, seconds: float) -> float:
     samples_ms: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not samples_ms:
-        number = len(samples_ms) % len(source.parity_images)
+        number = len(samples_ms) % len(reference.parity_images)
         before = time.perf_counter()
-        runtime.infer(source.parity_images[number : number + 1])
+        runtime.infer(reference.parity_images[number : number + 1])
         samples_ms.append(1e3 * (time.perf_counter() - before))
     return statistics.median(samples_ms)

@@ -14,7 +14,7 @@ from efficientnet.reporting.publishing import Measured, find_section, publish_pa
 from efficientnet.reporting.tables import Table, format_ms, format_ratio
 from export.builders.measuring import measure
 from export.inputs.config import ExportConfig
-from export.inputs.reference import Source, load_source
+from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import StockConfig
 from export.studies.stock_tools import make_stock_artifacts
 
@@ -62,24 +62,24 @@ def main(config: StockConfig) -> Comparisons | str:
     """Make the stock artifacts and measure all programs in turns.
 
     Raises:
-        CheckpointError, CalibrationError: see load_source and choose_samples.
+        CheckpointError, CalibrationError: see load_reference and choose_samples.
         PipelineError: the measurement failed.
     """
     if config.publish:
         find_section(config.readme, SECTION)
-    source = load_source(config)
-    folder = (config.output or Path("artifacts") / source.variant) / "stock"
+    reference = load_reference(config)
+    folder = (config.output or Path("artifacts") / reference.variant) / "stock"
     shapes = ExportConfig(
         batches=config.batch_sizes,
         num_calibration_images=config.num_calibration_images,
         seed=config.seed,
     )
-    stock = make_stock_artifacts(source, shapes, folder)
+    stock = make_stock_artifacts(reference, shapes, folder)
     if not config.paths:
         return "\n".join(map(str, stock))
     found: list[Comparison] = []
     for batch_size in config.batch_sizes:
-        found.append(compare(source, stock, config, batch_size))
+        found.append(compare(reference, stock, config, batch_size))
         log.info("%s", table_of(found[-1]).aligned_text())
         if config.publish:
             publish(found[-1], config.readme)
@@ -87,11 +87,11 @@ def main(config: StockConfig) -> Comparisons | str:
 
 
 def compare(
-    source: Source, stock: Sequence[Path], config: StockConfig, batch_size: int
+    reference: Reference, stock: Sequence[Path], config: StockConfig, batch_size: int
 ) -> Comparison:
     """Measure all programs in turns at one batch size."""
     started_at = datetime.now(UTC)
-    paths = [source.checkpoint, *stock, *config.paths]
+    paths = [reference.checkpoint, *stock, *config.paths]
     records = measure(paths, config.seconds, config.turns, batch_size, config.data)
     names = ["eager", *(path.name for path in stock)]
     others = dict(zip(names, records[: len(names)], strict=True))
@@ -112,13 +112,13 @@ def compare(
                 )
             )
     return Comparison(
-        variant=source.variant,
+        variant=reference.variant,
         num_threads=num_usable_cores(),
         environment=current_environment(),
         cpu_features=tuple(sorted(CPU_FEATURES & cpu_features())),
         started_at=started_at,
         batch_size=batch_size,
-        image_size=source.image_size,
+        image_size=reference.image_size,
         ratios=tuple(ratios),
     )
 

@@ -35,19 +35,21 @@ from export.graphs.folding import (
     use_convolutions_in_squeeze_excite,
 )
 from export.inputs.config import ExportConfig
-from export.inputs.reference import Source
+from export.inputs.reference import Reference
 
 log = logging.getLogger(__name__)
 
 
-def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> list[Path]:
+def make_stock_artifacts(reference: Reference, config: ExportConfig, folder: Path) -> list[Path]:
     """Write the stock tools' artifacts; their parity is recorded, but refuses none of them."""
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain.onnx"
-        export_plainly(source, plain)
-        samples = choose_samples(source, config)
+        export_plainly(reference, plain)
+        samples = choose_samples(reference, config)
         images = [
-            image for batch in images_of(source, samples) for image in np.split(batch, len(batch))
+            image
+            for batch in images_of(reference, samples)
+            for image in np.split(batch, len(batch))
         ]
         float_precision = own_precision()
 
@@ -106,22 +108,22 @@ def make_stock_artifacts(source: Source, config: ExportConfig, folder: Path) -> 
             own: ExportConfig = replace(config, precision=precision)
             output = folder / f"stock-{runtime}-{precision}"
             made.append(
-                write_checked_artifact(source, own, output, runtime, build, is_judged=False)
+                write_checked_artifact(reference, own, output, runtime, build, is_judged=False)
             )
         return made
 
 
-def export_plainly(source: Source, path: Path) -> None:
+def export_plainly(reference: Reference, path: Path) -> None:
     """Write what torch.onnx.export makes of the model, with a free batch and no other change.
 
     Squeeze-excite has the form in which timm and torchvision publish it, 1x1 convolutions: of
     the matrix products of model.py NNCF makes no program (an axis that the map has not).
     """
-    model = copy.deepcopy(source.model)
+    model = copy.deepcopy(reference.model)
     use_convolutions_in_squeeze_excite(model)
     torch.onnx.export(
         model,
-        (torch.zeros(2, 3, source.image_size, source.image_size),),
+        (torch.zeros(2, 3, reference.image_size, reference.image_size),),
         path,
         dynamo=True,
         input_names=[INPUT_NAME],
