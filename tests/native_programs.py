@@ -75,8 +75,8 @@ class Chain:
         is_depthwise = channels is None
         outputs = inputs if channels is None else channels
         weight_shape = (outputs, 1 if is_depthwise else inputs, kernel, kernel)
-        deviation = self._gain / np.sqrt(np.prod(weight_shape[1:]) / 2)
-        weight, bias = self.rng.normal(0, deviation, weight_shape), self.rng.normal(0, 0.3, outputs)
+        std = self._gain / np.sqrt(np.prod(weight_shape[1:]) / 2)
+        weight, bias = self.rng.normal(0, std, weight_shape), self.rng.normal(0, 0.3, outputs)
         self._gain = 1.0
         shape = -(-height // stride), -(-width // stride), outputs
         fields: dict[str, Any] = {"kernel": kernel, "stride": stride, "activation": activation}

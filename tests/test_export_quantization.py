@@ -87,7 +87,7 @@ def test_an_int8_graph_answers_nearly_like_the_model(
     expected = reference.parity_logits
     parity = compare_logits(logits, expected, tolerances_for("int8", expected))
     require_parity(parity)
-    # 0.1 deviations by a simulation in torch; a graph that is not rounded at all has 1e-6.
+    # 0.1 std by a simulation in torch; a graph that is not rounded at all has 1e-6.
     assert 1e-3 < parity.mean_abs_logit_error / expected.std() < 0.3
 
 

@@ -79,7 +79,7 @@ def test_every_step_of_a_faithful_artifact_agrees(report: ParityReport):
     assert names["openvino fp32"] == exported
 
 
-def test_folding_may_change_the_logits_by_1e_5_of_their_deviation(report: ParityReport):
+def test_folding_may_change_the_logits_by_1e_5_of_their_std(report: ParityReport):
     fold = report.ladders[0].rungs[0].parity
     assert fold is not None
     bound = fold.tolerances.max_abs_logit_error

@@ -254,9 +254,9 @@ def test_each_round_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert written == [1, 2]
 
 
-def test_a_spread_is_the_mean_and_the_sample_deviation():
-    assert (spread([1, 2, 3]).mean, spread([1, 2, 3]).deviation) == (2, 1)
-    assert spread([5]).deviation is None and spread([5]).text() == "5.0"
+def test_a_spread_is_the_mean_and_the_sample_std():
+    assert (spread([1, 2, 3]).mean, spread([1, 2, 3]).std) == (2, 1)
+    assert spread([5]).std is None and spread([5]).text() == "5.0"
     assert spread([1, 2, 3]).text() == "2.0 ± 1.0"
 
 
@@ -274,7 +274,7 @@ def test_no_effect_is_taken_for_one_in_a_twentieth_of_cases_and_one_seed_tells_n
     assert spread([9.0]).margin is None and not spread([9.0]).is_certain
 
 
-def test_many_seeds_show_an_effect_smaller_than_their_deviation():
+def test_many_seeds_show_an_effect_smaller_than_their_std():
     values = [0.5 + (-1) ** seed for seed in range(100)]
     assert spread(values).mean < 1 and spread(values).is_certain
 
@@ -282,7 +282,7 @@ def test_many_seeds_show_an_effect_smaller_than_their_deviation():
 def test_a_difference_is_taken_seed_by_seed(record: AblationRecord):
     ahead = changed(record, FIXED, (0.96, 0.97, 0.95))
     change = difference(ahead, PROGRESSIVE_ADAPTIVE, FIXED)
-    assert change.mean == pytest.approx(1) and change.deviation == pytest.approx(0, abs=1e-9)
+    assert change.mean == pytest.approx(1) and change.std == pytest.approx(0, abs=1e-9)
     assert change.is_certain
 
 

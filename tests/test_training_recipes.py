@@ -113,7 +113,7 @@ def test_a_checkpoint_starts_another_run_with_its_padding_and_a_new_classifier(
     assert read_checkpoint(main(config)).network.padding == "same"
 
 
-def test_mean_deviation_and_epsilon_of_the_weights_are_kept(
+def test_mean_std_and_epsilon_of_the_weights_are_kept(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     _, record = load_checkpoint(trained)

@@ -49,14 +49,14 @@ def tolerances_for(precision: Precision, reference: NDArray[np.float32]) -> Pari
     allowed; of int8 and fp8 three images in a hundred are, for which half a standard deviation is
     the margin: there the accuracy gate decides.
     """
-    deviation = float(reference.std())
-    error = RELATIVE_TOLERANCE[precision] * deviation
+    std = float(reference.std())
+    error = RELATIVE_TOLERANCE[precision] * std
     is_quantized = precision in ("int8", "fp8")
     return ParityTolerances(
         max_abs_logit_error=error,
-        max_mean_logit_error=QUANTIZED_MEAN_TOLERANCE * deviation if is_quantized else None,
+        max_mean_logit_error=QUANTIZED_MEAN_TOLERANCE * std if is_quantized else None,
         min_top1_agreement=0.97 if is_quantized else 1.0,
-        flip_margin=QUANTIZED_FLIP_MARGIN * deviation if is_quantized else error,
+        flip_margin=QUANTIZED_FLIP_MARGIN * std if is_quantized else error,
     )
 
 

@@ -54,10 +54,10 @@ def rank_blocks(reference: Reference, config: ExportConfig) -> list[BlockCost]:
                 squares[name] += float((found - expected).double().square().sum())
                 x = block(x)
             bar.update(len(images))
-    deviation = float(torch.cat(logits).double().std())
+    std = float(torch.cat(logits).double().std())
     num_values = sum(part.numel() for part in logits)
     costs = [
-        BlockCost(block=name, logit_error=(total / num_values) ** 0.5 / max(deviation, 1e-12))
+        BlockCost(block=name, logit_error=(total / num_values) ** 0.5 / max(std, 1e-12))
         for name, total in squares.items()
     ]
     return sorted(costs, key=lambda cost: cost.logit_error, reverse=True)

@@ -38,7 +38,7 @@ class TrainStep:
         config: the recipe.
         ranks: of the processes.
         num_classes: length of the logits.
-        preprocess: mean and deviation of the network's input.
+        preprocess: mean and std of the network's input.
     """
 
     def __init__(

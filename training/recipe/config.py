@@ -302,7 +302,7 @@ class TrainConfig:
         """Return how evaluation and deployment prepare an image.
 
         Args:
-            start: of the weights that training starts from, whose mean and deviation are kept;
+            start: of the weights that training starts from, whose mean and std are kept;
                 None: 0.5, which maps pixels to -1..1 as the released V2 weights have it.
         """
         return PreprocessSpec(

@@ -74,8 +74,8 @@ def _draw_schedules(axes: Axes, record: AblationRecord) -> None:
         axes.errorbar(
             time_s.mean,
             top1.mean,
-            xerr=time_s.deviation or 0,
-            yerr=top1.deviation or 0,
+            xerr=time_s.std or 0,
+            yerr=top1.std or 0,
             fmt="s" if name == FIXED else "o" if "progressive" in name else "D",
             ms=9,
             mec="white",
@@ -114,11 +114,11 @@ def _draw_grid(
     axes.imshow(behind, cmap=SHADES, vmin=min(behind.min(), -0.1), vmax=0, aspect="auto")
     for (row, column), value in np.ndenumerate(behind):
         cell = grid[row][column]
-        deviation = "" if cell.deviation is None else f"\n± {cell.deviation:.2g}"
+        std = "" if cell.std is None else f"\n± {cell.std:.2g}"
         axes.text(
             column,
             row,
-            f"{cell.mean:.1f}{deviation}",
+            f"{cell.mean:.1f}{std}",
             ha="center",
             va="center",
             color=TEXT,

@@ -185,8 +185,8 @@ def _bold_best(grid: Sequence[Sequence[Spread]], row: int, decimals: int) -> lis
     cells: list[str] = []
     for column, cell in enumerate(grid[row]):
         text = f"{cell.mean:.1f}"
-        if cell.deviation is not None:
-            text += f" ± {cell.deviation:.{decimals}f}"
+        if cell.std is not None:
+            text += f" ± {cell.std:.{decimals}f}"
         is_best = cell.mean == max(line[column].mean for line in grid)
         cells.append(f"**{text}**" if is_best else text)
     return cells

@@ -33,13 +33,13 @@ from training.studies.ablation_plan import (
 )
 
 # Tan and Le 2021. Table 12: EfficientNet-B4, top-1 and hours. Table 13: top-1. Table 5: top-1 and
-# deviation of three runs, by magnitude and image size.
+# std of three runs, by magnitude and image size.
 PAPER_B4 = {FIXED: (82.9, 20.8), PROGRESSIVE_ADAPTIVE: (83.1, 9.4)}
 PAPER_TOP1 = {PROGRESSIVE_ADAPTIVE: 85.1, PROGRESSIVE: 84.3, RANDOM: 83.5, RANDOM_ADAPTIVE: 84.2}
 PAPER_SIZES, PAPER_MAGNITUDES = (128, 192, 300), (5.0, 10.0, 15.0)
 PAPER_MEANS = ((78.3, 81.2, 82.5), (78.0, 81.6, 82.7), (77.7, 81.5, 83.2))
 PAPER_NUM_RUNS = 3
-PAPER_DEVIATIONS = ((0.16, 0.06, 0.05), (0.08, 0.08, 0.08), (0.15, 0.05, 0.09))
+PAPER_STDS = ((0.16, 0.06, 0.05), (0.08, 0.08, 0.08), (0.15, 0.05, 0.09))
 
 
 class RunRecord(BaseModel):
@@ -95,20 +95,20 @@ class AblationRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample deviation over the seeds."""
+    """Mean and sample standard deviation over the seeds."""
 
     mean: float
-    deviation: float | None
+    std: float | None
     """None with one seed."""
     num_seeds: int
 
     @property
     def margin(self) -> float | None:
         """Half of the 95 % confidence interval of the mean (Student's t); None with one seed."""
-        if self.deviation is None:
+        if self.std is None:
             return None
         quantile = float(stats.t.ppf(0.975, self.num_seeds - 1))
-        return quantile * self.deviation / math.sqrt(self.num_seeds)
+        return quantile * self.std / math.sqrt(self.num_seeds)
 
     @property
     def is_certain(self) -> bool:
@@ -117,7 +117,7 @@ class Spread:
 
     def text(self) -> str:
         """Write both."""
-        return f"{self.mean:,.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
+        return f"{self.mean:,.1f}" + ("" if self.std is None else f" ± {self.std:.1f}")
 
 
 def read_record(path: Path) -> AblationRecord:
@@ -215,9 +215,9 @@ def collect_rounds(
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Return mean and sample deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.fmean(values), deviation, len(values))
+    """Return mean and sample standard deviation."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), std, len(values))
 
 
 def points(record: AblationRecord, row: str) -> list[float]:
@@ -270,9 +270,6 @@ def magnitude_grid(record: AblationRecord) -> list[list[Spread]]:
 def paper_grid() -> list[list[Spread]]:
     """Return the same of the paper's Table 5."""
     return [
-        [
-            Spread(mean, deviation, PAPER_NUM_RUNS)
-            for mean, deviation in zip(means, deviations, strict=True)
-        ]
-        for means, deviations in zip(PAPER_MEANS, PAPER_DEVIATIONS, strict=True)
+        [Spread(mean, std, PAPER_NUM_RUNS) for mean, std in zip(means, stds, strict=True)]
+        for means, stds in zip(PAPER_MEANS, PAPER_STDS, strict=True)
     ]
