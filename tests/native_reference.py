@@ -29,12 +29,12 @@ def run(program: ProgramView, image: Array) -> tuple[list[Array], NDArray[np.flo
         program: what is run.
         image: float32 [3, H, W], or pixels uint8 [H, W, 3].
     """
-    maps: list[Array] = [np.zeros(0)] * len(program.tensors)
+    activations: list[Array] = [np.zeros(0)] * len(program.tensors)
     logits = np.zeros(0, f32)
     padding: dict[int, Array] = {}
     for layer in program.layers:
         kind = Kind(layer["kind"])
-        x = image if kind is Kind.INPUT else maps[layer["input"]]
+        x = image if kind is Kind.INPUT else activations[layer["input"]]
         if kind is Kind.CLASSIFIER:
             logits = classify(program, layer, x)
             continue
@@ -47,11 +47,11 @@ def run(program: ProgramView, image: Array) -> tuple[list[Array], NDArray[np.flo
             value = convert(program, layer, x)
         else:
             outside = padding.get(int(layer["input"]))
-            residual = maps[layer["residual"]] if layer["residual"] >= 0 else None
+            residual = activations[layer["residual"]] if layer["residual"] >= 0 else None
             value = convolve(program, layer, x, outside, residual)
         assert value.shape == (out["height"], out["width"], out["channels"])
-        maps[layer["output"]] = value
-    return maps, logits
+        activations[layer["output"]] = value
+    return activations, logits
 
 
 def read_image(

@@ -40,13 +40,15 @@ def num_denormals(array: NDArray[np.float32]) -> int:
     return int(((bits > 0) & (bits < 0x00800000)).sum())
 
 
-def maps_of(model: torch.nn.Module) -> list[NDArray[np.float32]]:
+def activations_of(model: torch.nn.Module) -> list[NDArray[np.float32]]:
     """Return a list that gets what each convolution of a model gives."""
-    maps: list[NDArray[np.float32]] = []
+    activations: list[NDArray[np.float32]] = []
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda _m, _i, found: maps.append(found.numpy().copy()))
-    return maps
+            module.register_forward_hook(
+                lambda _m, _i, found: activations.append(found.numpy().copy())
+            )
+    return activations
 
 
 def images_that_make_denormals() -> NDArray[np.float32]:
@@ -58,14 +60,14 @@ def images_that_make_denormals() -> NDArray[np.float32]:
 def test_the_eager_runtime_flushes_what_the_bare_network_makes(tiny_checkpoint: Path):
     images = images_that_make_denormals()
     model, _ = load_checkpoint(tiny_checkpoint)
-    maps = maps_of(model)
+    activations = activations_of(model)
     model(torch.from_numpy(images))
-    assert sum(map(num_denormals, maps)) > 100
+    assert sum(map(num_denormals, activations)) > 100
 
     opened = open_runtime(tiny_checkpoint)
-    maps = maps_of(opened._model)  # type: ignore[attr-defined]
+    activations = activations_of(opened._model)  # type: ignore[attr-defined]
     opened.infer(images)
-    assert maps and sum(map(num_denormals, maps)) == 0
+    assert activations and sum(map(num_denormals, activations)) == 0
 
 
 @pytest.fixture(params=["onnxruntime", "openvino"])

@@ -24,7 +24,7 @@ from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.native.engine import Engine, levels
 from efficientnet.runtimes.native.program_file import DType, Kind, read_program_file, real_values
 from export import native
-from export.builders.native_program import Made, make_program, map_names
+from export.builders.native_program import Made, activation_names, make_program
 from export.builders.native_rounding import MapScale, curve_to, relu6, silu
 from export.checks.layers import show_model
 from export.graphs.calibration import Ranges
@@ -68,10 +68,10 @@ def program_of(
     folded = fold_batch_norm(model)
     ranges: Ranges | None = None
     if is_int8:
-        maps = show_model(folded, map_names(model), images)
+        activations = show_model(folded, activation_names(model), images)
         ranges = {
             name: (min(0.0, float(values.min())), max(0.0, float(values.max())))
-            for name, values in maps.items()
+            for name, values in activations.items()
         }
     return make_program(folded, spec, ranges, in_float), ranges
 
@@ -108,8 +108,8 @@ def test_each_layer_is_within_one_step_of_the_onnx_graph_with_the_same_ranges():
     model, images = network("tiny", 33)
     made, ranges = program_of(model, images, is_int8=True)
     assert ranges is not None
-    maps, _ = native_reference.run(_view(made), images[0])
-    found = dict(zip(made.tensor_names, maps, strict=True))
+    activations, _ = native_reference.run(_view(made), images[0])
+    found = dict(zip(made.tensor_names, activations, strict=True))
     written = {name: ranges[name] for name in made.tensor_names if name != INPUT_NAME}
     scales = {n: t for n, t in zip(made.tensor_names, made.program.tensors, strict=True)}
     graph = export_onnx(model, 33)
@@ -157,35 +157,37 @@ def test_blocks_that_the_gate_keeps_compute_in_bfloat16(tmp_path: Path, in_float
 def test_each_layer_of_the_family_does_what_its_module_does(
     tmp_path: Path, variant: str, is_int8: bool
 ):
-    # An odd size, so that maps of stride 2 have a row that only padding completes.
+    # An odd size, so that activations of stride 2 have a row that only padding completes.
     model, images = network(variant, 37, "symmetric" if variant in ("b1", "v2-s") else "same")
     made, _ = program_of(model, images, is_int8)
     folded, tensors = fold_batch_norm(model), made.program.tensors
     made.program.write(tmp_path / "p.native")
     engine = Engine(tmp_path / "p.native", 2, keeps_tensors=True)
     logits = engine.infer(images[:1])
-    maps = [
+    activations = [
         torch.from_numpy(
             real_values(engine.read_tensor(i, tensor), tensor).transpose(2, 0, 1)[None]
         )
         for i, tensor in enumerate(tensors)
     ]
-    maps[0] = torch.from_numpy(images[:1])
+    activations[0] = torch.from_numpy(images[:1])
     for name, layer in zip(made.layer_names[1:-1], made.program.layers[1:-1], strict=True):
         # Each gets what the one before it made of it: whole random networks enlarge any rounding.
         module = folded.get_submodule(name.partition("/")[0].removesuffix(".0" * ("Conv" in name)))
         with torch.inference_mode():
-            expected = module(maps[layer["input"]].clone())
-            expected = expected + maps[layer["residual"]] if layer["residual"] >= 0 else expected
+            expected = module(activations[layer["input"]].clone())
+            expected = (
+                expected + activations[layer["residual"]] if layer["residual"] >= 0 else expected
+            )
         tensor = tensors[layer["output"]]
         if is_int8:
             low, high = ((q - tensor["zero_point"]) * tensor["scale"] for q in (0.0, 255.0))
             expected = expected.clamp(float(low), float(high))
-        error = (maps[layer["output"]] - expected).square().mean() / expected.square().mean()
+        error = (activations[layer["output"]] - expected).square().mean() / expected.square().mean()
         # Of weights and of what comes out.
         assert float(error.sqrt()) < (0.04 if is_int8 else 0.006), name
     with torch.inference_mode():
-        expected = folded.classifier(maps[-1].mean((2, 3)))
+        expected = folded.classifier(activations[-1].mean((2, 3)))
     assert float((torch.from_numpy(logits) - expected).abs().max()) < 0.01 * float(expected.std())
 
 

@@ -97,13 +97,13 @@ def test_each_runtime_gets_the_number_types_of_its_kernels(
     def types(scheme: str) -> tuple[set[int], set[int]]:
         graph = quantized(reference, config, scheme).graph
         kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
-        maps = {kinds[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
+        activations = {kinds[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
         constants = {
             kinds[n.input[0]]
             for n in graph.node
             if n.op_type == "DequantizeLinear" and n.input[0] in kinds
         }
-        return maps, constants
+        return activations, constants
 
     tensor = onnx.TensorProto
     assert types("onnxruntime") == ({tensor.UINT8}, {tensor.INT8, tensor.INT32})
@@ -250,7 +250,7 @@ def test_scales_of_16_bits_are_normal_numbers(reference: Reference, config: Expo
         assert (onnx.numpy_helper.to_array(tensor) >= np.finfo(np.float16).tiny).all()
 
 
-def test_maps_that_16_bits_do_not_hold_are_an_error(reference: Reference):
+def test_activations_that_16_bits_do_not_hold_are_an_error(reference: Reference):
     graph = export_onnx(reference.model, reference.image_size, "fp16")
     tensors = tensors_to_quantize(graph, (), SCHEMES["tensorrt"])
     ranges = dict.fromkeys(tensors, (-1.0, 1.0)) | {tensors[3]: (-1e7, 1.0)}
@@ -336,8 +336,8 @@ def test_a_range_is_the_mean_over_batches_and_holds_zero(reference: Reference):
     ranges = collect_ranges(graph, ["images", name], batches)
     layer = fold_batch_norm(reference.model).features[0][0]
     with torch.inference_mode():
-        maps = [layer(torch.from_numpy(batch)).numpy() for batch in batches]
-    for found, values in ((ranges["images"], batches), (ranges[name], maps)):
+        activations = [layer(torch.from_numpy(batch)).numpy() for batch in batches]
+    for found, values in ((ranges["images"], batches), (ranges[name], activations)):
         low, high = np.mean([v.min() for v in values]), np.mean([v.max() for v in values])
         assert found == pytest.approx((min(low, 0.0), max(high, 0.0)), abs=1e-4)
     assert ranges["images"][1] > 1 and reference.parity_images.max() < ranges["images"][1]

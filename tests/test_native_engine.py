@@ -96,12 +96,12 @@ def test_every_map_of_8_bits_is_the_one_that_numpy_computes(
     one, path, num_threads = case(DType.U8, seed, is_wild), tmp_path / "p.native", 1 + seed % 3
     path.write_bytes(one.content)
     apart = Engine(path, num_threads, 1, level, keeps_tensors=True)
-    for image, (maps, logits) in (
+    for image, (activations, logits) in (
         (one.images[0], one.expected[0]),
         (one.pixels, one.expected_of_pixels),
     ):
         np.testing.assert_array_equal(apart.infer(image[None])[0], logits)
-        for index, value in enumerate(maps):
+        for index, value in enumerate(activations):
             np.testing.assert_array_equal(read(apart, one.program, index), value, str(index))
     joined = Engine(path, num_threads, 3, level)
     for count in (1, 3):
@@ -112,15 +112,15 @@ def test_every_map_of_8_bits_is_the_one_that_numpy_computes(
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.U8])
 @pytest.mark.parametrize("seed", range(6))
-def test_maps_of_bfloat16_are_close_to_what_numpy_computes(
+def test_activations_of_bfloat16_are_close_to_what_numpy_computes(
     tmp_path: Path, level: str, dtype: DType, seed: int
 ):
     one, path = case(dtype, seed, has_converts=dtype is DType.U8), tmp_path / "p.native"
     path.write_bytes(one.content)
-    num_threads, (maps, logits) = 1 + seed % 3, one.expected[0]
+    num_threads, (activations, logits) = 1 + seed % 3, one.expected[0]
     apart = Engine(path, num_threads, 1, level, keeps_tensors=True)
     assert is_close(apart.infer(one.images[:1])[0], logits)
-    for index, value in enumerate(maps):
+    for index, value in enumerate(activations):
         found = read(apart, one.program, index)
         if one.program.tensors[index]["dtype"] == DType.BF16:
             assert is_close(from_bf16(found), value), index

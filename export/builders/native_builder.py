@@ -11,7 +11,7 @@ from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.images.datasets import Sample
 from efficientnet.machine.atomic import write_text
 from efficientnet.runtimes.native_runtime import NAMES_FILE, require_kernels
-from export.builders.native_program import make_program, map_names
+from export.builders.native_program import activation_names, make_program
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
 from export.graphs.calibration import (
     METHOD,
@@ -74,7 +74,7 @@ def main(config: NativeConfig) -> Path:
 def calibrate(
     reference: Reference, config: NativeConfig, kept: tuple[str, ...], directory: Path
 ) -> tuple[Ranges, QuantizationRecord]:
-    """Choose the ranges of all maps, and write calibration.json."""
+    """Choose the ranges of all activations, and write calibration.json."""
     # Of all settings, only these change the ranges.
     choice = ExportConfig(num_calibration_images=config.num_calibration_images, seed=config.seed)
     calibrated = _calibrate(reference, choice)
@@ -97,5 +97,5 @@ class _Calibrated(NamedTuple):
 def _calibrate(reference: Reference, config: ExportConfig) -> _Calibrated:
     samples = choose_samples(reference, config)
     graph = export_onnx(reference.model, reference.image_size)
-    found = collect_ranges(graph, map_names(reference.model), images_of(reference, samples))
+    found = collect_ranges(graph, activation_names(reference.model), images_of(reference, samples))
     return _Calibrated(tuple(samples), found)

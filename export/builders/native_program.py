@@ -58,7 +58,7 @@ class _Map:
     name: str
     shape: tuple[int, int, int]
     scale: MapScale | None
-    """As it is stored in 8 bits; None in a program without such maps."""
+    """As it is stored in 8 bits; None in a program without such activations."""
     tensors: dict[DType, int] = field(default_factory=dict)
     """By type: where it stands, once it does."""
 
@@ -74,7 +74,7 @@ def make_program(
     Args:
         model: the network.
         spec: its preprocessing, which goes into the first layer.
-        ranges: of the maps that map_names names; None = all layers in bfloat16.
+        ranges: of the activations that activation_names names; None = all layers in bfloat16.
         in_float: blocks that compute in bfloat16 whatever the others do.
 
     Raises:
@@ -103,8 +103,8 @@ def make_program(
     return Made(writer.program, tuple(writer.layer_names), tuple(writer.tensor_names))
 
 
-def map_names(model: EfficientNet) -> list[str]:
-    """Name the maps whose ranges an int8 program wants, as export_onnx names them."""
+def activation_names(model: EfficientNet) -> list[str]:
+    """Name the activations whose ranges an int8 program wants, as export_onnx names them."""
     names: list[str] = []
     for name, block in named_blocks(model):
         for path, module in block.named_modules(prefix=name):

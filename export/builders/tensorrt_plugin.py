@@ -119,7 +119,7 @@ def choose_formats(
     counters: trtp.TensorDesc,
     outputs: tuple[trtp.TensorDesc, trtp.TensorDesc],
 ) -> list[trtp.AutoTuneCombination]:
-    """Accept the network's precision, the maps channels last and all else linear."""
+    """Accept the network's precision, the activations channels last and all else linear."""
     value, layout = TYPES_AND_LAYOUTS[x.dtype]
     types = [value] * 5 + ["INT32", value, "FP32"]
     layouts = [layout] + ["LINEAR"] * 5 + [layout, "LINEAR"]

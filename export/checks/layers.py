@@ -43,11 +43,11 @@ BOUNDS: dict[Precision, float] = {
 POOL = "avgpool"
 CLASSIFIER = "classifier"
 
-Maps = dict[str, NDArray[Any]]
+Activations = dict[str, NDArray[Any]]
 
 # Names of layers (as export_onnx names nodes) and images [N, 3, H, W] -> what these layers put out;
 # those that a program does not have are left out.
-Show = Callable[[Sequence[str], NDArray[np.float32]], Maps]
+Show = Callable[[Sequence[str], NDArray[np.float32]], Activations]
 
 
 class LayerError(BaseModel):
@@ -179,9 +179,11 @@ def layers_by_block(model: EfficientNet) -> dict[str, list[str]]:
     return names | {POOL: [f"{POOL}/GlobalAveragePool"], CLASSIFIER: [OUTPUT_NAME]}
 
 
-def show_model(model: EfficientNet, names: Sequence[str], images: NDArray[np.float32]) -> Maps:
+def show_model(
+    model: EfficientNet, names: Sequence[str], images: NDArray[np.float32]
+) -> Activations:
     """Show layers of a torch model under the names of the ONNX graph, batch norm folded or not."""
-    wanted, found = set(names), Maps()
+    wanted, found = set(names), Activations()
     hooks: list[RemovableHandle] = []
 
     def keep(name: str, value: Tensor) -> None:
@@ -199,7 +201,9 @@ def show_model(model: EfficientNet, names: Sequence[str], images: NDArray[np.flo
 
     def watch_gate(layer: SqueezeExcite, path: str) -> None:
         def before(_module: nn.Module, inputs: tuple[Tensor]) -> None:
-            for name, value in zip(_gate_layers(path), _gate_maps(layer, *inputs), strict=True):
+            for name, value in zip(
+                _gate_layers(path), _gate_activations(layer, *inputs), strict=True
+            ):
                 keep(name, value)
 
         if wanted.intersection(_gate_layers(path)):
@@ -231,10 +235,10 @@ def show_onnx(
     is_optimized: bool,
     names: Sequence[str],
     images: NDArray[np.float32],
-) -> Maps:
+) -> Activations:
     """Show layers of an ONNX graph, run by ONNX Runtime's CPU provider.
 
-    Maps that are rounded to 8 bits are shown rounded, so that the layer still computes in 8 bits.
+    Activations in 8 bits are shown quantized, so that the layer still computes in 8 bits.
     """
     there = {output for node in graph.graph.node for output in node.output}
     taps = {
@@ -278,7 +282,7 @@ def _gate_layers(path: str) -> list[str]:
     return [f"{path}.{layer}" for layer in (*layers, "gate.2/Conv", "gate.3/Sigmoid")]
 
 
-def _gate_maps(layer: SqueezeExcite, x: Tensor) -> list[Tensor]:
+def _gate_activations(layer: SqueezeExcite, x: Tensor) -> list[Tensor]:
     mean = x.mean((2, 3), keepdim=True)
     squeezed = layer.fc1(mean)
     expanded = layer.fc2(silu(squeezed))

@@ -21,7 +21,7 @@ def show_native(
 
     Args:
         program: model.native.
-        names: as export_onnx names nodes; maps that the engine does not write are left out.
+        names: as export_onnx names nodes; activations that the engine does not write are left out.
         images: [N, 3, H, W].
     """
     tensors = read_program_file(program).tensors
@@ -37,5 +37,5 @@ def show_native(
             tensor = tensors[index]
             values = real_values(engine.read_tensor(index, tensor), tensor)
             found[name].append(values.transpose(2, 0, 1))
-    shown = {name: np.stack(maps) for name, maps in found.items()}
+    shown = {name: np.stack(activations) for name, activations in found.items()}
     return shown | ({OUTPUT_NAME: np.concatenate(logits)} if OUTPUT_NAME in names else {})

@@ -20,7 +20,7 @@ def show_openvino(
 ) -> dict[str, NDArray[Any]]:
     """Show the layers named; see export.checks.layers.Show.
 
-    Maps that NNCF rounds are shown rounded, so that the layer still computes in 8 bits.
+    Activations that NNCF quantizes are shown quantized, so that the layer still computes in 8 bits.
 
     Args:
         program: model.xml.

@@ -1,4 +1,4 @@
-"""Training images -> the ranges of a graph's maps; calibration.json, which names the images."""
+"""Training images -> ranges of a graph's activations; calibration.json, which names the images."""
 
 import hashlib
 import json
@@ -97,7 +97,7 @@ def collect_ranges(
     """
     if not tensors:
         return {}
-    # Reduced inside the graph and image by image: all maps of 16 images of V2-S are 24 GB.
+    # Reduced inside the graph and image by image: all activations of 16 images of V2-S are 24 GB.
     probe = onnx.ModelProto()
     probe.CopyFrom(graph)
     del probe.graph.output[:]

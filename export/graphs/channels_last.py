@@ -1,4 +1,4 @@
-"""An ONNX graph with maps of 8 bits -> squeeze-excite that reads them with channels last."""
+"""An ONNX graph with activations of 8 bits -> squeeze-excite that reads them with channels last."""
 
 from typing import Any
 

@@ -98,8 +98,8 @@ def typed_graph(
     return TypedGraph(graph, OPSETS[precision])
 
 
-# Two: what is exported, and the float32 graph whose maps the ranges are of. torch's exporter takes
-# most of an export's time, and several artifacts may be made of one graph.
+# Two: what is exported, and the float32 graph whose activations the ranges are of. torch's exporter
+# takes most of an export's time, and several artifacts may be made of one graph.
 @lru_cache(maxsize=2)
 def graph_of(reference: Reference, precision: FloatPrecision) -> onnx.ModelProto:
     """Export the network to ONNX; not to be changed."""
@@ -124,8 +124,8 @@ def _calibrate(reference: Reference, config: ExportConfig, scheme: str) -> _Cali
     chosen = SCHEMES[scheme]
     samples = choose_samples(reference, config)
     graph = graph_of(reference, chosen.float_precision)
-    # Ranges are those of the float32 model, whose maps have the same names; but for the input,
-    # which a graph of 16 bits casts first.
+    # Ranges are those of the float32 model, whose activations have the same names; but for the
+    # input, which a graph of 16 bits casts first.
     is_plain = chosen.float_precision == "fp32"
     plain = graph if is_plain else graph_of(reference, "fp32")
     tensors = tensors_to_quantize(graph, (), chosen)

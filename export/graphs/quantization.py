@@ -34,10 +34,10 @@ class Scheme:
     """What a runtime's 8-bit kernels take."""
 
     activation_type: int
-    """TensorProto type of maps."""
+    """TensorProto type of activations."""
     weight_type: int
     is_symmetric: bool
-    """Whether zero is stored as zero in maps, too."""
+    """Whether zero is stored as zero in activations, too."""
     has_quantized_bias: bool
     """Whether biases are int32 behind a DequantizeLinear."""
     quantizes_activation_functions: bool
@@ -46,17 +46,18 @@ class Scheme:
     rounds_for_all: bool
     """Whether whoever reads a rounded map reads it rounded, or only what computes in 8 bits."""
     has_channels_last: bool
-    """Whether maps of 8 bits lie in memory that way, and squeeze-excite should read them so."""
+    """Whether 8-bit activations lie in memory that way, and squeeze-excite should read them so."""
     float_precision: FloatPrecision = "fp32"
     """Of all that is not rounded to 8 bits."""
     weight_levels: int = 127
     """Largest magnitude of a weight."""
 
 
-# ONNX Runtime's x86 kernels multiply unsigned maps by signed weights; a convolution is an integer
-# one only where its bias is int32 and its output is quantised. TensorRT wants signed values on both
-# sides with zero at zero, and refuses int32 biases; it fuses what follows the convolution itself.
-# Without VNNI its kernels add two products of 8 bits up in 16: weights of 7 bits cannot overflow.
+# ONNX Runtime's x86 kernels multiply unsigned activations by signed weights; a convolution is an
+# integer one only where its bias is int32 and its output is quantized. TensorRT wants signed values
+# on both sides with zero at zero, and refuses int32 biases; it fuses what follows the convolution
+# itself. Without VNNI its kernels add two products of 8 bits up in 16: weights of 7 bits cannot
+# overflow.
 ONNXRUNTIME = Scheme(
     activation_type=TensorProto.UINT8,
     weight_type=TensorProto.INT8,
@@ -86,7 +87,7 @@ SCHEMES = {
 
 
 def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Scheme) -> list[str]:
-    """Return the maps that are rounded to 8 bits, in the order of the graph.
+    """Return the activations that are rounded to 8 bits, in the order of the graph.
 
     Inputs of convolutions and residual additions; with `quantizes_activation_functions` also
     what comes out of convolutions, SiLU, additions and the scaling by a gate, so that all between
@@ -131,7 +132,7 @@ def layers_without_kernel(graph: onnx.ModelProto, scheme: Scheme) -> list[str]:
 
 
 def is_quantized(node: onnx.NodeProto, kept: Sequence[str]) -> bool:
-    """Whether a node works on 8-bit maps."""
+    """Whether a node works on 8-bit activations."""
     if ".gate." in node.name or node.op_type not in QUANTIZED_OPERATORS:
         return False
     return not any(is_within(node.name, block) for block in kept)
@@ -140,13 +141,13 @@ def is_quantized(node: onnx.NodeProto, kept: Sequence[str]) -> bool:
 def insert_quantization(
     graph: onnx.ModelProto, ranges: Ranges, kept: Sequence[str], scheme: Scheme
 ) -> None:
-    """Round maps and weights to 8 bits with QuantizeLinear and DequantizeLinear nodes, in place.
+    """Quantize activations and weights, with QuantizeLinear and DequantizeLinear nodes, in place.
 
     Weights are symmetric with a scale for each output channel (one for all of them in fp8).
 
     Args:
         graph: in the scheme's float precision.
-        ranges: of the maps that are rounded.
+        ranges: of the activations that are rounded.
         kept: blocks whose convolutions stay in float32.
         scheme: what the runtime takes.
 
