@@ -25,7 +25,7 @@ from efficientnet.runtimes.native.engine import Engine, levels
 from efficientnet.runtimes.native.program_file import DType, Kind, read_program_file, real_values
 from export import native
 from export.builders.native_program import Made, activation_names, make_program
-from export.builders.native_rounding import MapScale, curve_to, relu6, silu
+from export.builders.native_quantization import MapScale, curve_to, relu6, silu
 from export.checks.layers import show_model
 from export.graphs.calibration import Ranges
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm

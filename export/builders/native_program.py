@@ -18,7 +18,7 @@ from efficientnet.network.model import (
     SqueezeExcite,
 )
 from efficientnet.runtimes.native.program_file import Activation, DType, Kind, Program, to_bf16
-from export.builders.native_rounding import (
+from export.builders.native_quantization import (
     LARGEST_SUM,
     UNITS_16,
     Array,
