@@ -19,8 +19,8 @@ from export.builders.native_quantization import (
     curve_to,
     gate_multiplier,
     line_to,
+    quantize_weights,
     relu6,
-    round_weights,
     scale_of_map,
     silu,
 )
@@ -90,7 +90,7 @@ class Chain:
             fields |= {"weights": last, "bias": bias.astype("<f4")}
         else:
             scale = self._scale(activation)
-            fields |= self._rounded(weight, bias, activation, residual, scale)
+            fields |= self._quantized(weight, bias, activation, residual, scale)
         source = self.current
         self.current = self._tensor(shape, self.dtype, scale)
         self.program.add_layer(
@@ -177,7 +177,7 @@ class Chain:
         }[activation]
         return scale_of_map((low * self.rng.uniform(0.5, 1), high * self.rng.uniform(0.3, 2)))
 
-    def _rounded(
+    def _quantized(
         self,
         weight: np.ndarray,
         bias: np.ndarray,
@@ -188,7 +188,7 @@ class Chain:
         source = self.scales[self.current]
         assert source is not None
         rest = self.scales[residual] if residual >= 0 else None
-        rounded = round_weights(weight, bias, source)
+        quantized = quantize_weights(weight, bias, source)
         has_table = activation is not Activation.NONE
         if has_table:
             ending, unit = curve_to(FUNCTIONS[activation], 8.0, scale, rest), 8 / 32768
@@ -196,9 +196,9 @@ class Chain:
             ending = line_to(scale, rest)
             unit = scale.scale / 2**ending.fraction_bits
         fields: dict[str, Any] = {
-            "weights": rounded.weights.transpose(0, 2, 3, 1),
-            "bias": rounded.bias.astype("<i4"),
-            "scales": (rounded.scales * source.scale / unit).astype("<f4"),
+            "weights": quantized.weights.transpose(0, 2, 3, 1),
+            "bias": quantized.bias.astype("<i4"),
+            "scales": (quantized.scales * source.scale / unit).astype("<f4"),
             "fraction_bits": ending.fraction_bits,
             "output_offset": ending.output_offset,
             "residual_multiplier": ending.residual_multiplier,
@@ -206,7 +206,7 @@ class Chain:
         if ending.table is not None:
             fields["table"] = ending.table
         if self.is_wild:
-            fields |= self._any_numbers(rounded.weights.shape, has_table)
+            fields |= self._any_numbers(quantized.weights.shape, has_table)
         return fields
 
     def _any_numbers(self, shape: tuple[int, ...], has_table: bool) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def test_an_int8_graph_answers_nearly_like_the_model(
     expected = reference.parity_logits
     parity = compare_logits(logits, expected, tolerances_for("int8", expected))
     require_parity(parity)
-    # 0.1 std by a simulation in torch; a graph that is not rounded at all has 1e-6.
+    # 0.1 std by a simulation in torch; a graph that is not quantized at all has 1e-6.
     assert 1e-3 < parity.mean_abs_logit_error / expected.std() < 0.3
 
 
@@ -277,17 +277,17 @@ def test_a_pattern_takes_the_nodes_of_one_module_only():
 def test_squeeze_excites_own_layers_have_no_part_in_the_ranking(
     reference: Reference, config: ExportConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    rounded: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
 
-    def round_weights(weight: torch.Tensor, _: str) -> torch.Tensor:
-        rounded.append(tuple(weight.shape))
+    def quantize_weights(weight: torch.Tensor, _: str) -> torch.Tensor:
+        shapes.append(tuple(weight.shape))
         return weight
 
-    monkeypatch.setattr(sensitivity, "_round_weights", round_weights)
+    monkeypatch.setattr(sensitivity, "_quantize_weights", quantize_weights)
     rank_blocks(reference, config)
     layers = [m for m in reference.model.modules() if isinstance(m, ConvNormAct)]
     # Each convolution once a batch of 16 images.
-    assert len(rounded) == len(layers) * 64 // 16
+    assert len(shapes) == len(layers) * 64 // 16
 
 
 def test_a_block_is_not_taken_for_one_whose_name_starts_alike():
@@ -541,7 +541,7 @@ def test_weights_without_training_images_are_calibrated_on_other_crops_than_they
         choose_samples(replace(reference, dataset=dataset), config)
 
 
-def test_a_clip_is_rounded_in_place_of_the_convolution_before_it():
+def test_a_clip_is_quantized_in_place_of_the_convolution_before_it():
     spec = replace(VARIANTS["tiny"], activation="relu6")
     torch.manual_seed(0)
     model = random_network(spec, 5, torch.randn(8, 3, 32, 32), "same")

@@ -1,4 +1,4 @@
-"""Checkpoint -> model.native: batch norm folded, rounded to int8 by ranges or cast to bfloat16."""
+"""Checkpoint -> model.native: batch norm folded, quantized by ranges to int8 or cast to bf16."""
 
 import json
 import logging

@@ -32,8 +32,8 @@ from export.builders.native_quantization import (
     least_scale_of_gated,
     least_scale_of_sum,
     line_to,
+    quantize_weights,
     relu6,
-    round_weights,
     scale_of_map,
     silu,
 )
@@ -180,7 +180,7 @@ class _Writer:
             weights = to_bf16(_channels_last(weight.astype(np.float32)))
             fields |= {"weights": weights, "bias": bias.astype("<f4")}
         else:
-            fields |= self._rounded(path, layer, weight, bias, x, residual, out)
+            fields |= self._quantized(path, layer, weight, bias, x, residual, out)
         self._add(kind, f"{path}.0/Conv", output=self._store(out, dtype), **fields)
         return out
 
@@ -224,7 +224,7 @@ class _Writer:
             bias=_float32(layer.bias),
         )
 
-    def _rounded(
+    def _quantized(
         self,
         path: str,
         layer: ConvNormAct,
@@ -238,7 +238,7 @@ class _Writer:
         assert x.scale and self._ranges
         rest = residual.scale if residual else None
         least = least_scale_of_sum(rest) if rest else 0.0
-        rounded = round_weights(weight, bias, x.scale)
+        quantized = quantize_weights(weight, bias, x.scale)
         if len(layer) > 2:
             function = _function_of(layer)
             reach = full_range(function, self._ranges[f"{path}.0/Conv"][1])
@@ -250,16 +250,16 @@ class _Writer:
             out.scale = scale_of_map(self._ranges[out.name], least)
             ending = line_to(out.scale, rest)
             unit = out.scale.scale / 2**ending.fraction_bits
-        scales = (rounded.scales * x.scale.scale / unit).astype("<f4")
-        sums = largest_sums(rounded)
+        scales = (quantized.scales * x.scale.scale / unit).astype("<f4")
+        sums = largest_sums(quantized)
         if max(sums.max(), (sums * scales).max()) >= LARGEST_SUM:
             raise CalibrationError(
                 f"{path} has sums of products that may leave 32 bits: its weights or biases are "
                 "out of proportion to its range; keep its block in float, or export in bf16"
             )
         return {
-            "weights": _channels_last(rounded.weights),
-            "bias": rounded.bias.astype("<i4"),
+            "weights": _channels_last(quantized.weights),
+            "bias": quantized.bias.astype("<i4"),
             "scales": scales,
             **_fields_of(ending),
         }

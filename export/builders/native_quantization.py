@@ -48,8 +48,8 @@ class MapScale:
 
 
 @dataclass(frozen=True)
-class RoundedWeights:
-    """Weights of a convolution, rounded for each output channel."""
+class QuantizedWeights:
+    """Weights of a convolution, quantized for each output channel."""
 
     weights: NDArray[np.int8]
     """As they came: [N, C, k, k]."""
@@ -77,8 +77,8 @@ def scale_of_map(bounds: tuple[float, float], least: float = LEAST_SCALE) -> Map
     return MapScale(scale, int(np.clip(np.rint(-low / scale), 0, MAP_LEVELS)))
 
 
-def round_weights(weight: Array, bias: Array, source: MapScale) -> RoundedWeights:
-    """Round weights [N, C, k, k] and their bias [N] for maps of a scale."""
+def quantize_weights(weight: Array, bias: Array, source: MapScale) -> QuantizedWeights:
+    """Quantize weights [N, C, k, k] and their bias [N] for maps of a scale."""
     largest = np.abs(weight).max(axis=(1, 2, 3))
     # A channel of tiny weights may have any bias, and int32 must hold it.
     least = np.maximum(np.abs(bias) / (source.scale * LARGEST_BIAS), LEAST_SCALE)
@@ -86,13 +86,13 @@ def round_weights(weight: Array, bias: Array, source: MapScale) -> RoundedWeight
     levels = np.rint(weight / scales[:, None, None, None])
     levels = np.clip(levels, -WEIGHT_LEVELS, WEIGHT_LEVELS)
     offsets = np.rint(bias / (scales * source.scale)) - source.zero_point * levels.sum((1, 2, 3))
-    return RoundedWeights(levels.astype(np.int8), scales, offsets.astype(np.int32))
+    return QuantizedWeights(levels.astype(np.int8), scales, offsets.astype(np.int32))
 
 
-def largest_sums(rounded: RoundedWeights) -> Array:
+def largest_sums(quantized: QuantizedWeights) -> Array:
     """Return what a sum of products with its bias cannot exceed, whatever the image, [N]."""
-    magnitudes = np.abs(rounded.weights.astype(np.float64)).sum(axis=(1, 2, 3))
-    return np.abs(rounded.bias.astype(np.float64)) + MAP_LEVELS * magnitudes
+    magnitudes = np.abs(quantized.weights.astype(np.float64)).sum(axis=(1, 2, 3))
+    return np.abs(quantized.bias.astype(np.float64)) + MAP_LEVELS * magnitudes
 
 
 def line_to(out: MapScale, residual: MapScale | None) -> Ending:

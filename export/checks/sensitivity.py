@@ -91,9 +91,11 @@ def _quantized(block: nn.Module, precision: str) -> Generator[None]:
     originals = [conv.weight for conv in convolutions]
     hooks = []
     for conv in convolutions:
-        conv.weight = nn.Parameter(_round_weights(conv.weight, precision), requires_grad=False)
+        conv.weight = nn.Parameter(_quantize_weights(conv.weight, precision), requires_grad=False)
         hooks.append(
-            conv.register_forward_pre_hook(lambda _, inputs: (_round_map(inputs[0], precision),))
+            conv.register_forward_pre_hook(
+                lambda _, inputs: (_quantize_activation(inputs[0], precision),)
+            )
         )
     try:
         yield
@@ -103,7 +105,7 @@ def _quantized(block: nn.Module, precision: str) -> Generator[None]:
             hook.remove()
 
 
-def _round_weights(weight: Tensor, precision: str) -> Tensor:
+def _quantize_weights(weight: Tensor, precision: str) -> Tensor:
     largest = weight.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
     if precision == "fp8":
         scale = largest / FP8_LARGEST
@@ -112,7 +114,7 @@ def _round_weights(weight: Tensor, precision: str) -> Tensor:
     return (weight / scale).round() * scale
 
 
-def _round_map(x: Tensor, precision: str) -> Tensor:
+def _quantize_activation(x: Tensor, precision: str) -> Tensor:
     if precision == "fp8":
         scale = x.abs().amax().clamp(min=1e-12) / FP8_LARGEST
         return (x / scale).to(torch.float8_e4m3fn).float() * scale

@@ -43,12 +43,12 @@ class Scheme:
     quantizes_activation_functions: bool
     """Whether SiLU, and the scaling by a gate, compute in 8 bits, and convolutions put 8 bits out:
     where a Clip (ReLU6) follows, what the Clip leaves."""
-    rounds_for_all: bool
-    """Whether whoever reads a rounded map reads it rounded, or only what computes in 8 bits."""
+    quantizes_for_all: bool
+    """Whether whoever reads a quantized activation reads it so, or only what computes in 8 bits."""
     has_channels_last: bool
     """Whether 8-bit activations lie in memory that way, and squeeze-excite should read them so."""
     float_precision: FloatPrecision = "fp32"
-    """Of all that is not rounded to 8 bits."""
+    """Of all that is not quantized."""
     weight_levels: int = 127
     """Largest magnitude of a weight."""
 
@@ -64,7 +64,7 @@ ONNXRUNTIME = Scheme(
     is_symmetric=False,
     has_quantized_bias=True,
     quantizes_activation_functions=True,
-    rounds_for_all=True,
+    quantizes_for_all=True,
     has_channels_last=True,
 )
 TENSORRT = Scheme(
@@ -73,7 +73,7 @@ TENSORRT = Scheme(
     is_symmetric=True,
     has_quantized_bias=False,
     quantizes_activation_functions=False,
-    rounds_for_all=False,
+    quantizes_for_all=False,
     has_channels_last=False,
     float_precision="fp16",
 )
@@ -87,11 +87,11 @@ SCHEMES = {
 
 
 def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Scheme) -> list[str]:
-    """Return the activations that are rounded to 8 bits, in the order of the graph.
+    """Return the activations that are quantized, in the order of the graph.
 
-    Inputs of convolutions and residual additions; with `quantizes_activation_functions` also
-    what comes out of convolutions, SiLU, additions and the scaling by a gate, so that all between
-    two convolutions is 8 bits wide. What a Clip cuts off needs no levels: its output is rounded in
+    Inputs of convolutions and residual additions; with `quantizes_activation_functions` also what
+    comes out of convolutions, SiLU, additions and the scaling by a gate, so that all between two
+    convolutions is 8 bits wide. What a Clip cuts off needs no levels: its output is quantized in
     place of the convolution's, and the runtime saturates. Squeeze-excite's own layers, of one
     pixel, stay in float32: they take no time and decide about whole channels. So do the classifier
     and blocks in `kept`.
@@ -147,7 +147,7 @@ def insert_quantization(
 
     Args:
         graph: in the scheme's float precision.
-        ranges: of the activations that are rounded.
+        ranges: of the activations that are quantized.
         kept: blocks whose convolutions stay in float32.
         scheme: what the runtime takes.
 
@@ -156,7 +156,7 @@ def insert_quantization(
     """
     _require_held(ranges, scheme)
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
-    scales = {tensor: _map_scale(bounds, scheme) for tensor, bounds in ranges.items()}
+    scales = {tensor: _activation_scale(bounds, scheme) for tensor, bounds in ranges.items()}
     nodes: list[onnx.NodeProto] = []
     float_type = helper.np_dtype_to_tensor_dtype(np.dtype(_float_type(scheme)))
 
@@ -169,7 +169,7 @@ def insert_quantization(
         nodes.append(helper.make_node("DequantizeLinear", inputs, [output], output, **attributes))
         return output
 
-    def round_map(tensor: str) -> None:
+    def quantize_activation(tensor: str) -> None:
         scale, zero = scales[tensor]
         store(f"{tensor}/scale", scale, float_type)
         store(f"{tensor}/zero_point", zero, scheme.activation_type)
@@ -178,7 +178,7 @@ def insert_quantization(
         nodes.append(helper.make_node("QuantizeLinear", inputs, [f"{tensor}/quantized"], name))
         dequantize(tensor)
 
-    def round_constant(name: str, values: Array, scale: Array, kind: int) -> str:
+    def quantize_constant(name: str, values: Array, scale: Array, kind: int) -> str:
         store(f"{name}/quantized", values, kind)
         store(f"{name}/scale", scale, float_type)
         if np.ndim(scale) == 0:
@@ -191,30 +191,30 @@ def insert_quantization(
 
     old = list(graph.graph.node)
     if INPUT_NAME in ranges:
-        round_map(INPUT_NAME)
+        quantize_activation(INPUT_NAME)
     for node in old:
         if node.op_type == "Conv" and is_quantized(node, kept):
-            (map_scale, _), prefix = scales[node.input[0]], node.name
+            (activation_scale, _), prefix = scales[node.input[0]], node.name
             weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
             scale = _weight_scale(weight, scheme)
             if scheme.has_quantized_bias:
                 bias = numpy_helper.to_array(constants[node.input[2]])
                 # A channel of tiny weights may have any bias, and int32 must hold it.
-                least = np.abs(bias) / (map_scale * LARGEST_BIAS)
+                least = np.abs(bias) / (activation_scale * LARGEST_BIAS)
                 scale = np.maximum(scale, least).astype(np.float32)
-                bias_scale = (scale * map_scale).astype(np.float32)
-                node.input[2] = round_constant(
+                bias_scale = (scale * activation_scale).astype(np.float32)
+                node.input[2] = quantize_constant(
                     f"{prefix}/bias", np.round(bias / bias_scale), bias_scale, TensorProto.INT32
                 )
-            stored = _round_weights(weight, scale, scheme)
-            node.input[1] = round_constant(f"{prefix}/weight", stored, scale, scheme.weight_type)
+            stored = _quantize_weights(weight, scale, scheme)
+            node.input[1] = quantize_constant(f"{prefix}/weight", stored, scale, scheme.weight_type)
         for index, tensor in enumerate(node.input):
-            if tensor in ranges and (scheme.rounds_for_all or is_quantized(node, kept)):
+            if tensor in ranges and (scheme.quantizes_for_all or is_quantized(node, kept)):
                 node.input[index] = f"{tensor}/DequantizeLinear"
         nodes.append(node)
         for tensor in node.output:
             if tensor in ranges:
-                round_map(tensor)
+                quantize_activation(tensor)
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
     remove_unused_constants(graph.graph)
@@ -236,7 +236,7 @@ def _float_type(scheme: Scheme) -> type[np.floating]:
     return np.float16 if scheme.float_precision == "fp16" else np.float32
 
 
-def _map_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[Array, Array]:
+def _activation_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[Array, Array]:
     # Scale and zero point.
     low, high = bounds
     largest = max(-low, high)
@@ -255,7 +255,7 @@ def _weight_scale(weight: NDArray[np.float32], scheme: Scheme) -> Array:
     return _as_stored(np.abs(weight).max(axis=(1, 2, 3)) / scheme.weight_levels, scheme)
 
 
-def _round_weights(weight: NDArray[np.float32], scale: Array, scheme: Scheme) -> Array:
+def _quantize_weights(weight: NDArray[np.float32], scale: Array, scheme: Scheme) -> Array:
     # By the scale as it is stored: 127 of one that was rounded down may be less than the weight.
     if scheme.weight_type == FP8:
         return np.clip(weight / scale, -FP8_LARGEST, FP8_LARGEST)

@@ -173,9 +173,9 @@ class OpenVinoConfig(MixedConfig):
     """Settings of an export to OpenVINO."""
 
     activations: Activations | None = None
-    """How int8 maps are rounded: asymmetric keeps all 256 levels after SiLU, which is hardly ever
-    below zero; symmetric kernels are sometimes faster. None = asymmetric, and with --search both
-    are tried."""
+    """How they are quantized to int8: asymmetric keeps all 256 levels after SiLU, which is hardly
+    ever below zero; symmetric kernels are sometimes faster. None = asymmetric, and with --search
+    both are tried."""
 
     def __post_init__(self) -> None:
         """Check the limits."""
