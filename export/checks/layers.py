@@ -43,11 +43,11 @@ BOUNDS: dict[Precision, float] = {
 POOL = "avgpool"
 CLASSIFIER = "classifier"
 
-Activations = dict[str, NDArray[Any]]
+NamedActivations = dict[str, NDArray[Any]]
 
 # Names of layers (as export_onnx names nodes) and images [N, 3, H, W] -> what these layers put out;
 # those that a program does not have are left out.
-Show = Callable[[Sequence[str], NDArray[np.float32]], Activations]
+Show = Callable[[Sequence[str], NDArray[np.float32]], NamedActivations]
 
 
 class LayerError(BaseModel):
@@ -181,9 +181,9 @@ def layers_by_block(model: EfficientNet) -> dict[str, list[str]]:
 
 def show_model(
     model: EfficientNet, names: Sequence[str], images: NDArray[np.float32]
-) -> Activations:
+) -> NamedActivations:
     """Show layers of a torch model under the names of the ONNX graph, batch norm folded or not."""
-    wanted, found = set(names), Activations()
+    wanted, found = set(names), NamedActivations()
     hooks: list[RemovableHandle] = []
 
     def keep(name: str, value: Tensor) -> None:
@@ -235,7 +235,7 @@ def show_onnx(
     is_optimized: bool,
     names: Sequence[str],
     images: NDArray[np.float32],
-) -> Activations:
+) -> NamedActivations:
     """Show layers of an ONNX graph, run by ONNX Runtime's CPU provider.
 
     Activations in 8 bits are shown quantized, so that the layer still computes in 8 bits.
