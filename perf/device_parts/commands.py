@@ -14,7 +14,7 @@ from efficientnet.errors import PipelineError
 from efficientnet.images.embedded import photo_crops
 from efficientnet.machine.environment import num_usable_cores
 from perf.device_parts.plan import Order
-from perf.device_parts.records import LoaderMeasured, TestsMeasured, TrainingMeasured
+from perf.device_parts.records import LoaderMeasured, PytestMeasured, TrainingMeasured
 
 JUNIT_FILE = "tests.xml"
 
@@ -45,7 +45,7 @@ class CommandFailedError(PipelineError):
     """A command that has failed."""
 
 
-def run_tests(order: Order) -> TestsMeasured:
+def run_tests(order: Order) -> PytestMeasured:
     """Run the tests that need a GPU, as far as the time goes."""
     files = [
         str(path.relative_to(PROJECT_ROOT))
@@ -80,7 +80,7 @@ def run_tests(order: Order) -> TestsMeasured:
             outcomes[test] = outcome.lower()
     if code >= NO_TESTS or (code > 1 and not outcomes):
         raise CommandFailedError(f"pytest ended with code {code}: {' / '.join(lines[-3:])}")
-    return TestsMeasured(
+    return PytestMeasured(
         outcomes=outcomes, last_lines=tuple(lines[-NUM_LAST_LINES:]), is_complete=code >= 0
     )
 

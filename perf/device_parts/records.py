@@ -130,7 +130,7 @@ class LatencyMeasured(_Line):
     gpu: GpuState | None = None
 
 
-class TestsMeasured(_Line):
+class PytestMeasured(_Line):
     """What pytest told, test by test."""
 
     kind: Literal["tests"] = "tests"
@@ -160,7 +160,7 @@ Line = (
     | JobEnd
     | LimitMeasured
     | LatencyMeasured
-    | TestsMeasured
+    | PytestMeasured
     | TrainingMeasured
     | LoaderMeasured
 )

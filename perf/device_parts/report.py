@@ -23,7 +23,7 @@ from perf.device_parts.records import (
     LimitMeasured,
     Line,
     LoaderMeasured,
-    TestsMeasured,
+    PytestMeasured,
     TrainingMeasured,
     ends_by_job,
 )
@@ -120,7 +120,7 @@ def _jobs(lines: Sequence[Line]) -> str:
 
 
 def _tests(lines: Sequence[Line]) -> str:
-    tests = [line for line in lines if isinstance(line, TestsMeasured)]
+    tests = [line for line in lines if isinstance(line, PytestMeasured)]
     if not tests:
         return ""
     last = tests[-1]

@@ -68,7 +68,7 @@ def run_jobs(
         due += scale * job.seconds
         begun = time.monotonic()
         limit_s = min(due, end_of_all) - begun
-        if limit_s < min(LEAST_S, scale * job.seconds):
+        if limit_s < min(LEAST_S, scale * job.seconds / 2):
             reason = f"the {minutes:g} minutes were over"
             append(folder, _end(job, "not begun", reason, 0.0))
             log.info("%s: not begun, %s", job.name, reason)

@@ -17,7 +17,7 @@ from perf.device_parts.gpu_watch import GpuWatch, watch_gpu
 from perf.device_parts.limits import measure_limits
 from perf.device_parts.networks import measure_compiled, measure_network
 from perf.device_parts.plan import Order
-from perf.device_parts.records import Line, TestsMeasured, append, read
+from perf.device_parts.records import Line, PytestMeasured, append, read
 from perf.device_parts.runner import OUT_OF_TIME, SECONDS_VARIABLE
 from perf.device_parts.scene import build_scene
 
@@ -28,7 +28,7 @@ def main(order: Order) -> int:
     with watch_gpu() as watch:
         for line in _measure(order, watch):
             append(output, line)
-            if isinstance(line, TestsMeasured) and not line.is_complete:
+            if isinstance(line, PytestMeasured) and not line.is_complete:
                 return OUT_OF_TIME
     return 0
 
