@@ -10,9 +10,10 @@ written as it comes, so that a call that is cut off loses no more than that. The
 same --output goes on: what is done is not done again. Without a GPU only --dry-run works, which
 walks all parts on the CPU with the smallest networks, and whose numbers mean nothing.
 
-Packages needed beside a Python with torch, torchvision, timm, numpy, opencv-python-headless,
-pillow, safetensors, scikit-learn, scipy, onnx, onnxscript, tqdm, pytest and pytest-xdist: pydantic
-(annotated-types, pydantic-core, typing-inspection) and tyro (docstring-parser, typeguard).
+Packages needed: torch, triton, torchvision, timm, numpy, opencv-python-headless, pillow,
+safetensors, scikit-learn, scipy, matplotlib, onnx, onnxscript, onnxruntime, tqdm, pytest,
+pytest-xdist; pydantic (with pydantic-core, annotated-types, typing-inspection); tyro (with
+docstring-parser, typeguard). AOTInductor takes a C++ compiler and the CUDA toolkit besides.
 TensorRT, TensorRT-RTX and ONNX Runtime's CUDA provider are measured where they are installed.
 """
 

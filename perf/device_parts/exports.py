@@ -54,6 +54,7 @@ METHODS: dict[Part, str] = {
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT-RTX",
 }
+DRY_METHODS: dict[Part, str] = {"aoti": "AOTInductor (CPU)", "onnxruntime": "ONNX Runtime (CPU)"}
 # Others have no convolutions of them.
 PRECISIONS_OF: dict[Part, tuple[str, ...]] = {"onnxruntime": ("fp16", "fp32")}
 
@@ -68,7 +69,7 @@ def measure_exports(
     order: Order, scene: Scene, watch: GpuWatch, earlier: list[Line]
 ) -> Iterator[Line]:
     """Export precision by precision and batch by batch, the paper's first, and measure each."""
-    method = METHODS[order.part]
+    method = (DRY_METHODS if order.is_dry_run else METHODS)[order.part]
     done = cases_done(order.job, earlier)
     scratch = Path(order.scratch)
     checkpoint = scratch / f"{order.part}-{scene.variant}" / "checkpoint"

@@ -5,6 +5,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -122,7 +123,8 @@ def _product(kind: str, size: int, device: torch.device) -> Callable[[], object]
         a = left.to(torch.float8_e4m3fn)
         # cuBLAS takes the second factor by columns.
         b = right.to(torch.float8_e4m3fn).t().contiguous().t()
-        return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        multiply: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+        return lambda: multiply(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32)
     a, b = left.to(dtype), right.to(dtype)
     out = torch.empty(shape, dtype=dtype, device=device)

@@ -26,6 +26,8 @@ from perf.device_parts.turns import (
 GRAPH = "CUDA graph of eager"
 COMPILED = "torch.compile max-autotune"
 COMPILED_QUICKLY = "torch.compile reduce-overhead"
+# Of a dry run: without the minutes of compiling.
+DRY_COMPILED = "torch.compile aot_eager"
 
 # The paper's first: what is cut off is the rest.
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -75,6 +77,7 @@ def measure_compiled(
         for case in cases_of(precision, best, order.is_dry_run):
             # Reduce-overhead takes a part of max-autotune's time: something is there soon.
             methods = (COMPILED_QUICKLY, COMPILED) if is_first else (COMPILED,)
+            methods = (DRY_COMPILED,) if order.is_dry_run else methods
             is_first = False
             for method in methods:
                 if (precision, case.batch_size, method) in done:
@@ -82,7 +85,7 @@ def measure_compiled(
                 torch.compiler.reset()
                 contenders = [
                     eager(scene, precision, program),
-                    Contender(method, DEVICE, partial(_compiled, program, method, scene.device)),
+                    Contender(method, DEVICE, partial(_compiled, program, method)),
                 ]
                 yield from compare(order.job, scene, case, contenders, pace, watch)
                 free_memory()
@@ -167,11 +170,9 @@ def captured(program: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[T
     return infer
 
 
-def _compiled(program: nn.Module, method: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    options: dict[str, Any] = {"mode": method.partition(" ")[2]}
-    if device.type == "cpu":
-        # Of a dry run: without the minutes of compiling.
-        options = {"backend": "aot_eager"}
+def _compiled(program: nn.Module, method: str) -> Callable[[Tensor], Tensor]:
+    word = method.partition(" ")[2]
+    options: dict[str, Any] = {"backend" if method == DRY_COMPILED else "mode": word}
     compiled: Any = torch.compile(program, dynamic=False, **options)
 
     def infer(batch: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Records of a folder -> report.md."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -38,19 +38,22 @@ DRY_RUN = (
     "**A dry run: on a CPU, with the smallest networks and few repetitions. No number here means "
     "anything.**"
 )
-HOW = (
-    "p50 and p90: wall time of a call that waits for the device before and after, in turns with "
-    "the others of its job, each call with other images than the one before. p90 only of 100 "
-    "calls or more. images/s: images by the time of all turns, at the same batch. / eager: median "
-    "of the turns' ratios to the eager model that took turns with it, in the same precision and "
-    "region. Images and logits are float32, on the device (device to device) or in host memory "
-    "(host to host). fp32 is float32, without TF32. best batch: the most images/s of the eager "
-    "model, found once for each precision; 64 where that was not measured. Parity: logits beside "
-    "those of eager float32 on the same images; the error is the largest, in standard deviations "
-    "of all logits. Weights are random, with batch norm settled on real images: their answers are "
-    "close to each other, so top-1 agreement is stricter than with trained ones, and times may "
-    "differ a little from those of trained ones."
-)
+HOW = """## How the networks were measured
+
+- p50, p90: wall time of a call that waits for the device before and after, each with other images
+  than the one before; the programs of a job take turns. p90 only of 100 calls or more.
+- images/s: images by the time of all turns, at the same batch.
+- / eager: median of the turns' ratios to the time of the eager model that took turns with it, in
+  the same precision and region; below 1 is faster.
+- region: images and logits are float32, on the device or in host memory; changing the format is
+  part of a call, and of a CUDA graph the copy of the images into it. fp32 is without TF32.
+- batch (best): the one of most images/s of the eager model, of each precision; 64 where the part
+  network has not told.
+- rel. error, top-1 alike: 64 images beside eager float32; the largest error of a logit, in standard
+  deviations of all logits, and how many images have the same best class.
+- ready in s: building, compiling, capturing, and the first call; not the export of an artifact.
+- Weights are random, batch norm settled on real images. The classes are close to each other: top-1
+  differs sooner than of trained weights. An export is refused by the tolerances of trained ones."""
 
 
 def document(lines: Sequence[Line]) -> str:
@@ -156,7 +159,7 @@ def _limits(lines: Sequence[Line]) -> str:
                 _slowed(limit.gpu),
             )
         )
-    columns = ("what", "unit", "best", "median", "data sheet", "best of it", "runs", "GPU")
+    columns = ("what", "unit", "best", "median", "data sheet", "best / sheet", "runs", "GPU")
     words = frozenset(("what", "unit", "GPU"))
     return f"## Limits\n\n{Table(columns, tuple(rows), words).markdown()}"
 
@@ -249,7 +252,17 @@ def _training(lines: Sequence[Line]) -> str:
         "By training/speed.py: forward, backward, update and moving average. timm again: the same "
         "a second time, which is the noise."
     )
-    return f"## Training step\n\n{Table(columns, tuple(rows), words, (note,)).markdown()}"
+    notes = (*_fed_notes(list(found.values())), note)
+    return f"## Training step\n\n{Table(columns, tuple(rows), words, notes).markdown()}"
+
+
+def _fed_notes(lines: Sequence[TrainingMeasured]) -> Iterator[str]:
+    for fed in (line for line in lines if line.record["is_loader_fed"]):
+        for plain in lines:
+            speeds = fed.record["images_per_s"], plain.record["images_per_s"]
+            if plain.job == fed.job and not plain.record["is_loader_fed"] and all(speeds):
+                share = format_percent(speeds[0] / speeds[1])
+                yield f"Fed by the loader the step has {share} of its speed on synthetic images."
 
 
 def _training_row(line: TrainingMeasured, timm: dict[str, Any] | None) -> tuple[str, ...]:
