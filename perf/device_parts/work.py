@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -54,5 +55,9 @@ def _measure(order: Order, watch: GpuWatch) -> Iterator[Line]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     obey_parent()
+    # In a session of its own no signal of the command's reaches it; and those that it ignores would
+    # be ignored by pytest and all that its tests start, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     seconds = float(os.environ.get(SECONDS_VARIABLE, "600"))
     sys.exit(main(replace(Order(**json.loads(sys.argv[1])), seconds=seconds)))
