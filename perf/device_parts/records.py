@@ -123,7 +123,6 @@ class LatencyMeasured(_Line):
     """Median of the turns' ratios to the eager model's time, same precision and region."""
     prepare_s: float | None = None
     """Building, compiling and capturing, with the first call."""
-    peak_memory_bytes: int | None = None
     parity: Parity | None = None
     problem: str | None = None
     """Why there are no times."""
