@@ -1,0 +1,1 @@
+"""A GPU -> jobs in processes of their own -> records and a report."""
