@@ -1,6 +1,8 @@
 """Image bytes -> upright 8-bit RGB pixels: any kind by Pillow, reduced JPEG by OpenCV."""
 
 import io
+import re
+import struct
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 MAX_PIXELS = 50_000_000
 
@@ -38,6 +40,19 @@ JPEG_END = b"\xff\xd9"
 
 # EXIF orientation -> the axes to flip, after height and width are exchanged for 5 to 8.
 FLIPPED_AXES = {2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
+
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Type of a TIFF value -> how struct names it; EXIF wants a SHORT, writers take other integers, too.
+INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 
 # Images are decoded by several threads at once; OpenCV's own would only compete with them.
 cv2.setNumThreads(1)
@@ -75,7 +90,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with _told_as_image_errors(data):
         image = _open(data, max_pixels)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        orientation = _orientation(image)
+        if orientation > 1:
+            image = image.transpose(TRANSPOSITIONS[orientation])
         return _to_rgb(image)
 
 
@@ -94,10 +111,7 @@ def read_jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS) -> JpegHeader | 
         is_plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         if not is_plain or not data.endswith(JPEG_END):
             return None
-        has_exif = "exif" in image.info
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
-    if orientation not in FLIPPED_AXES:
-        orientation = 1
+        orientation = _orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
     return JpegHeader(width, height, orientation)
 
@@ -144,6 +158,44 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             f"more than the {max_pixels / 1e6:g} megapixels allowed"
         )
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Find how a picture is to be turned, 1 to 8; 1 where nothing readable says it.
+
+    Pillow's ImageOps.exif_transpose writes all of EXIF anew, which fails on a tag of another type
+    than it knows, and its reader copies the values of all tags, however large each says it is.
+    """
+    # Pillow turns these while they are loaded.
+    if image.format == "TIFF":
+        return 1
+    exif = image.info.get("exif", b"")
+    if not exif and "Raw profile type exif" in image.info:  # ImageMagick's, in PNG
+        exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+    orientation = _orientation_of_exif(exif)
+    if orientation is None:
+        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+        xmp = xmp.encode() if isinstance(xmp, str) else xmp
+        found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)
+        orientation = int(found[1]) if found else 1
+    return orientation if orientation in TRANSPOSITIONS else 1
+
+
+def _orientation_of_exif(exif: bytes) -> int | None:
+    exif = re.sub(rb"^(Exif\0\0)+", b"", exif)
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (num_tags,) = struct.unpack_from(f"{order}H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * num_tags, 12):
+            tag, kind, _ = struct.unpack_from(f"{order}HHI", exif, place)
+            if tag == ExifTags.Base.Orientation and kind in INTEGER_TYPES:
+                return struct.unpack_from(order + INTEGER_TYPES[kind], exif, place + 8)[0]
+    except struct.error:  # it ends early
+        return None
+    return None
 
 
 @contextmanager
