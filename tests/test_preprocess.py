@@ -412,6 +412,20 @@ def test_orientation_is_read_as_pillow_reads_it(orientation: int, big_endian: bo
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 
 
+@pytest.mark.parametrize("file_format", ["AVIF", "PNG", "JPEG", "WEBP", "GIF", "TIFF", "ICO"])
+def test_a_flipped_byte_gives_a_picture_or_an_image_error(file_format: str):
+    data = encode(photo((24, 16)), file_format)
+    refused = 0
+    for place in range(len(data)):
+        broken = bytearray(data)
+        broken[place] ^= 0xFF
+        try:
+            decode_image(bytes(broken))
+        except ImageError:
+            refused += 1
+    assert 0 < refused < len(data)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

@@ -17,17 +17,6 @@ MAX_PIXELS = 50_000_000
 # Pillow knows more kinds, of which some start other programs (EPS) or hold many pages (PDF).
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
 
-# What Pillow's decoders raise on damaged data is not one class.
-DECODER_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    TypeError,
-    ArithmeticError,
-)
-
 # libjpeg-turbo has SIMD code for these reductions; 5/8 or 7/8 take longer than the whole picture.
 REDUCTIONS = {
     1: cv2.IMREAD_COLOR_RGB,
@@ -212,8 +201,11 @@ def _told_as_image_errors(data: bytes) -> Generator[None]:
     # Pillow's own, far larger limit: an error, or a warning where warnings are errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(str(error)) from None
-    except DECODER_ERRORS as error:
-        raise ImageError(f"the image is damaged or truncated: {error}") from None
+    except MemoryError:
+        raise
+    # Decoders raise classes of all kinds: libavif's RuntimeError, struct.error, KeyError.
+    except Exception as error:
+        raise ImageError(f"the image is damaged or truncated: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
