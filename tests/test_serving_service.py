@@ -31,6 +31,7 @@ from efficientnet.runtimes.probabilities import softmax
 from serving.answers import ModelFacts, Prediction
 from serving.demo import free_port, running_service, stop, wait_until_ready
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
+from serving.work import IsWanted, WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUNDARY = "picture-boundary"
@@ -216,9 +217,9 @@ def test_client_that_sends_too_much_reads_the_reason(
 
 
 def test_form_without_a_picture_file_is_refused(service: httpx.Client) -> None:
-    missing = service.post("/classify", data={"top_k": "1"})
+    missing = service.post("/classify", files={"top_k": (None, "1")})
     assert_refuses(missing, 422, "the field 'image' is missing; send it as a form field")
-    text = service.post("/classify", data={"image": "http://127.0.0.1/picture.png"})
+    text = service.post("/classify", files={"image": (None, "http://127.0.0.1/picture.png")})
     assert_refuses(text, 422, "the field 'image' is text, expected a picture file")
     raw = service.post("/classify", content=digit(), headers={"Content-Type": "image/png"})
     assert_refuses(raw, 422, "the field 'image' is missing")
@@ -299,7 +300,7 @@ def test_classifier_works_without_a_server_and_is_ready_after_its_constructor(
     service_module: Any,
 ) -> None:
     classifier = service_module.Classifier()
-    assert classifier.__is_ready__()
+    assert asyncio.run(classifier.__is_ready__())
     (best,) = classifier.classify(digit(), top_k=1)
     assert best.label == str(best.class_index)
     with pytest.raises(ImageError, match="not an image"):
@@ -313,10 +314,10 @@ class FailingClassifier:
     settings = Settings()
 
     def __init__(self) -> None:
-        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.work = WorkQueue(num_threads=1, max_places=1, timeout_s=60)
 
-    def classify(self, data: bytes, top_k: int) -> list[Prediction]:
-        raise IndexError("list index out of range")
+    def classify(self, data: bytes, top_k: int, is_wanted: IsWanted) -> list[Prediction]:
+        raise IndexError("list index out of\nrange")
 
 
 @pytest.fixture
@@ -324,7 +325,7 @@ def failing_app(service_module: Any) -> Iterator[Any]:
     app = service_module.app
     app.state.classifier = FailingClassifier()
     yield app
-    app.state.classifier.pool.shutdown()
+    app.state.classifier.work.close()
 
 
 def post_in_process(app: Any, picture: bytes) -> httpx.Response:
