@@ -7,20 +7,22 @@ file inputs also take an address, which the server then fetches, and its errors 
 
 import io
 import os
+import sys
 import threading
 from typing import Any
 
 import bentoml
+from bentoml.exceptions import BentoMLException
 from PIL import Image
 
-from efficientnet.formats.artifact import read_artifact
+from efficientnet.formats.artifact import ArtifactError, read_artifact
 from efficientnet.images.preprocess import preprocess
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.runtimes import open_runtime
 from serving.answers import ModelFacts, Prediction, best_classes
 from serving.gate import Gate
 from serving.routes import PATHS, app
-from serving.settings import read_settings
+from serving.settings import ARTIFACT_VARIABLE, DEFAULT_ARTIFACT, read_settings
 from serving.uploads import Uploads
 from serving.work import IsWanted, WorkQueue, require_wanted
 
@@ -40,6 +42,24 @@ TIMEOUT_MARGIN_S = 30
 
 class GatedService(bentoml.Service[Any]):
     """A service of BentoML behind the gate: BentoML's own middlewares see what it lets through."""
+
+    def inject_config(self) -> None:
+        """Take the configuration, which BentoML does before it builds or serves.
+
+        Raises:
+            BentoMLException: there is no artifact; or another than the one that `bentoml build`
+                packs is asked for.
+        """
+        if sys.argv[1:2] in (["build"], ["deploy"]) and SETTINGS.artifact != DEFAULT_ARTIFACT:
+            raise BentoMLException(
+                f"'bentoml build' packs {DEFAULT_ARTIFACT} only, and {ARTIFACT_VARIABLE} is "
+                f"{SETTINGS.artifact}: use 'python serving/pack.py', which packs that one"
+            )
+        try:
+            read_artifact(SETTINGS.artifact)
+        except ArtifactError as error:
+            raise BentoMLException(str(error)) from None
+        super().inject_config()
 
     def to_asgi(self, is_main: bool = True) -> Any:
         """Make what the worker serves."""

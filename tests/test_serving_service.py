@@ -24,12 +24,14 @@ import psutil
 import pytest
 from PIL import Image
 
+from efficientnet.formats.artifact import read_artifact
 from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import ImageError, preprocess
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.probabilities import softmax
 from serving.answers import ModelFacts, Prediction
 from serving.demo import free_port, running_service, stop, wait_until_ready
+from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
 from serving.work import IsWanted, WorkQueue
 
@@ -443,33 +445,67 @@ def has_uv() -> bool:
     return shutil.which("uv") is not None or importlib.util.find_spec("uv") is not None
 
 
-@pytest.mark.skipif(not has_uv(), reason="bentoml build would install uv from the network")
-def test_built_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_path: Path) -> None:
-    project, home = tmp_path / "project", tmp_path / "home"
-    home.mkdir()
+def copy_project(project: Path) -> None:
     for folder in ("serving", "efficientnet"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, project / folder, ignore=ignore)
     for file in ("bentofile.yaml", "pyproject.toml", ".gitignore"):
         shutil.copy(ROOT / file, project)
-    shutil.copytree(tiny_artifact, project / "artifacts" / "v2-s" / "onnxruntime-fp32")
-    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
-    bentoml = [sys.executable, "-m", "bentoml"]
+
+
+def bento_environment(tmp_path: Path) -> dict[str, str]:
+    home = tmp_path / "home"
+    home.mkdir()
+    return {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
+
+
+@pytest.mark.skipif(not has_uv(), reason="bentoml build would install uv from the network")
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_bento_without_its_artifact_is_not_built(
+    tiny_artifact: Path, tmp_path: Path, is_elsewhere: bool
+) -> None:
+    project = tmp_path / "project"
+    copy_project(project)
+    environment = bento_environment(tmp_path) | {"PYTHONPATH": str(project)}
+    reason = "is not an artifact: there is no manifest.json in it"
+    if is_elsewhere:
+        environment["CLASSIFIER_ARTIFACT"] = str(tiny_artifact)
+        reason = "use 'python serving/pack.py', which packs that one"
     built = subprocess.run(
-        [*bentoml, "build", "--output", "tag"],
+        [sys.executable, "-m", "bentoml", "build"],
         cwd=project,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
+    assert built.returncode != 0
+    assert reason in built.stdout + built.stderr
+    assert "Successfully built" not in built.stdout + built.stderr
+
+
+@pytest.mark.skipif(not has_uv(), reason="bentoml build would install uv from the network")
+def test_packed_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_path: Path) -> None:
+    environment = bento_environment(tmp_path)
+    built = subprocess.run(
+        [sys.executable, str(ROOT / "serving/pack.py"), "--artifact", str(tiny_artifact)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert built.returncode == 0, built.stderr
-    tag = built.stdout.strip().removeprefix("__tag__:")
+    tag = built.stdout.splitlines()[-1]
+    assert f"bentoml serve {tag}" in built.stderr
     port = free_port()
     log = tmp_path / "service.log"
     with log.open("wb") as log_file:
         process = subprocess.Popen(
-            [*bentoml, "serve", tag, "--host", "127.0.0.1", "--port", str(port)],
+            [
+                *(sys.executable, "-m", "bentoml", "serve", tag),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
             cwd=tmp_path,
             env=environment,
             stdout=log_file,
@@ -482,3 +518,36 @@ def test_built_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_p
             assert "What is in the picture?" in service.get("/").text
     finally:
         stop(process)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "package"),
+    [("onnxruntime", "onnxruntime"), ("openvino", "openvino"), ("native", "")],
+)
+def test_a_bento_names_the_package_of_its_runtime(
+    tiny_artifact: Path, runtime: str, package: str
+) -> None:
+    manifest = read_artifact(tiny_artifact).model_copy(update={"runtime": runtime})
+    text = with_packages((ROOT / "bentofile.yaml").read_text(), manifest)
+    found = re.findall(r"^    - (onnxruntime|openvino)==\d", text, re.M)
+    assert found == ([package] if package else [])
+    assert "    - pillow==" in text
+
+
+def test_an_artifact_for_a_gpu_is_not_packed(tiny_artifact: Path) -> None:
+    manifest = read_artifact(tiny_artifact).model_copy(update={"runtime": "tensorrt"})
+    with pytest.raises(PackError, match="for tensorrt on a GPU"):
+        with_packages("", manifest)
+
+
+def test_a_manifest_that_names_other_classes_than_its_program_has_is_refused(
+    tiny_artifact: Path, tmp_path: Path
+) -> None:
+    edited = Path(shutil.copytree(tiny_artifact, tmp_path / "edited"))
+    manifest = json.loads((edited / "manifest.json").read_text())
+    output = {**manifest["output"], "shape": [9]}
+    manifest |= {"class_names": manifest["class_names"][:9], "output": output}
+    (edited / "manifest.json").write_text(json.dumps(manifest))
+    result = serve("--artifact", str(edited))
+    assert result.returncode == 1
+    assert "class_names has 9 names for 10 outputs" in result.stderr
