@@ -50,7 +50,8 @@ class Gate:
 
     - `path`, `method`: as sent where they exist, else ELSEWHERE and OTHER_METHOD;
     - `asked_path`, `asked_method`: as sent, safe to be quoted;
-    - `request_id`: also in the log line and in the header X-Request-ID;
+    - `gate.request_id`: also in the log line and in the header X-Request-ID (BentoML has a key
+      `request_id` of its own);
     - `refusal`: a Refusal to answer with, or None.
 
     Args:
@@ -91,7 +92,7 @@ class Gate:
             "method": method if method in METHODS else OTHER_METHOD,
             "asked_path": printable(scope["path"]),
             "asked_method": printable(method, 20),
-            "request_id": secrets.token_hex(8),
+            "gate.request_id": secrets.token_hex(8),
             "refusal": refusal,
         }
 
@@ -131,7 +132,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = scope["request_id"]
+                headers["X-Request-ID"] = scope["gate.request_id"]
                 headers.update(SECURITY_HEADERS)
                 headers.setdefault("Content-Security-Policy", NOTHING_LOADED)
             await send(message)
@@ -139,7 +140,7 @@ class Gate:
         try:
             await self._app(scope, receive, send_named)
         except Exception as error:
-            log.error("request %s failed: %s", scope["request_id"], _in_one_line(error))
+            log.error("request %s failed: %s", scope["gate.request_id"], _in_one_line(error))
             if not status:
                 sentence = "the service failed on this request; its log says why"
                 await error_response(500, sentence)(scope, receive, send_named)
@@ -151,7 +152,7 @@ class Gate:
                 scope["asked_path"],
                 status,
                 1000 * (time.monotonic() - started),
-                scope["request_id"],
+                scope["gate.request_id"],
             )
 
 

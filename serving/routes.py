@@ -198,7 +198,7 @@ async def answer_nobody(_: Request, __: AbandonedError) -> JSONResponse:
 @app.exception_handler(Exception)
 async def answer_bug(request: Request, _: Exception) -> JSONResponse:
     """Answer what nobody expected; the gate logs it."""
-    number = request.scope.get("request_id", "-")
+    number = request.scope.get("gate.request_id", "-")
     sentence = f"the service failed on this request; its log says why, at request {number}"
     return error_response(500, sentence)
 

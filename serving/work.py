@@ -109,7 +109,7 @@ class WorkQueue:
             gone.cancel()
             if not future.done():
                 is_abandoned.set()
-                # Takes the wrapped one with it, if no thread is at it yet.
+                future.cancel()  # which it is if no thread is at it yet
                 result.cancel()
         if result in done:
             return result.result()
