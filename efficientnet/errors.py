@@ -1,5 +1,7 @@
 """The base of the project's own errors, and how a file's problems are told in one line."""
 
+from collections.abc import Sized
+
 from pydantic import ValidationError
 
 
@@ -13,3 +15,11 @@ def first_problem(error: ValidationError) -> str:
     place = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(others)} more problems)" if others else ""
     return f"{place + ': ' if place else ''}{first['msg']}{more}"
+
+
+def require_names(class_names: Sized, num_classes: int) -> None:
+    """Raise a ValueError unless every output of a network has a name, and nothing else has one."""
+    if len(class_names) != num_classes:
+        raise ValueError(
+            f"class_names has {len(class_names)} names for {num_classes} outputs, expected one each"
+        )

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from efficientnet.errors import require_names
 from efficientnet.runtimes.probabilities import softmax, top_classes
 
 BAR_WIDTH = 40
@@ -59,7 +60,12 @@ class ErrorAnswer(_Answer):
 def best_classes(
     logits: NDArray[np.float32], class_names: Sequence[str], top_k: int
 ) -> list[Prediction]:
-    """Return the most probable classes of one picture's logits [1, num_classes], best first."""
+    """Return the most probable classes of one picture's logits [1, num_classes], best first.
+
+    Raises:
+        ValueError: there is not one name for each logit.
+    """
+    require_names(class_names, logits.shape[1])
     probabilities = softmax(logits)
     (best,) = top_classes(probabilities, top_k)
     indices: list[int] = best.tolist()

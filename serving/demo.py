@@ -118,14 +118,18 @@ def command_to_serve(artifact: Path) -> str:
 
 
 @contextmanager
-def running_service(artifact: Path) -> Generator[int]:
+def running_service(artifact: Path, log_path: Path | None = None) -> Generator[int]:
     """Give the port of a ready service; when the block ends, however it ends, nothing is left.
+
+    Args:
+        artifact: what is served.
+        log_path: where the service writes its log; None = where it is removed afterwards.
 
     Raises:
         DemoError: the service ended or did not get ready; its last log lines are in the message.
     """
     with tempfile.TemporaryDirectory(prefix="efficientnet-demo-") as scratch:
-        log_path = Path(scratch) / "service.log"
+        log_path = log_path or Path(scratch) / "service.log"
         port = free_port()
         command = [
             sys.executable,

@@ -1,8 +1,10 @@
 """HTTP requests -> answers: POST /classify, the page, the facts of the model, /docs."""
 
-import asyncio
 import errno
-from concurrent.futures import Executor
+import re
+import time
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Protocol
 
@@ -11,18 +13,26 @@ from fastapi import FastAPI, File, Form, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from efficientnet.images.preprocess import ImageError, ImageTooLargeError
 from serving.answers import ErrorAnswer, ModelFacts, Prediction
+from serving.refusals import Refusal, error_response, printable, too_large
 from serving.settings import Settings
-from serving.uploads import too_large
+from serving.uploads import CLASSIFY
+from serving.work import AbandonedError, IsWanted, WorkQueue
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 
 # Swagger UI as BentoML bundles it: FastAPI's own /docs would load it from another host.
 SWAGGER_DIR = Path(bentoml.__file__).parent / "_internal" / "server" / "static_content"
+ASSETS = "/docs/assets"
+SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-light-32x32.png")
+
+# nginx's, which others have taken over.
+CLIENT_IS_GONE = 499
 
 ONE_FILE = "send it as a form field with a file, like: curl -F image=@picture.jpg .../classify"
 
@@ -31,14 +41,56 @@ class PictureClassifier(Protocol):
     """What the routes need of the service."""
 
     settings: Settings
-    pool: Executor
+    work: WorkQueue
     """Where decoding and the network run; its size bounds the memory of decoded pictures."""
     facts: ModelFacts
 
-    def classify(self, data: bytes, top_k: int) -> list[Prediction]:
+    def classify(self, data: bytes, top_k: int, is_wanted: IsWanted) -> list[Prediction]:
         """Return the `top_k` best classes of an encoded picture."""
         ...
 
+
+def content_policy(html: str, *more: str) -> str:
+    """Allow a page what it holds itself, and nothing of another host."""
+    hashes = {
+        tag: " ".join(
+            f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.S)
+        )
+        for tag in ("script", "style")
+    }
+    return "; ".join(
+        (
+            "default-src 'none'",
+            "connect-src 'self'",
+            "img-src 'self' blob: data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+            f"script-src 'self' {hashes['script']}",
+            *(more or (f"style-src 'self' {hashes['style']}",)),
+        )
+    )
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": description}
+    for status, description in {
+        400: "The form cannot be read, or holds several pictures; or the Host is not allowed",
+        408: "The upload came too slowly",
+        413: "Too many bytes or pixels, or a picture that takes too much work",
+        415: "The body is no form",
+        422: "No picture, or a wrong field",
+        429: "Too many pictures at once; Retry-After says when to send this one again",
+        500: "A fault of the service",
+        503: "The service is stuck; Retry-After says when to send this picture again",
+        504: "The picture was not classified in time",
+        507: "The disk of the service is full",
+    }.items()
+}
+
+
+PAGE_POLICY = content_policy(PAGE.read_text())
 
 app = FastAPI(
     title="EfficientNet image classifier",
@@ -46,16 +98,10 @@ app = FastAPI(
     docs_url=None,
     redoc_url=None,
 )
-app.mount("/docs/assets", StaticFiles(directory=SWAGGER_DIR))
+app.mount(ASSETS, StaticFiles(directory=SWAGGER_DIR))
 
 
-@app.post(
-    "/classify",
-    responses={
-        413: {"model": ErrorAnswer, "description": "Too many bytes or pixels"},
-        422: {"model": ErrorAnswer, "description": "No picture, or a wrong field"},
-    },
-)
+@app.post(CLASSIFY, responses=ERRORS)
 async def classify(
     request: Request,
     image: Annotated[UploadFile, File(description="A picture file, of any kind Pillow reads.")],
@@ -72,13 +118,16 @@ async def classify(
     settings = classifier.settings
     if image.size is not None and image.size > settings.max_upload_bytes:
         raise too_large(settings.max_upload_bytes)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(
-        classifier.pool,
-        _classify_file,
-        classifier,
-        image.file,
-        top_k or top_k_of_url or settings.default_top_k,
+    num_pictures = len((await request.form()).getlist("image"))
+    if num_pictures > 1:
+        raise Refusal(
+            400, f"the form holds {num_pictures} pictures, expected one; send one in each request"
+        )
+    number = top_k or top_k_of_url or settings.default_top_k
+    return await classifier.work.run(
+        lambda is_wanted: _classify_file(classifier, image.file, number, is_wanted),
+        request.receive,
+        request.scope.get("started", time.monotonic()),
     )
 
 
@@ -91,26 +140,32 @@ async def model(request: Request) -> ModelFacts:
 @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page() -> FileResponse:
     """Return the web page."""
-    return FileResponse(PAGE, headers={"Cache-Control": "no-cache"})
+    headers = {"Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
+    return FileResponse(PAGE, headers=headers)
 
 
 @app.get("/docs", include_in_schema=False)
 async def docs() -> HTMLResponse:
     """Return Swagger UI, with assets of this service only."""
-    return get_swagger_ui_html(
+    script, style, icon = (f"{ASSETS}/{name}" for name in SWAGGER_FILES)
+    html = get_swagger_ui_html(
         openapi_url=str(app.openapi_url),
         title=app.title,
-        swagger_js_url="/docs/assets/swagger-ui-bundle.js",
-        swagger_css_url="/docs/assets/swagger-ui.css",
-        swagger_favicon_url="/docs/assets/favicon-light-32x32.png",
+        swagger_js_url=script,
+        swagger_css_url=style,
+        swagger_favicon_url=icon,
     )
+    # Swagger UI writes styles into its elements.
+    styles = "style-src 'self' 'unsafe-inline'"
+    html.headers["Content-Security-Policy"] = content_policy(bytes(html.body).decode(), styles)
+    return html
 
 
 @app.exception_handler(RequestValidationError)
 async def answer_wrong_field(_: Request, error: RequestValidationError) -> JSONResponse:
     """Say in one sentence what is wrong with each field."""
     sentences = dict.fromkeys(_what_is_wrong(problem) for problem in error.errors())
-    return _error_answer(422, "; ".join(sentences))
+    return error_response(422, "; ".join(sentences))
 
 
 @app.exception_handler(HTTPException)
@@ -119,27 +174,40 @@ async def answer_http_error(request: Request, error: HTTPException) -> JSONRespo
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
         # Uploads above 1 MB are buffered in the temporary folder while they arrive.
-        return _error_answer(507, "the disk of the service is full, so it cannot take the upload")
-    text, path = str(error.detail), request.url.path
-    if error.status_code == 404:
+        return error_response(507, "the disk of the service is full, so it cannot take the upload")
+    text = str(error.detail)
+    path = request.scope.get("asked_path", request.url.path)
+    if isinstance(error, Refusal):
+        pass
+    elif error.status_code == 404:
         text = f"there is nothing at {path}; see /docs"
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        text = f"{path} does not take {request.method}, use {allowed}"
+        text = f"{path} does not take {request.scope.get('asked_method')}, use {allowed}"
     elif error.status_code == 400:
         text = f"the form cannot be read ({text}); {ONE_FILE}"
-    return _error_answer(error.status_code, text, error.headers)
+    return error_response(error.status_code, text, error.headers)
+
+
+@app.exception_handler(AbandonedError)
+async def answer_nobody(_: Request, __: AbandonedError) -> JSONResponse:
+    """End a request whose client is gone; the status is for metrics and the log."""
+    return error_response(CLIENT_IS_GONE, "the client is gone")
 
 
 @app.exception_handler(Exception)
-async def answer_bug(_: Request, __: Exception) -> JSONResponse:
-    """Answer what nobody expected; the server logs the traceback."""
-    return _error_answer(500, "the service failed on this request; its log says why")
+async def answer_bug(request: Request, _: Exception) -> JSONResponse:
+    """Answer what nobody expected; the gate logs it."""
+    number = request.scope.get("gate.request_id", "-")
+    sentence = f"the service failed on this request; its log says why, at request {number}"
+    return error_response(500, sentence)
 
 
-def _classify_file(classifier: PictureClassifier, file: BinaryIO, top_k: int) -> list[Prediction]:
+def _classify_file(
+    classifier: PictureClassifier, file: BinaryIO, top_k: int, is_wanted: IsWanted
+) -> list[Prediction]:
     try:
-        return classifier.classify(file.read(), top_k)
+        return classifier.classify(file.read(), top_k, is_wanted)
     except ImageError as error:
         status = 413 if isinstance(error, ImageTooLargeError) else 422
         raise HTTPException(status, str(error)) from error
@@ -151,10 +219,15 @@ def _what_is_wrong(problem: dict[str, Any]) -> str:
         return f"the field '{field}' is missing; {ONE_FILE}"
     if field == "image":
         return f"the field 'image' is text, expected a picture file; {ONE_FILE}"
-    found = str(problem["input"])
-    found = found if len(found) <= 40 else found[:40] + "..."
+    found = printable(str(problem["input"]), 40)
     return f"{field} is '{found}', expected a whole number of at least 1"
 
 
-def _error_answer(status: int, sentence: str, headers: Any = None) -> JSONResponse:
-    return JSONResponse(ErrorAnswer(error=sentence).model_dump(), status, headers)
+# The label of each in the metrics; all other paths have one label together.
+PATHS = frozenset(
+    {
+        *(route.path for route in app.routes if isinstance(route, APIRoute)),
+        str(app.openapi_url),
+        *(f"{ASSETS}/{name}" for name in SWAGGER_FILES),
+    }
+)

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
+
 from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
-from efficientnet.errors import PipelineError
-from efficientnet.formats.artifact import read_artifact
-from efficientnet.runtimes import open_runtime
+from efficientnet.errors import PipelineError, require_names
+from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.runtimes import Runtime, open_runtime
 from serving.settings import ARTIFACT_VARIABLE, read_settings
 
 SERVICE = "serving.service:Classifier"
@@ -69,14 +71,15 @@ def main(config: ServeConfig) -> NoReturn:
     """Check artifact, runtime, port and disk, and replace this process by the service.
 
     Raises:
-        ArtifactError: missing, damaged, not ours, or its runtime is not installed.
+        ArtifactError: missing, damaged, not ours, its runtime is not installed, or it has another
+            number of outputs than of names.
         ServeError: the port is taken.
         OSError: the disk is full.
     """
     settings = read_settings(os.environ)
     artifact = config.artifact.absolute() if config.artifact else settings.artifact
     manifest = read_artifact(artifact)
-    open_runtime(artifact, settings.num_threads)
+    check_outputs(open_runtime(artifact, settings.num_threads))
     check_port(config.host, config.port)
     environment = {
         "BENTOML_DO_NOT_TRACK": "True",
@@ -97,6 +100,17 @@ def main(config: ServeConfig) -> NoReturn:
     command += ["--timeout-graceful-shutdown", str(GRACE_S)]
     os.chdir(PROJECT_ROOT)
     os.execve(sys.executable, command, environment)
+
+
+def check_outputs(runtime: Runtime) -> None:
+    """Raise an ArtifactError unless the program gives a logit for each name of the manifest."""
+    info = runtime.info
+    size = info.preprocess.image_size
+    logits = runtime.infer(np.zeros((1, 3, size, size), dtype=np.float32))
+    try:
+        require_names(info.class_names, logits.shape[1])
+    except ValueError as error:
+        raise ArtifactError(f"the manifest does not fit its program: {error}") from None
 
 
 def check_port(host: str, port: int) -> None:

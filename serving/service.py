@@ -7,21 +7,24 @@ file inputs also take an address, which the server then fetches, and its errors 
 
 import io
 import os
+import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import bentoml
+from bentoml.exceptions import BentoMLException
 from PIL import Image
 
-from efficientnet.formats.artifact import read_artifact
+from efficientnet.formats.artifact import ArtifactError, read_artifact
 from efficientnet.images.preprocess import preprocess
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.runtimes import open_runtime
 from serving.answers import ModelFacts, Prediction, best_classes
-from serving.routes import app
-from serving.settings import read_settings
-from serving.uploads import UploadLimit
+from serving.gate import Gate
+from serving.routes import PATHS, app
+from serving.settings import ARTIFACT_VARIABLE, DEFAULT_ARTIFACT, read_settings
+from serving.uploads import Uploads
+from serving.work import IsWanted, WorkQueue, require_wanted
 
 SETTINGS = read_settings(os.environ)
 
@@ -33,14 +36,48 @@ WORKER_ENVIRONMENT: list[Any] = [
 ]
 
 
+# Backstop for what our own time limit does not reach.
+TIMEOUT_MARGIN_S = 30
+
+
+class GatedService(bentoml.Service[Any]):
+    """A service of BentoML behind the gate: BentoML's own middlewares see what it lets through."""
+
+    def inject_config(self) -> None:
+        """Take the configuration, which BentoML does before it builds or serves.
+
+        Raises:
+            BentoMLException: there is no artifact; or another than the one that `bentoml build`
+                packs is asked for.
+        """
+        if sys.argv[1:2] in (["build"], ["deploy"]) and SETTINGS.artifact != DEFAULT_ARTIFACT:
+            raise BentoMLException(
+                f"'bentoml build' packs {DEFAULT_ARTIFACT} only, and {ARTIFACT_VARIABLE} is "
+                f"{SETTINGS.artifact}: use 'python serving/pack.py', which packs that one"
+            )
+        try:
+            read_artifact(SETTINGS.artifact)
+        except ArtifactError as error:
+            raise BentoMLException(str(error)) from None
+        super().inject_config()
+
+    def to_asgi(self, is_main: bool = True) -> Any:
+        """Make what the worker serves."""
+        return Gate(super().to_asgi(is_main), PATHS, SETTINGS.allowed_hosts)
+
+
 # The limit is wrapped around the application, and not added to it, so that BentoML mounts the whole
 # as one unit that also answers unknown addresses; of a bare FastAPI it would take the routes only.
-@bentoml.asgi_app(UploadLimit(app, SETTINGS.max_upload_bytes))
+@bentoml.asgi_app(Uploads(app, SETTINGS, lambda: app.state.classifier.work))
 @bentoml.service(
     name="efficientnet",
     workers=1,
-    traffic={"timeout": SETTINGS.timeout_s, "max_concurrency": SETTINGS.max_concurrency},
+    # BentoML's limit of requests counts the page and bodies that are still on their way.
+    traffic={"timeout": SETTINGS.timeout_s + TIMEOUT_MARGIN_S},
+    # The gate writes one.
+    logging={"access": {"enabled": False}},
     envs=WORKER_ENVIRONMENT,
+    service_class=GatedService,
 )
 class Classifier:
     """Classifies pictures with one exported EfficientNet."""
@@ -63,7 +100,7 @@ class Classifier:
             program_sha256=info.program_sha256,
             max_upload_bytes=SETTINGS.max_upload_bytes,
         )
-        self.pool = ThreadPoolExecutor(num_usable_cores(), thread_name_prefix="classify")
+        self.work = WorkQueue(num_usable_cores(), SETTINGS.max_concurrency, SETTINGS.timeout_s)
         app.state.classifier = self
         self._warm_up()
 
@@ -82,22 +119,28 @@ class Classifier:
     @bentoml.on_shutdown
     def stop_pool(self) -> None:
         """Let go of the threads."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.work.close()
 
-    def __is_ready__(self) -> bool:
-        return self.is_warm
+    # async: BentoML would call anything else in a thread of the pool that uploads use, too.
+    async def __is_ready__(self) -> bool:
+        return self.is_warm and not self.work.is_stuck
 
-    def classify(self, data: bytes, top_k: int) -> list[Prediction]:
+    def classify(
+        self, data: bytes, top_k: int, is_wanted: IsWanted = lambda: True
+    ) -> list[Prediction]:
         """Return the `top_k` best classes of an encoded picture, the most probable first.
 
         May be called from several threads at once.
 
         Raises:
             ImageError: no picture, damaged, or too many pixels.
+            AbandonedError: between two steps, the answer was found to be wanted no more.
         """
         info = self._runtime.info
+        require_wanted(is_wanted)
         images = preprocess(data, info.preprocess)[None]
         with self._runtime_lock:
+            require_wanted(is_wanted)
             logits = self._runtime.infer(images)
         return best_classes(logits, info.class_names, top_k)
 

@@ -1,5 +1,7 @@
 """Environment variables CLASSIFIER_... -> Settings, read once when the service starts."""
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,8 +9,15 @@ from pathlib import Path
 from efficientnet import PROJECT_ROOT
 from efficientnet.machine.environment import num_usable_cores
 
-ARTIFACT_VARIABLE = "CLASSIFIER_ARTIFACT"
+PREFIX = "CLASSIFIER_"
+ARTIFACT_VARIABLE = f"{PREFIX}ARTIFACT"
 DEFAULT_ARTIFACT = PROJECT_ROOT / "artifacts" / "v2-s" / "onnxruntime-fp32"
+
+# Kubernetes and Docker's links tell containers where a service named `classifier` is, in variables
+# that begin with its name: CLASSIFIER_SERVICE_HOST, CLASSIFIER_PORT_3000_TCP_ADDR.
+OF_THE_PLATFORM = re.compile(
+    rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP)(_\w+)?)?|NAME|ENV_\w+)"
+)
 
 
 @dataclass(frozen=True)
@@ -26,29 +35,59 @@ class Settings:
     """Classes in an answer when the request does not say. CLASSIFIER_DEFAULT_TOP_K."""
 
     max_concurrency: int = 64
-    """Requests in progress at once; one more is answered with 429. CLASSIFIER_MAX_CONCURRENCY."""
+    """Pictures that are classified or wait for it; one more is answered with 429, before its body
+    is read. CLASSIFIER_MAX_CONCURRENCY."""
 
     timeout_s: int = 60
-    """Longest time for a request, upload included; then 504. CLASSIFIER_TIMEOUT_S."""
+    """Longest time for a request: 408 if its body has not come by then, else 504.
+    CLASSIFIER_TIMEOUT_S."""
+
+    min_upload_bytes_per_s: int = 1000
+    """Least rate of a body, after the first 5 s; then 408. CLASSIFIER_MIN_UPLOAD_BYTES_PER_S."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which the service may be asked, beside IP addresses, localhost and this machine's
+    name; * = any. CLASSIFIER_ALLOWED_HOSTS, with commas between them."""
 
     num_threads: int = field(default_factory=num_usable_cores)
     """CPU threads of one call of the network. CLASSIFIER_NUM_THREADS."""
+
+
+VARIABLES = {f"{PREFIX}{name.upper()}": name for name in Settings.__dataclass_fields__}
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Fill the settings from environment variables; what is unset or empty keeps its default.
 
     Raises:
-        ValueError: a value is not a whole number of at least 1.
+        ValueError: a number is not a whole one of at least 1, or there is no such setting.
     """
-    numbers: dict[str, int] = {}
-    for name in Settings.__dataclass_fields__:
-        variable = f"CLASSIFIER_{name.upper()}"
+    _refuse_unknown(environment)
+    values: dict[str, int | Path | tuple[str, ...]] = {}
+    for variable, name in VARIABLES.items():
         text = environment.get(variable, "").strip()
-        if text and variable != ARTIFACT_VARIABLE:
-            numbers[name] = _positive_number(variable, text)
-    artifact = environment.get(ARTIFACT_VARIABLE, "").strip()
-    return Settings(artifact=PROJECT_ROOT / artifact if artifact else DEFAULT_ARTIFACT, **numbers)
+        if not text:
+            continue
+        if name == "artifact":
+            values[name] = PROJECT_ROOT / text
+        elif name == "allowed_hosts":
+            values[name] = tuple(host.strip() for host in text.split(",") if host.strip())
+        else:
+            values[name] = _positive_number(variable, text)
+    return Settings(**values)  # pyright: ignore[reportArgumentType]
+
+
+def _refuse_unknown(environment: Mapping[str, str]) -> None:
+    for variable in environment:
+        if not variable.startswith(PREFIX) or variable in VARIABLES:
+            continue
+        if OF_THE_PLATFORM.fullmatch(variable):
+            continue
+        nearest = difflib.get_close_matches(variable, VARIABLES, n=1, cutoff=0)[0]
+        raise ValueError(
+            f"there is no setting {variable}; the nearest is {nearest}, "
+            "and docs/serving.md lists all"
+        )
 
 
 def _positive_number(variable: str, text: str) -> int:

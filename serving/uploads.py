@@ -1,82 +1,199 @@
-"""ASGI middleware: a request body over the limit -> 413, which the client gets to read."""
+"""ASGI middleware: request bodies that are too large, too slow, cut off or of another type -> 4xx.
 
+What is refused is answered before its body is read, and the client gets to read the answer.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.refusals import Refusal, error_response, too_large
+from serving.settings import Settings
+from serving.work import RETRY_AFTER_S, WorkQueue
+
+CLASSIFY = "/classify"
 
 # Boundaries, part headers and the other fields of a form, beside the file itself.
 FORM_OVERHEAD_BYTES = 100_000
 
 # A client that sends its whole body before it reads the answer sees a connection reset when the
-# answer comes early and the connection is closed. So the rest of the body is read and thrown away
-# first, up to this much: a picture that is too large is understood, an endless upload is cut off.
+# answer comes early and the connection is closed. So after the answer the rest of the body is read
+# and thrown away, up to this much: an endless upload is cut off.
 MAX_DISCARDED_BYTES = 200_000_000
+MAX_DISCARD_S = 10.0
+
+# A body may be slower than the least rate for this long.
+UPLOAD_GRACE_S = 5.0
+
+# Bodies on their way, for each place where work is done: each may hold 1 MB of memory and, above
+# that, a file in the temporary folder.
+UPLOADS_PER_PLACE = 8
 
 
-def too_large(max_upload_bytes: int) -> HTTPException:
-    """Make the 413 that says what the limit is."""
-    return HTTPException(
-        413,
-        f"the upload is larger than the {max_upload_bytes / 1e6:g} MB allowed; "
-        "send a smaller picture",
-    )
+class Uploads:
+    """Bounds the bodies of all requests to `app`, and what POST /classify takes.
 
-
-class UploadLimit:
-    """Bounds the bodies of all requests to `app`, with and without a Content-Length.
-
-    The wrapped application sees the 413 as an exception from its `receive`, and answers it as it
+    The wrapped application sees a refusal as an exception from its `receive`, and answers it as it
     answers its other errors.
+
+    Args:
+        app: what reads the bodies.
+        settings: the limits.
+        work: gives where pictures are classified, once the service has started.
     """
 
-    def __init__(self, app: ASGIApp, max_upload_bytes: int) -> None:
-        self.app = app
-        self.max_upload_bytes = max_upload_bytes
+    def __init__(self, app: ASGIApp, settings: Settings, work: Callable[[], WorkQueue]) -> None:
+        self._app = app
+        self._settings = settings
+        self._work = work
+        self._num_uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
-        if scope["type"] == "http":
-            body = _Body(scope, receive, send, self.max_upload_bytes)
-            await self.app(scope, body.receive, body.send)
-        else:
-            await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = _Body(scope, receive, send, self._settings)
+        try:
+            if scope.get("refusal"):
+                raise scope["refusal"]
+            if scope["path"] == CLASSIFY and scope["method"] == "POST":
+                self._check_request(body)
+        except HTTPException as error:
+            response = error_response(error.status_code, error.detail, error.headers)
+            await response(scope, body.receive, body.send)
+            return
+        self._num_uploads += not body.is_complete
+        body.on_complete = self._count_down
+        try:
+            await self._app({**scope, "started": body.started}, body.receive, body.send)
+        finally:
+            body.complete()
+
+    def _check_request(self, body: "_Body") -> None:
+        body.require_type_and_size()
+        self._work().require_place()
+        max_uploads = UPLOADS_PER_PLACE * self._settings.max_concurrency
+        if not body.is_complete and self._num_uploads >= max_uploads:
+            raise Refusal(
+                429,
+                f"{max_uploads} pictures are on their way, and more are not taken; send this one "
+                "again in a moment",
+                {"Retry-After": str(RETRY_AFTER_S)},
+            )
+
+    def _count_down(self) -> None:
+        self._num_uploads -= 1
 
 
 class _Body:
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_upload_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         headers = Headers(scope=scope)
         self._receive = receive
         self._send = send
-        self._max_upload_bytes = max_upload_bytes
+        self._settings = settings
         self._declared_bytes = int(headers.get("content-length", "0"))
+        self._content_type, options = parse_options_header(headers.get("content-type"))
+        boundary = options.get(b"boundary", b"")
+        self._is_form = self._content_type == b"multipart/form-data" and bool(boundary)
+        self._end_mark = b"--" + boundary + b"--"
+        self._has_end_mark = False
+        self._tail = b""
         self._received_bytes = 0
-        self._is_complete = "content-length" not in headers and "transfer-encoding" not in headers
+        self._is_discarded = True
         # Such a client sends nothing before it is asked to, and takes an early answer.
         self._waits_to_be_asked = headers.get("expect", "").lower() == "100-continue"
+        self.started = time.monotonic()
+        self.is_complete = "content-length" not in headers and "transfer-encoding" not in headers
+        self.on_complete: Callable[[], None] = lambda: None
+
+    def require_type_and_size(self) -> None:
+        kind = self._content_type
+        if kind != b"multipart/form-data" and not kind.startswith(b"image/"):
+            if self.is_complete and not kind:
+                return
+            found = kind.decode(errors="replace") or "not given"
+            raise Refusal(
+                415,
+                f"the Content-Type is {found}, expected multipart/form-data with the picture as "
+                "the file 'image', like: curl -F image=@picture.jpg .../classify",
+            )
+        if self._declared_bytes > self._settings.max_upload_bytes + FORM_OVERHEAD_BYTES:
+            raise too_large(self._settings.max_upload_bytes)
+
+    def complete(self) -> None:
+        if not self.is_complete:
+            self.is_complete = True
+            self.on_complete()
 
     async def receive(self) -> Message:
-        limit = self._max_upload_bytes + FORM_OVERHEAD_BYTES
-        if self._declared_bytes > limit:
-            raise too_large(self._max_upload_bytes)
-        message = await self._receive_counted()
-        if self._received_bytes > limit:
-            raise too_large(self._max_upload_bytes)
+        if self.is_complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._next_deadline() - time.monotonic()):
+                message = await self._receive_counted()
+        except TimeoutError:
+            self._is_discarded = False
+            raise self._too_slow() from None
+        limit = self._settings.max_upload_bytes + FORM_OVERHEAD_BYTES
+        if max(self._received_bytes, self._declared_bytes) > limit:
+            raise too_large(self._settings.max_upload_bytes)
+        if self.is_complete and self._is_form and not self._has_end_mark:
+            raise Refusal(
+                400,
+                f"the form cannot be read: the body ends early, after {self._received_bytes} "
+                "bytes and before the boundary that closes it; send the picture again",
+            )
         return message
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if is_last and not self.is_complete:
+            await self._send({**message, "more_body": True})
             await self._discard_rest()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._send(message)
+
+    def _next_deadline(self) -> float:
+        at_rate = UPLOAD_GRACE_S + self._received_bytes / self._settings.min_upload_bytes_per_s
+        return self.started + min(at_rate, self._settings.timeout_s)
+
+    def _too_slow(self) -> Refusal:
+        seconds = time.monotonic() - self.started
+        return Refusal(
+            408,
+            f"the upload is too slow: {self._received_bytes} bytes came in {seconds:.0f} s, "
+            f"expected {self._settings.min_upload_bytes_per_s} bytes a second and all of it within "
+            f"{self._settings.timeout_s} s",
+            {"Connection": "close"},
+        )
 
     async def _receive_counted(self) -> Message:
         message = await self._receive()
         self._waits_to_be_asked = False
-        self._received_bytes += len(message.get("body", b""))
-        self._is_complete = not message.get("more_body", False)
+        body = message.get("body", b"")
+        self._received_bytes += len(body)
+        if self._is_form and not self._has_end_mark:
+            self._has_end_mark = self._end_mark in self._tail + body
+            self._tail = (self._tail + body)[-len(self._end_mark) :]
+        if not message.get("more_body", False):
+            if message["type"] == "http.disconnect":
+                self._has_end_mark = True  # nobody is there to be told
+            self.complete()
         return message
 
     async def _discard_rest(self) -> None:
-        if self._waits_to_be_asked or self._declared_bytes > MAX_DISCARDED_BYTES:
+        is_hopeless = self._declared_bytes > MAX_DISCARDED_BYTES
+        if self._waits_to_be_asked or is_hopeless or not self._is_discarded:
             return
-        while not self._is_complete and self._received_bytes < MAX_DISCARDED_BYTES:
-            await self._receive_counted()
+        try:
+            async with asyncio.timeout(MAX_DISCARD_S):
+                while not self.is_complete and self._received_bytes < MAX_DISCARDED_BYTES:
+                    await self._receive_counted()
+        except TimeoutError:
+            return

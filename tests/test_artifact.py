@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from efficientnet.formats.artifact import ArtifactError, new_artifact_directory, read_artifact
+from efficientnet.formats.checkpoint import CheckpointError
 from efficientnet.runtimes import open_runtime
 
 
@@ -67,6 +68,20 @@ def test_a_foreign_manifest_is_refused(copy_of_artifact: Path, text: str, reason
     (copy_of_artifact / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match=reason):
         open_runtime(copy_of_artifact)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], [str(index) for index in range(11)]])
+def test_names_that_are_not_as_many_as_the_outputs_are_refused(
+    copy_of_artifact: Path, tiny_checkpoint: Path, tmp_path: Path, names: list[str]
+):
+    edit_manifest(copy_of_artifact, class_names=names)
+    with pytest.raises(ArtifactError, match=f"{len(names)} names for 10 outputs"):
+        open_runtime(copy_of_artifact)
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    (checkpoint / "checkpoint.json").write_text(json.dumps({**record, "class_names": names}))
+    with pytest.raises(CheckpointError, match=f"{len(names)} names for 10 outputs"):
+        open_runtime(checkpoint)
 
 
 def test_a_runtime_that_is_not_known_is_named(copy_of_artifact: Path):

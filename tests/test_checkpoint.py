@@ -93,7 +93,14 @@ def test_a_truncated_record_is_refused(copy_of_checkpoint: Path):
         load_checkpoint(copy_of_checkpoint)
 
 
-@pytest.mark.parametrize("changes", [{"variant": "v2-s"}, {"num_classes": 11}, {"variant": "v3-x"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variant": "v2-s"},
+        {"num_classes": 11, "class_names": [str(index) for index in range(11)]},
+        {"variant": "v3-x"},
+    ],
+)
 def test_weights_of_another_network_are_refused(copy_of_checkpoint: Path, changes: dict):
     edit_record(copy_of_checkpoint, **changes)
     with pytest.raises(CheckpointError, match="does not hold a"):

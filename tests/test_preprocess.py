@@ -1,11 +1,12 @@
 import hashlib
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 from timm.data.transforms_factory import create_transform
 
 from efficientnet.images.decoding import decode_jpeg, largest_reduction, read_jpeg_header
@@ -362,6 +363,67 @@ def test_exif_orientation_is_applied(orientation: int):
     exif[0x0112] = orientation
     found = decode_image(encode(stored, "PNG", exif=exif))
     np.testing.assert_array_equal(np.asarray(found), np.asarray(upright))
+
+
+# YCbCrPositioning is a number; here it is text, which Pillow reads and cannot write.
+ODD_EXIF = (
+    b"Exif\0\0II*\0"
+    + struct.pack("<IH", 8, 2)
+    + struct.pack("<HHL4s", 0x213, 2, 1, b"1\0\0\0")
+    + struct.pack("<HHL4s", 0x112, 3, 1, b"\6\0\0\0")
+    + bytes(4)
+)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_a_turned_photo_is_upright_whatever_else_its_exif_holds(file_format: str):
+    stored = photo((64, 32)).transpose(Image.Transpose.ROTATE_90)
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    found = decode_image(encode(stored, file_format, exif=ODD_EXIF, **options))
+    plain = decode_image(encode(stored, file_format, **options))
+    expected = plain.transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+    assert preprocess(encode(stored, "JPEG", exif=ODD_EXIF), FAST).shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize("num_bytes", range(6, len(ODD_EXIF), 4))
+def test_a_photo_whose_exif_ends_early_is_shown_as_it_is_stored(num_bytes: int):
+    data = encode(picture(), "PNG", exif=ODD_EXIF[:num_bytes])
+    # The orientation's value stands two bytes before the end of the block, the link's four.
+    is_turned = num_bytes >= len(ODD_EXIF) - 6
+    assert decode_image(data).size == ((40, 60) if is_turned else (60, 40))
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_turns_nothing(value: int):
+    exif = ODD_EXIF.replace(b"\6\0\0\0", struct.pack("<L", value))
+    assert decode_image(encode(picture(), "PNG", exif=exif)).size == (60, 40)
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_read_as_pillow_reads_it(orientation: int, big_endian: bool):
+    exif = Image.Exif()
+    exif.endian = ">" if big_endian else "<"
+    exif[0x0112] = orientation
+    stored = picture(size=(64, 32))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(stored, exif=exif))))
+    found = decode_image(encode(stored, exif=exif))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "PNG", "JPEG", "WEBP", "GIF", "TIFF", "ICO"])
+def test_a_flipped_byte_gives_a_picture_or_an_image_error(file_format: str):
+    data = encode(photo((24, 16)), file_format)
+    refused = 0
+    for place in range(len(data)):
+        broken = bytearray(data)
+        broken[place] ^= 0xFF
+        try:
+            decode_image(bytes(broken))
+        except ImageError:
+            refused += 1
+    assert 0 < refused < len(data)
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,16 @@ import psutil
 import pytest
 from PIL import Image
 
+from efficientnet.formats.artifact import read_artifact
 from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import ImageError, preprocess
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.probabilities import softmax
 from serving.answers import ModelFacts, Prediction
 from serving.demo import free_port, running_service, stop, wait_until_ready
+from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
+from serving.work import IsWanted, WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUNDARY = "picture-boundary"
@@ -216,9 +219,9 @@ def test_client_that_sends_too_much_reads_the_reason(
 
 
 def test_form_without_a_picture_file_is_refused(service: httpx.Client) -> None:
-    missing = service.post("/classify", data={"top_k": "1"})
+    missing = service.post("/classify", files={"top_k": (None, "1")})
     assert_refuses(missing, 422, "the field 'image' is missing; send it as a form field")
-    text = service.post("/classify", data={"image": "http://127.0.0.1/picture.png"})
+    text = service.post("/classify", files={"image": (None, "http://127.0.0.1/picture.png")})
     assert_refuses(text, 422, "the field 'image' is text, expected a picture file")
     raw = service.post("/classify", content=digit(), headers={"Content-Type": "image/png"})
     assert_refuses(raw, 422, "the field 'image' is missing")
@@ -299,7 +302,7 @@ def test_classifier_works_without_a_server_and_is_ready_after_its_constructor(
     service_module: Any,
 ) -> None:
     classifier = service_module.Classifier()
-    assert classifier.__is_ready__()
+    assert asyncio.run(classifier.__is_ready__())
     (best,) = classifier.classify(digit(), top_k=1)
     assert best.label == str(best.class_index)
     with pytest.raises(ImageError, match="not an image"):
@@ -313,10 +316,10 @@ class FailingClassifier:
     settings = Settings()
 
     def __init__(self) -> None:
-        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.work = WorkQueue(num_threads=1, max_places=1, timeout_s=60)
 
-    def classify(self, data: bytes, top_k: int) -> list[Prediction]:
-        raise IndexError("list index out of range")
+    def classify(self, data: bytes, top_k: int, is_wanted: IsWanted) -> list[Prediction]:
+        raise IndexError("list index out of\nrange")
 
 
 @pytest.fixture
@@ -324,7 +327,7 @@ def failing_app(service_module: Any) -> Iterator[Any]:
     app = service_module.app
     app.state.classifier = FailingClassifier()
     yield app
-    app.state.classifier.pool.shutdown()
+    app.state.classifier.work.close()
 
 
 def post_in_process(app: Any, picture: bytes) -> httpx.Response:
@@ -442,33 +445,67 @@ def has_uv() -> bool:
     return shutil.which("uv") is not None or importlib.util.find_spec("uv") is not None
 
 
-@pytest.mark.skipif(not has_uv(), reason="bentoml build would install uv from the network")
-def test_built_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_path: Path) -> None:
-    project, home = tmp_path / "project", tmp_path / "home"
-    home.mkdir()
+def copy_project(project: Path) -> None:
     for folder in ("serving", "efficientnet"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, project / folder, ignore=ignore)
     for file in ("bentofile.yaml", "pyproject.toml", ".gitignore"):
         shutil.copy(ROOT / file, project)
-    shutil.copytree(tiny_artifact, project / "artifacts" / "v2-s" / "onnxruntime-fp32")
-    environment = {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
-    bentoml = [sys.executable, "-m", "bentoml"]
+
+
+def bento_environment(tmp_path: Path) -> dict[str, str]:
+    home = tmp_path / "home"
+    home.mkdir()
+    return {**os.environ, "BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}
+
+
+@pytest.mark.skipif(not has_uv(), reason="bentoml build would install uv from the network")
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_bento_without_its_artifact_is_not_built(
+    tiny_artifact: Path, tmp_path: Path, is_elsewhere: bool
+) -> None:
+    project = tmp_path / "project"
+    copy_project(project)
+    environment = bento_environment(tmp_path) | {"PYTHONPATH": str(project)}
+    reason = "is not an artifact: there is no manifest.json in it"
+    if is_elsewhere:
+        environment["CLASSIFIER_ARTIFACT"] = str(tiny_artifact)
+        reason = "use 'python serving/pack.py', which packs that one"
     built = subprocess.run(
-        [*bentoml, "build", "--output", "tag"],
+        [sys.executable, "-m", "bentoml", "build"],
         cwd=project,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
+    assert built.returncode != 0
+    assert reason in built.stdout + built.stderr
+    assert "Successfully built" not in built.stdout + built.stderr
+
+
+@pytest.mark.skipif(not has_uv(), reason="bentoml build would install uv from the network")
+def test_packed_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_path: Path) -> None:
+    environment = bento_environment(tmp_path)
+    built = subprocess.run(
+        [sys.executable, str(ROOT / "serving/pack.py"), "--artifact", str(tiny_artifact)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert built.returncode == 0, built.stderr
-    tag = built.stdout.strip().removeprefix("__tag__:")
+    tag = built.stdout.splitlines()[-1]
+    assert f"bentoml serve {tag}" in built.stderr
     port = free_port()
     log = tmp_path / "service.log"
     with log.open("wb") as log_file:
         process = subprocess.Popen(
-            [*bentoml, "serve", tag, "--host", "127.0.0.1", "--port", str(port)],
+            [
+                *(sys.executable, "-m", "bentoml", "serve", tag),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
             cwd=tmp_path,
             env=environment,
             stdout=log_file,
@@ -481,3 +518,36 @@ def test_built_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_p
             assert "What is in the picture?" in service.get("/").text
     finally:
         stop(process)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "package"),
+    [("onnxruntime", "onnxruntime"), ("openvino", "openvino"), ("native", "")],
+)
+def test_a_bento_names_the_package_of_its_runtime(
+    tiny_artifact: Path, runtime: str, package: str
+) -> None:
+    manifest = read_artifact(tiny_artifact).model_copy(update={"runtime": runtime})
+    text = with_packages((ROOT / "bentofile.yaml").read_text(), manifest)
+    found = re.findall(r"^    - (onnxruntime|openvino)==\d", text, re.M)
+    assert found == ([package] if package else [])
+    assert "    - pillow==" in text
+
+
+def test_an_artifact_for_a_gpu_is_not_packed(tiny_artifact: Path) -> None:
+    manifest = read_artifact(tiny_artifact).model_copy(update={"runtime": "tensorrt"})
+    with pytest.raises(PackError, match="for tensorrt on a GPU"):
+        with_packages("", manifest)
+
+
+def test_a_manifest_that_names_other_classes_than_its_program_has_is_refused(
+    tiny_artifact: Path, tmp_path: Path
+) -> None:
+    edited = Path(shutil.copytree(tiny_artifact, tmp_path / "edited"))
+    manifest = json.loads((edited / "manifest.json").read_text())
+    output = {**manifest["output"], "shape": [9]}
+    manifest |= {"class_names": manifest["class_names"][:9], "output": output}
+    (edited / "manifest.json").write_text(json.dumps(manifest))
+    result = serve("--artifact", str(edited))
+    assert result.returncode == 1
+    assert "class_names has 9 names for 10 outputs" in result.stderr

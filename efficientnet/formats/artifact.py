@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from efficientnet.errors import PipelineError, first_problem
+from efficientnet.errors import PipelineError, first_problem, require_names
 from efficientnet.images.preprocess import PreprocessSpec, require_sha256
 from efficientnet.machine.atomic import (
     dangling_link_hint,
@@ -220,6 +220,11 @@ class ArtifactManifest(_Frozen):
     @model_validator(mode="after")
     def _check_preprocess(self) -> Self:
         require_sha256(self.preprocess, self.preprocess_sha256)
+        return self
+
+    @model_validator(mode="after")
+    def _check_class_names(self) -> Self:
+        require_names(self.class_names, *self.output.shape)
         return self
 
 

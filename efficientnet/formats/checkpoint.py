@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from efficientnet.errors import PipelineError, first_problem
+from efficientnet.errors import PipelineError, first_problem, require_names
 from efficientnet.images.preprocess import PreprocessSpec, require_sha256
 from efficientnet.machine.atomic import (
     dangling_link_hint,
@@ -76,6 +76,11 @@ class CheckpointRecord(BaseModel):
     @model_validator(mode="after")
     def _check_preprocess(self) -> Self:
         require_sha256(self.preprocess, self.preprocess_sha256)
+        return self
+
+    @model_validator(mode="after")
+    def _check_class_names(self) -> Self:
+        require_names(self.class_names, self.num_classes)
         return self
 
 

@@ -1,6 +1,8 @@
 """Image bytes -> upright 8-bit RGB pixels: any kind by Pillow, reduced JPEG by OpenCV."""
 
 import io
+import re
+import struct
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,23 +10,21 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
-MAX_PIXELS = 50_000_000
+from efficientnet.images.budget import (
+    MAX_PIXELS,
+    ImageError,
+    ImageTooLargeError,
+    refuse_pixels,
+    require_affordable,
+)
 
 # Pillow knows more kinds, of which some start other programs (EPS) or hold many pages (PDF).
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
 
-# What Pillow's decoders raise on damaged data is not one class.
-DECODER_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    TypeError,
-    ArithmeticError,
-)
+# The kinds of HEIF with HEVC in them, and those that do not say what is in them.
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # libjpeg-turbo has SIMD code for these reductions; 5/8 or 7/8 take longer than the whole picture.
 REDUCTIONS = {
@@ -39,16 +39,21 @@ JPEG_END = b"\xff\xd9"
 # EXIF orientation -> the axes to flip, after height and width are exchanged for 5 to 8.
 FLIPPED_AXES = {2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}
 
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Type of a TIFF value -> how struct names it; EXIF wants a SHORT, writers take other integers, too.
+INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
+
 # Images are decoded by several threads at once; OpenCV's own would only compete with them.
 cv2.setNumThreads(1)
-
-
-class ImageError(ValueError):
-    """Bytes that cannot be used as an image: damaged, of an unknown kind, or too large."""
-
-
-class ImageTooLargeError(ImageError):
-    """An image of more pixels than are decoded."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +70,19 @@ class JpegHeader:
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode a picture of any mode into an upright 8-bit RGB one.
 
-    The EXIF orientation is applied, 16-bit values are scaled to 8 bits (Pillow would clip them),
-    and transparent pixels are laid over white.
+    The EXIF orientation is applied, 16-bit values and floats of 0 to 1 are scaled to 8 bits (Pillow
+    would clip them), and transparent pixels are laid over white.
 
     Raises:
-        ImageTooLargeError: more than `max_pixels`, found before anything is decoded.
-        ImageError: no image, or truncated.
+        ImageTooLargeError: more than `max_pixels`, or what budget.py counts, found before anything
+            is decoded.
+        ImageError: no image, truncated, or of values that no range is defined for.
     """
-    with _told_as_image_errors(data):
+    with _told_as_image_errors(data, max_pixels):
         image = _open(data, max_pixels)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        orientation, rgb = _orientation(image), _to_rgb(image)
+        return rgb if orientation == 1 else rgb.transpose(TRANSPOSITIONS[orientation])
 
 
 def read_jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS) -> JpegHeader | None:
@@ -88,16 +94,13 @@ def read_jpeg_header(data: bytes, max_pixels: int = MAX_PIXELS) -> JpegHeader | 
     Raises:
         ImageTooLargeError, ImageError: see decode_image.
     """
-    with _told_as_image_errors(data):
+    with _told_as_image_errors(data, max_pixels):
         image = _open(data, max_pixels)
         # MPO is a JPEG that more pictures follow, as phones write it.
         is_plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
         if not is_plain or not data.endswith(JPEG_END):
             return None
-        has_exif = "exif" in image.info
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
-    if orientation not in FLIPPED_AXES:
-        orientation = 1
+        orientation = _orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
     return JpegHeader(width, height, orientation)
 
@@ -137,34 +140,89 @@ def decode_jpeg(data: bytes, header: JpegHeader, reduction: int) -> NDArray[np.u
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     if not data:
         raise ImageError("the image is empty (0 bytes)")
+    require_affordable(data, max_pixels)
     image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    if image.width * image.height > max_pixels:
-        raise ImageTooLargeError(
-            f"the image has {image.width} x {image.height} pixels, "
-            f"more than the {max_pixels / 1e6:g} megapixels allowed"
-        )
+    refuse_pixels(image.width, image.height, max_pixels)
     return image
 
 
+def _orientation(image: Image.Image) -> int:
+    """Find how a picture is to be turned, 1 to 8; 1 where nothing readable says it.
+
+    Pillow's ImageOps.exif_transpose writes all of EXIF anew, which fails on a tag of another type
+    than it knows, and its reader copies the values of all tags, however large each says it is.
+    """
+    # Pillow turns these while they are loaded.
+    if image.format == "TIFF":
+        return 1
+    exif = image.info.get("exif", b"")
+    if not exif and "Raw profile type exif" in image.info:  # ImageMagick's, in PNG
+        exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+    orientation = _orientation_of_exif(exif)
+    if orientation is None:
+        xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+        xmp = xmp.encode() if isinstance(xmp, str) else xmp
+        found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)
+        orientation = int(found[1]) if found else 1
+    return orientation if orientation in TRANSPOSITIONS else 1
+
+
+def _orientation_of_exif(exif: bytes) -> int | None:
+    exif = re.sub(rb"^(Exif\0\0)+", b"", exif)
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (num_tags,) = struct.unpack_from(f"{order}H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * num_tags, 12):
+            tag, kind, _ = struct.unpack_from(f"{order}HHI", exif, place)
+            if tag == ExifTags.Base.Orientation and kind in INTEGER_TYPES:
+                return struct.unpack_from(order + INTEGER_TYPES[kind], exif, place + 8)[0]
+    except struct.error:  # it ends early
+        return None
+    return None
+
+
 @contextmanager
-def _told_as_image_errors(data: bytes) -> Generator[None]:
+def _told_as_image_errors(data: bytes, max_pixels: int) -> Generator[None]:
     try:
         yield
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+            raise ImageError(
+                "this is a HEIC picture, which is not read; save it as JPEG (an iPhone takes JPEG "
+                "with Settings > Camera > Formats > Most Compatible)"
+            ) from None
         raise ImageError(
             f"these {len(data)} bytes are not an image of a known kind; "
             f"known: {', '.join(IMAGE_FORMATS)}"
         ) from None
     # Pillow's own, far larger limit: an error, or a warning where warnings are errors.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(str(error)) from None
-    except DECODER_ERRORS as error:
-        raise ImageError(f"the image is damaged or truncated: {error}") from None
+        found = re.search(r"\d+", str(error))
+        raise ImageTooLargeError(
+            f"the image has {found[0] if found else 'too many'} pixels, "
+            f"more than the {max_pixels / 1e6:g} megapixels allowed"
+        ) from None
+    except MemoryError:
+        raise
+    # Decoders raise classes of all kinds: libavif's RuntimeError, struct.error, KeyError.
+    except Exception as error:
+        raise ImageError(f"the image is damaged or truncated: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        return _from_floats(np.asarray(image))
+    # What range 32 bits have, no TIFF says: programs store 8, 12 or 16 bits in them, too.
+    if image.mode == "I" and image.format == "TIFF":
+        raise ImageError(
+            "the image has integers of 32 bits or with a sign, whose black and white are not "
+            "defined; save it with 8 or 16 bits without a sign"
+        )
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow opens 16-bit gray files in these modes, depending on the format.
         wide = np.asarray(image).astype(np.int64)
@@ -175,3 +233,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, rgba).convert("RGB")
     # To convert RGB to RGB is to copy it.
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_floats(values: NDArray[np.float32]) -> Image.Image:
+    """Make RGB of one channel [H, W] of 0 (black) to 1 (white)."""
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise ImageError(
+            f"the image has floats of {low:g} to {high:g}, expected 0 (black) to 1 (white); "
+            "scale them, or save it with 8 or 16 bits"
+        )
+    return Image.fromarray((values * 255).round().astype(np.uint8)).convert("RGB")

@@ -1,0 +1,162 @@
+"""ASGI middleware around all others: names each request, checks its address, writes its log line.
+
+BentoML labels its metrics with the path as it was sent, and keeps every label for ever in shared
+memory; behind the gate there are only the paths that exist and one for all others. An exception
+that nobody expected ends here, in one line of the log: a server that sees it closes the connection.
+"""
+
+import ipaddress
+import logging
+import secrets
+import socket
+import time
+import traceback
+from collections.abc import Collection
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.refusals import Refusal, error_response, printable
+
+# A path and its question; no address of the service is longer than 100.
+MAX_ADDRESS_BYTES = 4000
+
+ELSEWHERE = "/elsewhere"
+PROBES = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
+# BentoML's own, beside the probes.
+BENTOML_PATHS = frozenset({"/schema.json"})
+
+METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+OTHER_METHOD = "OTHER"
+
+ANY_HOST = "*"
+
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+}
+# Answers that are no page load nothing; a page says itself what it loads.
+NOTHING_LOADED = "default-src 'none'; frame-ancestors 'none'"
+
+NUM_FRAMES = 4
+
+# Of BentoML's family, so that its configuration of the log decides.
+log = logging.getLogger("bentoml.access")
+
+
+class Gate:
+    """Passes requests on to `app`, which hears of these keys in the scope.
+
+    - `path`, `method`: as sent where they exist, else ELSEWHERE and OTHER_METHOD;
+    - `asked_path`, `asked_method`: as sent, safe to be quoted;
+    - `gate.request_id`: also in the log line and in the header X-Request-ID (BentoML has a key
+      `request_id` of its own);
+    - `refusal`: a Refusal to answer with, or None.
+
+    Args:
+        app: what is guarded.
+        paths: those that exist beside BentoML's.
+        allowed_hosts: names that the Host header may have, beside addresses in numbers, localhost
+            and this machine's name; ANY_HOST allows all.
+    """
+
+    def __init__(
+        self, app: ASGIApp, paths: Collection[str], allowed_hosts: Collection[str] = ()
+    ) -> None:
+        self._app = app
+        self._paths = frozenset(paths) | PROBES | BENTOML_PATHS
+        here = {"localhost", socket.gethostname().lower()}
+        self._hosts = {host.lower() for host in allowed_hosts} | here
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._pass_on(self._named(scope), receive, send)
+        else:  # no address takes web sockets, and BentoML would label them by their path, too
+            await send({"type": "websocket.close", "code": 1008})
+
+    def _named(self, scope: Scope) -> Scope:
+        path, method = scope["path"], scope["method"]
+        refusal = self._refusal(scope)
+        # With a slash too many, FastAPI redirects.
+        is_known = path in self._paths or (path.endswith("/") and path[:-1] in self._paths)
+        if refusal or not is_known:
+            path = ELSEWHERE
+        return {
+            **scope,
+            "path": path,
+            "raw_path": path.encode(),
+            "method": method if method in METHODS else OTHER_METHOD,
+            "asked_path": printable(scope["path"]),
+            "asked_method": printable(method, 20),
+            "gate.request_id": secrets.token_hex(8),
+            "refusal": refusal,
+        }
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        num_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+        if num_bytes > MAX_ADDRESS_BYTES:
+            return Refusal(
+                414, f"the address has {num_bytes} bytes, more than the {MAX_ADDRESS_BYTES} allowed"
+            )
+        host = Headers(scope=scope).get("host", "")
+        # Platforms ask by whatever name they like.
+        if scope["path"] not in PROBES and not self._is_allowed(host):
+            return Refusal(
+                400,
+                f"the Host header is '{printable(host)}', which is no name of this service; "
+                "if it is one, add it to CLASSIFIER_ALLOWED_HOSTS",
+            )
+        return None
+
+    def _is_allowed(self, host: str) -> bool:
+        # A page of another site can reach the service under that site's name, if its name server
+        # says that this machine is the site's; an address in numbers it cannot make its own.
+        name = host.rpartition("]")[0].lstrip("[") or host.partition(":")[0]
+        if not host or ANY_HOST in self._hosts or name.lower() in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started, status = time.monotonic(), 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = scope["gate.request_id"]
+                headers.update(SECURITY_HEADERS)
+                headers.setdefault("Content-Security-Policy", NOTHING_LOADED)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception as error:
+            log.error("request %s failed: %s", scope["gate.request_id"], _in_one_line(error))
+            if not status:
+                sentence = "the service failed on this request; its log says why"
+                await error_response(500, sentence)(scope, receive, send_named)
+        if scope["path"] not in PROBES:
+            log.info(
+                "%s %s %s %d %.0f ms, request %s",
+                (scope.get("client") or ["-"])[0],
+                scope["asked_method"],
+                scope["asked_path"],
+                status,
+                1000 * (time.monotonic() - started),
+                scope["gate.request_id"],
+            )
+
+
+def _in_one_line(error: Exception) -> str:
+    frames = reversed(traceback.extract_tb(error.__traceback__)[-NUM_FRAMES:])
+    places = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in frames)
+    return f"{type(error).__name__}: {printable(str(error))} in {places}"

@@ -1,0 +1,36 @@
+"""What is refused, or went wrong -> a JSON answer of one sentence; text that is safe in a log."""
+
+from collections.abc import Mapping
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from serving.answers import ErrorAnswer
+
+MAX_QUOTED = 200
+
+
+class Refusal(HTTPException):
+    """A request that is not served, with the sentence that the client reads."""
+
+
+def too_large(max_upload_bytes: int) -> Refusal:
+    """Make the 413 that says what the limit is."""
+    return Refusal(
+        413,
+        f"the upload is larger than the {max_upload_bytes / 1e6:g} MB allowed; "
+        "send a smaller picture",
+    )
+
+
+def error_response(
+    status: int, sentence: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """Give every refusal and failure the same form."""
+    return JSONResponse(ErrorAnswer(error=sentence).model_dump(), status, headers)
+
+
+def printable(text: str, max_characters: int = MAX_QUOTED) -> str:
+    """Escape what would begin a line or move a terminal's cursor, and cut off what is long."""
+    cut = text if len(text) <= max_characters else text[:max_characters] + "..."
+    return cut.encode("unicode_escape").decode()

@@ -1,0 +1,142 @@
+"""Functions of requests -> their results, by a few threads; dropped when nobody waits any more."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from starlette.types import Receive
+
+from serving.refusals import Refusal
+
+T = TypeVar("T")
+
+IsWanted = Callable[[], bool]
+
+# In Retry-After. A picture takes a few hundredths of a second, so that even a long queue is short.
+RETRY_AFTER_S = 1
+
+
+class AbandonedError(Exception):
+    """Work whose client is gone, or was told that it takes too long."""
+
+
+def require_wanted(is_wanted: IsWanted) -> None:
+    """Raise an AbandonedError where a piece of work may stop."""
+    if not is_wanted():
+        raise AbandonedError
+
+
+class WorkQueue:
+    """A pool of threads with a limit to what runs and waits in it.
+
+    A place is taken by work and by nothing else, until it has ended: neither by a request whose
+    body is still on its way nor by one whose client is gone.
+
+    Args:
+        num_threads: pieces of work that run at once.
+        max_places: pieces that run and wait.
+        timeout_s: after this time, from a request's arrival, its client is told that it took too
+            long; a thread that is at one piece for longer is stuck.
+    """
+
+    def __init__(self, num_threads: int, max_places: int, timeout_s: float) -> None:
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="classify")
+        self._num_threads = num_threads
+        self._max_places = max_places
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._num_taken = 0
+        self._started: dict[int, float] = {}
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether every thread has been at the same piece of work for too long."""
+        with self._lock:
+            oldest_allowed = time.monotonic() - self._timeout_s
+            late = [start for start in self._started.values() if start < oldest_allowed]
+        return len(late) >= self._num_threads
+
+    def require_place(self) -> None:
+        """Raise the Refusal that a request gets now, without waiting for its body.
+
+        Raises:
+            Refusal: 429, all places are taken; 503, nothing goes on.
+        """
+        again = {"Retry-After": str(RETRY_AFTER_S)}
+        if self.is_stuck:
+            raise Refusal(
+                503, "all threads are busy with pictures that take too long; try later", again
+            )
+        with self._lock:
+            is_full = self._num_taken >= self._max_places
+        if is_full:
+            raise Refusal(
+                429,
+                f"{self._max_places} pictures are being classified or wait for it, and more are "
+                "not taken; send this one again in a moment",
+                again,
+            )
+
+    async def run(self, function: Callable[[IsWanted], T], receive: Receive, started: float) -> T:
+        """Call a function in the pool, for a client that is listened to.
+
+        Args:
+            function: takes a function that it asks, from time to time, whether to go on.
+            receive: ASGI's, after the whole body; tells when the client is gone.
+            started: time.monotonic() when the request came.
+
+        Raises:
+            Refusal: no place; 504, it took too long.
+            AbandonedError: the client is gone.
+        """
+        self.require_place()
+        is_abandoned = threading.Event()
+        with self._lock:
+            self._num_taken += 1
+        future = self._pool.submit(self._work, function, lambda: not is_abandoned.is_set())
+        future.add_done_callback(self._give_place_back)
+        result = asyncio.ensure_future(asyncio.wrap_future(future))
+        gone = asyncio.ensure_future(_wait_until_gone(receive))
+        remaining = max(0.0, started + self._timeout_s - time.monotonic())
+        try:
+            done, _ = await asyncio.wait(
+                {result, gone}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            gone.cancel()
+            if not future.done():
+                is_abandoned.set()
+                future.cancel()  # which it is if no thread is at it yet
+                result.cancel()
+        if result in done:
+            return result.result()
+        if gone in done:
+            raise AbandonedError
+        raise Refusal(504, f"the picture was not classified within {self._timeout_s:g} s")
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _work(self, function: Callable[[IsWanted], T], is_wanted: IsWanted) -> T:
+        require_wanted(is_wanted)
+        thread = threading.get_ident()
+        with self._lock:
+            self._started[thread] = time.monotonic()
+        try:
+            return function(is_wanted)
+        finally:
+            with self._lock:
+                del self._started[thread]
+
+    def _give_place_back(self, _: Future[T]) -> None:
+        with self._lock:
+            self._num_taken -= 1
+
+
+async def _wait_until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
