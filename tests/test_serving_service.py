@@ -500,6 +500,9 @@ def test_packed_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_
     assert built.returncode == 0, built.stderr
     tag = built.stdout.splitlines()[-1]
     assert f"bentoml serve {tag}" in built.stderr
+    # Its own copy of the code, and not the installed project, as on a machine without the project.
+    source = Path(environment["BENTOML_HOME"]) / "bentos" / tag.replace(":", "/") / "src"
+    environment["PYTHONPATH"] = str(source)
     port = free_port()
     log = tmp_path / "service.log"
     with log.open("wb") as log_file:
