@@ -7,6 +7,8 @@ pixels anew, and Pillow reads markers, chunks and sub-blocks one by one in Pytho
 import contextlib
 import re
 import struct
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,6 +58,20 @@ FILL = re.compile(rb"\xff+")
 MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
+class TiffTag(NamedTuple):
+    """An entry of a TIFF's directory."""
+
+    tag: int
+    kind: int
+    """Of its values; see TIFF_SIZES."""
+    number: int
+    """Of its values."""
+    order: str
+    """Of the file's bytes, as struct names it."""
+    place: int
+    """Of its value, or of where that is when it is longer than four bytes."""
+
+
 class ImageError(ValueError):
     """Bytes that cannot be used as an image: damaged, of an unknown kind, or too large."""
 
@@ -95,6 +111,22 @@ def refuse_pixels(width: int, height: int, max_pixels: int) -> None:
             f"the image has {width} x {height} pixels, "
             f"more than the {max_pixels / 1e6:g} megapixels allowed"
         )
+
+
+def first_directory(data: bytes) -> Iterator[TiffTag]:
+    """Read the tags of a TIFF's first directory, or of EXIF's; other bytes have none.
+
+    Raises:
+        struct.error: it ends early.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(data[:2])
+    if order is None:
+        return
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (num_tags,) = struct.unpack_from(f"{order}H", data, start)
+    for place in range(start + 2, start + 2 + 12 * num_tags, 12):
+        tag, kind, number = struct.unpack_from(f"{order}HHI", data, place)
+        yield TiffTag(tag, kind, number, order, place + 8)
 
 
 def _refuse(found: str, allowed: int) -> None:
@@ -205,14 +237,8 @@ def _count_ico(data: bytes, max_pixels: int) -> None:
 
 def _count_tiff(data: bytes) -> None:
     """Count what the first directory of a TIFF, or of EXIF, says that it holds."""
-    order = {b"II": "<", b"MM": ">"}.get(data[:2])
-    if order is None:
-        return
-    (start,) = struct.unpack_from(f"{order}I", data, 4)
-    (num_tags,) = struct.unpack_from(f"{order}H", data, start)
     total, allowed = 0, MAX_TIFF_COPIES * len(data)
-    for place in range(start + 2, start + 2 + 12 * num_tags, 12):
-        tag, kind, number = struct.unpack_from(f"{order}HHI", data, place)
+    for tag, kind, number, _, _ in first_directory(data):
         # Pillow reads no more than there is.
         total += min(number * TIFF_SIZES.get(kind, 1), len(data))
         if total > allowed:

@@ -16,6 +16,7 @@ from efficientnet.images.budget import (
     MAX_PIXELS,
     ImageError,
     ImageTooLargeError,
+    first_directory,
     refuse_pixels,
     require_affordable,
 )
@@ -169,16 +170,10 @@ def _orientation(image: Image.Image) -> int:
 
 def _orientation_of_exif(exif: bytes) -> int | None:
     exif = re.sub(rb"^(Exif\0\0)+", b"", exif)
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None:
-        return None
     try:
-        (start,) = struct.unpack_from(f"{order}I", exif, 4)
-        (num_tags,) = struct.unpack_from(f"{order}H", exif, start)
-        for place in range(start + 2, start + 2 + 12 * num_tags, 12):
-            tag, kind, _ = struct.unpack_from(f"{order}HHI", exif, place)
+        for tag, kind, _, order, place in first_directory(exif):
             if tag == ExifTags.Base.Orientation and kind in INTEGER_TYPES:
-                return struct.unpack_from(order + INTEGER_TYPES[kind], exif, place + 8)[0]
+                return struct.unpack_from(order + INTEGER_TYPES[kind], exif, place)[0]
     except struct.error:  # it ends early
         return None
     return None
