@@ -54,6 +54,7 @@ demo: setup  ## the whole road on handwritten digits: train, export, measure, re
 	$(RUN) perf/latency.py
 	$(RUN) perf/report.py
 	$(RUN) serving/demo.py --report reports/report.html
+	@echo "photographs    make imagenet IMAGE=photo.jpg, with real ImageNet weights, in a minute"
 
 imagenet: $(LITE0)  ## classify photographs (IMAGE=photo.jpg) with real ImageNet weights
 	$(RUN) serving/classify.py $(or $(IMAGE),$(SAMPLES)) --artifact artifacts/lite0/default
