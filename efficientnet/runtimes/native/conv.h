@@ -47,6 +47,7 @@ static void conv_group(const Packed& p, int group, const Source& source, const T
 static void conv_group(const Packed& p, int group, const Source& source, const Target& target, bool has_residual, ConvScratch& scratch, Prefetch& prefetch) {
   const bool is_active = p.layer->activation != NONE;
   if (is_active && has_residual) conv_group<TABLE_RESIDUAL>(p, group, source, target, nullptr, scratch, prefetch);
+  else if (is_active && p.is_ramp) conv_group<RAMP>(p, group, source, target, nullptr, scratch, prefetch);
   else if (is_active) conv_group<TABLE>(p, group, source, target, nullptr, scratch, prefetch);
   else if (has_residual) conv_group<LINE_RESIDUAL>(p, group, source, target, nullptr, scratch, prefetch);
   else conv_group<LINE>(p, group, source, target, nullptr, scratch, prefetch);

@@ -9,7 +9,7 @@ static void depthwise_group_bf16(const Packed& p, int group, const uint8_t* from
                                  DepthwiseScratch& scratch) {
   using F = Lanes::F;
   constexpr int OUT_ROWS = S == 1 ? 2 : 1, ROWS = K + (OUT_ROWS - 1) * S, LANES = Lanes::WORDS, COLUMNS = (STRIP - 1) * S + K;
-  static_assert(ROWS * COLUMNS * LANES * 4 <= int(sizeof(DepthwiseScratch)));
+  static_assert(ROWS * COLUMNS * LANES * 4 <= int(sizeof(DepthwiseScratch::columns)));
   float* columns = reinterpret_cast<float*>(scratch.columns);
   const int activation = p.layer->activation, width = target.width, channels = p.outputs - group * GROUP;
   const int64_t out_row = target.pixel * width + target.skip;

@@ -6,7 +6,8 @@
 // permute parts them); a depthwise group of 64 is four tiles, tile t's lane 4 l + i is channel 16 l + 4 t + i.
 
 // What follows a sum: an activation (or none), a residual (or none); or an activation of which only the sums over pixels are kept.
-enum Mode { LINE, TABLE, LINE_RESIDUAL, TABLE_RESIDUAL, SUMS };
+// A ramp is a table of one line.
+enum Mode { LINE, RAMP, TABLE, LINE_RESIDUAL, TABLE_RESIDUAL, SUMS };
 
 constexpr bool has_table(int mode) { return mode == TABLE || mode == TABLE_RESIDUAL || mode == SUMS; }
 constexpr bool has_residual(int mode) { return mode == LINE_RESIDUAL || mode == TABLE_RESIDUAL; }
@@ -46,7 +47,8 @@ struct Epilogue {
 
   Epilogue(const Packed& p, int first_channel, void* channel_totals)
       : scales(p.scales + first_channel), table(has_table(MODE) && p.table ? p.table : EMPTY_TABLE), shift(p.layer->fraction_bits),
-        offset(Lanes::set16(p.layer->output_offset)), multiplier(Lanes::set16(p.layer->residual_multiplier)),
+        offset(Lanes::set16(MODE == RAMP ? p.offset : p.layer->output_offset)),
+        multiplier(Lanes::set16(MODE == RAMP ? p.slope : p.layer->residual_multiplier)),
         columns(p.outputs - first_channel), totals(static_cast<int32_t*>(channel_totals)) {}
 
   inline __attribute__((always_inline)) V line(V x, V residual8) const {
@@ -61,7 +63,10 @@ struct Epilogue {
       x = table.at(x);
       y = table.at(y);
     }
-    if (!has_table(MODE) || has_residual(MODE)) {
+    if (MODE == RAMP) {
+      x = Lanes::adds16(Lanes::mulhrs16(x, multiplier), offset);
+      y = Lanes::adds16(Lanes::mulhrs16(y, multiplier), offset);
+    } else if (!has_table(MODE) || has_residual(MODE)) {
       // A byte in the upper half of 16 bits is 256 times its value; half of that is what the multiplier wants.
       x = line(x, Lanes::low8(Lanes::zero(), residual));
       y = line(y, Lanes::high8(Lanes::zero(), residual));

@@ -45,6 +45,8 @@ struct Packed {
   const uint8_t* bias = nullptr;  // i32 or f32 of all groups, in the order of the sums
   const float* scales = nullptr;  // f32, the same
   const int16_t* table = nullptr;
+  bool is_ramp = false;        // whether one line of slope and offset, clamped to a byte, gives what the table gives: ReLU6
+  int16_t slope = 0, offset = 0;
 };
 
 struct Step {

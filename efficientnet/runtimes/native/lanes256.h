@@ -65,6 +65,11 @@ struct Lanes {
     store(bytes, v);
     __builtin_memcpy(p, bytes, size_t(m.count));
   }
+  // From a byte (a multiple of 4) on, the first ones behind the last.
+  static V from_byte(V v, int byte) {
+    return _mm256_permutevar8x32_epi32(v, _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(byte / 4)));
+  }
+  static V both(V a, V b) { return _mm256_and_si256(a, b); }
   static V load(const void* p, Mask m) {
     if (m.count == 32) return load(p);
     alignas(32) uint8_t bytes[32] = {};

@@ -87,6 +87,11 @@ struct Lanes {
     explicit Mask(int count) : bits(count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1) {}
   };
   static void store(void* p, Mask m, V v) { _mm512_mask_storeu_epi8(p, m.bits, v); }
+  // From a byte (a multiple of 8) on, the first ones behind the last.
+  static V from_byte(V v, int byte) {
+    return _mm512_permutexvar_epi64(_mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(byte / 8)), v);
+  }
+  static V both(V a, V b) { return _mm512_and_si512(a, b); }
   static V load(const void* p, Mask m) { return _mm512_maskz_loadu_epi8(m.bits, p); }
 
   // Two rows of 32 bytes in the order that packing leaves them in (eight of one, eight of the other), and back.

@@ -14,6 +14,17 @@ static inline int depthwise_channel(int tile, int lane, bool is_bf16) { return i
 static size_t conv_group_bytes(const Layer& l, const Map& in) { return size_t(l.kernel) * size_t((row_bytes_of(l, in) + 63) / 64) * 2048; }
 static int groups_of(const Layer& l, int channels) { return (channels + (l.kind == CONV ? CONV_GROUP : GROUP) - 1) / (l.kind == CONV ? CONV_GROUP : GROUP); }
 
+// A last group of 32 channels or fewer takes as much of a register as 64 would: so rows of several bands of the map stand in it side by side.
+static int bands_of(int channels, bool is_bf16) { return is_bf16 || channels > 32 ? 1 : channels > 16 ? 2 : 4; }
+
+// A part's first row of a depthwise convolution, numbered group by group. Where the last group is computed in bands, its rows cost less.
+static int64_t depthwise_share(int channels, bool is_bf16, int64_t rows, int part, int parts) {
+  const int64_t whole = (channels - 1) / GROUP, before = whole * rows;
+  const int bands = bands_of(channels - int(whole) * GROUP, is_bf16);
+  const int64_t at = share_start(before * 4 + rows * 4 / bands, part, parts);
+  return at < before * 4 ? at / 4 : before + (at - before * 4) * bands / 4;
+}
+
 // Depthwise: kernel rows in fours, for one output row or two (see depthwise.h).
 static int depthwise_rows(const Layer& l) { return l.stride == 1 ? 2 : 1; }
 static int depthwise_fours(const Layer& l) { return (l.kernel + (depthwise_rows(l) - 1) + 3) / 4; }
@@ -63,7 +74,8 @@ static void pack_conv(const Layer& l, const Map& in, int outputs, const uint8_t*
 
 static void pack_depthwise(const Layer& l, int channels, const int8_t* from, uint8_t* to) {
   const int k = l.kernel, fours = depthwise_fours(l);
-  for (int g = 0; g * GROUP < channels; g++, to += depthwise_group_bytes(l, false))
+  for (int g = 0; g * GROUP < channels; g++, to += depthwise_group_bytes(l, false)) {
+    const int band = GROUP / bands_of(channels - g * GROUP, false);
     for (int r = 0; r < depthwise_rows(l); r++)
       for (int kx = 0; kx < k; kx++)
         for (int ky = 0; ky < k; ky++) {
@@ -71,10 +83,11 @@ static void pack_depthwise(const Layer& l, int channels, const int8_t* from, uin
           uint8_t* four = to + ((r * k + kx) * fours + row / 4) * 256 + row % 4;
           for (int tile = 0; tile < 4; tile++)
             for (int lane = 0; lane < 16; lane++) {
-              const int n = g * GROUP + depthwise_channel(tile, lane, false);
+              const int n = g * GROUP + depthwise_channel(tile, lane, false) % band;
               if (n < channels) four[tile * 64 + lane * 4] = uint8_t(from[(n * k + ky) * k + kx]);
             }
         }
+  }
 }
 
 static void pack_depthwise_bf16(const Layer& l, int channels, const uint16_t* from, uint8_t* to) {
@@ -83,6 +96,22 @@ static void pack_depthwise_bf16(const Layer& l, int channels, const uint16_t* fr
   for (int g = 0; g * GROUP < channels; g++, out += taps * GROUP)
     for (int tap = 0; tap < taps; tap++)
       for (int c = 0; c < GROUP && g * GROUP + c < channels; c++) out[tap * GROUP + c] = from_bf16(from[(g * GROUP + c) * taps + tap]);
+}
+
+// Bytes only grow with x on both ways, so a piece whose two ends agree agrees all along, if its line is the ramp's or its byte does not change.
+static void find_ramp(Packed& p) {
+  int line = 0;
+  while (line < 63 && p.table[line] <= 0) line++;
+  p.slope = p.table[line];
+  p.offset = p.table[64 + line];
+  p.is_ramp = p.slope > 0;
+  auto byte = [&](int x, int slope, int offset) { return sat8(adds(mulhrs(x, slope), offset) >> p.layer->fraction_bits); };
+  for (int i = 0; i < 64 && p.is_ramp; i++) {
+    const int first = (i < 32 ? i : i - 64) * 1024, last = first + 1023, slope = p.table[i], offset = p.table[64 + i];
+    const int low = byte(first, slope, offset), high = byte(last, slope, offset);
+    p.is_ramp = low == byte(first, p.slope, p.offset) && high == byte(last, p.slope, p.offset) &&
+                ((slope == p.slope && offset == p.offset) || (low == high && slope >= 0));
+  }
 }
 
 static void pack(const Program& program, const Layer& l, const Map& in, const Map& out, uint8_t* to, Packed& p) {
@@ -124,8 +153,9 @@ static void pack(const Program& program, const Layer& l, const Map& in, const Ma
   uint8_t* bias = to + size_t(p.groups) * p.group_bytes;
   float* scales = reinterpret_cast<float*>(bias + size_t(p.groups * channels) * 4);
   for (int at = 0; at < p.groups * channels; at++) {
-    const int tile = at % channels / 16, lane = at % 16;
-    const int n = at / channels * channels + (is_conv ? conv_channel(tile, lane, in.is_bf16) : depthwise_channel(tile, lane, in.is_bf16));
+    const int tile = at % channels / 16, lane = at % 16, first = at / channels * channels;
+    const int n = first + (is_conv ? conv_channel(tile, lane, in.is_bf16)
+                                   : depthwise_channel(tile, lane, in.is_bf16) % (GROUP / bands_of(out.channels - first, in.is_bf16)));
     if (n >= out.channels) continue;
     __builtin_memcpy(bias + at * 4, program.blob<uint8_t>(l.bias) + n * 4, 4);
     if (!in.is_bf16) scales[at] = program.blob<float>(l.scales)[n];
@@ -136,5 +166,6 @@ static void pack(const Program& program, const Layer& l, const Map& in, const Ma
     uint8_t* table = reinterpret_cast<uint8_t*>(scales + p.groups * channels);
     __builtin_memcpy(table, program.blob<uint8_t>(l.table), 256);
     p.table = reinterpret_cast<const int16_t*>(table);
+    find_ramp(p);
   }
 }

@@ -146,36 +146,60 @@ static void copy_rows(const Map& in, const Call& call, int group, int64_t y, int
     const uint8_t* from = pixel_of(in, call, y, 0) + group * pixel;
     uint8_t* out = to;
     for (int x = 0; x < in.width; x++, from += in.pixel_bytes, out += pixel)
-      for (int64_t at = 0; at < bytes; at += Lanes::BYTES) Lanes::store(out + at, Lanes::load(from + at));  // past the end is garbage that is not used
+      for (int64_t at = 0; at < bytes; at += Lanes::BYTES) Lanes::store(out + at, Lanes::Mask(int(bytes - at)), Lanes::load(from + at));
   }
 }
 
 template <int K, int S>
-static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, const Target& target, int32_t* totals,
-                              DepthwiseScratch& scratch) {
+static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, const Target& target, const Bands& bands,
+                              bool keeps_sums, int32_t* totals, DepthwiseScratch& scratch) {
   if (p.is_bf16) depthwise_group_bf16<K, S>(p, group, from, row_bytes, rows, target, reinterpret_cast<float*>(totals), scratch);
-  else depthwise_group<K, S>(p, group, from, row_bytes, rows, target, totals, scratch);
+  else if (p.is_ramp) depthwise_group<K, S, RAMP>(p, group, from, row_bytes, rows, target, bands, keeps_sums, totals, scratch);
+  else if (p.layer->activation != NONE) depthwise_group<K, S, TABLE>(p, group, from, row_bytes, rows, target, bands, keeps_sums, totals, scratch);
+  else depthwise_group<K, S, LINE>(p, group, from, row_bytes, rows, target, bands, keeps_sums, totals, scratch);
 }
 
-static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, const Target& target, int32_t* totals,
-                              DepthwiseScratch& scratch) {
+static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, int64_t row_bytes, int rows, const Target& target, const Bands& bands,
+                              bool keeps_sums, int32_t* totals, DepthwiseScratch& scratch) {
   const Layer& l = *p.layer;
-  if (l.kernel == 3 && l.stride == 1) depthwise_rows_of<3, 1>(p, group, from, row_bytes, rows, target, totals, scratch);
-  else if (l.kernel == 3) depthwise_rows_of<3, 2>(p, group, from, row_bytes, rows, target, totals, scratch);
-  else if (l.stride == 1) depthwise_rows_of<5, 1>(p, group, from, row_bytes, rows, target, totals, scratch);
-  else depthwise_rows_of<5, 2>(p, group, from, row_bytes, rows, target, totals, scratch);
+  if (l.kernel == 3 && l.stride == 1) depthwise_rows_of<3, 1>(p, group, from, row_bytes, rows, target, bands, keeps_sums, totals, scratch);
+  else if (l.kernel == 3) depthwise_rows_of<3, 2>(p, group, from, row_bytes, rows, target, bands, keeps_sums, totals, scratch);
+  else if (l.stride == 1) depthwise_rows_of<5, 1>(p, group, from, row_bytes, rows, target, bands, keeps_sums, totals, scratch);
+  else depthwise_rows_of<5, 2>(p, group, from, row_bytes, rows, target, bands, keeps_sums, totals, scratch);
+}
+
+// A group's expansion of the input's rows [y, end), or its channels as they are, into a buffer's pixels.
+static void fill_rows(const Step& step, const Call& call, int group, int64_t y, int64_t end, uint8_t* to, int64_t row_bytes) {
+  const Packed& expand = step.expand;
+  const Map& in = step.in;
+  if (!expand.layer) return copy_rows(in, call, group, y, end, to, row_bytes);
+  // Pixels by pieces that stay in L1 for both halves of the group.
+  const int64_t piece = larger(RUN, EXPAND_PIECE / int64_t(in.pixel_bytes) / RUN * RUN), pixel = GROUP * value_bytes(in);
+  const bool flat = is_flat(*expand.layer, in);
+  const int64_t rows = flat ? larger(1, piece / in.width) : 1;
+  for (int64_t from = y; from < end; from += rows) {
+    const int64_t until = smaller(end, from + rows);
+    const Source source = source_at(*expand.layer, in, in.width, call, flat ? from * in.width : from, flat ? until * in.width : until);
+    Target target;
+    target.out = to + (from - y) * row_bytes;
+    target.pixel = pixel;
+    target.skip = row_bytes - in.width * pixel;
+    target.width = in.width;
+    for (int g = group * 2; g < group * 2 + 2 && g < expand.groups; g++, target.out += CONV_GROUP * value_bytes(in))
+      conv_group(expand, g, source, target, false, scratch_of(call).conv, *call.prefetch);
+  }
 }
 
 // MBConv up to the mean's sums: of each group of channels the expansion into the buffer, and its depthwise convolution from there.
 static void run_depthwise(const Step& step, const Call& call) {
-  const Packed &p = step.packed, &expand = step.expand;
+  const Packed& p = step.packed;
   const Layer& l = *step.main;
   const Map &in = step.in, &out = step.out;
   Scratch& scratch = scratch_of(call);
   const int zero_point = step.program->tensors[size_t(l.input)].zero_point;
   const int64_t pixel = GROUP * value_bytes(in), width = buffer_width(step), row_bytes = width * pixel, rows_at_once = depthwise_rows_at_once(step);
-  const int64_t total = int64_t(out.height) * p.groups, end = share_start(total, call.part + 1, call.parts);
-  int64_t at = share_start(total, call.part, call.parts);
+  const int64_t end = depthwise_share(out.channels, out.is_bf16, out.height, call.part + 1, call.parts);
+  int64_t at = depthwise_share(out.channels, out.is_bf16, out.height, call.part, call.parts);
   if (at == end) return;
   // Margins left and right are never written again in this step.
   const int64_t buffer_rows = depthwise_input_rows(l, rows_at_once);
@@ -190,43 +214,40 @@ static void run_depthwise(const Step& step, const Call& call) {
     at += last - first;
     int32_t* sums = call.sums + size_t(call.part) * call.sums_stride + group * GROUP;
     for (int i = 0; i < GROUP; i++) sums[i] = 0;
-    int64_t have = first * l.stride - l.pad_top;  // input rows before this one are in the buffer or not needed
-    for (int64_t y = first; y < last; y += rows_at_once) {
-      const int64_t count = smaller(rows_at_once, last - y), start = y * l.stride - l.pad_top, stop = start + depthwise_input_rows(l, count);
-      // Rows that the last ones of the band before saw as well are moved to the top.
-      if (y > first && have > start)
-        __builtin_memmove(scratch.buffer, scratch.buffer + rows_at_once * l.stride * row_bytes, size_t((have - start) * row_bytes));
+    const int num_bands = bands_of(out.channels - group * GROUP, out.is_bf16);
+    const int64_t band_rows = (last - first + num_bands - 1) / num_bands, band_bytes = pixel / num_bands;
+    int64_t have = 0;  // rows of each band, counted from the first that its first output sees, that are in the buffer or not needed any more
+    for (int64_t y = 0; y < band_rows; y += rows_at_once) {
+      const int64_t count = smaller(rows_at_once, band_rows - y), start = y * l.stride, stop = start + depthwise_input_rows(l, count);
+      // Rows that the last ones of the round before saw as well are moved to the top.
+      if (have > start) __builtin_memmove(scratch.buffer, scratch.buffer + rows_at_once * l.stride * row_bytes, size_t((have - start) * row_bytes));
       if (have < start) have = start;
-      for (; have < smaller(0, stop); have++)
-        __builtin_memset(scratch.buffer + (have - start) * row_bytes, zero_point, size_t(row_bytes));
-      const int64_t inside = smaller(stop, in.height);
-      if (have < inside) {
-        uint8_t* to = scratch.buffer + (have - start) * row_bytes + l.pad_left * pixel;
-        if (expand.layer) {
-          // Pixels by pieces that stay in L1 for both halves of the group.
-          const int64_t piece = larger(RUN, EXPAND_PIECE / int64_t(in.pixel_bytes) / RUN * RUN);
-          const bool flat = is_flat(*expand.layer, in);
-          const int64_t rows = flat ? larger(1, piece / in.width) : 1;
-          for (int64_t from = have; from < inside; from += rows) {
-            const int64_t until = smaller(inside, from + rows);
-            const Source source = source_at(*expand.layer, in, in.width, call, flat ? from * in.width : from, flat ? until * in.width : until);
-            Target target;
-            target.out = to + (from - have) * row_bytes;
-            target.pixel = pixel;
-            target.skip = row_bytes - in.width * pixel;
-            target.width = in.width;
-            for (int g = group * 2; g < group * 2 + 2 && g < expand.groups; g++, target.out += CONV_GROUP * value_bytes(in))
-              conv_group<TABLE>(expand, g, source, target, nullptr, scratch.conv, *call.prefetch);
+      Bands bands;
+      bands.count = num_bands;
+      bands.step = band_rows * int64_t(out.row_bytes);
+      for (int b = 0; b < num_bands; b++) {
+        const int64_t first_output = first + b * band_rows, top = first_output * l.stride - l.pad_top;
+        bands.rows[b] = int(larger(0, smaller(count, last - first_output - y)));
+        if (!bands.rows[b]) break;  // what the buffer holds of it is not used
+        uint8_t* to = scratch.buffer + b * band_bytes;
+        auto pad = [&](int64_t row, int64_t until) {
+          for (; row < until; row++) {
+            uint8_t* pixels = to + (row - start) * row_bytes;
+            if (num_bands == 1) __builtin_memset(pixels, zero_point, size_t(row_bytes));
+            else for (int64_t x = 0; x < width; x++) __builtin_memset(pixels + x * pixel, zero_point, size_t(band_bytes));
           }
-        } else {
-          copy_rows(in, call, group, have, inside, to, row_bytes);
-        }
-        have = inside;
+        };
+        const int64_t inside = larger(have, smaller(stop, -top)), below = larger(inside, smaller(stop, in.height - top));
+        pad(have, inside);
+        if (inside < below) fill_rows(step, call, group, top + inside, top + below, to + (inside - start) * row_bytes + l.pad_left * pixel, row_bytes);
+        pad(below, stop);
       }
-      for (; have < stop; have++) __builtin_memset(scratch.buffer + (have - start) * row_bytes, zero_point, size_t(row_bytes));
+      have = stop;
       alignas(64) int32_t totals[GROUP];
-      depthwise_rows_of(p, group, scratch.buffer, row_bytes, int(count), target_at(step, call, y * out.width, group * GROUP, false), totals, scratch.depthwise);
-      add_sums(sums, totals, GROUP, in.is_bf16);
+      depthwise_rows_of(p, group, scratch.buffer, row_bytes, int(count), target_at(step, call, (first + y) * out.width, group * GROUP, false),
+                        bands, step.keeps_sums, totals, scratch.depthwise);
+      if (!step.keeps_sums) continue;
+      for (int b = 0; b < num_bands; b++) add_sums(sums, totals + b * GROUP / num_bands, GROUP / num_bands, in.is_bf16);
     }
   }
 }
