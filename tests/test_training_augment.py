@@ -13,14 +13,13 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import ImageError
 from training.batches.augmentation import Augmentation, draw_crop, resize
-from training.batches.device_augmentation import BatchRandAugment, apply
 from training.batches.mixing import mix
 from training.batches.randaugment import (
+    BY_NAME,
     OPERATIONS,
-    SIGNED_OPERATIONS,
-    Operation,
+    BatchRandAugment,
+    Draw,
     RandAugment,
-    Strength,
     draw_operations,
 )
 from training.recipe.config import TrainConfig
@@ -30,9 +29,7 @@ from training.recipe.stages import Stage, plan_stages
 SIZE = 224
 GRAY = (128, 128, 128)
 
-CASES = [(name, sign) for name in OPERATIONS for sign in (1, -1) if name in SIGNED_OPERATIONS] + [
-    (name, 1) for name in OPERATIONS if name not in SIGNED_OPERATIONS
-]
+CASES = [(row.name, sign) for row in OPERATIONS for sign in ((1, -1) if row.is_signed else (1,))]
 
 # Pillow truncates where OpenCV rounds, rounds between steps that are one here, and takes edges
 # apart: pixels within a filter's reach of what is filled differ more.
@@ -55,7 +52,7 @@ def picture(size: int, seed: int = 0) -> NDArray[np.uint8]:
     return pixels.clip(5, 245).astype(np.uint8)
 
 
-def by_pillow(pixels: NDArray[np.uint8], operation: Operation, magnitude: float) -> Image.Image:
+def by_pillow(pixels: NDArray[np.uint8], operation: Draw, magnitude: float) -> Image.Image:
     image, size = Image.fromarray(pixels), len(pixels)
     name, sign, factor = operation.name, operation.sign, 0.1 + 0.18 * magnitude
     if name in ("Color", "Contrast", "Brightness", "Sharpness"):
@@ -94,15 +91,15 @@ def by_pillow(pixels: NDArray[np.uint8], operation: Operation, magnitude: float)
 def test_an_operation_gives_pillows_pixels(name: str, sign: int, magnitude: float):
     pixels = picture(SIZE)
     before = pixels.copy()
-    operation = Operation(name, sign, 0.4, 0.9)
-    result = RandAugment(magnitude, 1, SIZE).apply(pixels, operation)
+    operation = Draw(name, sign, 0.4, 0.9)
+    result = operation.on_host(pixels, magnitude)
     expected = np.asarray(by_pillow(pixels, operation, magnitude))
     distance = np.abs(result.astype(int) - expected.astype(int))
     np.testing.assert_array_equal(pixels, before)
     assert (result != pixels).any()
     if name in EXACT:
         assert distance.max() == 0
-    elif name in SIGNED_OPERATIONS:
+    elif BY_NAME[name].is_signed:
         assert distance.mean() < 1 and (distance > 3).mean() < 0.02
     else:
         assert distance.max() <= 3
@@ -112,12 +109,12 @@ def test_an_operation_gives_pillows_pixels(name: str, sign: int, magnitude: floa
 @pytest.mark.parametrize("size", [32, SIZE])
 def test_the_device_computes_what_the_workers_compute(name: str, sign: int, size: int):
     pixels = picture(size)
-    operation = Operation(name, sign, 0.4, 0.9)
+    operation = Draw(name, sign, 0.4, 0.9)
     for magnitude in (2.5, 9, 15, 30):
-        expected = RandAugment(magnitude, 1, size).apply(pixels, operation)
+        expected = operation.on_host(pixels, magnitude)
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         centres = torch.tensor([[int(0.4 * size)], [int(0.9 * size)]])
-        result = apply(images, operation, Strength(magnitude, size), centres)
+        result = operation.on_device(images, magnitude, centres)
         distance = np.abs(result[0].permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
         assert distance.mean() < 1, magnitude
         assert (distance > 3).mean() < 0.02, magnitude
@@ -130,7 +127,7 @@ def test_a_batch_on_the_device_chooses_as_the_workers_do():
     result = BatchRandAugment(6, 2)(images, seeds)
     assert result.dtype == torch.uint8 and result.shape == images.shape
     assert result.is_contiguous(memory_format=torch.channels_last)
-    augment = RandAugment(6, 2, 64)
+    augment = RandAugment(6, 2)
     for image, seed, own in zip(pixels, seeds.tolist(), result, strict=True):
         expected = augment(image, seed)
         distance = np.abs(own.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
@@ -152,34 +149,41 @@ def test_an_image_on_the_device_does_not_depend_on_its_batch():
 def test_every_operation_is_drawn_as_often_and_each_sign_too():
     drawn = [operation for seed in range(8000) for operation in draw_operations(seed, 2)]
     counts = Counter(operation.name for operation in drawn)
-    assert set(counts) == set(OPERATIONS)
+    assert set(counts) == set(BY_NAME) and len(BY_NAME) == len(OPERATIONS)
     assert min(counts.values()) > 880 and max(counts.values()) < 1120
-    signs = [operation.sign for operation in drawn if operation.name in SIGNED_OPERATIONS]
+    signs = [operation.sign for operation in drawn if BY_NAME[operation.name].is_signed]
     assert abs(np.mean(signs)) < 0.06
-    assert {o.sign for o in drawn if o.name not in SIGNED_OPERATIONS} == {1}
+    assert {o.sign for o in drawn if not BY_NAME[o.name].is_signed} == {1}
     assert draw_operations(5, 2) == draw_operations(5, 2) != draw_operations(6, 2)
 
 
-def test_magnitudes_mean_what_they_mean_in_googles_code():
-    strength = Strength(10, 300)
-    assert (strength.degrees, strength.shear, strength.factor) == pytest.approx((30, 0.3, 1.9))
-    assert (strength.posterize_bits, strength.solarize_threshold) == (4, 256)
-    assert (strength.solarize_addition, strength.translation, strength.cutout_radius) == (
-        110,
-        100,
-        40,
-    )
-    assert Strength(2.4, 300).posterize_bits == 1
-    assert Strength(25, 380).posterize_bits == 8
-    small = Strength(10, 56)
-    assert (small.translation, small.cutout_radius) == (25, 10)
+@pytest.mark.parametrize(
+    ("name", "magnitude", "size", "amount"),
+    [
+        ("Rotate", 10, 300, 30),
+        ("ShearX", 10, 300, 0.3),
+        ("Color", 10, 300, 1.9),
+        ("Posterize", 10, 300, 4),
+        ("Posterize", 2.4, 300, 1),
+        ("Posterize", 25, 380, 8),
+        ("Solarize", 10, 300, 256),
+        ("SolarizeAdd", 10, 300, 110),
+        ("TranslateY", 10, 300, 100),
+        ("TranslateY", 10, 56, 25),
+        ("Cutout", 10, 300, 40),
+        ("Cutout", 10, 56, 10),
+    ],
+)
+def test_magnitudes_mean_what_they_mean_in_googles_code(
+    name: str, magnitude: float, size: int, amount: float
+):
+    assert BY_NAME[name].amounts(magnitude, size, 1) == pytest.approx((amount,))
 
 
 def test_images_of_one_color_stay_what_they_are_where_there_is_nothing_to_stretch():
     flat = np.full((32, 32, 3), 77, np.uint8)
-    augment = RandAugment(10, 1, 32)
     for name in ("AutoContrast", "Equalize"):
-        np.testing.assert_array_equal(augment.apply(flat, Operation(name, 1, 0, 0)), flat)
+        np.testing.assert_array_equal(Draw(name, 1, 0, 0).on_host(flat, 10), flat)
 
 
 def stage_of(size: int, magnitude: float = 0.0) -> Stage:
@@ -276,7 +280,7 @@ def test_on_the_device_means_not_in_the_workers():
     without = Augmentation(plain_config(augment_on="device"), stage_of(64, 10.0))
     np.testing.assert_array_equal(without(data, 1), picture(64))
     seed = 1
-    np.testing.assert_array_equal(with_it(data, seed), RandAugment(10, 2, 64)(picture(64), seed))
+    np.testing.assert_array_equal(with_it(data, seed), RandAugment(10, 2)(picture(64), seed))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

@@ -12,8 +12,6 @@ from training_processes import require_equal, saved_state
 
 from efficientnet.formats.checkpoint import load_checkpoint, read_checkpoint
 from efficientnet.network.variants import NetworkOptions
-from training.learning import epoch as loop
-from training.learning.epoch import StepReport, TrainingError
 from training.learning.optim import WeightAverage, build_optimizer, learning_rate_at
 from training.learning.state import new_state
 from training.learning.step import TrainStep
@@ -22,7 +20,9 @@ from training.running import trainer
 from training.running.begin_run import main
 from training.running.command_line import ResumeConfig
 from training.running.metrics import draw_curves, loss_axis_end, read_metrics
+from training.running.progress import StepReport
 from training.running.run_folder import is_complete
+from training.running.trainer import TrainingError
 
 
 def tiny_config(output: Path, **changes: object):
@@ -116,7 +116,7 @@ def test_a_loss_that_is_read_late_belongs_to_its_own_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # As on a GPU.
-    monkeypatch.setitem(loop.PASSES_BETWEEN_READINGS, "cpu", 8)
+    monkeypatch.setitem(trainer.PASSES_BETWEEN_READINGS, "cpu", 8)
     losses: list[float | None] = []
     original = trainer.ProgressBar.update
 

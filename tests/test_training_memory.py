@@ -15,7 +15,7 @@ from small_trainings import small_run, step_of, with_stages
 from efficientnet.formats.checkpoint import read_checkpoint
 from efficientnet.network.model import build_model
 from efficientnet.network.variants import VARIANTS, NetworkOptions
-from training.learning import epoch as loop
+from training.learning import memory
 from training.learning.memory import (
     BatchTooLargeError,
     MemoryModel,
@@ -95,7 +95,7 @@ assert large - small > 300_000_000, (large, small)
 def test_a_peak_that_cannot_be_counted_anew_is_not_a_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loop, "reset_peak_memory", lambda _: False)
+    monkeypatch.setattr(memory, "reset_peak_memory", lambda _: False)
     command.main(replace(small_run(tmp_path), epochs=3))
     rows = re.findall(r"^\| [123] \| \d+ px .*", (tmp_path / "run/report.md").read_text(), re.M)
     assert len(rows) == 3 and all(row.endswith("| - |") for row in rows)

@@ -29,7 +29,7 @@ from training.recipe.recipes import (
 from training.recipe.stages import plan_stages
 from training.running.begin_run import main, misfits
 from training.running.command_line import parse
-from training.running.trainer import signs_of_failure
+from training.running.metrics import signs_of_failure
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

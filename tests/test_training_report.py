@@ -4,21 +4,26 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from small_trainings import epoch_metrics
 
 from efficientnet.formats.class_accuracy import ClassAccuracy, count_classes, is_at_chance
-from efficientnet.machine.environment import current_environment
-from training.learning.epoch import Evaluation
+from efficientnet.images.datasets import Dataset, Sample
+from efficientnet.network.variants import NetworkOptions
+from training.batches.sampler import StepPlan
+from training.learning.distributed import Ranks
+from training.learning.evaluation import Evaluation
+from training.learning.state import StageTotals, new_state
 from training.recipe.recipes import digits_recipe
 from training.recipe.stages import plan_stages
 from training.running.report import (
     FinalEvaluation,
-    StageResult,
     confused_pairs,
     draw_confusion,
     write_report,
 )
+from training.running.run_folder import Run, RunStart
 
 CONFUSION = ((30, 5, 1), (2, 33, 1), (0, 0, 12))
 
@@ -33,11 +38,7 @@ def report_of(
     top1: float = 0.85,
     counts: tuple[list[int], list[int]] | None = None,
 ) -> str:
-    config = replace(digits_recipe("tiny"), eval_image_size=40, data="/somewhere/pets")
-    stages = [
-        StageResult(stage, 32, 2, 11, 1408, seconds, 250_000_000)
-        for stage in plan_stages(config.progressive)
-    ]
+    config = replace(digits_recipe("tiny"), eval_image_size=40, data="/somewhere/pets", steps=44)
     images, hits = [0] * len(class_names), [0] * len(class_names)
     for index, row in enumerate(confusion or CONFUSION):
         images[index], hits[index] = sum(row), row[index]
@@ -45,27 +46,21 @@ def report_of(
     classes = ClassAccuracy(tuple(images), tuple(hits))
     evaluations = [
         FinalEvaluation(
-            weights,
-            size,
-            size == 32,
-            Evaluation(0.25, top1 + size / 1000, 1.0, 84, classes, confusion),
+            weights, size, Evaluation(0.25, top1 + size / 1000, 1.0, 84, classes, confusion)
         )
         for weights, top1 in (("averaged", top1), ("raw", 0.8))
         for size in (32, 40)
     ]
-    path = write_report(
-        directory,
-        config,
-        class_names,
-        1437,
-        84,
-        stages,
-        evaluations,
-        [epoch_metrics(i + 1, top1=top1) for i, top1 in enumerate(top1s)],
-        current_environment(),
-        "the CPU",
-        world_size,
-    )
+    image = Sample("one", 0, b"")
+    dataset = Dataset("pets", class_names, (image,) * 1437, (image,) * 84)
+    ranks = Ranks(0, world_size, torch.device("cpu"))
+    state = new_state(config, NetworkOptions(), len(class_names), ranks.device)
+    stages = plan_stages(config.progressive)
+    state.stages = {stage.index: StageTotals(1408, seconds, 250_000_000) for stage in stages}
+    state.history = [epoch_metrics(i + 1, top1=top1).model_dump() for i, top1 in enumerate(top1s)]
+    run = Run(directory, config, dataset, config.preprocess_spec(None), NetworkOptions())
+    plan = StepPlan(1437, config, (64 // world_size // 2,) * 4, world_size)
+    path = write_report(RunStart(run, state, ranks, plan, stages), evaluations)
     assert path == directory / "report.md"
     return path.read_text()
 

@@ -22,13 +22,14 @@ from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint
 from efficientnet.machine.atomic import point_link
 from efficientnet.machine.locking import LockedError
 from efficientnet.runtimes import open_runtime
-from training.learning.epoch import StepReport, TrainingError
 from training.running import run_folder as rundir
 from training.running import trainer
 from training.running.begin_run import directory_of, main
 from training.running.command_line import ResumeConfig, parse
 from training.running.metrics import read_metrics
+from training.running.progress import StepReport
 from training.running.run_folder import read_run, remove_unfinished
+from training.running.trainer import TrainingError
 
 NUM_KILLS = 10
 

@@ -52,7 +52,7 @@ class Augmentation:
             self._auto_augment = AutoAugment(policy)
         elif stage.randaugment_magnitude and config.augment_on == "cpu":
             self._rand_augment = RandAugment(
-                stage.randaugment_magnitude, config.num_randaugment_layers, stage.image_size
+                stage.randaugment_magnitude, config.num_randaugment_layers
             )
 
     def __call__(self, data: bytes, seed: int) -> Pixels:
@@ -72,7 +72,7 @@ class Augmentation:
             random.seed(seed)
             pixels = np.array(self._auto_augment(Image.fromarray(pixels)))
         if self._cutout_radius:
-            pixels = cut_out(pixels, rng.random(), rng.random(), self._cutout_radius)
+            pixels = cut_out(pixels, self._cutout_radius, rng.random(), rng.random())
         return pixels
 
     def _decode_crop(self, data: bytes, rng: random.Random) -> Pixels:

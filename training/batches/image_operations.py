@@ -1,5 +1,8 @@
 """Pixels of an image -> pixels after one operation: lookup, warp, contrast, sharpness, Cutout."""
 
+import math
+from functools import cache
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -9,15 +12,37 @@ GRAY = 128
 Pixels = NDArray[np.uint8]
 """RGB [H, W, 3]."""
 
+Matrix = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Two rows that map x, y and 1 of an output pixel to x and y in the input; whole numbers are
+pixels' centres."""
 
-def cut_out(pixels: Pixels, x: float, y: float, radius: int) -> Pixels:
+
+def rotation_matrix(degrees: float, size: int) -> Matrix:
+    """Turn about the image's centre, as in Pillow."""
+    angle = math.radians(degrees)
+    cos, sin = math.cos(angle), math.sin(angle)
+    centre = (size - 1) / 2
+    return (cos, -sin, centre * (1 - cos + sin)), (sin, cos, centre * (1 - cos - sin))
+
+
+def x_shear_matrix(amount: float) -> Matrix:
+    """Keep the upper edge, as in Pillow."""
+    return (1, amount, amount / 2), (0, 1, 0)
+
+
+def y_shear_matrix(amount: float) -> Matrix:
+    """Keep the left edge, as in Pillow."""
+    return (1, 0, 0), (amount, 1, amount / 2)
+
+
+def cut_out(pixels: Pixels, radius: int, x: float, y: float) -> Pixels:
     """Lay a gray square over a copy of an image (DeVries and Taylor 2017).
 
     Args:
         pixels: uint8 [H, W, 3].
+        radius: half of the square's side, pixels.
         x: the square's centre, 0..1 of the width; parts of it may lie outside.
         y: the same of the height.
-        radius: half of the square's side, pixels.
     """
     height, width = pixels.shape[:2]
     column, row = int(x * width), int(y * height)
@@ -31,13 +56,63 @@ def look_up(pixels: Pixels, table: NDArray[np.uint8]) -> Pixels:
     return as_pixels(cv2.LUT(pixels, table))
 
 
-def warp(pixels: Pixels, matrix: NDArray[np.float32]) -> Pixels:
-    """Fetch each pixel from where a matrix [2, 3] maps it to; gray where that is outside."""
+def invert(pixels: Pixels) -> Pixels:
+    """Replace each value by what is left of it to 255."""
+    return 255 - pixels
+
+
+def posterize(pixels: Pixels, bits: int) -> Pixels:
+    """Keep the highest bits of each value."""
+    return pixels & np.uint8(0xFF << (8 - bits) & 0xFF)
+
+
+def solarize(pixels: Pixels, threshold: int) -> Pixels:
+    """Invert the values from a threshold on."""
+    return look_up(pixels, _solarizing_table(threshold))
+
+
+def solarize_add(pixels: Pixels, addition: int) -> Pixels:
+    """Add to the dark half of the values."""
+    return look_up(pixels, _adding_table(addition))
+
+
+def brightness(pixels: Pixels, factor: float) -> Pixels:
+    """Move away from black by a factor; 1 changes nothing."""
+    return look_up(pixels, _contrast_table(0, factor))
+
+
+def rotate(pixels: Pixels, degrees: float) -> Pixels:
+    """Turn an image about its centre."""
+    return _warp(pixels, rotation_matrix(degrees, len(pixels)))
+
+
+def shear_x(pixels: Pixels, amount: float) -> Pixels:
+    """Move each row by its distance from the upper edge."""
+    return _warp(pixels, x_shear_matrix(amount))
+
+
+def shear_y(pixels: Pixels, amount: float) -> Pixels:
+    """Move each column by its distance from the left edge."""
+    return _warp(pixels, y_shear_matrix(amount))
+
+
+def translate_x(pixels: Pixels, shift: int) -> Pixels:
+    """Move an image to the left, if `shift` is negative to the right."""
+    return _translate(pixels, shift, 1)
+
+
+def translate_y(pixels: Pixels, shift: int) -> Pixels:
+    """Move an image up, if `shift` is negative down."""
+    return _translate(pixels, shift, 0)
+
+
+def _warp(pixels: Pixels, matrix: Matrix) -> Pixels:
+    # Gray where a pixel would come from outside.
     # Four channels take half the time of three, to which OpenCV's vector code does not apply.
     four = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)
     warped = cv2.warpAffine(
         four,
-        matrix,
+        np.array(matrix, np.float32),
         pixels.shape[1::-1],
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,
@@ -46,10 +121,8 @@ def warp(pixels: Pixels, matrix: NDArray[np.float32]) -> Pixels:
     return as_pixels(cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB))
 
 
-def translate(pixels: Pixels, shift: int, is_horizontal: bool) -> Pixels:
-    """Move an image to the left or up by `shift`, if that is negative the other way."""
+def _translate(pixels: Pixels, shift: int, axis: int) -> Pixels:
     result = np.full_like(pixels, GRAY)
-    axis = 1 if is_horizontal else 0
     old, new = np.moveaxis(pixels, axis, 0), np.moveaxis(result, axis, 0)
     if shift >= 0:
         new[: max(len(old) - shift, 0)] = old[shift:]
@@ -90,13 +163,7 @@ def color(pixels: Pixels, factor: float) -> Pixels:
 def contrast(pixels: Pixels, factor: float) -> Pixels:
     """Move away from the mean brightness by a factor; 1 changes nothing."""
     level = int(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    return look_up(pixels, contrast_table(level, factor).astype(np.uint8))
-
-
-def contrast_table(level: int, factor: float) -> NDArray[np.float32]:
-    """Return [256] values moved away from a level by a factor, 0..255."""
-    values = np.arange(256, dtype=np.float32)
-    return (level + np.float32(factor) * (values - level)).clip(0, 255)
+    return look_up(pixels, _contrast_table(level, factor))
 
 
 def sharpness(pixels: Pixels, factor: float) -> Pixels:
@@ -113,6 +180,24 @@ def sharpness(pixels: Pixels, factor: float) -> Pixels:
 def as_pixels(pixels: object) -> Pixels:
     """Give what OpenCV returns its type, of which its annotations leave the dtype open."""
     return np.asarray(pixels, dtype=np.uint8)
+
+
+@cache
+def _contrast_table(level: int, factor: float) -> Pixels:
+    values = np.arange(256, dtype=np.float32)
+    return (level + np.float32(factor) * (values - level)).clip(0, 255).astype(np.uint8)
+
+
+@cache
+def _solarizing_table(threshold: int) -> Pixels:
+    values = np.arange(256)
+    return np.where(values < threshold, values, 255 - values).astype(np.uint8)
+
+
+@cache
+def _adding_table(addition: int) -> Pixels:
+    values = np.arange(256)
+    return np.where(values < 128, np.minimum(values + addition, 255), values).astype(np.uint8)
 
 
 def _equalizing_table(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,1 +1,1 @@
-"""Batches -> trained weights: a step, its state, an epoch, on one process or many."""
+"""Batches -> trained weights: a step, its state, an evaluation, on one process or many."""

@@ -44,6 +44,12 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    def describe(self) -> str:
+        """Say on what is trained."""
+        is_cpu = self.device.type == "cpu"
+        name = "the CPU" if is_cpu else torch.cuda.get_device_name(self.device)
+        return name if self.world_size == 1 else f"{self.world_size} processes, each on {name}"
+
 
 def may_be_restarted() -> bool:
     """Tell whether torchrun starts the processes again when one dies."""

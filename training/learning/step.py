@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from efficientnet.images.preprocess import PreprocessSpec
-from training.batches.device_augmentation import BatchRandAugment
 from training.batches.loader import Batch
 from training.batches.mixing import mix
+from training.batches.randaugment import BatchRandAugment
 from training.batches.sampler import seed_of
 from training.learning.batch_norm import StepStatistics
 from training.learning.distributed import Ranks

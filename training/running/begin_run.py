@@ -1,4 +1,4 @@
-"""A recipe or a run to go on with -> its first step: data, plan and state, then the Trainer."""
+"""A recipe or a run to go on with -> RunStart: data, plan and state; then the Trainer."""
 
 import logging
 from collections.abc import Generator
@@ -27,7 +27,7 @@ from training.learning.memory import (
     plan_micro_batches,
     require_batch_norm_fits,
 )
-from training.learning.state import TrainState, new_state
+from training.learning.state import new_state
 from training.recipe.config import (
     TrainConfig,
     changed_values,
@@ -35,17 +35,18 @@ from training.recipe.config import (
     config_to_json,
     flat_values,
 )
-from training.recipe.stages import Stage, plan_stages
+from training.recipe.stages import plan_stages
 from training.running.command_line import ResumeConfig
 from training.running.run_folder import (
     CHECKPOINT,
     Run,
+    RunStart,
     SavedRun,
     is_complete,
     read_run,
     run_of,
 )
-from training.running.trainer import Trainer, device_name
+from training.running.trainer import Trainer
 
 # Of the steps; and the weight of the initial batch norm statistics after the last step.
 MAX_WARMUP_SHARE, MAX_INITIAL_SHARE = 0.5, 0.01
@@ -57,12 +58,8 @@ def main(command: TrainConfig | ResumeConfig) -> Path | None:
     """Train, or go on training; return the checkpoint's directory, in rank 0.
 
     Raises:
-        DatasetError: the data cannot be used.
-        CheckpointError: there is nothing to resume, or it is another run.
+        PipelineError, ValueError, OSError: see begin_run and Trainer.fit.
         LockedError: another process trains this run.
-        WeightsError: what to start from cannot be used.
-        BatchTooLargeError: a stage does not fit the device.
-        TrainingError: the loss is not finite.
         KeyboardInterrupt: Ctrl-C, after what was reached has been saved.
     """
     ranks = join_ranks()
@@ -70,19 +67,16 @@ def main(command: TrainConfig | ResumeConfig) -> Path | None:
         if not ranks.is_main:
             for name in PROJECT_LOGGERS:
                 logging.getLogger(name).setLevel(logging.ERROR)
-        checkpoint = train(command, ranks)
-        return checkpoint if ranks.is_main else None
+        if isinstance(command, TrainConfig):
+            command.require_stages_fit()
+        directory = directory_of(command)
+        with _kept_from_others(directory, ranks):
+            start = begin_run(command, directory, ranks)
+            if start is not None:
+                Trainer(start).fit()
+        return directory / CHECKPOINT if ranks.is_main else None
     finally:
         leave_ranks()
-
-
-def train(command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
-    """Train as one of the processes; return the checkpoint's directory."""
-    if isinstance(command, TrainConfig):
-        command.require_stages_fit()
-    directory = directory_of(command)
-    with _kept_from_others(directory, ranks):
-        return _train_in(directory, command, ranks)
 
 
 @contextmanager
@@ -101,14 +95,23 @@ def _kept_from_others(directory: Path, ranks: Ranks) -> Generator[None]:
         yield
 
 
-def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks) -> Path:
-    saved = find_run(command, directory)
+def begin_run(
+    command: TrainConfig | ResumeConfig, directory: Path, ranks: Ranks
+) -> RunStart | None:
+    """Return what to train with, new or saved; None: the run is complete.
+
+    Raises:
+        DatasetError: the data cannot be used.
+        CheckpointError: there is nothing to resume, or it is another run.
+        WeightsError: what to start from cannot be used.
+        BatchTooLargeError: a stage does not fit the device.
+    """
     if isinstance(command, TrainConfig) and broadcast_from_rank0(is_complete(directory)):
         record = read_checkpoint(directory / CHECKPOINT)
         require_same_recipe(command, config_from_json(record.train_config), directory)
         log.info("%s is complete: nothing to train", directory)
-        return directory / CHECKPOINT
-    start = None
+        return None
+    saved, weights = find_run(command, directory), None
     if saved:
         config, preprocess, network = saved.config, saved.record.preprocess, saved.record.network
         if isinstance(command, TrainConfig):
@@ -118,10 +121,9 @@ def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks
         log.info("go on with %s at step %d", directory, saved.record.step)
     else:
         assert isinstance(command, TrainConfig)
-        config = command
-        start = load_start(config)
-        preprocess = config.preprocess_spec(start.preprocess if start else None)
-        network = config.network_options(start.network if start else None)
+        config, weights = command, load_start(command)
+        preprocess = config.preprocess_spec(weights.preprocess if weights else None)
+        network = config.network_options(weights.network if weights else None)
     stages = plan_stages(config.progressive, config.seed)
     require_batch_norm_fits(config, stages, ranks.world_size)
 
@@ -129,9 +131,9 @@ def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks
     # After what can be wrong with the data, so that an error is not the 46th line.
     log_recipe(config)
     run = Run(directory, config, dataset, preprocess, network)
+    num_classes = len(dataset.class_names)
     if saved:
         saved.require_dataset(run)
-    num_classes = len(dataset.class_names)
     if saved and saved.state["world_size"] == ranks.world_size:
         sizes = tuple(saved.state["micro_batch_sizes"])
     else:
@@ -142,15 +144,16 @@ def _train_in(directory: Path, command: TrainConfig | ResumeConfig, ranks: Ranks
             plan_micro_batches(config, network, num_classes, stages, ranks.world_size, limit)
         )
     plan = StepPlan(len(dataset.train), config, sizes, ranks.world_size)
-    if start:
-        log_start(start, num_classes)
-    state = new_state(config, network, num_classes, ranks.device, start.tensors if start else None)
+    if weights:
+        log_start(weights, num_classes)
+    tensors = weights.tensors if weights else None
+    state = new_state(config, network, num_classes, ranks.device, tensors)
     if saved:
         state.load_dict(saved.state)
     state.micro_batch_sizes, state.world_size = plan.micro_batch_sizes, plan.world_size
-    log_plan(run, stages, plan, state)
-    Trainer(run, state, ranks, plan, stages).fit()
-    return run.checkpoint
+    start = RunStart(run, state, ranks, plan, stages)
+    log_plan(start)
+    return start
 
 
 def directory_of(command: TrainConfig | ResumeConfig) -> Path:
@@ -251,10 +254,11 @@ def misfits(plan: StepPlan) -> list[str]:
     return said
 
 
-def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainState) -> None:
+def log_plan(start: RunStart) -> None:
     """Print what is trained on, and what each stage makes of the recipe."""
+    plan, dataset = start.plan, start.run.dataset
     log.info("  stage  image size  RandAugment  Mixup  CutMix  dropout   steps  passes x images")
-    for stage in stages:
+    for stage in start.stages:
         micro_batch_size = plan.micro_batch_sizes[stage.index]
         log.info(
             "  %5d  %7d px  %11.2f  %5.3f  %6.3f  %7.3f  %6d  %6d x %d",
@@ -265,17 +269,16 @@ def log_plan(run: Run, stages: tuple[Stage, ...], plan: StepPlan, state: TrainSt
             stage.cutmix_alpha,
             stage.dropout_rate,
             plan.num_steps_of_stage(stage.index),
-            run.config.batch_size // micro_batch_size,
+            plan.config.batch_size // micro_batch_size,
             micro_batch_size,
         )
     log.info(
-        "%d training and %d held-out images of %d classes, %d steps per epoch, on %s%s",
-        len(run.dataset.train),
-        len(run.dataset.val),
-        len(run.dataset.class_names),
+        "%d training and %d held-out images of %d classes, %d steps per epoch, on %s",
+        len(dataset.train),
+        len(dataset.val),
+        len(dataset.class_names),
         plan.steps_per_epoch,
-        f"{plan.world_size} processes, each on " if plan.world_size > 1 else "",
-        device_name(state.device),
+        start.ranks.describe(),
     )
     for misfit in misfits(plan):
         log.warning("%s; --recipe small follows from the number of images", misfit)

@@ -12,11 +12,16 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
 from efficientnet.machine.atomic import write_bytes, write_text
+from training.running.progress import format_seconds
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 
 MAX_VALUES_OUTSIDE = 3
+
+# Times the loss of guessing, ln(classes), from which on a mean training loss is no chance, and a
+# held-out loss no mere overconfidence.
+WORSE_THAN_GUESSING, EXPLODED = 1.1, 3.0
 
 
 class EpochMetrics(BaseModel):
@@ -46,6 +51,40 @@ class EpochMetrics(BaseModel):
     """In training, evaluation excluded."""
     elapsed_s: float
     """Training and evaluation since the run began."""
+
+
+def describe(metrics: EpochMetrics, num_epochs: int, num_stages: int) -> str:
+    """Write an epoch as one line for the log."""
+    return (
+        f"epoch {metrics.epoch:3d}/{num_epochs}  stage {metrics.stage}/{num_stages}  "
+        f"{metrics.image_size:3d} px  loss {metrics.train_loss:.3f}  "
+        f"held-out loss {metrics.val_loss:.3f}  top-1 {100 * metrics.top1:5.1f} %  "
+        f"{metrics.images_per_s:5.0f} images/s  {format_seconds(metrics.elapsed_s)}"
+    )
+
+
+def signs_of_failure(metrics: EpochMetrics, num_classes: int) -> list[str]:
+    """Tell what is wrong with an epoch's losses: they are compared with those of guessing."""
+    guessing = math.log(num_classes)
+    signs: list[str] = []
+    # A uniform guess has this loss whatever the labels are smoothed or mixed with.
+    if metrics.train_loss > WORSE_THAN_GUESSING * guessing and metrics.epoch > 1:
+        signs.append(
+            f"the training loss {metrics.train_loss:.3g} is worse than guessing ({guessing:.2f}): "
+            "if it does not fall, stop, and lower --optimizer.learning-rate"
+        )
+    if metrics.val_loss > EXPLODED * guessing:
+        signs.append(
+            f"the held-out loss {metrics.val_loss:,.5g} has exploded, guessing has {guessing:.2f}: "
+            + (
+                "the averaged weights still hold those of the first steps, or "
+                if metrics.epoch <= 2
+                else ""
+            )
+            + "the learning rate is too high (--optimizer.learning-rate), or the steps are too few "
+            "for batch norm's statistics (--batch-norm-momentum) and the moving average"
+        )
+    return signs
 
 
 def write_metrics(run: Path, epochs: Sequence[EpochMetrics]) -> None:

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from types import FrameType, TracebackType
 from typing import Self
@@ -11,7 +12,6 @@ from tqdm import tqdm
 
 from training.batches.sampler import StepPlan
 from training.learning.distributed import Ranks
-from training.learning.epoch import StepReport
 from training.recipe.stages import Stage
 
 
@@ -49,6 +49,19 @@ class InterruptFlag:
         if not self.is_set:
             print("\nstopping within a few steps; Ctrl-C gives up at once", file=sys.stderr)
         self.is_set = True
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What is shown after a step."""
+
+    step: int
+    """Steps taken."""
+    stage: Stage
+    loss: float | None
+    """Of the last step that was read; None before the first is."""
+    learning_rate: float
+    images_per_s: float
 
 
 class ProgressBar:

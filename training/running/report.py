@@ -19,16 +19,15 @@ from numpy.typing import NDArray
 from efficientnet.formats.class_accuracy import MAX_CLASSES_WITHOUT_TOP5, is_at_chance
 from efficientnet.images.datasets import data_name
 from efficientnet.machine.atomic import write_bytes, write_text
-from efficientnet.machine.environment import EnvironmentRecord
+from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.class_table import class_table
 from efficientnet.reporting.tables import NOTHING, Table, format_bytes, format_percent, format_rate
-from training.learning.epoch import MAX_CONFUSION_CLASSES, Evaluation
+from training.learning.evaluation import MAX_CONFUSION_CLASSES, Evaluation
 from training.recipe.config import TrainConfig, config_to_json
-from training.recipe.stages import Stage
 from training.running.metrics import CURVES_FILE, EpochMetrics
 from training.running.progress import format_seconds
+from training.running.run_folder import REPORT_FILE, RunStart
 
-REPORT_FILE = "report.md"
 CONFUSION_FILE = "confusion.png"
 
 NUM_CONFUSED_PAIRS = 5
@@ -46,65 +45,26 @@ TEXT, MUTED, LINE = "#1f2328", "#59636e", "#d8dee4"
 
 
 @dataclass(frozen=True)
-class StageResult:
-    """What a stage of progressive learning took."""
-
-    stage: Stage
-    micro_batch_size: int
-    """Images per forward pass."""
-    gradient_accumulation_steps: int
-    """Of all processes."""
-    num_steps: int
-    num_images: int
-    seconds: float
-    """In training, evaluation excluded."""
-    peak_memory_bytes: int
-
-
-@dataclass(frozen=True)
 class FinalEvaluation:
     """The trained weights, or their average, on the held-out images at one size."""
 
     weights: Literal["averaged", "raw"]
     image_size: int
     """Pixels."""
-    is_train_size: bool
-    """Whether it is the size of the last stage."""
     result: Evaluation
 
 
-def write_report(
-    directory: Path,
-    config: TrainConfig,
-    class_names: Sequence[str],
-    num_train: int,
-    num_val: int,
-    stages: Sequence[StageResult],
-    evaluations: Sequence[FinalEvaluation],
-    epochs: Sequence[EpochMetrics],
-    environment: EnvironmentRecord,
-    device_name: str,
-    world_size: int,
-) -> Path:
+def write_report(start: RunStart, evaluations: Sequence[FinalEvaluation]) -> Path:
     """Write confusion.png, and report.md last: where it stands, the run is complete.
 
     Args:
-        directory: of the run; the report shows the curves.png that is in it.
-        config: the recipe.
-        class_names: in the order of the logits.
-        num_train: training images.
-        num_val: held-out images.
-        stages: in their order.
+        start: of the run, whose state is now that of its end.
         evaluations: among them the averaged weights at the evaluation size, which the verdict and
             the picture are of.
-        epochs: of the whole run.
-        environment: of rank 0.
-        device_name: as a person would say it: "the CPU".
-        world_size: processes.
-
-    Returns:
-        The path of report.md.
     """
+    directory, config, dataset = start.run.directory, start.run.config, start.run.dataset
+    class_names, num_val = dataset.class_names, len(dataset.val)
+    epochs = [EpochMetrics(**epoch) for epoch in start.state.history]
     final = next(
         e for e in evaluations if e.weights == "averaged" and e.image_size == config.eval_image_size
     )
@@ -123,18 +83,18 @@ def write_report(
         f"{format_percent(classes.largest_share)} top-1. Balanced accuracy, the mean of the "
         f"classes' recalls: {format_percent(classes.balanced)}.",
         f"The averaged weights at {final.image_size} px on {num_val:,} held-out images, after "
-        f"{len(epochs)} epoch{'s' * (len(epochs) > 1)} over {num_train:,} training images of "
-        f"{len(class_names):,} classes on {_processes(device_name, world_size)}; the time is "
+        f"{len(epochs)} epoch{'s' * (len(epochs) > 1)} over {len(dataset.train):,} training images "
+        f"of {len(class_names):,} classes on {start.ranks.describe()}; the time is "
         "that of training and evaluation. " + _best_epoch(epochs),
         "## Evaluation",
-        evaluation_table(evaluations, config.eval_image_size).markdown(),
+        evaluation_table(evaluations, start).markdown(),
         "Averaged: the moving average, which is what is deployed. Raw: the last step's. The loss "
         "is the cross entropy without label smoothing.",
         "## Classes",
         class_table(classes, class_names).markdown(),
         "Recall: the part of a class's images that is given that class.",
         "## Stages",
-        stage_table(stages).markdown(),
+        stage_table(start).markdown(),
         "Without evaluation. Memory: the most that the device had in use during the stage, or the "
         "process where there is no GPU (with the libraries' own).",
         "## Curves",
@@ -145,25 +105,26 @@ def write_report(
         *([f"{config.recipe}: {config.recipe_reason}."] if config.recipe_reason else []),
         recipe_table(config).markdown(),
         "## Environment",
-        environment_table(environment, device_name, world_size).markdown(),
+        environment_table(start).markdown(),
     ]
     write_text(directory / REPORT_FILE, "\n\n".join(parts) + "\n")
     return directory / REPORT_FILE
 
 
-def evaluation_table(evaluations: Sequence[FinalEvaluation], eval_image_size: int) -> Table:
+def evaluation_table(evaluations: Sequence[FinalEvaluation], start: RunStart) -> Table:
     """Lay out the final evaluations."""
     num_classes = len(evaluations[0].result.classes.images)
     has_top5 = num_classes > MAX_CLASSES_WITHOUT_TOP5
     rows: list[tuple[str, ...]] = []
     for evaluation in evaluations:
-        uses = ["evaluation"] if evaluation.image_size == eval_image_size else []
-        uses += ["last stage"] if evaluation.is_train_size else []
+        size = evaluation.image_size
+        uses = ["evaluation"] if size == start.run.config.eval_image_size else []
+        uses += ["last stage"] if size == start.stages[-1].image_size else []
         result = evaluation.result
         rows.append(
             (
                 evaluation.weights,
-                f"{evaluation.image_size} px",
+                f"{size} px",
                 " and ".join(uses),
                 format_percent(result.top1, 2),
                 *([format_percent(result.top5, 2)] if has_top5 else []),
@@ -176,13 +137,14 @@ def evaluation_table(evaluations: Sequence[FinalEvaluation], eval_image_size: in
     return Table(columns, tuple(rows), frozenset({"weights", "which is that of"}))
 
 
-def stage_table(stages: Sequence[StageResult]) -> Table:
+def stage_table(start: RunStart) -> Table:
     """Lay out what each stage was trained with and what it took."""
     columns = ("stage", "size", "RandAugment", "Mixup", "CutMix", "dropout", "passes x images")
     columns += ("steps", "time", "images/s", "memory")
     rows: list[tuple[str, ...]] = []
-    for result in stages:
-        stage = result.stage
+    for stage in start.stages:
+        took = start.state.stages[stage.index]
+        micro_batch_size = start.plan.micro_batch_sizes[stage.index]
         rows.append(
             (
                 str(stage.index + 1),
@@ -191,11 +153,11 @@ def stage_table(stages: Sequence[StageResult]) -> Table:
                 _value(stage.mixup_alpha),
                 _value(stage.cutmix_alpha),
                 _value(stage.dropout_rate),
-                f"{result.gradient_accumulation_steps} x {result.micro_batch_size}",
-                f"{result.num_steps:,}",
-                format_seconds(result.seconds),
-                format_rate(result.num_images / result.seconds) if result.seconds else NOTHING,
-                format_bytes(result.peak_memory_bytes) if result.peak_memory_bytes else NOTHING,
+                f"{start.run.config.batch_size // micro_batch_size} x {micro_batch_size}",
+                f"{start.plan.num_steps_of_stage(stage.index):,}",
+                format_seconds(took.seconds),
+                format_rate(took.num_images / took.seconds) if took.seconds else NOTHING,
+                format_bytes(took.peak_memory_bytes) if took.peak_memory_bytes else NOTHING,
             )
         )
     return Table(columns, tuple(rows))
@@ -212,11 +174,12 @@ def recipe_table(config: TrainConfig) -> Table:
     return Table(("setting", "value"), tuple(rows), frozenset({"setting", "value"}))
 
 
-def environment_table(environment: EnvironmentRecord, device_name: str, world_size: int) -> Table:
+def environment_table(start: RunStart) -> Table:
     """List where the run was trained."""
+    environment = current_environment()
     memory = format_bytes(environment.memory_bytes)
     rows = (
-        ("device", _processes(device_name, world_size)),
+        ("device", start.ranks.describe()),
         *(("GPU", gpu) for gpu in environment.gpus),
         ("CPU", f"{environment.processor}, {environment.num_cores} cores, {memory}"),
         ("system", f"{environment.system}, Python {environment.python}"),
@@ -350,10 +313,6 @@ def _best_epoch(epochs: Sequence[EpochMetrics]) -> str:
     if best.top1 <= epochs[-1].top1:
         return "No epoch was better than the last."
     return f"Epoch {best.epoch} was better: {format_percent(best.top1)}."
-
-
-def _processes(device_name: str, world_size: int) -> str:
-    return device_name if world_size == 1 else f"{world_size} processes, each on {device_name}"
 
 
 def _value(value: float) -> str:

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -36,13 +36,16 @@ from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.machine.atomic import dangling_link_hint, point_link
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import NetworkOptions
-from training.learning.epoch import Evaluation
+from training.batches.sampler import StepPlan
+from training.learning.distributed import Ranks
+from training.learning.evaluation import Evaluation
 from training.learning.state import TrainState
 from training.recipe.config import TrainConfig, config_from_json, config_to_json
+from training.recipe.stages import Stage
 from training.running.metrics import EpochMetrics, draw_curves, write_metrics
-from training.running.report import REPORT_FILE
 
 CHECKPOINT, BEST, CHECKPOINTS = "checkpoint", "best", "checkpoints"
+REPORT_FILE = "report.md"
 STEP_PREFIX = "step-"
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,18 @@ class Run:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class RunStart:
+    """All that training begins, or goes on, with."""
+
+    run: Run
+    state: TrainState
+    """Changed in place."""
+    ranks: Ranks
+    plan: StepPlan
+    stages: tuple[Stage, ...]
+
+
 class CheckpointWriter:
     """Writes checkpoints beside the training, one at a time; training only waits for the copy.
 
@@ -88,14 +103,16 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
         self._failure: OSError | None = None
 
-    def save(self, state: TrainState, epoch: int, evaluation: Evaluation | None) -> None:
-        """Copy the state and write it in the background.
+    def __enter__(self) -> Self:
+        """Do nothing more."""
+        return self
 
-        Args:
-            state: of which the average is deployed and all is kept for resuming.
-            epoch: whole epochs trained.
-            evaluation: of the averaged weights; None within an epoch.
-        """
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for what is being written, which must be whole unless something else went wrong."""
+        self.close(must_be_written=kind is None)
+
+    def save(self, state: TrainState, epoch: int, evaluation: Evaluation | None) -> None:
+        """Copy the state after whole epochs, or within one if there is no evaluation; write it."""
         self.wait()
         values = state.to_dict()
         self._pending = self._thread.submit(self._write, values, epoch, evaluation)

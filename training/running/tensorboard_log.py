@@ -8,8 +8,8 @@ from typing import Self
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from training.learning.epoch import StepReport
 from training.running.metrics import EpochMetrics
+from training.running.progress import StepReport
 
 STEPS_BETWEEN_POINTS = 10
 

@@ -1,20 +1,19 @@
-"""A run and its state -> a trained run: epochs, evaluation, checkpoints, report."""
+"""RunStart -> a trained run: epochs, evaluation, checkpoints, report."""
 
 import copy
 import errno
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from efficientnet.errors import PipelineError
 from efficientnet.formats.class_accuracy import is_at_chance
-from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.machine.environment import num_usable_cores
 from efficientnet.reporting.tables import format_percent
 from training.batches.loader import (
     Batch,
@@ -24,26 +23,21 @@ from training.batches.loader import (
     train_batches,
 )
 from training.batches.prefetch import on_device
-from training.batches.sampler import StepPlan, StepSampler
-from training.learning.distributed import Ranks, broadcast_from_rank0, local_world_size
-from training.learning.epoch import (
-    Evaluation,
-    LossError,
-    StepReport,
-    TrainingError,
-    evaluate,
-    train_epoch,
-)
+from training.batches.sampler import StepSampler
+from training.learning import memory
+from training.learning.distributed import broadcast_from_rank0, local_world_size
+from training.learning.evaluation import Evaluation, evaluate
 from training.learning.optim import learning_rate_at
-from training.learning.state import EpochTotals, TrainState
+from training.learning.state import EpochTotals, StageTotals
 from training.learning.step import TrainStep
 from training.recipe.stages import Stage
-from training.running.metrics import EpochMetrics
-from training.running.progress import InterruptFlag, ProgressBar, format_seconds
-from training.running.report import FinalEvaluation, StageResult, write_report
+from training.running.metrics import EpochMetrics, describe, signs_of_failure
+from training.running.progress import InterruptFlag, ProgressBar, StepReport
+from training.running.report import FinalEvaluation, write_report
 from training.running.run_folder import (
     CheckpointWriter,
     Run,
+    RunStart,
     point_latest_to,
     publish,
     read_run,
@@ -51,43 +45,41 @@ from training.running.run_folder import (
 )
 from training.running.tensorboard_log import TensorBoardLog
 
+# Reading the loss makes a GPU's queue run dry; every tenth pass is enough for the bar, for NaN and
+# to see that the training is asked to stop.
+PASSES_BETWEEN_READINGS = {"cpu": 1, "cuda": 10}
+
 EVAL_BATCH_SIZE = 64
 
 MAX_ROLLBACKS = 3
 
-# Times the loss of guessing, ln(classes), from which on a mean training loss is no chance, and a
-# held-out loss no mere overconfidence.
-WORSE_THAN_GUESSING, EXPLODED = 1.1, 3.0
-
 log = logging.getLogger(__name__)
 
 
+class TrainingError(PipelineError):
+    """Training that cannot go on."""
+
+
+class LossError(TrainingError):
+    """A loss, weights or running statistics that are not finite."""
+
+
 class Trainer:
-    """Trains a run to its end, in one process or as one of several.
+    """Trains a run to its end, in one process or as one of several."""
 
-    Args:
-        run: where, what and on which images.
-        state: new or restored; changed in place.
-        ranks: of the processes.
-        plan: of the steps.
-        stages: of progressive learning.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        state: TrainState,
-        ranks: Ranks,
-        plan: StepPlan,
-        stages: tuple[Stage, ...],
-    ) -> None:
-        self.run, self.state, self.ranks, self.plan, self.stages = run, state, ranks, plan, stages
+    def __init__(self, start: RunStart) -> None:
+        self._start = start
+        self._run, self._state, self._ranks = start.run, start.state, start.ranks
+        self._plan, self._stages = start.plan, start.stages
         # Of its own, so that an evaluation never meets a compiled network or DDP.
-        self._evaluated_model = copy.deepcopy(state.model)
+        self._evaluated_model = copy.deepcopy(start.state.model)
+        run = start.run
         self._step = TrainStep(
-            state, run.config, ranks, len(run.dataset.class_names), run.preprocess
+            start.state, run.config, start.ranks, len(run.dataset.class_names), run.preprocess
         )
         self._num_workers = num_workers(run)
+        self._board: TensorBoardLog | None = None
+        self._writer: CheckpointWriter | None = None
 
     def fit(self) -> None:
         """Train to the last step; evaluate, save and draw after each epoch; report.
@@ -97,129 +89,195 @@ class Trainer:
                 so too often; a checkpoint could not be written, or a loader's process died.
             KeyboardInterrupt: this process or another one was asked to stop; all is saved.
         """
-        try:
-            with explained_worker_deaths():
-                self._fit()
-        except KeyboardInterrupt as interrupt:
-            reason = str(interrupt) or "interrupted"
-            raise type(interrupt)(f"{reason}; {self._how_to_go_on()}") from None
-        except (LoaderError, OSError) as error:
-            reason = str(error)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                reason = f"the disk is full ({error}): free some space"
-            raise TrainingError(f"{reason}; {self._how_to_go_on()}") from error
+        run, state, plan = self._run, self._state, self._plan
+        with _told_how_to_go_on(run):
+            with ExitStack() as stack:
+                if self._ranks.is_main:
+                    run.directory.mkdir(parents=True, exist_ok=True)
+                    remove_unfinished(run.directory, state.step)
+                    if state.step:
+                        publish(run, state.best, state.history)
+                    self._board = stack.enter_context(TensorBoardLog(run.directory, state.step))
+                self._bar = stack.enter_context(
+                    ProgressBar(self._stages, plan, state.step, self._ranks)
+                )
+                self._bar.top1 = state.history[-1]["top1"] if state.history else None
+                self._interrupt = stack.enter_context(InterruptFlag())
+                if self._ranks.is_main:
+                    self._writer = stack.enter_context(CheckpointWriter(run))
+                self._reserve_memory()
+                batches = self._batches()
+                while state.step < plan.num_steps:
+                    try:
+                        is_stopped = self.train_epoch(batches)
+                    except LossError as error:
+                        self._roll_back(error)
+                        batches = self._batches()
+                        continue
+                    evaluation = self._end_epoch() if plan.ends_epoch(state.step) else None
+                    if self._writer:
+                        self._writer.save(state, plan.epoch_of(state.step), evaluation)
+                    if is_stopped and state.step < plan.num_steps:
+                        if self._writer:
+                            self._writer.close(must_be_written=True)
+                        raise KeyboardInterrupt(
+                            f"interrupted at step {state.step} of {plan.num_steps}"
+                        )
+            self._finish()
 
-    def _how_to_go_on(self) -> str:
-        run = self.run
-        if not run.checkpoint.exists():
-            return "no checkpoint has been written: start again"
-        return (
-            f"the newest checkpoint is {run.checkpoint.resolve()}; go on with: "
-            f"python training/run.py --resume {run.directory}"
+    def train_epoch(self, batches: Iterator[Batch]) -> bool:
+        """Train to the end of the epoch under way, or to the next checkpoint within it.
+
+        Args:
+            batches: forward passes, several to a step when gradients are accumulated.
+
+        Returns:
+            Whether a process was asked to stop; all stop after the same step.
+
+        Raises:
+            LossError: the loss, or at the end a weight or a running statistic, is not finite.
+        """
+        state, plan, config, device = self._state, self._plan, self._run.config, self._state.device
+        totals = state.totals
+        state.model.train()
+        # Continued in the same precision, so that a resumed epoch adds up to the very same sum.
+        loss_sum = torch.tensor(totals.loss_sum, dtype=torch.float64, device=device)
+        unread: list[Tensor] = []
+        loss: float | None = None
+        began = perf_counter()
+        seconds_before, images_before = totals.seconds, totals.num_images
+        is_last = is_stopped = False
+        while not is_last:
+            stage = self._stages[plan.stage_of(state.step)]
+            self._step.begin_stage(stage, plan.micro_batch_sizes[stage.index])
+            stage_totals = state.stages.setdefault(stage.index, StageTotals())
+            # All of its steps take the same: to start a count anew in each epoch would cost time.
+            is_memory_counted = not stage_totals.num_images
+            if is_memory_counted:
+                memory.give_back_freed_memory(device)
+                is_memory_counted = memory.reset_peak_memory(device)
+            stage_began, ends_stage = perf_counter(), False
+            while not is_last and not ends_stage:
+                rate = self._learning_rate(state.step)
+                # Filled where it is needed: to copy it there would wait for the device.
+                stop = torch.full((), float(self._interrupt.is_set), device=device)
+                num_passes = plan.gradient_accumulation_steps(state.step)
+                step_loss, stops = self._step(batches, num_passes, rate, stop)
+                loss_sum += step_loss
+                unread.append(step_loss)
+                totals.num_steps += 1
+                totals.num_images += config.batch_size
+                stage_totals.num_images += config.batch_size
+
+                is_last = plan.ends_epoch(state.step) or (
+                    config.checkpoint_every_steps is not None
+                    and state.step % config.checkpoint_every_steps == 0
+                )
+                ends_stage = is_last or plan.stage_of(state.step) != stage.index
+                every = max(1, PASSES_BETWEEN_READINGS[device.type] // num_passes)
+                if ends_stage or state.step % every == 0:
+                    loss = self._read(unread, stage)
+                    unread = []
+                    is_stopped = stops.item() > 0
+                    is_last = is_last or is_stopped
+                elapsed_s = perf_counter() - began
+                totals.seconds = seconds_before + elapsed_s
+                images_per_s = (totals.num_images - images_before) / elapsed_s
+                report = StepReport(state.step, stage, loss, rate, images_per_s)
+                self._bar.update(report)
+                if self._board:
+                    self._board.on_step(report)
+            stage_totals.seconds += perf_counter() - stage_began
+            if is_memory_counted:
+                stage_totals.peak_memory_bytes = memory.peak_memory_bytes(device)
+        totals.loss_sum = loss_sum.item()
+        state.elapsed_s += perf_counter() - began
+        broken = state.first_not_finite()
+        if broken is not None:
+            raise LossError(f"{broken} is not finite after step {state.step} of {plan.num_steps}")
+        return is_stopped
+
+    def _read(self, losses: list[Tensor], stage: Stage) -> float:
+        # The last of the losses of a stage since they were read; waits for the device.
+        values = torch.stack(losses).tolist()
+        for offset, value in enumerate(values):
+            if not math.isfinite(value):
+                raise LossError(
+                    f"the loss is {value} at step {self._state.step - len(values) + 1 + offset} of "
+                    f"{self._plan.num_steps} (stage {stage.index + 1} of {len(self._stages)}, "
+                    f"{stage.image_size} px)"
+                )
+        return values[-1]
+
+    def _learning_rate(self, step: int) -> float:
+        config, plan = self._run.config, self._plan
+        return learning_rate_at(
+            step, config.optimizer, config.batch_size, plan.steps_per_epoch, plan.num_steps
         )
 
-    def _fit(self) -> None:
-        run, state, ranks = self.run, self.state, self.ranks
-        if ranks.is_main:
-            run.directory.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(run.directory, state.step)
-            if state.step:
-                publish(run, state.best, state.history)
-        has_ended = False
-        writer = CheckpointWriter(run) if ranks.is_main else None
-        with ExitStack() as stack:
-            if ranks.is_main:
-                self._board = stack.enter_context(TensorBoardLog(run.directory, state.step))
-            self._bar = stack.enter_context(ProgressBar(self.stages, self.plan, state.step, ranks))
-            self._bar.top1 = state.history[-1]["top1"] if state.history else None
-            interrupt = stack.enter_context(InterruptFlag())
-            try:
-                self._train(writer, interrupt)
-                has_ended = True
-            finally:
-                if writer:
-                    writer.close(has_ended)
-        self._finish()
-
-    def _train(self, writer: CheckpointWriter | None, interrupt: InterruptFlag) -> None:
-        state, plan = self.state, self.plan
+    def _reserve_memory(self) -> None:
+        state, plan = self._state, self._plan
         if state.device.type == "cuda" and state.step < plan.num_steps:
-            sizes = [(s.image_size, plan.micro_batch_sizes[s.index]) for s in self.stages]
+            sizes = [(s.image_size, plan.micro_batch_sizes[s.index]) for s in self._stages]
             state.model.train()
             self._step.reserve_memory(*max(sizes, key=lambda size: size[0] ** 2 * size[1]))
-        every = self.run.config.checkpoint_every_steps
-        batches = self._batches()
-        while state.step < plan.num_steps:
-            try:
-                stopped = train_epoch(
-                    state,
-                    self._step,
-                    plan,
-                    self.stages,
-                    batches,
-                    lambda: interrupt.is_set,
-                    self._on_step,
-                    every - state.step % every if every else None,
-                )
-            except LossError as error:
-                if writer:
-                    writer.wait()
-                # Told by rank 0, which alone knows when the last one was written.
-                newest = self.run.checkpoint
-                kept = broadcast_from_rank0(newest.resolve() if newest.exists() else None)
-                self._roll_back(error, kept)
-                batches = self._batches()
-                continue
-            evaluation = self._end_epoch() if plan.ends_epoch(state.step) else None
-            if writer:
-                writer.save(state, plan.epoch_of(state.step), evaluation)
-            if stopped and state.step < plan.num_steps:
-                if writer:
-                    writer.close(must_be_written=True)
-                raise KeyboardInterrupt(f"interrupted at step {state.step} of {plan.num_steps}")
 
     def _batches(self) -> Iterator[Batch]:
-        state = self.state
-        sampler = StepSampler(self.plan, self.ranks.rank, state.step, state.attempt)
+        run, state = self._run, self._state
+        sampler = StepSampler(self._plan, self._ranks.rank, state.step, state.attempt)
         loader = train_batches(
-            self.run.dataset.train, self.run.config, self.stages, sampler, self._num_workers
+            run.dataset.train, run.config, self._stages, sampler, self._num_workers
         )
         return iter(on_device(loader, state.device))
 
-    def _on_step(self, report: StepReport) -> None:
-        self._bar.update(report)
-        if self.ranks.is_main:
-            self._board.on_step(report)
-
     def _end_epoch(self) -> Evaluation:
-        state = self.state
+        state, plan = self._state, self._plan
         began = perf_counter()
-        evaluation = self._evaluate(state.average.tensors, self.run.preprocess.image_size)
+        evaluation = self._evaluate(state.average.tensors, self._run.preprocess.image_size)
         state.elapsed_s += perf_counter() - began
-        metrics = epoch_metrics(self.stages, self.plan, state, evaluation)
+        last_step = state.step - 1
+        stage = self._stages[plan.stage_of(last_step)]
+        metrics = EpochMetrics(
+            epoch=plan.epoch_of(state.step),
+            step=state.step,
+            stage=stage.index + 1,
+            image_size=stage.image_size,
+            learning_rate=self._learning_rate(last_step),
+            train_loss=state.totals.loss_sum / state.totals.num_steps,
+            val_loss=evaluation.loss,
+            top1=evaluation.top1,
+            top5=evaluation.top5,
+            balanced_accuracy=evaluation.classes.balanced,
+            images_per_s=state.totals.num_images / state.totals.seconds,
+            elapsed_s=state.elapsed_s,
+        )
         state.history.append(metrics.model_dump())
         if state.best is None or evaluation.top1 > state.best["top1"]:
             state.best = {"step": state.step, "top1": evaluation.top1}
         state.totals = EpochTotals()
         self._bar.top1 = evaluation.top1
-        if self.ranks.is_main:
-            self._bar.write(describe(metrics, self.plan.num_epochs, len(self.stages)))
-            for warning in signs_of_failure(metrics, len(self.run.dataset.class_names)):
+        if self._board:
+            self._bar.write(describe(metrics, plan.num_epochs, len(self._stages)))
+            for warning in signs_of_failure(metrics, len(self._run.dataset.class_names)):
                 self._bar.write(f"epoch {metrics.epoch:3d}: {warning}")
             self._board.on_epoch(metrics)
         return evaluation
 
     def _evaluate(self, weights: dict[str, Tensor], image_size: int) -> Evaluation:
-        ranks, model = self.ranks, self._evaluated_model
+        ranks, model = self._ranks, self._evaluated_model
         model.load_state_dict(weights)
-        spec = self.run.preprocess.model_copy(update={"image_size": image_size})
+        spec = self._run.preprocess.model_copy(update={"image_size": image_size})
         # Every image once: a part that is one image shorter than the others is no harm.
-        part = self.run.dataset.val[ranks.rank :: ranks.world_size]
+        part = self._run.dataset.val[ranks.rank :: ranks.world_size]
         batches = eval_batches(part, spec, EVAL_BATCH_SIZE, self._num_workers)
-        return evaluate(model, batches, self.state.device)
+        return evaluate(model, batches, self._state.device)
 
-    def _roll_back(self, error: LossError, kept: Path | None) -> None:
-        run, state = self.run, self.state
+    def _roll_back(self, error: LossError) -> None:
+        run, state = self._run, self._state
+        if self._writer:
+            self._writer.wait()
+        # Told by rank 0, which alone knows when the last one was written.
+        kept = broadcast_from_rank0(run.checkpoint.resolve() if run.checkpoint.exists() else None)
         if run.config.on_nan == "stop" or kept is None or state.attempt == MAX_ROLLBACKS:
             again = f" after {state.attempt} rollbacks" if state.attempt else ""
             raise TrainingError(
@@ -240,38 +298,16 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate raw and averaged weights at both sizes; write the report; point to the run."""
-        run, state, plan = self.run, self.state, self.plan
-        sizes = {self.stages[-1].image_size, run.preprocess.image_size}
-        both: tuple[tuple[Literal["averaged", "raw"], dict[str, Tensor]], ...] = (
-            ("averaged", state.average.tensors),
-            ("raw", state.model.state_dict()),
-        )
+        run, state = self._run, self._state
+        averaged, raw = state.average.tensors, state.model.state_dict()
+        sizes = sorted({self._stages[-1].image_size, run.preprocess.image_size})
         evaluations = [
-            FinalEvaluation(
-                weights=name,
-                image_size=size,
-                is_train_size=size == self.stages[-1].image_size,
-                result=self._evaluate(weights, size),
-            )
-            for name, weights in both
-            for size in sorted(sizes)
+            *(FinalEvaluation("averaged", size, self._evaluate(averaged, size)) for size in sizes),
+            *(FinalEvaluation("raw", size, self._evaluate(raw, size)) for size in sizes),
         ]
-        if not self.ranks.is_main:
+        if not self._ranks.is_main:
             return
-        results = [
-            StageResult(
-                stage=stage,
-                micro_batch_size=plan.micro_batch_sizes[stage.index],
-                gradient_accumulation_steps=run.config.batch_size
-                // plan.micro_batch_sizes[stage.index],
-                num_steps=plan.num_steps_of_stage(stage.index),
-                num_images=state.stages[stage.index].num_images,
-                seconds=state.stages[stage.index].seconds,
-                peak_memory_bytes=state.stages[stage.index].peak_memory_bytes,
-            )
-            for stage in self.stages
-        ]
-        final = evaluations[sorted(sizes).index(run.preprocess.image_size)].result
+        final = evaluations[sizes.index(run.preprocess.image_size)].result
         classes = final.classes
         if is_at_chance(final.top1, classes.largest_share, final.num_images):
             log.warning(
@@ -281,20 +317,30 @@ class Trainer:
                 run.dataset.class_names[classes.largest],
                 format_percent(classes.largest_share),
             )
-        write_report(
-            run.directory,
-            run.config,
-            run.dataset.class_names,
-            len(run.dataset.train),
-            len(run.dataset.val),
-            results,
-            evaluations,
-            [EpochMetrics(**epoch) for epoch in state.history],
-            current_environment(),
-            device_name(state.device),
-            self.ranks.world_size,
-        )
+        write_report(self._start, evaluations)
         point_latest_to(run.directory)
+
+
+@contextmanager
+def _told_how_to_go_on(run: Run) -> Generator[None]:
+    # What ends a training says where it can be gone on with.
+    def reason_and_how(reason: str) -> str:
+        if not run.checkpoint.exists():
+            return f"{reason}; no checkpoint has been written: start again"
+        return (
+            f"{reason}; the newest checkpoint is {run.checkpoint.resolve()}; go on with: "
+            f"python training/run.py --resume {run.directory}"
+        )
+
+    try:
+        with explained_worker_deaths():
+            yield
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(reason_and_how(str(interrupt) or "interrupted")) from None
+    except (LoaderError, OSError) as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = f"the disk is full ({error}): free some space" if is_full else str(error)
+        raise TrainingError(reason_and_how(reason)) from error
 
 
 def num_workers(run: Run) -> int:
@@ -304,67 +350,3 @@ def num_workers(run: Run) -> int:
     if run.config.data is None:
         return 0
     return max(1, num_usable_cores() // local_world_size())
-
-
-def device_name(device: torch.device) -> str:
-    """Name the device for a person."""
-    return "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-
-
-def epoch_metrics(
-    stages: tuple[Stage, ...], plan: StepPlan, state: TrainState, evaluation: Evaluation
-) -> EpochMetrics:
-    """Sum up the epoch that has just ended."""
-    last_step = state.step - 1
-    stage = stages[plan.stage_of(last_step)]
-    config = plan.config
-    return EpochMetrics(
-        epoch=plan.epoch_of(state.step),
-        step=state.step,
-        stage=stage.index + 1,
-        image_size=stage.image_size,
-        learning_rate=learning_rate_at(
-            last_step, config.optimizer, config.batch_size, plan.steps_per_epoch, plan.num_steps
-        ),
-        train_loss=state.totals.loss_sum / state.totals.num_steps,
-        val_loss=evaluation.loss,
-        top1=evaluation.top1,
-        top5=evaluation.top5,
-        balanced_accuracy=evaluation.classes.balanced,
-        images_per_s=state.totals.num_images / state.totals.seconds,
-        elapsed_s=state.elapsed_s,
-    )
-
-
-def signs_of_failure(metrics: EpochMetrics, num_classes: int) -> list[str]:
-    """Tell what is wrong with an epoch's losses: they are compared with those of guessing."""
-    guessing = math.log(num_classes)
-    signs: list[str] = []
-    # A uniform guess has this loss whatever the labels are smoothed or mixed with.
-    if metrics.train_loss > WORSE_THAN_GUESSING * guessing and metrics.epoch > 1:
-        signs.append(
-            f"the training loss {metrics.train_loss:.3g} is worse than guessing ({guessing:.2f}): "
-            "if it does not fall, stop, and lower --optimizer.learning-rate"
-        )
-    if metrics.val_loss > EXPLODED * guessing:
-        signs.append(
-            f"the held-out loss {metrics.val_loss:,.5g} has exploded, guessing has {guessing:.2f}: "
-            + (
-                "the averaged weights still hold those of the first steps, or "
-                if metrics.epoch <= 2
-                else ""
-            )
-            + "the learning rate is too high (--optimizer.learning-rate), or the steps are too few "
-            "for batch norm's statistics (--batch-norm-momentum) and the moving average"
-        )
-    return signs
-
-
-def describe(metrics: EpochMetrics, num_epochs: int, num_stages: int) -> str:
-    """Write an epoch as one line for the log."""
-    return (
-        f"epoch {metrics.epoch:3d}/{num_epochs}  stage {metrics.stage}/{num_stages}  "
-        f"{metrics.image_size:3d} px  loss {metrics.train_loss:.3f}  "
-        f"held-out loss {metrics.val_loss:.3f}  top-1 {100 * metrics.top1:5.1f} %  "
-        f"{metrics.images_per_s:5.0f} images/s  {format_seconds(metrics.elapsed_s)}"
-    )

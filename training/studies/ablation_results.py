@@ -16,8 +16,7 @@ from efficientnet.machine.environment import EnvironmentRecord
 from training.recipe.config import changed_values, config_to_json
 from training.recipe.stages import plan_stages
 from training.running.metrics import read_metrics
-from training.running.report import REPORT_FILE
-from training.running.run_folder import CHECKPOINT
+from training.running.run_folder import CHECKPOINT, REPORT_FILE
 from training.studies.ablation_plan import (
     FIXED,
     PROGRESSIVE,
