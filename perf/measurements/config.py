@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from efficientnet.command import JsonFlags
 from efficientnet.network.architectures import peer_of
 from efficientnet.network.variants import Padding, get_variant
 from perf.measurements.scenarios import SCENARIOS, ScenarioName
@@ -109,8 +110,10 @@ class LatencyConfig:
 
 
 @dataclass(frozen=True)
-class LayersConfig:
+class LayersConfig(JsonFlags):
     """Settings of a measurement."""
+
+    result_file = Path("reports/layers.json")
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
     """Artifact directories, of ONNX Runtime on the CPU, of OpenVINO or of the native engine."""
