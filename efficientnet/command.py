@@ -7,8 +7,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import tyro
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
 from efficientnet.images.tar_index import DatasetError
+from efficientnet.machine.atomic import write_text
 from efficientnet.machine.children import kill_children_at_exit
 
 Config = TypeVar("Config")
@@ -24,6 +26,16 @@ PROJECT_LOGGERS = ("__main__", "efficientnet", "training", "export", "serving", 
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 TERMINATED = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonFlags:
+    """Flags of a command whose result is JSON that is larger than a screen."""
+
+    json: bool = False
+    """Print the result as one line of JSON; otherwise it goes to a file, whose path is printed."""
+
+    result_file: ClassVar[Path]
 
 
 class Terminated(KeyboardInterrupt):
@@ -80,7 +92,7 @@ def run_command(
     except ValueError as error:
         _fail(error, WRONG_USAGE)
     try:
-        made = main(config)
+        tell(config, main(config))
     except PipelineError as error:
         _fail(error, FAILED)
     except ValueError as error:
@@ -99,11 +111,19 @@ def run_command(
         _fail(end, TERMINATED)
     except KeyboardInterrupt as interrupt:
         _fail(str(interrupt) or "interrupted", INTERRUPTED)
-    if isinstance(made, BaseModel):
-        print(made.model_dump_json())
-    elif made is not None:
-        print(made)
     sys.exit(DONE)
+
+
+def tell(config: object, made: Path | BaseModel | str | None) -> None:
+    """Print what a command made: a path, JSON, or the path of a file of JSON (see JsonFlags)."""
+    if isinstance(made, BaseModel):
+        if isinstance(config, JsonFlags) and not config.json:
+            write_text(config.result_file, made.model_dump_json(indent=1) + "\n")
+            made = config.result_file
+        else:
+            made = made.model_dump_json()
+    if made is not None:
+        print(made)
 
 
 def _terminate(*_: object) -> None:

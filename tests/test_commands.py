@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -114,6 +115,24 @@ def test_a_full_disk_is_said_plainly_and_leaves_the_older_artifact(tiny_checkpoi
     done = run("-c", program)
     assert done.returncode == 1
     assert "error: the disk is full" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("prints_json", [False, True])
+def test_a_long_result_goes_to_a_file_unless_json_is_asked_for(tmp_path: Path, prints_json: bool):
+    program = (
+        "from pathlib import Path\n"
+        "from pydantic import RootModel\n"
+        "from efficientnet.command import JsonFlags, run_command\n"
+        "class Config(JsonFlags):\n"
+        "    result_file = Path('reports/numbers.json')\n"
+        f"run_command(lambda: Config(json={prints_json}), lambda _: RootModel[list[int]]([1, 2]))\n"
+    )
+    done = run("-c", program, cwd=tmp_path)
+    written = tmp_path / "reports" / "numbers.json"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("[1,2]\n" if prints_json else "reports/numbers.json\n")
+    assert written.exists() != prints_json
+    assert prints_json or json.loads(written.read_text()) == [1, 2]
 
 
 def test_a_bug_keeps_its_traceback():

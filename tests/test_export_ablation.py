@@ -313,7 +313,7 @@ def test_the_command_measures_one_runtime_after_the_other(tiny_checkpoint: Path,
     command = [
         *(sys.executable, str(ROOT / "export" / "ablation.py")),
         *("--checkpoint", str(tiny_checkpoint), "--num-parity-images", "64"),
-        *("--runtimes", *runtimes, "--seconds", "0.1", "--turns", "2", "--publish"),
+        *("--runtimes", *runtimes, "--seconds", "0.1", "--turns", "2", "--publish", "--json"),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -131,7 +131,8 @@ def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    summary = Summary.model_validate(json.loads(done.stdout.splitlines()[-1]))
+    assert done.stdout.splitlines()[-1] == "reports/exports.json"
+    summary = Summary.model_validate(json.loads((tmp_path / "reports/exports.json").read_text()))
     by_name = {(one.name, one.precision): one for one in summary.lines}
     for precision in ("fp32", "fp16", "int8"):
         one = by_name["onnxruntime", precision]

@@ -106,11 +106,11 @@ def test_layers_have_the_names_of_the_nodes(reference: Reference, tiny_artifact:
     assert {name for names in layers_by_block(reference.model).values() for name in names} == nodes
 
 
-def test_the_command_names_the_broken_step_and_layer_and_prints_json_last(
+def test_the_command_names_the_broken_step_and_layer_and_prints_json_on_demand(
     tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
 ):
     broken = perturbed(tiny_artifact, tmp_path / "broken")
-    done = run("--checkpoint", tiny_checkpoint, "--num-images", 64, "--layers", broken)
+    done = run("--checkpoint", tiny_checkpoint, "--num-images", 64, "--layers", broken, "--json")
     assert done.returncode == 1
     assert f"error: 1 of 1 artifacts do not answer like the eager model: {broken}" in done.stderr
     assert f"block {CHANGED_BLOCK}, layer {CHANGED_LAYER}: the first above 0.0001" in done.stderr
@@ -173,13 +173,17 @@ def test_an_unchecked_artifact_that_breaks_is_left_as_it_is(
     tiny_checkpoint: Path,
     tiny_artifact: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
+    monkeypatch.chdir(tmp_path)
     directory = unchecked(perturbed(tiny_artifact, tmp_path / "broken"), tmp_path / "unchecked")
     before = (directory / "manifest.json").read_bytes()
     with pytest.raises(parity.ParityError, match="1 of 1 artifacts"):
         parity.main(ParityConfig((directory,), checkpoint=tiny_checkpoint, num_images=64))
-    assert not json.loads(capsys.readouterr().out)["ladders"][0]["is_completed"]
+    result = Path(capsys.readouterr().out.splitlines()[-1])
+    assert result == Path("reports/parity.json")
+    assert not json.loads(result.read_text())["ladders"][0]["is_completed"]
     assert (directory / "manifest.json").read_bytes() == before
     with pytest.raises(ArtifactError, match="never compared"):
         open_runtime(directory)

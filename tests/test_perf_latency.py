@@ -37,6 +37,7 @@ from perf.measurements.latency import (
     without_accuracy,
 )
 from perf.measurements.recording import results_table
+from perf.measurements.scenarios import OFFLINE, SCENARIOS
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "reports" / "published" / "2026-11-22-amd-epyc-2-cores"
@@ -187,6 +188,18 @@ def test_many_samples_go_into_a_file_beside_the_records(
         assert samples.max() == pytest.approx(record.max_ms)
 
 
+def test_a_scenario_that_picks_no_batch_size_is_measured_at_each(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    every_batch = dataclasses.replace(OFFLINE, name="every_batch", picks_fastest=False)
+    monkeypatch.setitem(SCENARIOS, every_batch.name, every_batch)
+    output = tmp_path / "latency.jsonl"
+    config = LatencyConfig((tiny_artifact,), 0.1, 2, 1, (1, 4), ("every_batch",), output)
+    latency.main(config)
+    found = read_records(output, LatencyRecord)
+    assert [(r.scenario, r.batch_size) for r in found] == [("every_batch", 1), ("every_batch", 4)]
+
+
 def test_without_paths_the_newest_checkpoint_and_its_artifacts_are_measured(
     tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
 ):
@@ -232,6 +245,7 @@ def test_a_path_given_twice_is_an_error(tiny_artifact: Path):
         ({"batches": (4, 0)}, "--batches"),
         ({"scenarios": ()}, "--scenarios is"),
         ({"scenarios": ("offline", "offline")}, "--scenarios is"),
+        ({"scenarios": ("offline", "at_night")}, "--scenarios is"),
     ],
 )
 def test_a_setting_outside_its_limits_is_an_error(setting: dict, message: str):

@@ -66,7 +66,7 @@ def openvino_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def done(tiny_artifact: Path, openvino_artifact: Path) -> subprocess.CompletedProcess[str]:
     """One real run of the command on an artifact of each runtime."""
-    found = run(tiny_artifact, openvino_artifact, "--calls", "6", "--threads", "1")
+    found = run(tiny_artifact, openvino_artifact, "--calls", "6", "--threads", "1", "--json")
     assert found.returncode == 0, found.stderr
     return found
 
@@ -118,7 +118,7 @@ def test_a_float32_program_has_a_share_of_the_peak(program: ProgramLayers):
             assert layer.gop_per_s is None and layer.share_of_peak is None
 
 
-def test_stdout_is_one_json_document_and_the_tables_are_on_stderr(
+def test_with_json_stdout_is_one_document_and_the_tables_are_on_stderr(
     done: subprocess.CompletedProcess[str], tiny_artifact: Path, openvino_artifact: Path
 ):
     (line,) = done.stdout.splitlines()
@@ -128,10 +128,21 @@ def test_stdout_is_one_json_document_and_the_tables_are_on_stderr(
     assert str(tiny_artifact) in done.stderr and str(openvino_artifact) in done.stderr
 
 
-def test_a_batch_without_a_fixed_shape_is_profiled_too(openvino_artifact: Path):
-    done = run(openvino_artifact, "--calls", "1", "--threads", "1", "--batch-size", "3")
+def test_a_batch_without_a_fixed_shape_is_profiled_too_into_a_file(
+    openvino_artifact: Path, tmp_path: Path
+):
+    flags = ["--calls", "1", "--threads", "1", "--batch-size", "3"]
+    done = subprocess.run(
+        [*COMMAND, str(openvino_artifact), *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    (program,) = LayerTimes.model_validate_json(done.stdout).programs
+    assert done.stdout == "reports/layers.json\n"
+    text = (tmp_path / "reports" / "layers.json").read_text()
+    (program,) = LayerTimes.model_validate_json(text).programs
     assert sum(layer.operations for layer in program.layers) == 3 * TINY_FLOPS
     assert "side by side" not in done.stderr
 

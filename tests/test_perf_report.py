@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import statistics
 from datetime import UTC, datetime, timedelta
@@ -10,13 +11,13 @@ from efficientnet.command import parse_flags
 from efficientnet.formats.records import (
     AccuracyRecord,
     LatencyRecord,
-    Scenario,
     append_record,
     read_records,
 )
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.clock import summarize
 from efficientnet.reporting.publishing import PublishError, device_slug
+from perf.measurements.scenarios import OFFLINE, SCENARIOS
 from perf.pages import report
 from perf.pages.document import build_document
 from perf.pages.plots import draw
@@ -53,7 +54,7 @@ def make_latency(
     p50_ms: float = 3.0,
     *,
     num_samples: int = 1000,
-    scenario: Scenario = "single_stream",
+    scenario: str = "single_stream",
     batch_size: int = 1,
     **changes: object,
 ) -> LatencyRecord:
@@ -255,6 +256,44 @@ def test_an_accuracy_of_the_same_file_in_another_runtime_does_not_count():
     other = make_accuracy("openvino", program_sha256=program_of("onnxruntime"))
 
     assert join([make_latency("onnxruntime")], [other]).groups == ()
+
+
+def test_another_scenario_is_one_object(monkeypatch: pytest.MonkeyPatch):
+    every_batch = dataclasses.replace(
+        OFFLINE,
+        name="every_batch",
+        title="Every batch size",
+        where="at each batch size",
+        picks_fastest=False,
+        columns=("runtime", "images/s / eager", "batch"),
+        order=lambda record: record.batch_size,
+        headline=lambda own, _: f"was last asked for {own.batch_size} images",
+    )
+    monkeypatch.setitem(SCENARIOS, every_batch.name, every_batch)
+    latencies, accuracies = pair()
+    for size, eager_ms, ms in ((4, 20.0, 10.0), (1, 6.0, 6.0), (2, 10.0, 9.0)):
+        sizes = {"scenario": "every_batch", "batch_size": size}
+        latencies.append(make_latency("torch", eager_ms, **sizes))
+        latencies.append(make_latency("onnxruntime", ms, **sizes))
+
+    joined = join(latencies, accuracies)
+    text = report.to_markdown(build_document(joined), "latency.png")
+
+    table = text.partition("## Every batch size\n\n")[2].splitlines()
+    assert table[0] == "| runtime | images/s / eager | batch |"
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:8]] == [
+        *(["eager PyTorch", "1.00", size] for size in "124"),
+        *(["ONNX Runtime", *cells] for cells in (("1.00", "1"), ("1.11", "2"), ("2.00", "4"))),
+    ]
+    assert "(400 at batch 8 against 200 at batch 4). At each batch size it was last asked" in text
+    assert len(draw(joined.groups)) > len(draw(join(*pair()).groups))
+
+
+def test_a_record_of_an_unknown_scenario_is_an_error(folder: Path):
+    append_record(folder / "latency.jsonl", make_latency(scenario="at_night"))
+
+    with pytest.raises(ReportError, match=r"scenario at_night, .* knows single_stream, offline"):
+        report.main(config_of(folder))
 
 
 def test_the_newest_records_count():

@@ -11,8 +11,6 @@ from efficientnet.machine.environment import EnvironmentRecord
 
 FORMAT_VERSION = 1
 
-Scenario = Literal["single_stream", "offline"]
-
 
 class _Version(BaseModel):
     format_version: int = FORMAT_VERSION
@@ -44,9 +42,8 @@ class LatencyRecord(_Measured):
     """Time of a call at one batch size, measured in a process of its own."""
 
     batch_size: int = Field(ge=1)
-    scenario: Scenario
-    """single_stream: batch 1, one call after the other. offline: the batch size of most
-    images/s."""
+    scenario: str
+    """Its name in perf/measurements/scenarios.py."""
     timed_region: Literal["compute", "end_to_end"]
     """compute: inputs and outputs stay on the device. end_to_end: host memory to host memory."""
     clock: Literal["cuda_event", "perf_counter"]

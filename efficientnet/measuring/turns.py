@@ -114,7 +114,10 @@ def measure_in_turns(jobs: Sequence[Job], scenario: str, progress: Progress) -> 
 
 
 def sweep(
-    workers: Sequence[tuple[Worker, tuple[int, ...]]], budget: TimeBudget, progress: Progress
+    workers: Sequence[tuple[Worker, tuple[int, ...]]],
+    scenario: str,
+    budget: TimeBudget,
+    progress: Progress,
 ) -> list[dict[int, float]]:
     """Measure each process at each of its batch sizes; return images/s by batch size."""
     num_images = [dict.fromkeys(batch_sizes, 0) for _, batch_sizes in workers]
@@ -123,7 +126,7 @@ def sweep(
         for index, (worker, batch_sizes) in enumerate(workers):
             for batch_size in batch_sizes:
                 progress.begin(
-                    f"offline: sweep {number + 1} of {NUM_SWEEPS}, {worker.name}, "
+                    f"{scenario}: sweep {number + 1} of {NUM_SWEEPS}, {worker.name}, "
                     f"batch {batch_size}"
                 )
                 turn = worker.take_turn(batch_size, budget.sweep_s).turn

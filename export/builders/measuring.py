@@ -79,7 +79,7 @@ def profile_modules(
     """
     command = [
         *(sys.executable, str(PROJECT_ROOT / "perf" / "layers.py"), *map(str, paths)),
-        *("--calls", str(num_calls), "--batch-size", str(batch_size)),
+        *("--calls", str(num_calls), "--batch-size", str(batch_size), "--json"),
         *(("--data", data) if data else ()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from efficientnet.command import tell
 from efficientnet.formats.artifact import (
     ArtifactError,
     ArtifactManifest,
@@ -41,7 +42,7 @@ class ParityReport(BaseModel):
 
 
 def main(config: ParityConfig) -> ParityReport:
-    """Compare all artifacts; when one breaks, the JSON is printed all the same.
+    """Compare all artifacts; when one breaks, the result is written all the same.
 
     Raises:
         ParityError: an artifact breaks.
@@ -85,7 +86,7 @@ def main(config: ParityConfig) -> ParityReport:
         f"{record.artifact} at {record.first_broken}" for record in records if record.first_broken
     ]
     if broken:
-        print(report.model_dump_json())
+        tell(config, report)
         raise ParityError(
             f"{len(broken)} of {len(records)} artifacts do not answer like the eager model: "
             f"{'; '.join(broken)}"

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import tyro
 
+from efficientnet.command import JsonFlags
 from efficientnet.precision import Precision
 from export.inputs.candidates import COMMANDS
 from export.inputs.config import ExportConfig
@@ -20,8 +21,10 @@ NOT_TAKEN = ("precision", "batch", "batches", "size", "max_drop", "num_gate_imag
 
 
 @dataclass(frozen=True)
-class AllConfig(ExportConfig):
+class AllConfig(ExportConfig, JsonFlags):
     """Settings of all exports."""
+
+    result_file = Path("reports/exports.json")
 
     # Of one artifact: what is shared by all of them is what --help lists.
     precision: tyro.conf.Suppress[Precision] = "fp32"
@@ -56,8 +59,10 @@ class AllConfig(ExportConfig):
 
 
 @dataclass(frozen=True)
-class StockConfig(ExportConfig):
+class StockConfig(ExportConfig, JsonFlags):
     """Settings of the comparison."""
+
+    result_file = Path("reports/stock.json")
 
     paths: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Our artifacts of the same checkpoint and size; none = only make the stock ones."""
@@ -94,8 +99,10 @@ class StockConfig(ExportConfig):
 
 
 @dataclass(frozen=True)
-class AblationConfig:
+class AblationConfig(JsonFlags):
     """Settings of the ablation. All is computed in fp32: nothing but the graph's form differs."""
+
+    result_file = Path("reports/fusion.json")
 
     checkpoint: Path | None = None
     """Checkpoint directory; None = the one of the newest complete run."""
@@ -161,8 +168,10 @@ class QuickConfig:
 
 
 @dataclass(frozen=True)
-class ParityConfig:
+class ParityConfig(JsonFlags):
     """Settings of a comparison."""
+
+    result_file = Path("reports/parity.json")
 
     artifacts: tyro.conf.Positional[tuple[Path, ...]]
     """Artifact directories."""

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import tyro
 
-from efficientnet.formats.records import Scenario
+from efficientnet.command import JsonFlags
 from efficientnet.network.architectures import peer_of
 from efficientnet.network.variants import Padding, get_variant
+from perf.measurements.scenarios import SCENARIOS, ScenarioName
 
 MAX_CALLS = 200
 
@@ -77,7 +78,7 @@ class LatencyConfig:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Batch sizes that are tried for offline; those an artifact does not take are left out."""
 
-    scenarios: tuple[Scenario, ...] = get_args(Scenario)
+    scenarios: tuple[ScenarioName, ...] = tuple(SCENARIOS)
     """What is measured of each path."""
 
     output: Path = Path("reports/latency.jsonl")
@@ -99,17 +100,20 @@ class LatencyConfig:
                 raise ValueError(f"{flag} is {value}, expected at least 1")
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"--batches is {list(self.batches)}, expected sizes of at least 1")
-        if not self.scenarios or len(set(self.scenarios)) < len(self.scenarios):
+        different = set(self.scenarios) & SCENARIOS.keys()
+        if not different or len(different) < len(self.scenarios):
             raise ValueError(
-                f"--scenarios is {list(self.scenarios)}, expected one or both of "
-                f"{', '.join(get_args(Scenario))}"
+                f"--scenarios is {list(self.scenarios)}, expected different ones of "
+                f"{', '.join(SCENARIOS)}"
             )
         require_different_paths(self.paths)
 
 
 @dataclass(frozen=True)
-class LayersConfig:
+class LayersConfig(JsonFlags):
     """Settings of a measurement."""
+
+    result_file = Path("reports/layers.json")
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
     """Artifact directories, of ONNX Runtime on the CPU, of OpenVINO or of the native engine."""

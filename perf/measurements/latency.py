@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from efficientnet.formats.records import AccuracyRecord, Scenario, append_record, read_records
+from efficientnet.formats.records import AccuracyRecord, append_record, read_records
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
 from efficientnet.measuring.programs import (
@@ -14,12 +14,13 @@ from efficientnet.measuring.programs import (
     require_writable,
 )
 from efficientnet.measuring.progress import Progress
-from efficientnet.measuring.stability import BELOW_FLOOR, instabilities, is_below_floor
-from efficientnet.measuring.turns import Measured, TimeBudget
+from efficientnet.measuring.turns import TimeBudget
 from efficientnet.network.cost import DevicePeak
 from perf.measurements.config import LatencyConfig
-from perf.measurements.measured_programs import choose_best_sizes, measure, open_programs, planned_s
+from perf.measurements.measured_programs import measure, open_programs, planned_s
 from perf.measurements.recording import make_record, results_table
+from perf.measurements.scenarios import SCENARIOS
+from perf.measurements.stability import BELOW_FLOOR, instabilities, is_below_floor
 
 # Beside the latencies, where perf/accuracy.py writes by default.
 ACCURACY_FILE = "accuracy.jsonl"
@@ -53,36 +54,32 @@ def main(config: LatencyConfig) -> Path:
     )
     # Before the programs are opened: nothing else computes now.
     peaks = peaks_of(programs, num_threads)
-    results: dict[Scenario, list[tuple[Measured, float]]] = {}
+    scenarios = [scenario for name, scenario in SCENARIOS.items() if name in config.scenarios]
     with (
         open_programs(programs, batch_sizes, num_threads, config.data, config.seed) as opened,
-        Progress(planned_s(opened, config.scenarios, budget)) as progress,
+        Progress(planned_s(opened, scenarios, budget)) as progress,
     ):
-        if "single_stream" in config.scenarios:
-            ones = [1] * len(opened)
-            results["single_stream"] = measure(opened, ones, "single_stream", budget, progress)
-        if "offline" in config.scenarios:
-            best = choose_best_sizes(opened, budget, progress)
-            results["offline"] = measure(opened, best, "offline", budget, progress)
+        rows = [
+            (scenario, row)
+            for scenario in scenarios
+            for row in measure(opened, scenario, budget, progress)
+        ]
     folder = config.output.parent
     records = [
         make_record(
-            program,
-            scenario,
-            measured,
-            overhead_ms,
+            row,
+            scenario.name,
             num_threads,
             started_at,
             config.seed,
             folder,
-            peaks[program.program.path],
+            peaks[row.program.program.path],
         )
-        for scenario, measurements in results.items()
-        for program, (measured, overhead_ms) in zip(opened, measurements, strict=True)
+        for scenario, row in rows
     ]
     for record in records:
         append_record(config.output, record)
-    names = [program.worker.name for program in opened] * len(results)
+    names = [row.program.worker.name for _, row in rows]
     log.info("%s", results_table(names, records).aligned_text())
     for name, record in zip(names, records, strict=True):
         for reason in instabilities(record):

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from efficientnet.formats.records import Scenario
 from efficientnet.images.datasets import data_name
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.measuring.contender import Worker
@@ -25,6 +24,7 @@ from efficientnet.measuring.turns import (
 from efficientnet.reporting.tables import NOTHING, Table, format_rate
 from efficientnet.runtimes import ProgramInfo
 from efficientnet.runtimes.names import title
+from perf.measurements.scenarios import Scenario
 
 # A runtime that computes nothing has thousands of samples by then.
 MAX_NULL_SECONDS = 1.0
@@ -40,6 +40,16 @@ class MeasuredProgram:
     batch_sizes: tuple[int, ...]
     num_input_images: int
     data: str
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A program at one batch size."""
+
+    program: MeasuredProgram
+    measured: Measured
+    overhead_ms: float
+    """Of the harness, at that size."""
 
 
 @contextmanager
@@ -94,46 +104,40 @@ def open_programs(
 
 def measure(
     programs: Sequence[MeasuredProgram],
-    batch_sizes: Sequence[int],
     scenario: Scenario,
     budget: TimeBudget,
     progress: Progress,
-) -> list[tuple[Measured, float]]:
-    """Measure each program at its batch size, with the harness overhead at that size in ms."""
-    pairs = list(zip(programs, batch_sizes, strict=True))
+) -> list[MeasuredRow]:
+    """Measure each program at the batch sizes of a scenario."""
+    sizes = [scenario.batch_sizes(program.batch_sizes) for program in programs]
+    if scenario.picks_fastest:
+        sizes = _fastest(programs, sizes, scenario, budget, progress)
+    pairs = [(p, size) for p, own in zip(programs, sizes, strict=True) for size in own]
     jobs = [Job(program.worker, size, budget) for program, size in pairs]
     null_jobs = list(dict.fromkeys(Job(p.null, size, _null_budget(budget)) for p, size in pairs))
-    measured = measure_in_turns([*jobs, *null_jobs], scenario, progress)
+    measured = measure_in_turns([*jobs, *null_jobs], scenario.name, progress)
     overheads_ms = {
         (job.worker, job.batch_size): statistics.median(result.samples_ms)
         for job, result in zip(null_jobs, measured[len(jobs) :], strict=True)
     }
     return [
-        (result, overheads_ms[program.null, size])
+        MeasuredRow(program, result, overheads_ms[program.null, size])
         for (program, size), result in zip(pairs, measured[: len(jobs)], strict=True)
     ]
-
-
-def choose_best_sizes(
-    programs: Sequence[MeasuredProgram], budget: TimeBudget, progress: Progress
-) -> list[int]:
-    """Find the batch size of the most images/s of each program; a single one needs no sweep."""
-    if not _needs_sweep(programs):
-        return [size for program in programs for size in program.batch_sizes]
-    rates = sweep([(p.worker, p.batch_sizes) for p in programs], budget, progress)
-    progress.write(sweep_table(programs, rates).aligned_text())
-    return [max(rate, key=lambda size, rate=rate: rate[size]) for rate in rates]
 
 
 def planned_s(
     programs: Sequence[MeasuredProgram], scenarios: Sequence[Scenario], budget: TimeBudget
 ) -> float:
-    """Estimate how long the scenarios, and the sweep before offline, take."""
-    scenario_s = len(programs) * budget.planned_s + _null_budget(budget).planned_s
-    seconds = len(scenarios) * scenario_s
-    if "offline" in scenarios and _needs_sweep(programs):
-        num_sizes = sum(len(program.batch_sizes) for program in programs)
-        seconds += num_sizes * NUM_SWEEPS * budget.sweep_s
+    """Estimate how long the scenarios, and the sweeps before them, take."""
+    seconds = 0.0
+    for scenario in scenarios:
+        sizes = [scenario.batch_sizes(program.batch_sizes) for program in programs]
+        num_sizes = sum(map(len, sizes))
+        num_rows = len(programs) if scenario.picks_fastest else num_sizes
+        seconds += num_rows * budget.planned_s + _null_budget(budget).planned_s
+        if scenario.picks_fastest and _needs_sweep(sizes):
+            seconds += num_sizes * NUM_SWEEPS * budget.sweep_s
     return seconds
 
 
@@ -151,8 +155,24 @@ def sweep_table(programs: Sequence[MeasuredProgram], rates: Sequence[dict[int, f
     return Table(columns, rows, frozenset(columns[:1]))
 
 
-def _needs_sweep(programs: Sequence[MeasuredProgram]) -> bool:
-    return any(len(program.batch_sizes) > 1 for program in programs)
+def _fastest(
+    programs: Sequence[MeasuredProgram],
+    sizes: list[tuple[int, ...]],
+    scenario: Scenario,
+    budget: TimeBudget,
+    progress: Progress,
+) -> list[tuple[int, ...]]:
+    # Of each program the size of the most images/s.
+    if not _needs_sweep(sizes):
+        return sizes
+    workers = [(program.worker, own) for program, own in zip(programs, sizes, strict=True)]
+    rates = sweep(workers, scenario.name, budget, progress)
+    progress.write(sweep_table(programs, rates).aligned_text())
+    return [(max(rate, key=lambda size, rate=rate: rate[size]),) for rate in rates]
+
+
+def _needs_sweep(sizes: Sequence[tuple[int, ...]]) -> bool:
+    return any(len(own) > 1 for own in sizes)
 
 
 def _names(programs: Sequence[Program]) -> dict[Program, str]:

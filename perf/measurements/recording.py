@@ -6,26 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
-from efficientnet.formats.records import LatencyRecord, Scenario
+from efficientnet.formats.records import LatencyRecord
 from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.clock import summarize
 from efficientnet.measuring.peaks import describe_peak
-from efficientnet.measuring.stability import eager_of, instabilities, rate_ratio, time_ratio
-from efficientnet.measuring.turns import Measured
 from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
 from efficientnet.network.variants import get_variant
 from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
-from perf.measurements.measured_programs import MeasuredProgram
+from perf.measurements.measured_programs import MeasuredRow
+from perf.measurements.scenarios import SCENARIOS, rate_ratio, time_ratio
+from perf.measurements.stability import eager_of, instabilities
 
 # More than these go to a .npy file: a line of the records should stay readable.
 MAX_SAMPLES_IN_RECORD = 5000
 
 
 def make_record(
-    measured_program: MeasuredProgram,
-    scenario: Scenario,
-    measured: Measured,
-    overhead_ms: float,
+    row: MeasuredRow,
+    scenario: str,
     num_threads: int,
     started_at: datetime,
     seed: int,
@@ -33,7 +31,7 @@ def make_record(
     peak: DevicePeak | None,
 ) -> LatencyRecord:
     """Write down a measurement; many samples go to a file in `folder`, beside the records."""
-    program, samples = measured_program.program, measured.samples_ms
+    program, measured, samples = row.program.program, row.measured, row.measured.samples_ms
     summary = summarize(samples)
     cost = network_cost(
         get_variant(program.variant),
@@ -46,7 +44,7 @@ def make_record(
     kept: tuple[float, ...] | str = samples
     if len(samples) > MAX_SAMPLES_IN_RECORD:
         kept = f"latency-{started_at:%Y%m%dT%H%M%SZ}-{program.program_sha256[:8]}"
-        kept += f"-{program.runtime}-{scenario}.npy"
+        kept += f"-{program.runtime}-{scenario}-{measured.batch_size}.npy"
         np.save(folder / kept, np.asarray(samples, dtype=np.float32))
     return LatencyRecord(
         program_sha256=program.program_sha256,
@@ -56,7 +54,7 @@ def make_record(
         precision=program.precision,
         image_size=program.preprocess.image_size,
         preprocess_sha256=program.preprocess.sha256,
-        data=measured_program.data,
+        data=row.program.data,
         environment=current_environment(),
         started_at=started_at,
         batch_size=measured.batch_size,
@@ -68,7 +66,7 @@ def make_record(
         is_warmup_stable=measured.warm_up.is_stable,
         num_iterations=len(samples),
         num_turns=len(measured.turns),
-        num_input_images=measured_program.num_input_images,
+        num_input_images=row.program.num_input_images,
         seed=seed,
         p50_ms=summary.p50_ms,
         p90_ms=summary.p90_ms,
@@ -87,7 +85,7 @@ def make_record(
         mbu=cost.weight_bytes / call_s / peak.bytes_per_s if peak else None,
         floor_ms=latency_floor_ms(cost, peak) if peak else None,
         device_peak=describe_peak(peak) if peak else None,
-        harness_overhead_ms=overhead_ms,
+        harness_overhead_ms=row.overhead_ms,
         cores_busy_elsewhere=measured.cores_busy_elsewhere,
     )
 
@@ -96,7 +94,7 @@ def results_table(names: Sequence[str], records: Sequence[LatencyRecord]) -> Tab
     """Lay out the records of one run, each beside its eager row."""
     rows: list[tuple[str, ...]] = []
     for name, record in zip(names, records, strict=True):
-        eager = eager_of(record, records)
+        eager, compares = eager_of(record, records), SCENARIOS[record.scenario].compares
         ratios = (time_ratio(record, eager), rate_ratio(record, eager)) if eager else (None, None)
         rows.append(
             (
@@ -108,7 +106,7 @@ def results_table(names: Sequence[str], records: Sequence[LatencyRecord]) -> Tab
                 format_ms(record.p99_ms),
                 format_rate(record.throughput_images_per_s),
                 # Calls of different batch sizes compare by their images only.
-                format_ratio(ratios[0] if record.scenario == "single_stream" else None),
+                format_ratio(ratios[0] if compares == "time" else None),
                 format_ratio(ratios[1]),
                 "no" if instabilities(record) else "yes",
             )

@@ -12,6 +12,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from efficientnet.reporting.tables import format_ms, format_rate, format_ratio
 from efficientnet.runtimes.names import title
+from perf.measurements.scenarios import SCENARIOS, Scenario
 from perf.pages.document import machine_name
 from perf.pages.rows import Group, Row
 
@@ -48,17 +49,16 @@ DARK = Palette("#161b22", "#e6edf3", "#9da7b1", "#30363d", "#77818c", "#58a6ff")
 
 
 def draw(groups: Sequence[Group], palette: Palette = LIGHT) -> bytes:
-    """Draw two panels for each group, one below the other, and return a PNG.
+    """Draw a panel for each scenario of each group, one below the other, and return a PNG.
 
-    A bar in the first panel is the median, the tick after it p90 and the dot p99; a percentile of
+    A bar of a time is the median, the tick after it p90 and the dot p99; a percentile of
     too few calls is not drawn.
     """
-    panels: list[tuple[Group, list[Row], bool]] = []
+    panels: list[tuple[Group, list[Row], Scenario]] = []
     for group in groups:
-        for is_single in (True, False):
-            rows = group.of("single_stream" if is_single else "offline")
-            if rows:
-                panels.append((group, rows, is_single))
+        for scenario in SCENARIOS.values():
+            if rows := group.of(scenario):
+                panels.append((group, rows, scenario))
     axis = AXIS_INCHES + (PLACE_INCHES if len(groups) > 1 else 0)
     heights = [TITLE_INCHES + ROW_INCHES * len(rows) + axis for _, rows, _ in panels]
     with mpl.rc_context(
@@ -67,7 +67,7 @@ def draw(groups: Sequence[Group], palette: Palette = LIGHT) -> bytes:
         figure = Figure((WIDTH_INCHES, sum(heights)), DOTS_PER_INCH, facecolor=palette.page)
         FigureCanvasAgg(figure)
         top = sum(heights)
-        for (group, rows, is_single), height in zip(panels, heights, strict=True):
+        for (group, rows, scenario), height in zip(panels, heights, strict=True):
             axes = figure.add_axes(
                 (
                     0.03,
@@ -78,20 +78,21 @@ def draw(groups: Sequence[Group], palette: Palette = LIGHT) -> bytes:
             )
             top -= height
             place = machine_name(group.environment) if len(groups) > 1 else ""
-            _draw_panel(axes, rows, is_single, place, palette)
+            _draw_panel(axes, rows, scenario, place, palette)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", facecolor=palette.page, metadata={"Software": None})
     return picture.getvalue()
 
 
 def _draw_panel(
-    axes: Axes, rows: Sequence[Row], is_single: bool, place: str, palette: Palette
+    axes: Axes, rows: Sequence[Row], scenario: Scenario, place: str, palette: Palette
 ) -> None:
+    is_time = scenario.compares == "time"
     values = [
-        (row.latency.p50_ms or 0.0) if is_single else row.latency.throughput_images_per_s
+        (row.latency.p50_ms or 0.0) if is_time else row.latency.throughput_images_per_s
         for row in rows
     ]
-    tails = [row.latency.p99_ms or row.latency.p90_ms or 0.0 for row in rows] if is_single else []
+    tails = [row.latency.p99_ms or row.latency.p90_ms or 0.0 for row in rows] if is_time else []
     longest = max(values) or 1.0
     limit = 1.04 * min(max([longest, *tails]), MAX_TAIL * longest)
     names = _names(rows)
@@ -99,18 +100,19 @@ def _draw_panel(
         color = palette.eager if row.is_eager else palette.other
         hatch = "////" if row.instabilities else None
         axes.barh(position, value, 0.36, color=color, hatch=hatch, edgecolor=palette.page, lw=0)
-        if is_single:
+        if is_time:
             _draw_tail(axes, row, position, limit, palette)
-        _draw_reference(axes, row, position, is_single, palette)
-        _write_labels(axes, row, position, name, is_single, palette)
+        _draw_reference(axes, row, position, is_time, palette)
+        _write_labels(axes, row, position, name, is_time, palette)
     axes.set_xlim(0, limit)
     axes.set_ylim(len(rows) - 0.55, -0.8)
     axes.set_yticks([])
-    heading = "Time of a call at batch 1, ms" if is_single else "Images/s at the best batch size"
-    heading += " (less is better)" if is_single else " (more is better)"
+    heading = f"Images/s {scenario.where} (more is better)"
+    if is_time:
+        heading = f"Time of a call {scenario.where}, ms (less is better)"
     axes.set_title(heading, loc="left", color=palette.text, weight="bold", size=11.5, pad=8)
     legend = [
-        "bar: p50, tick: p90, dot: p99" if is_single else "",
+        "bar: p50, tick: p90, dot: p99" if is_time else "",
         "line across: eager" if any(row.eager and not row.is_eager for row in rows) else "",
         "hatched: not stable" if any(row.instabilities for row in rows) else "",
     ]
@@ -124,11 +126,11 @@ def _draw_panel(
     axes.spines["bottom"].set_color(palette.line)
 
 
-def _draw_reference(axes: Axes, row: Row, position: int, is_single: bool, palette: Palette) -> None:
+def _draw_reference(axes: Axes, row: Row, position: int, is_time: bool, palette: Palette) -> None:
     if row.eager is None or row.is_eager:
         return
     eager = row.eager.latency
-    value = eager.p50_ms if is_single else eager.throughput_images_per_s
+    value = eager.p50_ms if is_time else eager.throughput_images_per_s
     if value is not None:
         axes.vlines(value, position - 0.2, position + 0.2, color=palette.eager, lw=2, zorder=3)
 
@@ -160,15 +162,15 @@ def _draw_tail(axes: Axes, row: Row, position: int, limit: float, palette: Palet
 
 
 def _write_labels(
-    axes: Axes, row: Row, position: int, name: str, is_single: bool, palette: Palette
+    axes: Axes, row: Row, position: int, name: str, is_time: bool, palette: Palette
 ) -> None:
     record = row.latency
-    if not is_single:
+    if not is_time:
         value = f"{format_rate(record.throughput_images_per_s)} (batch {record.batch_size})"
-        ratio = row.rate_ratio
+        ratio = row.ratio
         comparison = f", {format_ratio(ratio)} times eager"
     elif record.p50_ms is not None:
-        value, ratio = f"{format_ms(record.p50_ms)} ms", row.time_ratio
+        value, ratio = f"{format_ms(record.p50_ms)} ms", row.ratio
         comparison = f", {format_ratio(ratio)} of eager"
     else:
         value, ratio, comparison = "too few calls", None, ""

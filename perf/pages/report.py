@@ -9,6 +9,7 @@ from efficientnet.formats.records import AccuracyRecord, LatencyRecord, read_rec
 from efficientnet.machine.atomic import write_bytes, write_text
 from efficientnet.runtimes.names import title
 from perf.measurements.config import ReportConfig
+from perf.measurements.scenarios import SCENARIOS
 from perf.pages.document import build_document
 from perf.pages.page import to_html, to_markdown
 from perf.pages.plots import DARK, LIGHT, draw
@@ -26,13 +27,18 @@ def main(config: ReportConfig) -> Path:
     """Join the records and write the report; return the path of report.md.
 
     Raises:
-        ReportError: no latency was measured, or none with an accuracy.
+        ReportError: no latency was measured, none with an accuracy, or one in another scenario.
         ValueError: a record is damaged or of another format.
         PublishError: docs/results.md has no place for the table.
     """
     latencies = read_records(config.latency, LatencyRecord)
     if not latencies:
         raise ReportError(f"no latency in {config.latency}: run 'python perf/latency.py' first")
+    if unknown := {record.scenario for record in latencies} - SCENARIOS.keys():
+        raise ReportError(
+            f"{config.latency} has records of the scenario {', '.join(sorted(unknown))}, this "
+            f"program knows {', '.join(SCENARIOS)}; move the file away and measure again"
+        )
     joined = join(latencies, read_records(config.accuracy, AccuracyRecord))
     if not joined.groups:
         raise ReportError(

@@ -1,11 +1,10 @@
 """The rows of a machine -> one table per scenario, with notes on what is missing or unstable."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from efficientnet.formats.class_accuracy import is_at_chance
-from efficientnet.formats.records import Scenario
 from efficientnet.measuring.clock import min_samples
-from efficientnet.measuring.stability import BELOW_FLOOR, is_below_floor
 from efficientnet.reporting.tables import (
     NOTHING,
     Table,
@@ -16,19 +15,16 @@ from efficientnet.reporting.tables import (
     format_ratio,
 )
 from efficientnet.runtimes.names import title
+from perf.measurements.scenarios import SCENARIOS, Scenario
+from perf.measurements.stability import BELOW_FLOOR, is_below_floor
 from perf.pages.rows import Group, Row, is_same_machine
-
-SCENARIO_TITLES: dict[Scenario, str] = {
-    "single_stream": "Single stream: one image at a time",
-    "offline": "Offline: the batch size of the most images a second",
-}
 
 
 def result_tables(group: Group) -> list[tuple[str, Table]]:
     """Lay out each scenario that was measured, with its title."""
     return [
-        (SCENARIO_TITLES[scenario], _result_table(group, scenario))
-        for scenario in SCENARIO_TITLES
+        (scenario.title, _result_table(group, scenario))
+        for scenario in SCENARIOS.values()
         if group.of(scenario)
     ]
 
@@ -37,11 +33,22 @@ def result_tables(group: Group) -> list[tuple[str, Table]]:
 class _Notes:
     """Numbers the footnotes of a table; the same text has the same mark."""
 
+    has_several_data: bool
+    """Whether the accuracies of its machine are of different images."""
     marks: dict[str, str] = field(default_factory=dict)
 
     def mark(self, text: str) -> str:
         mark = self.marks.setdefault(text, f"({chr(ord('a') + len(self.marks) % 26)})")
         return mark
+
+    def noted(self, text: str, *reasons: str) -> str:
+        return " ".join((text, *(self.mark(reason) for reason in reasons)))
+
+    def percentile(self, value: float | None) -> str:
+        if value is not None:
+            return format_ms(value)
+        needed = f"p50 needs {min_samples(50)}, p90 {min_samples(90)}, p99 {min_samples(99):,}"
+        return self.noted(NOTHING, f"too few calls: {needed}; measure longer with `--seconds`")
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -49,48 +56,39 @@ class _Notes:
 
 
 def _result_table(group: Group, scenario: Scenario) -> Table:
-    is_single = scenario == "single_stream"
-    columns = ("variant", "runtime", "precision", "size px", "batch", "threads")
-    columns += ("p50 ms", "p90 ms", "p99 ms", "images/s")
-    columns += ("time / eager" if is_single else "images/s / eager",)
-    columns += ("time / floor",)
-    columns += ("top-1 (images)", "balanced", "peak memory", "stable")
-    notes = _Notes()
-    has_several_data = len({row.accuracy.dataset_sha256 for row in group.rows}) > 1
-    rows = tuple(_result_row(row, is_single, has_several_data, notes) for row in group.of(scenario))
+    notes = _Notes(len({row.accuracy.dataset_sha256 for row in group.rows}) > 1)
+    # The ratio's notes are numbered first.
+    order = sorted(scenario.columns, key=lambda column: COLUMNS[column] is not _ratio)
+    cells = [
+        {column: COLUMNS[column](row, notes) for column in order} for row in group.of(scenario)
+    ]
+    rows = tuple(tuple(own[column] for column in scenario.columns) for own in cells)
     words = frozenset(("variant", "runtime", "precision", "stable"))
-    return Table(columns, rows, words, notes.lines)
+    return Table(scenario.columns, rows, words, notes.lines)
 
 
-def _result_row(
-    row: Row, is_single: bool, has_several_data: bool, notes: _Notes
-) -> tuple[str, ...]:
-    latency, accuracy = row.latency, row.accuracy
-
-    def noted(text: str, *reasons: str) -> str:
-        return " ".join((text, *(notes.mark(reason) for reason in reasons)))
-
-    def percentile_cell(value: float | None) -> str:
-        if value is not None:
-            return format_ms(value)
-        needed = f"p50 needs {min_samples(50)}, p90 {min_samples(90)}, p99 {min_samples(99):,}"
-        return noted(NOTHING, f"too few calls: {needed}; measure longer with `--seconds`")
-
-    ratio = row.time_ratio if is_single else row.rate_ratio
-    ratio_cell = format_ratio(ratio)
+def _ratio(row: Row, notes: _Notes) -> str:
     if row.eager is None:
-        ratio_cell = noted(
-            ratio_cell,
+        return notes.noted(
+            NOTHING,
             "no ratio: the eager model of the same weights was not measured in the same run, "
             "or its accuracy was not",
         )
-    elif ratio is None:
-        ratio_cell = percentile_cell(None)
-    floor_cell = NOTHING
+    return format_ratio(row.ratio) if row.ratio is not None else notes.percentile(None)
+
+
+def _floor_ratio(row: Row, notes: _Notes) -> str:
+    latency = row.latency
+    cell = NOTHING
     if latency.p50_ms and latency.floor_ms:
-        floor_cell = format_ratio(latency.p50_ms / latency.floor_ms)
+        cell = format_ratio(latency.p50_ms / latency.floor_ms)
+    return notes.noted(cell, BELOW_FLOOR) if is_below_floor(latency) else cell
+
+
+def _top1(row: Row, notes: _Notes) -> str:
+    accuracy = row.accuracy
     where: list[str] = []
-    if not is_same_machine(latency.environment, accuracy.environment):
+    if not is_same_machine(row.latency.environment, accuracy.environment):
         where.append("accuracy measured on another machine or with other versions")
     classes = accuracy.class_accuracy
     if classes and is_at_chance(accuracy.top1, classes.largest_share, accuracy.num_images):
@@ -99,23 +97,36 @@ def _result_row(
             f"{accuracy.class_names[classes.largest]}: "
             f"{format_percent(classes.largest_share)}"
         )
-    if has_several_data:
+    if notes.has_several_data:
         where.append(f"on the images of {accuracy.data}, {accuracy.dataset_sha256[:7]}")
-    return (
-        row.label,
-        title(latency.runtime, "").strip(),
-        latency.precision,
-        str(latency.image_size),
-        str(latency.batch_size),
-        str(latency.num_threads),
-        percentile_cell(latency.p50_ms),
-        percentile_cell(latency.p90_ms),
-        percentile_cell(latency.p99_ms),
-        format_rate(latency.throughput_images_per_s),
-        ratio_cell,
-        noted(floor_cell, BELOW_FLOOR) if is_below_floor(latency) else floor_cell,
-        noted(f"{format_percent(accuracy.top1)} ({accuracy.num_images:,})", *where),
-        format_percent(classes.balanced) if classes else NOTHING,
-        format_bytes(latency.peak_process_memory_bytes),
-        noted("no", *row.instabilities) if row.instabilities else "yes",
-    )
+    return notes.noted(f"{format_percent(accuracy.top1)} ({accuracy.num_images:,})", *where)
+
+
+def _balanced(row: Row, _: _Notes) -> str:
+    classes = row.accuracy.class_accuracy
+    return format_percent(classes.balanced) if classes else NOTHING
+
+
+def _stable(row: Row, notes: _Notes) -> str:
+    return notes.noted("no", *row.instabilities) if row.instabilities else "yes"
+
+
+COLUMNS: dict[str, Callable[[Row, _Notes], str]] = {
+    "variant": lambda row, _: row.label,
+    "runtime": lambda row, _: title(row.latency.runtime, "").strip(),
+    "precision": lambda row, _: row.latency.precision,
+    "size px": lambda row, _: str(row.latency.image_size),
+    "batch": lambda row, _: str(row.latency.batch_size),
+    "threads": lambda row, _: str(row.latency.num_threads),
+    "p50 ms": lambda row, notes: notes.percentile(row.latency.p50_ms),
+    "p90 ms": lambda row, notes: notes.percentile(row.latency.p90_ms),
+    "p99 ms": lambda row, notes: notes.percentile(row.latency.p99_ms),
+    "images/s": lambda row, _: format_rate(row.latency.throughput_images_per_s),
+    "time / eager": _ratio,
+    "images/s / eager": _ratio,
+    "time / floor": _floor_ratio,
+    "top-1 (images)": _top1,
+    "balanced": _balanced,
+    "peak memory": lambda row, _: format_bytes(row.latency.peak_process_memory_bytes),
+    "stable": _stable,
+}

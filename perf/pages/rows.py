@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from efficientnet.formats.records import AccuracyRecord, LatencyRecord, Scenario
+from efficientnet.formats.records import AccuracyRecord, LatencyRecord
 from efficientnet.machine.environment import EnvironmentRecord
-from efficientnet.measuring.stability import eager_of, instabilities, rate_ratio, time_ratio
 from efficientnet.runtimes.names import EAGER_RUNTIME
+from perf.measurements.scenarios import SCENARIOS, Scenario, rate_ratio, time_ratio
+from perf.measurements.stability import eager_of, instabilities
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,17 @@ class Row:
         return self.latency.runtime == EAGER_RUNTIME
 
     @property
-    def time_ratio(self) -> float | None:
-        """Median time of a call over that of the eager model."""
-        return time_ratio(self.latency, self.eager.latency) if self.eager else None
+    def scenario(self) -> Scenario:
+        """What it was measured in."""
+        return SCENARIOS[self.latency.scenario]
 
     @property
-    def rate_ratio(self) -> float | None:
-        """Images a second over those of the eager model."""
-        return rate_ratio(self.latency, self.eager.latency) if self.eager else None
+    def ratio(self) -> float | None:
+        """To the eager model, of what the scenario compares."""
+        if self.eager is None:
+            return None
+        divide = time_ratio if self.scenario.compares == "time" else rate_ratio
+        return divide(self.latency, self.eager.latency)
 
     @property
     def instabilities(self) -> list[str]:
@@ -53,8 +57,8 @@ class Group:
     rows: tuple[Row, ...]
 
     def of(self, scenario: Scenario) -> list[Row]:
-        """Return the rows of a scenario, the eager model first, then from fast to slow."""
-        return [row for row in self.rows if row.latency.scenario == scenario]
+        """Return the rows of a scenario, the eager model first, then in the scenario's order."""
+        return [row for row in self.rows if row.scenario == scenario]
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord
     that were measured in one run are both shown.
 
     Args:
-        latencies: oldest first; of an `offline` row the newest counts, whatever its batch size.
+        latencies: oldest first, of known scenarios; of one that picks the batch size the newest
+            counts, whatever its size.
         accuracies: oldest first; one measured in the same environment is preferred.
     """
     newest: dict[tuple[object, ...], LatencyRecord] = {}
@@ -163,7 +168,7 @@ def _identity(record: LatencyRecord) -> tuple[object, ...]:
         record.timed_region,
         record.num_threads,
         record.image_size,
-        record.batch_size if record.scenario == "single_stream" else None,
+        None if SCENARIOS[record.scenario].picks_fastest else record.batch_size,
     )
 
 
@@ -200,7 +205,7 @@ def _order(row: Row) -> tuple[object, ...]:
         row.label,
         record.image_size,
         record.num_threads,
-        record.scenario != "single_stream",
+        list(SCENARIOS).index(record.scenario),
         not row.is_eager,
-        -record.throughput_images_per_s,
+        row.scenario.order(record),
     )

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 from efficientnet.formats.class_accuracy import is_at_chance
-from efficientnet.reporting.tables import format_ms, format_percent, format_rate, format_ratio
-from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES, title
+from efficientnet.reporting.tables import format_ms, format_percent, format_rate
+from efficientnet.runtimes.names import title
+from perf.measurements.scenarios import SCENARIOS, SINGLE_STREAM
 from perf.pages.rows import Group, Row
-
-EAGER = RUNTIMES[EAGER_RUNTIME].title
 
 
 def verdict(group: Group, prefix: str = "") -> list[str]:
@@ -24,12 +23,12 @@ def verdict(group: Group, prefix: str = "") -> list[str]:
 
 
 def _about(rows: Sequence[Row]) -> str:
-    singles = [r for r in rows if r.latency.scenario == "single_stream" and r.latency.p50_ms]
-    compared = [r for r in singles if not r.is_eager and r.time_ratio is not None]
+    singles = [row for row in rows if row.scenario == SINGLE_STREAM and row.latency.p50_ms]
+    compared = [row for row in singles if not row.is_eager and row.ratio is not None]
     if compared:
-        best = min(compared, key=lambda row: row.time_ratio or 0.0)
-        offline = [r for r in rows if _is_same_program(r, best)]
-        return _compared(best) + _offline(offline) + _caution([best, *offline])
+        best = min(compared, key=lambda row: row.ratio or 0.0)
+        same = [row for row in rows if _is_same_program(row, best)]
+        return _compared(best) + _in_other_scenarios(same) + _caution([best, *same])
     if singles:
         best = min(singles, key=lambda row: row.latency.p50_ms or 0.0)
         return _alone(best) + _caution([best])
@@ -37,18 +36,15 @@ def _about(rows: Sequence[Row]) -> str:
     return (
         f"{_name(best)} classifies {format_rate(best.latency.throughput_images_per_s)} images a "
         f"second at batch {best.latency.batch_size} at a top-1 of "
-        f"{format_percent(best.accuracy.top1)}; there are too few calls for a median at batch 1."
-        + _caution([best])
+        f"{format_percent(best.accuracy.top1)}; there are too few calls for a median "
+        f"{SINGLE_STREAM.where}." + _caution([best])
     )
 
 
 def _compared(row: Row) -> str:
     assert row.eager is not None
-    return (
-        f"{_name(row)} takes {format_ratio(row.time_ratio)} of {EAGER}'s time at batch 1 "
-        f"({format_ms(row.latency.p50_ms)} ms against {format_ms(row.eager.latency.p50_ms)} ms) "
-        f"at {_accuracies(row, row.eager)}."
-    )
+    headline = SINGLE_STREAM.headline(row.latency, row.eager.latency)
+    return f"{_name(row)} {headline} at {_accuracies(row, row.eager)}."
 
 
 def _accuracies(row: Row, eager: Row) -> str:
@@ -67,17 +63,14 @@ def _accuracies(row: Row, eager: Row) -> str:
     )
 
 
-def _offline(rows: Sequence[Row]) -> str:
-    for row in rows:
-        if row.latency.scenario == "offline" and row.eager and row.rate_ratio is not None:
-            own, eager = row.latency, row.eager.latency
-            return (
-                f" At the best batch size it classifies {format_ratio(row.rate_ratio)} times as "
-                f"many images a second ({format_rate(own.throughput_images_per_s)} at batch "
-                f"{own.batch_size} against {format_rate(eager.throughput_images_per_s)} at batch "
-                f"{eager.batch_size})."
-            )
-    return ""
+def _in_other_scenarios(rows: Sequence[Row]) -> str:
+    text = ""
+    for scenario in (one for one in SCENARIOS.values() if one != SINGLE_STREAM):
+        found = [r for r in rows if r.scenario == scenario and r.eager and r.ratio is not None]
+        for row, eager in ((row, row.eager) for row in found[:1] if row.eager):
+            if headline := scenario.headline(row.latency, eager.latency):
+                text += f" {scenario.where[0].upper()}{scenario.where[1:]} it {headline}."
+    return text
 
 
 def _alone(row: Row) -> str:
@@ -87,8 +80,8 @@ def _alone(row: Row) -> str:
         else "the eager model was not measured in the same run, so there is no ratio"
     )
     return (
-        f"{_name(row)} takes {format_ms(row.latency.p50_ms)} ms at batch 1 at a top-1 of "
-        f"{format_percent(row.accuracy.top1)}; {missing}."
+        f"{_name(row)} takes {format_ms(row.latency.p50_ms)} ms {SINGLE_STREAM.where} "
+        f"at a top-1 of {format_percent(row.accuracy.top1)}; {missing}."
     )
 
 

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import tyro
 
+from efficientnet.command import JsonFlags
+
 
 @dataclass(frozen=True)
-class SideBySideConfig:
+class SideBySideConfig(JsonFlags):
     """What is compared."""
+
+    result_file = Path("reports/side-by-side.json")
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of complete runs of one variant on the same images."""

@@ -1,10 +1,11 @@
-"""LatencyRecords -> what makes one unstable, its eager reference, and their ratios."""
+"""LatencyRecords -> what makes one unstable, and its eager reference."""
 
 from collections.abc import Sequence
 
 from efficientnet.formats.records import LatencyRecord
 from efficientnet.measuring.clock import relative_spread
 from efficientnet.runtimes.names import EAGER_RUNTIME
+from perf.measurements.scenarios import SCENARIOS
 
 # Twice what two windows of a warm-up may differ by.
 MAX_TURN_SPREAD = 0.10
@@ -16,18 +17,6 @@ BELOW_FLOOR = (
     "faster than its floor, which therefore is wrong: the device does more than the peak that was "
     "measured (was it busy then?)"
 )
-
-
-def time_ratio(record: LatencyRecord, eager: LatencyRecord) -> float | None:
-    """Divide the medians of a call; None when one of them has too few samples."""
-    if record.p50_ms is None or eager.p50_ms is None:
-        return None
-    return record.p50_ms / eager.p50_ms
-
-
-def rate_ratio(record: LatencyRecord, eager: LatencyRecord) -> float:
-    """Divide the images a second."""
-    return record.throughput_images_per_s / eager.throughput_images_per_s
 
 
 def instabilities(record: LatencyRecord) -> list[str]:
@@ -53,6 +42,7 @@ def is_below_floor(record: LatencyRecord) -> bool:
 
 def eager_of(record: LatencyRecord, records: Sequence[LatencyRecord]) -> LatencyRecord | None:
     """Find the eager model of the same weights, measured in the same run and scenario."""
+    is_any_size = SCENARIOS[record.scenario].picks_fastest
     for other in records:
         if (
             other.runtime == EAGER_RUNTIME
@@ -60,6 +50,7 @@ def eager_of(record: LatencyRecord, records: Sequence[LatencyRecord]) -> Latency
             and other.environment == record.environment
             and other.checkpoint_sha256 == record.checkpoint_sha256
             and other.scenario == record.scenario
+            and (is_any_size or other.batch_size == record.batch_size)
             and other.num_threads == record.num_threads
             and other.timed_region == record.timed_region
         ):
