@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -59,12 +59,19 @@ class Gate:
         paths: those that exist beside BentoML's.
         allowed_hosts: names that the Host header may have, beside addresses in numbers, localhost
             and this machine's name; ANY_HOST allows all.
+        is_draining: whether clients are told to open another connection, which another process
+            will take.
     """
 
     def __init__(
-        self, app: ASGIApp, paths: Collection[str], allowed_hosts: Collection[str] = ()
+        self,
+        app: ASGIApp,
+        paths: Collection[str],
+        allowed_hosts: Collection[str] = (),
+        is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
+        self._is_draining = is_draining
         self._paths = frozenset(paths) | PROBES | BENTOML_PATHS
         here = {"localhost", socket.gethostname().lower()}
         self._hosts = {host.lower() for host in allowed_hosts} | here
@@ -135,6 +142,8 @@ class Gate:
                 headers["X-Request-ID"] = scope["gate.request_id"]
                 headers.update(SECURITY_HEADERS)
                 headers.setdefault("Content-Security-Policy", NOTHING_LOADED)
+                if self._is_draining():
+                    headers["Connection"] = "close"
             await send(message)
 
         try:

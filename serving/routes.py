@@ -83,7 +83,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         422: "No picture, or a wrong field",
         429: "Too many pictures at once; Retry-After says when to send this one again",
         500: "A fault of the service",
-        503: "The service is stuck; Retry-After says when to send this picture again",
+        503: "The service is stuck or has no artifact; Retry-After says when to ask again",
         504: "The picture was not classified in time",
         507: "The disk of the service is full",
     }.items()
@@ -134,7 +134,9 @@ async def classify(
 @app.get("/model")
 async def model(request: Request) -> ModelFacts:
     """Say which model is served."""
-    return request.app.state.classifier.facts
+    classifier: PictureClassifier = request.app.state.classifier
+    classifier.work.require_no_problem()
+    return classifier.facts
 
 
 @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

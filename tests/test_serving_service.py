@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from processes import listening_ports
 
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.images.datasets import load_dataset
@@ -278,13 +279,14 @@ def test_docs_and_page_need_no_other_host(service: httpx.Client) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_no_torch_in_the_service_process(service: httpx.Client) -> None:
     assert_lives(service)
-    workers = [
+    supervisors = [
         process
-        for process in psutil.Process().children(recursive=True)
-        if "_bentoml_impl.worker.service" in process.cmdline()
+        for process in psutil.Process().children()
+        if "serving.supervisor" in process.cmdline()
     ]
-    assert workers
-    for worker in workers:
+    assert supervisors
+    for supervisor in supervisors:
+        (worker,) = supervisor.children()
         maps = Path(f"/proc/{worker.pid}/maps").read_text()
         assert "onnxruntime" in maps
         assert "torch" not in maps
@@ -503,26 +505,26 @@ def test_packed_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_
     # Its own copy of the code, and not the installed project, as on a machine without the project.
     source = Path(environment["BENTOML_HOME"]) / "bentos" / tag.replace(":", "/") / "src"
     environment["PYTHONPATH"] = str(source)
-    port = free_port()
-    log = tmp_path / "service.log"
-    with log.open("wb") as log_file:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "bentoml", "serve", tag),
-                *("--host", "127.0.0.1", "--port", str(port)),
-            ],
-            cwd=tmp_path,
-            env=environment,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_until_ready(process, port, log)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as service:
-            assert len(classify(service, digit()).json()) == 5
-            assert "What is in the picture?" in service.get("/").text
-    finally:
-        stop(process)
+    for command in (["bentoml", "serve", tag], ["serving.run"]):
+        port = free_port()
+        log = tmp_path / f"{command[0]}.log"
+        with log.open("wb") as log_file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
+                cwd=tmp_path,
+                env=environment,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            wait_until_ready(process, port, log)
+            # Not the ports of BentoML's process manager, by which others could give it commands.
+            assert listening_ports(process.pid) == {port}
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as service:
+                assert len(classify(service, digit()).json()) == 5
+                assert "What is in the picture?" in service.get("/").text
+        finally:
+            stop(process)
 
 
 @pytest.mark.parametrize(
