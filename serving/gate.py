@@ -10,13 +10,12 @@ import logging
 import secrets
 import socket
 import time
-import traceback
 from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.refusals import Refusal, error_response, printable
+from serving.refusals import Refusal, error_response, in_one_line, printable
 
 # A path and its question; no address of the service is longer than 100.
 MAX_ADDRESS_BYTES = 4000
@@ -38,8 +37,6 @@ SECURITY_HEADERS = {
 }
 # Answers that are no page load nothing; a page says itself what it loads.
 NOTHING_LOADED = "default-src 'none'; frame-ancestors 'none'"
-
-NUM_FRAMES = 4
 
 # Of BentoML's family, so that its configuration of the log decides.
 log = logging.getLogger("bentoml.access")
@@ -149,7 +146,7 @@ class Gate:
         try:
             await self._app(scope, receive, send_named)
         except Exception as error:
-            log.error("request %s failed: %s", scope["gate.request_id"], _in_one_line(error))
+            log.error("request %s failed: %s", scope["gate.request_id"], in_one_line(error))
             if not status:
                 sentence = "the service failed on this request; its log says why"
                 await error_response(500, sentence)(scope, receive, send_named)
@@ -163,9 +160,3 @@ class Gate:
                 1000 * (time.monotonic() - started),
                 scope["gate.request_id"],
             )
-
-
-def _in_one_line(error: Exception) -> str:
-    frames = reversed(traceback.extract_tb(error.__traceback__)[-NUM_FRAMES:])
-    places = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in frames)
-    return f"{type(error).__name__}: {printable(str(error))} in {places}"

@@ -34,6 +34,7 @@ from serving.settings import (
     artifact_sha256,
     read_settings,
 )
+from serving.stages import StageTimes
 from serving.uploads import Uploads
 from serving.work import IsWanted, WorkQueue, require_wanted
 
@@ -185,22 +186,36 @@ class Classifier:
         return self.is_warm and not self.is_draining and not self.work.is_stuck
 
     def classify(
-        self, data: bytes, top_k: int, is_wanted: IsWanted = lambda: True
+        self,
+        data: bytes,
+        top_k: int,
+        is_wanted: IsWanted = lambda: True,
+        times: StageTimes | None = None,
     ) -> list[Prediction]:
         """Return the `top_k` best classes of an encoded picture, the most probable first.
 
         May be called from several threads at once.
+
+        Args:
+            data: a picture file.
+            top_k: number of classes.
+            is_wanted: asked between two steps.
+            times: told when a stage ends.
 
         Raises:
             ImageError: no picture, damaged, or too many pixels.
             AbandonedError: between two steps, the answer was found to be wanted no more.
         """
         info = self._runtime.info
+        times = times or StageTimes()
         require_wanted(is_wanted)
-        images = preprocess(data, info.preprocess)[None]
+        images = preprocess(data, info.preprocess, lambda: times.end("decode"))[None]
+        times.end("preprocess")
         with self._runtime_lock:
+            times.end("queue")
             require_wanted(is_wanted)
             logits = self._runtime.infer(images)
+            times.end("infer")
         return best_classes(logits, info.class_names, top_k)
 
     def _warm_up(self) -> None:

@@ -62,9 +62,12 @@ class Settings:
     default_top_k: int = 5
     """Classes in an answer when the request does not say. CLASSIFIER_DEFAULT_TOP_K."""
 
+    max_batch: int = 32
+    """Pictures in one request to /classify/batch. CLASSIFIER_MAX_BATCH."""
+
     max_concurrency: int = 64
-    """Pictures that are classified or wait for it, in each worker; one more is answered with 429,
-    before its body is read. CLASSIFIER_MAX_CONCURRENCY."""
+    """Pictures, or batches, that are classified or wait for it, in each worker; one more is
+    answered with 429, before its body is read. CLASSIFIER_MAX_CONCURRENCY."""
 
     timeout_s: int = 60
     """Longest time for a request: 408 if its body has not come by then, else 504.
