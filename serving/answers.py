@@ -36,6 +36,22 @@ class PictureAnswer(_Answer):
     """The most probable first."""
 
 
+class ClassifiedPicture(_Answer):
+    """A picture of a batch, and its classes."""
+
+    predictions: tuple[Prediction, ...]
+    """The most probable first."""
+
+
+class RefusedPicture(_Answer):
+    """A picture of a batch that was not classified."""
+
+    status: int
+    """What it would have been answered with by itself, such as 422."""
+    error: str
+    """One sentence."""
+
+
 class ModelFacts(_Answer):
     """What is being served."""
 

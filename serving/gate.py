@@ -10,13 +10,12 @@ import logging
 import secrets
 import socket
 import time
-import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.refusals import Refusal, error_response, printable
+from serving.refusals import Refusal, error_response, in_one_line, printable
 
 # A path and its question; no address of the service is longer than 100.
 MAX_ADDRESS_BYTES = 4000
@@ -39,8 +38,6 @@ SECURITY_HEADERS = {
 # Answers that are no page load nothing; a page says itself what it loads.
 NOTHING_LOADED = "default-src 'none'; frame-ancestors 'none'"
 
-NUM_FRAMES = 4
-
 # Of BentoML's family, so that its configuration of the log decides.
 log = logging.getLogger("bentoml.access")
 
@@ -59,12 +56,19 @@ class Gate:
         paths: those that exist beside BentoML's.
         allowed_hosts: names that the Host header may have, beside addresses in numbers, localhost
             and this machine's name; ANY_HOST allows all.
+        is_draining: whether clients are told to open another connection, which another process
+            will take.
     """
 
     def __init__(
-        self, app: ASGIApp, paths: Collection[str], allowed_hosts: Collection[str] = ()
+        self,
+        app: ASGIApp,
+        paths: Collection[str],
+        allowed_hosts: Collection[str] = (),
+        is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
+        self._is_draining = is_draining
         self._paths = frozenset(paths) | PROBES | BENTOML_PATHS
         here = {"localhost", socket.gethostname().lower()}
         self._hosts = {host.lower() for host in allowed_hosts} | here
@@ -135,12 +139,14 @@ class Gate:
                 headers["X-Request-ID"] = scope["gate.request_id"]
                 headers.update(SECURITY_HEADERS)
                 headers.setdefault("Content-Security-Policy", NOTHING_LOADED)
+                if self._is_draining():
+                    headers["Connection"] = "close"
             await send(message)
 
         try:
             await self._app(scope, receive, send_named)
         except Exception as error:
-            log.error("request %s failed: %s", scope["gate.request_id"], _in_one_line(error))
+            log.error("request %s failed: %s", scope["gate.request_id"], in_one_line(error))
             if not status:
                 sentence = "the service failed on this request; its log says why"
                 await error_response(500, sentence)(scope, receive, send_named)
@@ -154,9 +160,3 @@ class Gate:
                 1000 * (time.monotonic() - started),
                 scope["gate.request_id"],
             )
-
-
-def _in_one_line(error: Exception) -> str:
-    frames = reversed(traceback.extract_tb(error.__traceback__)[-NUM_FRAMES:])
-    places = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in frames)
-    return f"{type(error).__name__}: {printable(str(error))} in {places}"

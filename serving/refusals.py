@@ -1,5 +1,6 @@
 """What is refused, or went wrong -> a JSON answer of one sentence; text that is safe in a log."""
 
+import traceback
 from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
@@ -8,6 +9,7 @@ from starlette.responses import JSONResponse
 from serving.answers import ErrorAnswer
 
 MAX_QUOTED = 200
+NUM_FRAMES = 4
 
 
 class Refusal(HTTPException):
@@ -34,3 +36,10 @@ def printable(text: str, max_characters: int = MAX_QUOTED) -> str:
     """Escape what would begin a line or move a terminal's cursor, and cut off what is long."""
     cut = text if len(text) <= max_characters else text[:max_characters] + "..."
     return cut.encode("unicode_escape").decode()
+
+
+def in_one_line(error: Exception) -> str:
+    """Say what nobody expected, and where it happened, for the log."""
+    frames = reversed(traceback.extract_tb(error.__traceback__)[-NUM_FRAMES:])
+    places = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in frames)
+    return f"{type(error).__name__}: {printable(str(error))} in {places}"

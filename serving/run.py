@@ -1,4 +1,4 @@
-"""An artifact -> a running service: checks what can go wrong, then becomes `bentoml serve`.
+"""An artifact -> a running service: checks what can go wrong, then becomes the supervisor.
 
     python serving/run.py
     python serving/run.py --artifact artifacts/tiny/onnxruntime-fp32 --port 3001
@@ -6,38 +6,24 @@
 The page is at /, the API's description at /docs, the metrics at /metrics. Ctrl-C stops it.
 """
 
-import errno
 import ipaddress
 import logging
 import os
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-
 from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
-from efficientnet.errors import PipelineError, require_names
-from efficientnet.formats.artifact import ArtifactError, read_artifact
-from efficientnet.runtimes import Runtime, open_runtime
-from serving.settings import ARTIFACT_VARIABLE, read_settings
-
-SERVICE = "serving.service:Classifier"
+from efficientnet.formats.artifact import read_artifact
+from serving.settings import ARTIFACT_VARIABLE, PROCESS_ENVIRONMENT, read_settings
+from serving.supervisor import listening_socket
 
 # What a service writes while it runs, mostly metrics, fits in this.
 NEEDED_DISK_BYTES = 1_000_000
 
-# BentoML itself would wait a day for a client that never finishes its upload.
-GRACE_S = 10
-
 log = logging.getLogger(__name__)
-
-
-class ServeError(PipelineError):
-    """A service that cannot be started here."""
 
 
 @dataclass(frozen=True)
@@ -68,26 +54,26 @@ class ServeConfig:
 
 
 def main(config: ServeConfig) -> NoReturn:
-    """Check artifact, runtime, port and disk, and replace this process by the service.
+    """Check artifact, port and disk, and replace this process by the service.
 
     Raises:
-        ArtifactError: missing, damaged, not ours, its runtime is not installed, or it has another
-            number of outputs than of names.
+        ArtifactError: missing, damaged, or not ours.
         ServeError: the port is taken.
         OSError: the disk is full.
     """
     settings = read_settings(os.environ)
     artifact = config.artifact.absolute() if config.artifact else settings.artifact
     manifest = read_artifact(artifact)
-    check_outputs(open_runtime(artifact, settings.num_threads))
-    check_port(config.host, config.port)
+    listening_socket(config.host, config.port).close()
     environment = {
-        "BENTOML_DO_NOT_TRACK": "True",
+        **PROCESS_ENVIRONMENT,
         "BENTOML_HOME": str(_own_bentoml_home(config.port)),
         **os.environ,
         ARTIFACT_VARIABLE: str(artifact),
     }
-    _check_disk(Path(environment["BENTOML_HOME"]))
+    home = Path(environment["BENTOML_HOME"])
+    _check_disk(home)
+    environment["PROMETHEUS_MULTIPROC_DIR"] = str(home / f"metrics-{config.port}")
     log.info(
         "serve %s, %s %s: %s", manifest.variant, manifest.runtime, manifest.precision, artifact
     )
@@ -95,40 +81,10 @@ def main(config: ServeConfig) -> NoReturn:
     log.info("page     %s/", address)
     log.info("API      %s/docs", address)
     log.info("metrics  %s/metrics", address)
-    command = [sys.executable, "-m", "bentoml", "serve", SERVICE]
+    command = [sys.executable, "-m", "serving.supervisor"]
     command += ["--host", config.host, "--port", str(config.port)]
-    command += ["--timeout-graceful-shutdown", str(GRACE_S)]
     os.chdir(PROJECT_ROOT)
     os.execve(sys.executable, command, environment)
-
-
-def check_outputs(runtime: Runtime) -> None:
-    """Raise an ArtifactError unless the program gives a logit for each name of the manifest."""
-    info = runtime.info
-    size = info.preprocess.image_size
-    logits = runtime.infer(np.zeros((1, 3, size, size), dtype=np.float32))
-    try:
-        require_names(info.class_names, logits.shape[1])
-    except ValueError as error:
-        raise ArtifactError(f"the manifest does not fit its program: {error}") from None
-
-
-def check_port(host: str, port: int) -> None:
-    """Raise a ServeError when nothing can listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the service itself will: connections that were closed a moment ago do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ServeError(
-                    f"port {port} is taken by another program; stop that program, "
-                    f"or use another port: make serve PORT={port + 1}, "
-                    f"or --port {port + 1}"
-                ) from None
-            raise ServeError(f"cannot listen on {host} port {port}: {error.strerror}") from None
 
 
 def address_of(host: str, port: int) -> str:

@@ -1,13 +1,17 @@
 """An artifact -> the BentoML service: loads, warms up, classifies; BentoML does the rest.
 
-BentoML runs the worker and answers /livez, /readyz and /metrics; all other addresses are
-`serving.routes`. `POST /classify` is a route of our own and not a BentoML API because BentoML's
-file inputs also take an address, which the server then fetches, and its errors are lists.
+BentoML answers /livez, /readyz and /metrics; all other addresses are `serving.routes`. What runs
+the worker processes is `serving.supervisor`, or BentoML's master after `bentoml serve`.
+`POST /classify` is a route of our own and not a BentoML API because BentoML's file inputs also take
+an address, which the server then fetches, and its errors are lists.
 """
 
 import io
+import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from typing import Any
 
@@ -22,22 +26,24 @@ from efficientnet.runtimes import open_runtime
 from serving.answers import ModelFacts, Prediction, best_classes
 from serving.gate import Gate
 from serving.routes import PATHS, app
-from serving.settings import ARTIFACT_VARIABLE, DEFAULT_ARTIFACT, read_settings
+from serving.settings import (
+    ARTIFACT_SHA256_VARIABLE,
+    ARTIFACT_VARIABLE,
+    DEFAULT_ARTIFACT,
+    PROCESS_ENVIRONMENT,
+    artifact_sha256,
+    read_settings,
+)
+from serving.stages import StageTimes
 from serving.uploads import Uploads
 from serving.work import IsWanted, WorkQueue, require_wanted
 
 SETTINGS = read_settings(os.environ)
 
-WORKER_ENVIRONMENT: list[Any] = [
-    # Left alone, glibc keeps what a picture of 50 megapixels took, for each thread: measured 850 MB
-    # of resident memory instead of 140 MB after four such pictures. Setting this threshold, to
-    # whatever value, is what makes it give large blocks back at once.
-    {"name": "MALLOC_TRIM_THRESHOLD_", "value": "1000000"},
-]
-
-
 # Backstop for what our own time limit does not reach.
 TIMEOUT_MARGIN_S = 30
+
+log = logging.getLogger("bentoml.service")
 
 
 class GatedService(bentoml.Service[Any]):
@@ -47,23 +53,68 @@ class GatedService(bentoml.Service[Any]):
         """Take the configuration, which BentoML does before it builds or serves.
 
         Raises:
-            BentoMLException: there is no artifact; or another than the one that `bentoml build`
-                packs is asked for.
+            BentoMLException: `bentoml build` finds no artifact, or is asked for another than the
+                one that it packs.
         """
-        if sys.argv[1:2] in (["build"], ["deploy"]) and SETTINGS.artifact != DEFAULT_ARTIFACT:
-            raise BentoMLException(
-                f"'bentoml build' packs {DEFAULT_ARTIFACT} only, and {ARTIFACT_VARIABLE} is "
-                f"{SETTINGS.artifact}: use 'python serving/pack.py', which packs that one"
-            )
-        try:
-            read_artifact(SETTINGS.artifact)
-        except ArtifactError as error:
-            raise BentoMLException(str(error)) from None
+        if {"serve", "serve-http"} & set(sys.argv):
+            _close_control_ports()
+        if sys.argv[1:2] in (["build"], ["deploy"]):
+            if SETTINGS.artifact != DEFAULT_ARTIFACT:
+                raise BentoMLException(
+                    f"'bentoml build' packs {DEFAULT_ARTIFACT} only, and {ARTIFACT_VARIABLE} is "
+                    f"{SETTINGS.artifact}: use 'python serving/pack.py', which packs that one"
+                )
+            _require_artifact()
         super().inject_config()
 
     def to_asgi(self, is_main: bool = True) -> Any:
         """Make what the worker serves."""
-        return Gate(super().to_asgi(is_main), PATHS, SETTINGS.allowed_hosts)
+        return Gate(
+            super().to_asgi(is_main),
+            PATHS,
+            SETTINGS.allowed_hosts,
+            lambda: app.state.classifier.is_draining,
+        )
+
+
+def _require_artifact() -> None:
+    try:
+        read_artifact(SETTINGS.artifact)
+        _require_same(SETTINGS.artifact_sha256)
+    except ArtifactError as error:
+        raise BentoMLException(str(error)) from None
+
+
+def _require_same(sha256: str) -> None:
+    found = artifact_sha256(SETTINGS.artifact)
+    if sha256 and found != sha256:
+        raise ArtifactError(
+            f"the artifact there now, {found[:12]}, is another than {sha256[:12]}, which "
+            "CLASSIFIER_ARTIFACT_SHA256 names or the service was started with; put that one back, "
+            "or start the service again to serve the new one"
+        )
+
+
+def _close_control_ports() -> None:
+    # BentoML's master lets circus listen on two ports of 127.0.0.1, where every user of the machine
+    # can have commands run as this one. Sockets in a folder of this user alone do the same.
+    def create_arbiter(watchers: list[Any], *, threaded: bool = False, **options: Any) -> Any:
+        folder = tempfile.mkdtemp(prefix="efficientnet-control-")  # mode 0700
+        arbiter_class = circus.ThreadedArbiter if threaded else circus.Arbiter
+        arbiter = arbiter_class(
+            watchers,
+            endpoint=f"ipc://{folder}/control",
+            pubsub_endpoint=f"ipc://{folder}/events",
+            check_delay=options.pop("check_delay", 10),
+            **options,
+        )
+        arbiter.exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        return arbiter
+
+    from bentoml._internal.utils import circus
+
+    assert callable(circus.create_standalone_arbiter)  # what `bentoml serve` calls
+    circus.create_standalone_arbiter = create_arbiter
 
 
 # The limit is wrapped around the application, and not added to it, so that BentoML mounts the whole
@@ -71,23 +122,35 @@ class GatedService(bentoml.Service[Any]):
 @bentoml.asgi_app(Uploads(app, SETTINGS, lambda: app.state.classifier.work))
 @bentoml.service(
     name="efficientnet",
-    workers=1,
+    workers=SETTINGS.workers,
     # BentoML's limit of requests counts the page and bodies that are still on their way.
     traffic={"timeout": SETTINGS.timeout_s + TIMEOUT_MARGIN_S},
     # The gate writes one.
     logging={"access": {"enabled": False}},
-    envs=WORKER_ENVIRONMENT,
+    envs=[{"name": name, "value": value} for name, value in PROCESS_ENVIRONMENT.items()],
     service_class=GatedService,
 )
 class Classifier:
     """Classifies pictures with one exported EfficientNet."""
 
     def __init__(self) -> None:
-        self.is_warm = False
+        self.is_warm = self.is_draining = False
         self.settings = SETTINGS
+        self.problem = ""
+        self.work = WorkQueue(num_usable_cores(), SETTINGS.max_concurrency, SETTINGS.timeout_s)
+        app.state.classifier = self
+        try:
+            self._open()
+        except ArtifactError as error:
+            # A worker that fails here would be started again and again by BentoML's master.
+            self.problem = self.work.problem = str(error)
+            log.error("no picture can be classified: %s", error)
+
+    def _open(self) -> None:
         # Read first: open_runtime takes checkpoints too, and would import torch for one.
         read_artifact(SETTINGS.artifact)
-        self._runtime = open_runtime(SETTINGS.artifact, SETTINGS.num_threads)
+        _require_same(SETTINGS.artifact_sha256)
+        self._runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker)
         # One call at a time is what every runtime promises; a call uses all threads anyway.
         self._runtime_lock = threading.Lock()
         info = self._runtime.info
@@ -100,21 +163,18 @@ class Classifier:
             program_sha256=info.program_sha256,
             max_upload_bytes=SETTINGS.max_upload_bytes,
         )
-        self.work = WorkQueue(num_usable_cores(), SETTINGS.max_concurrency, SETTINGS.timeout_s)
-        app.state.classifier = self
         self._warm_up()
 
     @bentoml.on_deployment
     @staticmethod
     def check_artifact() -> None:
-        """Stop before any worker starts when there is no artifact to serve.
-
-        A worker that fails in its constructor would be started again and again.
+        """Stop before any worker starts when there is no artifact, and have all serve this one.
 
         Raises:
-            ArtifactError: missing, damaged, or not ours.
+            BentoMLException: missing, damaged, or not ours.
         """
-        read_artifact(SETTINGS.artifact)
+        _require_artifact()
+        os.environ.setdefault(ARTIFACT_SHA256_VARIABLE, artifact_sha256(SETTINGS.artifact))
 
     @bentoml.on_shutdown
     def stop_pool(self) -> None:
@@ -123,25 +183,39 @@ class Classifier:
 
     # async: BentoML would call anything else in a thread of the pool that uploads use, too.
     async def __is_ready__(self) -> bool:
-        return self.is_warm and not self.work.is_stuck
+        return self.is_warm and not self.is_draining and not self.work.is_stuck
 
     def classify(
-        self, data: bytes, top_k: int, is_wanted: IsWanted = lambda: True
+        self,
+        data: bytes,
+        top_k: int,
+        is_wanted: IsWanted = lambda: True,
+        times: StageTimes | None = None,
     ) -> list[Prediction]:
         """Return the `top_k` best classes of an encoded picture, the most probable first.
 
         May be called from several threads at once.
+
+        Args:
+            data: a picture file.
+            top_k: number of classes.
+            is_wanted: asked between two steps.
+            times: told when a stage ends.
 
         Raises:
             ImageError: no picture, damaged, or too many pixels.
             AbandonedError: between two steps, the answer was found to be wanted no more.
         """
         info = self._runtime.info
+        times = times or StageTimes()
         require_wanted(is_wanted)
-        images = preprocess(data, info.preprocess)[None]
+        images = preprocess(data, info.preprocess, lambda: times.end("decode"))[None]
+        times.end("preprocess")
         with self._runtime_lock:
+            times.end("queue")
             require_wanted(is_wanted)
             logits = self._runtime.infer(images)
+            times.end("infer")
         return best_classes(logits, info.class_names, top_k)
 
     def _warm_up(self) -> None:
@@ -150,5 +224,8 @@ class Classifier:
         size = self.facts.image_size
         buffer = io.BytesIO()
         Image.new("RGB", (size, size)).save(buffer, format="PNG")
-        self.classify(buffer.getvalue(), top_k=1)
+        try:
+            self.classify(buffer.getvalue(), top_k=1)
+        except ValueError as error:
+            raise ArtifactError(f"the manifest does not fit its program: {error}") from None
         self.is_warm = True

@@ -16,7 +16,11 @@ from serving.refusals import Refusal, error_response, too_large
 from serving.settings import Settings
 from serving.work import RETRY_AFTER_S, WorkQueue
 
-CLASSIFY = "/classify"
+CLASSIFY, CLASSIFY_BATCH = "/classify", "/classify/batch"
+HOW_TO_SEND = {
+    CLASSIFY: "curl -F image=@picture.jpg .../classify",
+    CLASSIFY_BATCH: "curl -F images=@one.jpg -F images=@two.jpg .../classify/batch",
+}
 
 # Boundaries, part headers and the other fields of a form, beside the file itself.
 FORM_OVERHEAD_BYTES = 100_000
@@ -36,7 +40,7 @@ UPLOADS_PER_PLACE = 8
 
 
 class Uploads:
-    """Bounds the bodies of all requests to `app`, and what POST /classify takes.
+    """Bounds the bodies of all requests to `app`, and what those that classify take.
 
     The wrapped application sees a refusal as an exception from its `receive`, and answers it as it
     answers its other errors.
@@ -62,7 +66,7 @@ class Uploads:
         try:
             if scope.get("refusal"):
                 raise scope["refusal"]
-            if scope["path"] == CLASSIFY and scope["method"] == "POST":
+            if scope["path"] in HOW_TO_SEND and scope["method"] == "POST":
                 self._check_request(body)
         except HTTPException as error:
             response = error_response(error.status_code, error.detail, error.headers)
@@ -97,6 +101,7 @@ class _Body:
         self._receive = receive
         self._send = send
         self._settings = settings
+        self._path: str = scope["path"]
         self._declared_bytes = int(headers.get("content-length", "0"))
         self._content_type, options = parse_options_header(headers.get("content-type"))
         boundary = options.get(b"boundary", b"")
@@ -120,8 +125,8 @@ class _Body:
             found = kind.decode(errors="replace") or "not given"
             raise Refusal(
                 415,
-                f"the Content-Type is {found}, expected multipart/form-data with the picture as "
-                "the file 'image', like: curl -F image=@picture.jpg .../classify",
+                f"the Content-Type is {found}, expected multipart/form-data with each picture as "
+                f"a file, like: {HOW_TO_SEND[self._path]}",
             )
         if self._declared_bytes > self._settings.max_upload_bytes + FORM_OVERHEAD_BYTES:
             raise too_large(self._settings.max_upload_bytes)

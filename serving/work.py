@@ -49,6 +49,8 @@ class WorkQueue:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._num_taken = 0
+        self.problem = ""
+        """What keeps all work from being done."""
         self._started: dict[int, float] = {}
 
     @property
@@ -59,12 +61,19 @@ class WorkQueue:
             late = [start for start in self._started.values() if start < oldest_allowed]
         return len(late) >= self._num_threads
 
+    def require_no_problem(self) -> None:
+        """Raise a Refusal, 503, when no work can be done at all."""
+        if self.problem:
+            again = {"Retry-After": str(RETRY_AFTER_S)}
+            raise Refusal(503, f"no picture can be classified: {self.problem}", again)
+
     def require_place(self) -> None:
         """Raise the Refusal that a request gets now, without waiting for its body.
 
         Raises:
-            Refusal: 429, all places are taken; 503, nothing goes on.
+            Refusal: 429, all places are taken; 503, nothing goes on, or can.
         """
+        self.require_no_problem()
         again = {"Retry-After": str(RETRY_AFTER_S)}
         if self.is_stuck:
             raise Refusal(

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 
 def process_exists(pid: int) -> bool:
     """Tell whether a process does anything any more: one that nobody has waited for does not."""
@@ -34,3 +36,14 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
+
+
+def listening_ports(pid: int) -> set[int]:
+    """List the TCP ports that a process and all that it started listen on."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return {
+        connection.laddr.port
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }

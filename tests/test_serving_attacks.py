@@ -22,7 +22,8 @@ from serving.answers import Prediction
 from serving.demo import running_service
 from serving.gate import ELSEWHERE, MAX_ADDRESS_BYTES, SECURITY_HEADERS, Gate
 from serving.settings import PREFIX, VARIABLES, Settings, read_settings
-from serving.uploads import UPLOADS_PER_PLACE, Uploads
+from serving.stages import StageTimes
+from serving.uploads import CLASSIFY_BATCH, UPLOADS_PER_PLACE, Uploads
 from serving.work import IsWanted, WorkQueue, require_wanted
 
 with warnings.catch_warnings():
@@ -69,8 +70,9 @@ def digit() -> bytes:
     return load_dataset("digits").val[0].read()
 
 
-def form(*pictures: bytes, is_closed: bool = True) -> bytes:
-    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="p"\r\n\r\n'
+def form(*pictures: bytes, field: str = "image", is_closed: bool = True) -> bytes:
+    head = f"--{BOUNDARY}\r\nContent-Disposition: form-data; "
+    head += f'name="{field}"; filename="p"\r\n\r\n'
     parts = b"".join(head.encode() + picture + b"\r\n" for picture in pictures)
     return parts + (f"--{BOUNDARY}--\r\n".encode() if is_closed else b"")
 
@@ -232,6 +234,7 @@ def test_hosts_of_the_setting_and_addresses_in_numbers_are_taken(
 def test_openapi_lists_every_error_of_the_docs(service: RunningService):
     schema = service.client.get("/openapi.json").json()
     listed = set(schema["paths"]["/classify"]["post"]["responses"]) - {"200"}
+    assert set(schema["paths"][CLASSIFY_BATCH]["post"]["responses"]) - {"200"} == listed
     rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "docs/serving.md").read_text(), re.M)
     documented = {status for row in rows for status in row.split(", ")}
     # Of no address that there is.
@@ -300,7 +303,9 @@ class HeldClassifier:
         self.finished: list[bytes] = []
         self.may_go_on = threading.Event()
 
-    def classify(self, data: bytes, top_k: int, is_wanted: IsWanted) -> list[Prediction]:
+    def classify(
+        self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
+    ) -> list[Prediction]:
         self.begun.append(data)
         self.may_go_on.wait(30)
         require_wanted(is_wanted)
@@ -309,7 +314,9 @@ class HeldClassifier:
 
 
 class BrokenClassifier(HeldClassifier):
-    def classify(self, data: bytes, top_k: int, is_wanted: IsWanted) -> list[Prediction]:
+    def classify(
+        self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
+    ) -> list[Prediction]:
         raise IndexError("list index\nout of \x1b[2Jrange")
 
 
@@ -580,6 +587,53 @@ def test_a_fault_is_one_line_of_the_log_with_the_number_of_its_request(
         assert re.search(r" in classify \(.*test_serving_attacks\.py:\d+\) < ", text)
 
     with served(BrokenClassifier()) as gate:
+        run(test(gate))
+
+
+def test_a_fault_at_one_picture_of_a_batch_harms_no_other(caplog: pytest.LogCaptureFixture):
+    class SometimesBroken(HeldClassifier):
+        def classify(
+            self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
+        ) -> list[Prediction]:
+            if data == b"2":
+                raise IndexError("list index")
+            return [Prediction(label=data.decode(), class_index=0, probability=1)]
+
+    async def messages() -> Messages:
+        pictures = form(b"1", b"2", b"3", field="images")
+        yield {"type": "http.request", "body": pictures, "more_body": False}
+
+    async def test(gate: Any) -> None:
+        answer = await ask(gate, messages, path=CLASSIFY_BATCH)
+        assert answer.status == 200
+        first, second, third = json.loads(answer.body)
+        assert [first["predictions"][0]["label"], third["predictions"][0]["label"]] == ["1", "3"]
+        number = answer.headers["x-request-id"]
+        assert second["status"] == 500 and second["error"].endswith(f"at request {number}")
+        (record,) = caplog.records
+        assert record.getMessage().startswith(f"request {number} failed: IndexError: list index")
+
+    caplog.set_level(logging.ERROR, "bentoml.service")
+    with served(SometimesBroken()) as gate:
+        run(test(gate))
+
+
+def test_a_batch_of_a_client_that_is_gone_is_dropped_between_its_pictures():
+    classifier = HeldClassifier()
+
+    async def messages() -> Messages:
+        pictures = form(b"1", b"2", b"3", field="images")
+        yield {"type": "http.request", "body": pictures, "more_body": False}
+        await until(lambda: bool(classifier.begun))
+        yield {"type": "http.disconnect"}
+
+    async def test(gate: Any) -> None:
+        assert (await ask(gate, messages, path=CLASSIFY_BATCH)).status == 499
+        classifier.may_go_on.set()
+        await until(lambda: classifier.work._num_taken == 0)
+        assert (classifier.begun, classifier.finished) == ([b"1"], [])
+
+    with served(classifier) as gate:
         run(test(gate))
 
 

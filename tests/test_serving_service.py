@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from processes import listening_ports
 
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.images.datasets import load_dataset
@@ -33,6 +34,7 @@ from serving.answers import ModelFacts, Prediction
 from serving.demo import free_port, running_service, stop, wait_until_ready
 from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
+from serving.stages import StageTimes
 from serving.work import IsWanted, WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,6 +232,59 @@ def test_form_without_a_picture_file_is_refused(service: httpx.Client) -> None:
     assert_refuses(broken, 400, "the form cannot be read")
 
 
+def classify_batch(service: httpx.Client, pictures: list[bytes], **fields: str) -> httpx.Response:
+    files = [("images", ("picture", picture)) for picture in pictures]
+    return service.post("/classify/batch", files=files, data=fields)
+
+
+def test_a_batch_is_answered_in_its_order_and_a_broken_picture_harms_no_other(
+    service: httpx.Client,
+) -> None:
+    truncated = encoded(noise(), "JPEG")[:300]
+    pictures = [digit(0), b"text", digit(1), truncated, digit(2)]
+    response = classify_batch(service, pictures, top_k="3")
+    assert response.status_code == 200
+    answers = response.json()
+    for picture, answer in zip(pictures, answers, strict=True):
+        alone = classify(service, picture, top_k="3")
+        if alone.status_code == 200:
+            assert answer == {"predictions": alone.json()}
+        else:
+            assert answer == {"status": alone.status_code, "error": alone.json()["error"]}
+    assert [set(answer) for answer in answers].count({"status", "error"}) == 2
+
+
+def test_a_batch_has_the_limits_of_one_picture_and_one_of_its_length(
+    service: httpx.Client,
+) -> None:
+    most = classify_batch(service, [digit()] * 32)
+    assert (most.status_code, len(most.json())) == (200, 32)
+    too_many = classify_batch(service, [digit()] * 33)
+    assert_refuses(too_many, 413, "the form holds 33 pictures, expected at most 32")
+    largest = classify_batch(service, [digit(), b"x" * 20_000_001])
+    assert [answer.get("status") for answer in largest.json()] == [None, 413]
+    too_large = classify_batch(service, [b"x" * 11_000_000] * 2)
+    assert_refuses(too_large, 413, "larger than the 20 MB allowed")
+
+
+def test_a_batch_without_pictures_is_told_how_to_send_them(service: httpx.Client) -> None:
+    wrong = service.post("/classify/batch", files={"image": ("picture", digit())})
+    assert_refuses(wrong, 422, "the field 'images' is missing; send it as a form field")
+    text = service.post("/classify/batch", files={"images": (None, "picture.png")})
+    assert_refuses(text, 422, "the field 'images' is text")
+    no_form = service.post("/classify/batch", json=[])
+    assert_refuses(no_form, 415, "curl -F images=@one.jpg -F images=@two.jpg .../classify/batch")
+
+
+def test_answers_tell_how_long_each_stage_took(service: httpx.Client) -> None:
+    for response in (classify(service, digit()), classify_batch(service, [digit()] * 2)):
+        stages = dict(
+            re.findall(r"(\w+);dur=(\d+\.\d+)(?:, |$)", response.headers["Server-Timing"])
+        )
+        assert list(stages) == ["decode", "preprocess", "queue", "infer"]
+        assert float(stages["decode"]) > 0 and float(stages["infer"]) > 0
+
+
 def test_wrong_address_and_wrong_method_are_json_errors(service: httpx.Client) -> None:
     assert_refuses(service.get("/pictures"), 404, "there is nothing at /pictures; see /docs")
     assert_refuses(service.get("/classify"), 405, "/classify does not take GET, use POST")
@@ -278,13 +333,14 @@ def test_docs_and_page_need_no_other_host(service: httpx.Client) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_no_torch_in_the_service_process(service: httpx.Client) -> None:
     assert_lives(service)
-    workers = [
+    supervisors = [
         process
-        for process in psutil.Process().children(recursive=True)
-        if "_bentoml_impl.worker.service" in process.cmdline()
+        for process in psutil.Process().children()
+        if "serving.supervisor" in process.cmdline()
     ]
-    assert workers
-    for worker in workers:
+    assert supervisors
+    for supervisor in supervisors:
+        (worker,) = supervisor.children()
         maps = Path(f"/proc/{worker.pid}/maps").read_text()
         assert "onnxruntime" in maps
         assert "torch" not in maps
@@ -318,7 +374,9 @@ class FailingClassifier:
     def __init__(self) -> None:
         self.work = WorkQueue(num_threads=1, max_places=1, timeout_s=60)
 
-    def classify(self, data: bytes, top_k: int, is_wanted: IsWanted) -> list[Prediction]:
+    def classify(
+        self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
+    ) -> list[Prediction]:
         raise IndexError("list index out of\nrange")
 
 
@@ -503,26 +561,26 @@ def test_packed_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_
     # Its own copy of the code, and not the installed project, as on a machine without the project.
     source = Path(environment["BENTOML_HOME"]) / "bentos" / tag.replace(":", "/") / "src"
     environment["PYTHONPATH"] = str(source)
-    port = free_port()
-    log = tmp_path / "service.log"
-    with log.open("wb") as log_file:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "bentoml", "serve", tag),
-                *("--host", "127.0.0.1", "--port", str(port)),
-            ],
-            cwd=tmp_path,
-            env=environment,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_until_ready(process, port, log)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as service:
-            assert len(classify(service, digit()).json()) == 5
-            assert "What is in the picture?" in service.get("/").text
-    finally:
-        stop(process)
+    for command in (["bentoml", "serve", tag], ["serving.run"]):
+        port = free_port()
+        log = tmp_path / f"{command[0]}.log"
+        with log.open("wb") as log_file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)],
+                cwd=tmp_path,
+                env=environment,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            wait_until_ready(process, port, log)
+            # Not the ports of BentoML's process manager, by which others could give it commands.
+            assert listening_ports(process.pid) == {port}
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as service:
+                assert len(classify(service, digit()).json()) == 5
+                assert "What is in the picture?" in service.get("/").text
+        finally:
+            stop(process)
 
 
 @pytest.mark.parametrize(

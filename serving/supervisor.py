@@ -1,0 +1,339 @@
+"""A checked artifact -> worker processes on one socket, replaced when they end; drained by SIGTERM.
+
+In the place of BentoML's master process, which opens two more ports, where every user of the
+machine can have commands run, and waits for seconds before it replaces a worker. Workers are forked
+from this process, which has imported all they need: a new one serves when it has opened the
+artifact.
+"""
+
+import ctypes
+import errno
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from efficientnet.command import parse_flags, run_command
+from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import MANIFEST_FILE, read_artifact
+from serving.settings import (
+    ARTIFACT_SHA256_VARIABLE,
+    ARTIFACT_VARIABLE,
+    BACKLOG,
+    artifact_sha256,
+    read_settings,
+)
+
+LONGEST_PAUSE_S = 60.0
+
+# Beyond what a worker gives its requests, see serving.worker.
+END_MARGIN_S = 5.0
+
+# Of socket.h.
+SO_ATTACH_FILTER = 26
+
+# Drops a packet that opens a connection (of SYN and ACK only SYN), and lets all others through:
+# the byte of flags, and SYN | ACK, equals SYN, drop, keep.
+NO_NEW_CONNECTIONS = (
+    (0x30, 0, 0, 13),
+    (0x54, 0, 0, 0x12),
+    (0x15, 0, 1, 0x02),
+    (0x06, 0, 0, 0),
+    (0x06, 0, 0, 0xFFFFFFFF),
+)
+
+# Of the process that looks.
+OPEN_FILES = Path("/proc/self/fd")
+
+log = logging.getLogger("bentoml.supervisor")
+
+
+class ServeError(PipelineError):
+    """A service that cannot be started here."""
+
+
+@dataclass(frozen=True)
+class SupervisorConfig:
+    """Where to listen; see serving/run.py."""
+
+    host: str
+    port: int
+
+
+@dataclass
+class Worker:
+    """A process, and what it has said."""
+
+    number: int
+    process: BaseProcess
+    connection: Connection
+    is_ready: bool = False
+    problem: str = ""
+
+
+class Supervisor:
+    """Keeps workers running.
+
+    One that ends after it was ready is replaced at once, so that the next connection finds it. One
+    that ends before is started again after a pause, which doubles; while there is no other, a
+    stand-in answers that the service is not ready, and why.
+
+    Args:
+        num_workers: processes at once.
+        start_worker: forks one that talks through a connection; its number starts at 1.
+        start_stand_in: forks one that says a reason.
+        on_end: called with the process id of each worker that has ended.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        start_worker: Callable[[int], tuple[BaseProcess, Connection]],
+        start_stand_in: Callable[[str], BaseProcess],
+        on_end: Callable[[int], None],
+    ) -> None:
+        self._start_worker = start_worker
+        self._start_stand_in = start_stand_in
+        self._on_end = on_end
+        self._workers: list[Worker] = []
+        self._due = dict.fromkeys(range(1, num_workers + 1), 0.0)
+        self._stand_in: BaseProcess | None = None
+        self._num_failures = 0
+        self._was_ready = False
+
+    def run(self, signals: socket.socket) -> None:
+        """Start the workers and return when a signal has come.
+
+        Args:
+            signals: can be read when a signal has come.
+
+        Raises:
+            ServeError: the first worker to end did so before any was ready.
+        """
+        while True:
+            self._start_due()
+            if signals in wait(self._waited_for(signals), self._seconds_to_next()):
+                return
+            for worker in list(self._workers):
+                self._listen(worker)
+                if not worker.process.is_alive():
+                    self._replace(worker)
+
+    def terminate(self) -> None:
+        """Have all processes answer what they have and end."""
+        for process in self._processes():
+            process.terminate()
+
+    def end(self, timeout_s: float) -> None:
+        """Wait until all processes have ended; kill those that do not in time."""
+        deadline = time.monotonic() + timeout_s
+        for process in self._processes():
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                log.error("process %d did not end in %.0f s and is killed", process.pid, timeout_s)
+                process.kill()
+                process.join()
+
+    def _processes(self) -> list[BaseProcess]:
+        processes = [worker.process for worker in self._workers]
+        return [*processes, self._stand_in] if self._stand_in else processes
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for number in [number for number, due in self._due.items() if due <= now]:
+            del self._due[number]
+            self._workers.append(Worker(number, *self._start_worker(number)))
+
+    def _waited_for(self, signals: socket.socket) -> list[Any]:
+        sentinels = [worker.process.sentinel for worker in self._workers]
+        silent = [worker.connection for worker in self._workers if not worker.connection.closed]
+        return [signals, *sentinels, *silent]
+
+    def _seconds_to_next(self) -> float | None:
+        due = min(self._due.values(), default=None)
+        return None if due is None else max(0.0, due - time.monotonic())
+
+    def _listen(self, worker: Worker) -> None:
+        while not worker.connection.closed and worker.connection.poll():
+            try:
+                said = worker.connection.recv()
+            except EOFError:
+                worker.connection.close()
+                return
+            if said:
+                worker.problem = said
+                continue
+            worker.is_ready = self._was_ready = True
+            self._num_failures = 0
+            log.info("worker %d is ready, process %d", worker.number, worker.process.pid)
+            if self._stand_in:
+                self._stand_in.terminate()
+                self._stand_in = None
+
+    def _replace(self, worker: Worker) -> None:
+        self._workers.remove(worker)
+        worker.process.join()
+        self._on_end(worker.process.pid or 0)
+        how = f"worker {worker.number} (process {worker.process.pid}) {_ending(worker.process)}"
+        if worker.is_ready:
+            log.error("%s; another is started", how)
+            self._due[worker.number] = 0.0
+            return
+        reason = worker.problem or f"{how} before it was ready; the log says why"
+        if not self._was_ready:
+            raise ServeError(reason)
+        pause = min(LONGEST_PAUSE_S, 2.0**self._num_failures)
+        self._num_failures += 1
+        self._due[worker.number] = time.monotonic() + pause
+        log.error("no worker %d: %s; tried again in %.0f s", worker.number, reason, pause)
+        if self._stand_in is None and not any(other.is_ready for other in self._workers):
+            self._stand_in = self._start_stand_in(reason)
+
+
+def _ending(process: BaseProcess) -> str:
+    code = process.exitcode or 0
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def main(config: SupervisorConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C, and then until everything accepted is answered.
+
+    Raises:
+        ArtifactError: see read_artifact.
+        ServeError: the port is taken, or the first worker could not serve.
+    """
+    settings = read_settings(os.environ)
+    metrics = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    shutil.rmtree(metrics, ignore_errors=True)
+    metrics.mkdir(parents=True)
+    with listening_socket(config.host, config.port) as listener, pinned(settings.artifact) as path:
+        os.environ[ARTIFACT_VARIABLE] = str(path)
+        os.environ[ARTIFACT_SHA256_VARIABLE] = settings.artifact_sha256 or artifact_sha256(path)
+        # Imported with these variables, and once for all workers.
+        from bentoml._internal.log import configure_server_logging
+        from prometheus_client.multiprocess import mark_process_dead
+
+        from serving import worker
+
+        configure_server_logging()
+        application = worker.build_application()
+        fork = multiprocessing.get_context("fork")
+
+        def start_worker(number: int) -> tuple[BaseProcess, Connection]:
+            ours, theirs = fork.Pipe(duplex=False)
+            arguments = (application, listener, theirs, number, settings.drain_s)
+            process = fork.Process(target=worker.run_worker, args=arguments)
+            process.start()
+            theirs.close()
+            return process, ours
+
+        def start_stand_in(reason: str) -> BaseProcess:
+            process = fork.Process(target=worker.run_stand_in, args=(listener, reason))
+            process.start()
+            return process
+
+        supervisor = Supervisor(settings.workers, start_worker, start_stand_in, mark_process_dead)
+        try:
+            with signals_as_socket() as signals:
+                supervisor.run(signals)
+                log.info("the service ends when all that it has accepted is answered")
+                supervisor.terminate()
+                time.sleep(settings.drain_s)
+                refuse_new_connections(listener)
+                supervisor.end(worker.GRACE_S + END_MARGIN_S)
+        finally:
+            supervisor.end(0)
+            shutil.rmtree(metrics, ignore_errors=True)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Bind a socket that connections can wait at from now on.
+
+    Raises:
+        ServeError: nothing can listen there.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Connections that were closed a moment ago do not count.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ServeError(
+                f"port {port} is taken by another program; stop that program, "
+                f"or use another port: make serve PORT={port + 1}, "
+                f"or --port {port + 1}"
+            ) from None
+        raise ServeError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    return listener
+
+
+def refuse_new_connections(listener: socket.socket) -> None:
+    """Let the connections that wait be taken, and no other begin; on Linux.
+
+    Closing a socket that listens resets what waits in it. A client whose packet is dropped sends it
+    again a second later, and is refused then, or taken by the next service on this port.
+    """
+    if sys.platform != "linux":
+        return
+    code = b"".join(struct.pack("HBBI", *step) for step in NO_NEW_CONNECTIONS)
+    buffer = ctypes.create_string_buffer(code)
+    program = struct.pack("HP", len(NO_NEW_CONNECTIONS), ctypes.addressof(buffer))
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+@contextmanager
+def pinned(artifact: Path) -> Generator[Path]:
+    """Give a folder of links to the files of an artifact that are open in this process.
+
+    It holds the same artifact for every process that is forked from this one, when another takes
+    the directory's place or it is deleted. Files that are written over are other files here, too.
+    Where there is no /proc it is the directory itself, and what takes its place is refused.
+
+    Raises:
+        ArtifactError: see read_artifact.
+    """
+    manifest = read_artifact(artifact)
+    if not OPEN_FILES.is_dir():
+        yield artifact
+        return
+    with tempfile.TemporaryDirectory(prefix="efficientnet-served-") as folder, ExitStack() as files:
+        for name in (MANIFEST_FILE, manifest.program_file, *manifest.other_files):
+            file = files.enter_context((artifact / name).open("rb"))
+            (Path(folder) / name).symlink_to(OPEN_FILES / str(file.fileno()))
+        yield Path(folder)
+
+
+@contextmanager
+def signals_as_socket() -> Generator[socket.socket]:
+    """Give a socket that can be read when SIGTERM or SIGINT has come."""
+    received, sent = socket.socketpair()
+    with received, sent:
+        sent.setblocking(False)
+        signal.set_wakeup_fd(sent.fileno())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        try:
+            yield received
+        finally:
+            signal.set_wakeup_fd(-1)
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(SupervisorConfig, __doc__), main)

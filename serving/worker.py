@@ -1,0 +1,190 @@
+"""A listening socket -> one worker process that answers on it: told when it is ready, and drained.
+
+Accepted requests are answered before the process ends, and so are connections that the kernel has
+accepted and no process has looked at yet.
+"""
+
+import asyncio
+import ctypes
+import importlib
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import uvicorn
+from bentoml._internal.context import server_context
+from starlette.types import Message, Receive, Scope, Send
+
+from serving import service
+from serving.gate import Gate
+from serving.refusals import error_response
+from serving.routes import PATHS
+from serving.settings import BACKLOG
+
+# Requests that are not answered this long after the last connection was taken are cut off: a client
+# may be at its upload for CLASSIFIER_TIMEOUT_S.
+GRACE_S = 20
+
+# For handshakes that are under way when the supervisor lets no more begin; then for the connections
+# to be taken, and for the first request of each.
+HANDSHAKE_S = 0.3
+LAST_REQUESTS_S = 1.0
+
+RETRY_AFTER_S = 5
+
+# Of prctl.h.
+PR_SET_PDEATHSIG = 1
+
+
+class DrainingServer(uvicorn.Server):
+    """Takes connections when the application can serve, and ends when all have been answered.
+
+    Args:
+        config: of uvicorn.
+        listener: bound; shared with other workers.
+        on_started: called after the application's start; returns whether to take connections.
+        on_draining: called at the end's beginning; readiness goes down.
+        drain_s: how long new connections come after that.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        on_started: Callable[[], bool],
+        on_draining: Callable[[], None],
+        drain_s: float,
+    ) -> None:
+        super().__init__(config)
+        self._listener = listener
+        self._on_started = on_started
+        self._on_draining = on_draining
+        self._drain_s = drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, and listen if it can serve."""
+        await super().startup(sockets=[])
+        if not self._on_started():
+            self.should_exit = True
+            return
+        # asyncio accepts as many connections at once as its backlog: with more than one, a worker
+        # that wakes first takes what the others have time for.
+        server = await asyncio.get_running_loop().create_server(
+            self._protocol, sock=self._listener, backlog=1
+        )
+        self._listener.listen(BACKLOG)
+        self.servers.append(server)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what has come, and end."""
+        if self.servers:
+            self._on_draining()
+            await asyncio.sleep(self._drain_s)
+            await asyncio.sleep(HANDSHAKE_S)
+            await self._until(lambda: not _has_connections(self._listener))
+            connections: set[Any] = self.server_state.connections
+            await self._until(lambda: all(c.cycle is not None for c in connections))
+        await super().shutdown(sockets)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LAST_REQUESTS_S
+        while not condition() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def _protocol(self) -> asyncio.Protocol:
+        protocol: Any = self.config.http_protocol_class
+        return protocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+def build_application() -> Any:
+    """Make what all workers serve, without the artifact, and import what that takes."""
+    # BentoML imports it when a service starts.
+    importlib.import_module("_bentoml_impl.client.proxy")
+    bento = service.Classifier
+    bento.inject_config()
+    server_context.service_type = "entry_service"
+    server_context.service_name = server_context.bento_name = bento.name
+    return bento.to_asgi()
+
+
+def run_worker(
+    application: Any, listener: socket.socket, supervisor: Connection, number: int, drain_s: float
+) -> None:
+    """Serve until SIGTERM.
+
+    Args:
+        application: see build_application.
+        listener: bound; shared with other workers.
+        supervisor: is told what keeps the worker from serving: nothing, or else it ends.
+        number: of this worker, from 1.
+        drain_s: see DrainingServer.
+    """
+    end_with_parent()
+    server_context.worker_index = number
+
+    def tell() -> bool:
+        problem = service.app.state.classifier.problem
+        supervisor.send(problem)
+        return not problem
+
+    def drain() -> None:
+        service.app.state.classifier.is_draining = True
+
+    config = _config(application)
+    DrainingServer(config, listener, tell, drain, drain_s).run()
+    os._exit(0)  # without waiting for a thread that is at a picture nobody waits for
+
+
+def run_stand_in(listener: socket.socket, reason: str) -> None:
+    """Answer for workers of which none can serve, until SIGTERM: not ready, and why."""
+    end_with_parent()
+    config = _config(Gate(_unavailable(reason), PATHS, service.SETTINGS.allowed_hosts))
+    config.lifespan = "off"
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def end_with_parent() -> None:
+    """Have this forked process end in order when its parent is killed, and by no signal before."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
+def _unavailable(reason: str) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_alive(message: Message) -> None:
+            await send({**message, "status": 200} if "status" in message else message)
+
+        headers = {"Retry-After": str(RETRY_AFTER_S), "Connection": "close"}
+        response = error_response(503, f"no picture can be classified: {reason}", headers)
+        is_alive = scope["path"] in ("/livez", "/healthz")
+        await response(scope, receive, send_alive if is_alive else send)
+
+    return answer
+
+
+def _has_connections(listener: socket.socket) -> bool:
+    return bool(select.select([listener], [], [], 0)[0])

@@ -1,0 +1,263 @@
+import asyncio
+import concurrent.futures
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from processes import child_pids, listening_ports, process_exists, wait_until
+
+from efficientnet.images.datasets import load_dataset
+from serving.demo import free_port, stop, wait_until_ready
+from serving.supervisor import refuse_new_connections
+
+with warnings.catch_warnings():
+    # Deprecations inside BentoML's and OpenTelemetry's own imports.
+    warnings.simplefilter("ignore")
+    from serving.worker import DrainingServer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Running:
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def workers(self) -> set[int]:
+        return {pid for pid in child_pids(self.process.pid) if process_exists(pid)}
+
+    def num_ready(self) -> int:
+        return self.log.read_text().count("is ready, process")
+
+    def get(self, path: str) -> httpx.Response:
+        # A connection of its own: it may go to any worker.
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=30)
+
+    def classify(self) -> httpx.Response:
+        picture = load_dataset("digits").val[0].read()
+        files = {"image": ("picture", picture)}
+        return httpx.post(f"http://127.0.0.1:{self.port}/classify", files=files, timeout=30)
+
+
+@contextmanager
+def running(artifact: Path, folder: Path, **variables: str) -> Iterator[Running]:
+    port, log = free_port(), folder / "service.log"
+    command = [sys.executable, "serving/run.py", "--artifact", str(artifact), "--port", str(port)]
+    environment = {**os.environ, "BENTOML_HOME": str(folder / "home"), **variables}
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        wait_until_ready(process, port, log)
+        yield Running(process, port, log)
+    finally:
+        stop(process)
+
+
+@pytest.fixture
+def artifact(tiny_artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "artifact"))
+
+
+def renamed_classes(artifact: Path) -> str:
+    """Make a manifest of another artifact, which fits the same program."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    return json.dumps({**manifest, "class_names": [f"other {i}" for i in range(10)]})
+
+
+def test_a_killed_worker_is_replaced_while_the_other_goes_on(artifact: Path, tmp_path: Path):
+    with running(artifact, tmp_path, CLASSIFIER_WORKERS="2") as service:
+        assert wait_until(lambda: service.num_ready() == 2)
+        facts, before = service.get("/model").json(), service.workers
+        assert listening_ports(service.process.pid) == {service.port}
+        killed = min(before)
+        os.kill(killed, signal.SIGKILL)
+        for _ in range(20):
+            assert service.classify().status_code == 200
+        assert wait_until(lambda: service.num_ready() == 3)
+        assert len(service.workers) == 2 and killed not in service.workers
+        assert {service.get("/model").text for _ in range(10)} == {
+            json.dumps(facts, separators=(",", ":"))
+        }
+        assert "was ended by SIGKILL; another is started" in service.log.read_text()
+
+
+def test_a_new_worker_serves_what_was_opened_at_the_start(artifact: Path, tmp_path: Path):
+    with running(artifact, tmp_path) as service:
+        expected = service.classify().json()
+        other = Path(shutil.copytree(artifact, tmp_path / "other"))
+        (other / "manifest.json").write_text(renamed_classes(artifact))
+        artifact.rename(tmp_path / "gone")
+        other.rename(artifact)
+        (worker,) = service.workers
+        os.kill(worker, signal.SIGKILL)
+        assert wait_until(lambda: service.num_ready() == 2)
+        assert service.classify().json() == expected
+        shutil.rmtree(tmp_path / "gone")
+        (worker,) = service.workers
+        os.kill(worker, signal.SIGKILL)
+        assert wait_until(lambda: service.num_ready() == 3)
+        assert service.classify().json() == expected
+
+
+def test_an_artifact_written_over_makes_the_service_not_ready_until_it_is_back(
+    artifact: Path, tmp_path: Path
+):
+    with running(artifact, tmp_path) as service:
+        expected = service.classify().json()
+        manifest = artifact / "manifest.json"
+        original = manifest.read_text()
+        manifest.write_text(renamed_classes(artifact))
+        assert service.classify().json() == expected  # the old one goes on
+        (worker,) = service.workers
+        os.kill(worker, signal.SIGKILL)
+        assert wait_until(lambda: "the artifact there now" in service.log.read_text())
+        for answer in (service.get("/readyz"), service.classify()):
+            assert answer.status_code == 503
+            assert "is another than" in answer.json()["error"]
+            assert answer.headers["Retry-After"]
+        assert service.get("/livez").status_code == 200
+        manifest.write_text(original)
+        assert wait_until(lambda: service.num_ready() == 2)
+        assert wait_until(lambda: service.get("/readyz").status_code == 200)
+        assert service.classify().json() == expected
+        # A pause that doubles: no loop.
+        assert service.log.read_text().count("tried again in") <= 5
+
+
+def test_an_artifact_of_another_hash_than_the_setting_says_is_not_served(
+    artifact: Path, tmp_path: Path
+):
+    command = [sys.executable, "serving/run.py", "--artifact", str(artifact)]
+    command += ["--port", str(free_port())]
+    environment = {**os.environ, "CLASSIFIER_ARTIFACT_SHA256": "a" * 64}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "is another than aaaaaaaaaaaa" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_readiness_goes_down_first_and_what_comes_until_the_end_is_served(
+    artifact: Path, tmp_path: Path
+):
+    with running(artifact, tmp_path, CLASSIFIER_DRAIN_S="3", CLASSIFIER_WORKERS="2") as service:
+        assert wait_until(lambda: service.num_ready() == 2)
+        service.process.send_signal(signal.SIGTERM)
+        assert wait_until(lambda: service.get("/readyz").status_code == 503)
+        answer = service.classify()
+        assert (answer.status_code, answer.headers["Connection"]) == (200, "close")
+        assert service.process.wait(60) == 0
+        assert not service.workers
+
+
+def test_ctrl_c_ends_all_processes_and_leaves_no_metrics(artifact: Path, tmp_path: Path):
+    with running(artifact, tmp_path) as service:
+        workers = service.workers
+        assert list((tmp_path / "home").glob("metrics-*/*"))
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(60) == 0
+        assert not any(process_exists(pid) for pid in workers)
+        assert not list((tmp_path / "home").glob("metrics-*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_workers_end_with_a_supervisor_that_is_killed(artifact: Path, tmp_path: Path):
+    with running(artifact, tmp_path) as service:
+        workers = service.workers
+        service.process.kill()
+        assert wait_until(lambda: not any(process_exists(pid) for pid in workers))
+
+
+# The backlog, with a server in this process, so that connections come at the worst moment.
+
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(0.05)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"served"})
+
+
+def answer_of(client: socket.socket) -> bytes:
+    received = b""
+    while b"served" not in received:
+        part = client.recv(10_000)
+        if not part:
+            break
+        received += part
+    return received
+
+
+def test_connections_that_nobody_has_accepted_are_served_before_the_end():
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    early: list[socket.socket] = []
+    started = threading.Event()
+
+    def connect() -> None:
+        # The server's loop waits for this function, and accepts nothing meanwhile.
+        for _ in range(30):
+            early.append(socket.create_connection(address))
+        for client in early[:20]:
+            client.sendall(REQUEST)
+
+    def tell() -> bool:
+        started.set()
+        return True
+
+    config = uvicorn.Config(application, lifespan="off", log_config=None)
+    server = DrainingServer(config, listener, tell, connect, drain_s=0)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running_server = pool.submit(server.run)
+        assert started.wait(30)
+        server.should_exit = True
+        assert wait_until(lambda: len(early) == 30)
+        for client in early[20:]:
+            client.sendall(REQUEST)
+        answers = [answer_of(client) for client in early]
+        running_server.result(30)
+    assert all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answers)
+    with pytest.raises(OSError):
+        socket.create_connection(address, timeout=5)
+    for client in early:
+        client.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")
+@pytest.mark.parametrize(
+    ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
+)
+def test_connections_that_have_begun_are_kept_when_no_more_may_begin(
+    family: socket.AddressFamily, host: str
+):
+    with socket.create_server((host, 0), family=family) as listener:
+        address = listener.getsockname()[:2]
+        with socket.create_connection(address) as client:
+            refuse_new_connections(listener)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(address, timeout=0.3)
+            taken, _ = listener.accept()
+            with taken:
+                client.sendall(b"late")
+                assert taken.recv(10) == b"late"
