@@ -36,7 +36,7 @@ class Scenario:
     compares: Literal["time", "rate"]
     """With the eager model: the time of a call, or the images a second."""
     columns: tuple[str, ...]
-    """Of its table, by their names in perf/pages/results.py."""
+    """Of its table, by their names in perf/pages/latency_tables.py."""
     order: Callable[[LatencyRecord], Any]
     """Sorts the rows of a network, after the eager model's."""
     headline: Callable[[LatencyRecord, LatencyRecord], str]

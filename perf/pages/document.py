@@ -9,7 +9,7 @@ from efficientnet.reporting.class_table import class_table
 from efficientnet.reporting.tables import Table, format_bytes, format_ms, format_percent
 from efficientnet.runtimes.names import title
 from perf.measurements.stability import MAX_BUSY_ELSEWHERE, MAX_TURN_SPREAD
-from perf.pages.results import result_tables
+from perf.pages.latency_tables import result_tables
 from perf.pages.rows import Group, Joined, Row, command_for_accuracy
 from perf.pages.verdict import verdict
 

@@ -14,7 +14,7 @@ from efficientnet.reporting.publishing import (
 )
 from perf.pages.document import Document
 from perf.pages.page import PICTURE_TEXT, to_markdown
-from perf.pages.results import result_tables
+from perf.pages.latency_tables import result_tables
 from perf.pages.rows import Joined, Row
 
 RESULTS = "results"
