@@ -71,11 +71,8 @@ def load_training_data(
 ) -> Dataset:
     """Load what a run trains on and is evaluated with.
 
-    Args:
-        config: the recipe.
-        ranks: of the processes; rank 0 prepares and checks, the others follow it.
-        left_out: names of the images that the run was begun without; None = find them, for which
-            every file is decoded once.
+    Rank 0 prepares and checks, the others follow it. `left_out` are the names of the images that
+    the run was begun without; None = find them, for which every file is decoded once.
 
     Raises:
         FileNotFoundError, DatasetError: the data cannot be used.

@@ -113,11 +113,6 @@ def meeting_store(host: str, port: int, rank: int) -> TCPStore:
     differs between machines, so it cannot tell the starts apart. Rank 0 therefore serves a store of
     its own; a port that a dead rank 0 left behind refuses the connection and is read again.
 
-    Args:
-        host: Where rank 0 and torchrun's store are, MASTER_ADDR.
-        port: Port of torchrun's store, MASTER_PORT.
-        rank: This process's rank.
-
     Raises:
         DistributedError: rank 0 did not come within `TIMEOUT`.
     """

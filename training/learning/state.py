@@ -128,15 +128,7 @@ def new_state(
     device: torch.device,
     start: dict[str, Tensor] | None = None,
 ) -> TrainState:
-    """Build network, optimizer and average.
-
-    Args:
-        config: the recipe; the seed decides the initial weights.
-        network: padding and batch norm.
-        num_classes: length of the logits.
-        device: where to train.
-        start: weights of the same variant, of which all but the classifier's are taken.
-    """
+    """Build network, optimizer and average; of the weights to `start` from not the classifier's."""
     if device.type == "cpu":
         keep_freed_memory()
         # Before the first operation, whose threads inherit it. A diverging network has many: V2-S

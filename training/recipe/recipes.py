@@ -374,12 +374,7 @@ FITTED_RECIPES: dict[str, Callable[[str, Schedule, RecipeFacts], TrainConfig]] =
 def recipes_for(
     recipe: str, schedule: Schedule, facts: RecipeFacts | None = None
 ) -> dict[str, TrainConfig]:
-    """Return a recipe's values for each variant.
-
-    Args:
-        recipe: its name.
-        schedule: of progressive learning.
-        facts: for one of FITTED_RECIPES.
+    """Return a recipe's values for each variant; those of FITTED_RECIPES need the facts.
 
     Raises:
         ValueError: there is no recipe of this name.

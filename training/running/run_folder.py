@@ -185,10 +185,7 @@ def publish(run: Run, best: dict[str, float] | None, history: Sequence[dict[str,
 
     Done again when a run is gone on with: it may have been killed just before.
 
-    Args:
-        run: whose newest checkpoint is written.
-        best: step and top-1 of the best checkpoint; None = no epoch has ended.
-        history: metrics.jsonl so far; empty = leave metrics and curves as they are.
+    Without a history, metrics and curves stay as they are.
     """
     name = _folder_of(int(best["step"])) if best else None
     if name and (run.directory / CHECKPOINTS / name).is_dir():
@@ -291,11 +288,7 @@ def read_recipe(directory: Path) -> TrainConfig:
 
 
 def read_run(directory: Path, variant: str | None = None) -> SavedRun:
-    """Read what a run needs to go on.
-
-    Args:
-        directory: of the run, for its newest checkpoint, or of one of its checkpoints.
-        variant: what the run must train; None = whatever it trains.
+    """Read what a run, or one of its checkpoints, needs to go on; it must train the variant given.
 
     Raises:
         CheckpointError: no whole checkpoint, nothing left to train, or another variant.

@@ -1,4 +1,4 @@
-"""AblationRecord -> ablation.md with findings and tables, .png and .json; and their publication."""
+"""AblationRecord -> ablation.md with tables, .png and .json; and their publication."""
 
 import os
 import shlex
@@ -9,18 +9,15 @@ from pathlib import Path
 from efficientnet.machine.atomic import write_bytes, write_text
 from efficientnet.reporting.publishing import PUBLISHED, published_directory, write_section
 from efficientnet.reporting.tables import NOTHING, Table, format_percent
-from training.studies.ablation_findings import (
-    MARGIN,
-    headline,
-    magnitude_findings,
-    schedule_findings,
-    setting,
-)
 from training.studies.ablation_picture import draw
 from training.studies.ablation_plan import (
     FIXED,
     NUM_RANDOM_STAGES,
     NUM_STAGES,
+    PROGRESSIVE,
+    PROGRESSIVE_ADAPTIVE,
+    RANDOM,
+    RANDOM_ADAPTIVE,
     SCHEDULES,
     AblationConfig,
     PlannedRun,
@@ -28,6 +25,7 @@ from training.studies.ablation_plan import (
 from training.studies.ablation_results import (
     PAPER_B4,
     PAPER_MAGNITUDES,
+    PAPER_MEANS,
     PAPER_SIZES,
     PAPER_TOP1,
     AblationRecord,
@@ -35,11 +33,26 @@ from training.studies.ablation_results import (
     Spread,
     collect_rounds,
     difference,
+    magnitude_gain,
     magnitude_grid,
+    magnitude_trend,
     paper_grid,
     points,
     spread,
     time_saved,
+)
+
+MARGIN = (
+    "Differences, of times too, are taken seed by seed. Their margin, in brackets, is half of the "
+    "95 % confidence interval of their mean (Student's t): what is not larger cannot be told from "
+    "none."
+)
+
+# What is compared with what, beside fixed, in the paper's Table 13.
+COMPARISONS = (
+    (PROGRESSIVE_ADAPTIVE, PROGRESSIVE),
+    (RANDOM_ADAPTIVE, RANDOM),
+    (PROGRESSIVE_ADAPTIVE, RANDOM_ADAPTIVE),
 )
 
 
@@ -53,7 +66,7 @@ def write_results(
 
 
 def publish(record: AblationRecord, readme: Path, published: Path = PUBLISHED) -> Path:
-    """Write the results among the published ones, and a table into docs/results.md.
+    """Write the results among the published ones, and tables into docs/results.md.
 
     Returns:
         The published text.
@@ -63,14 +76,14 @@ def publish(record: AblationRecord, readme: Path, published: Path = PUBLISHED) -
     record = _without_folders(record)
     text = write_files(record, directory, stem)
     link = Path(os.path.relpath(directory, readme.parent)).as_posix()
-    parts = [f"**{headline(record)}**"]
+    parts = [f"**{title_of(record)}**"]
     if record.has("schedules"):
-        parts.append(schedules_table(record).markdown())
+        parts += [schedules_table(record).markdown(), comparisons_table(record).markdown()]
     if record.has("magnitudes"):
-        parts.append(magnitude_findings(record)[0])
+        parts.append(magnitudes_table(record).markdown())
     parts.append(f"![Top-1 by schedule, and by magnitude and size]({link}/{stem}.png)")
     parts.append(
-        f"{setting(record)} {MARGIN} [All findings]({link}/{stem}.md), "
+        f"{setting(record)} {MARGIN} [All tables]({link}/{stem}.md), "
         f"[all runs]({link}/{stem}.json)."
     )
     write_section(readme, stem, "\n\n".join(parts))
@@ -95,16 +108,14 @@ def section_name(name: str) -> str:
 
 
 def to_markdown(record: AblationRecord, picture: str) -> str:
-    """Write findings, picture, tables and how it was measured."""
-    parts = [f"# {headline(record)}"]
-    findings = schedule_findings(record) if record.has("schedules") else []
-    findings += magnitude_findings(record) if record.has("magnitudes") else []
-    parts += ["\n".join(f"- {finding}" for finding in findings), f"![Results]({picture})"]
+    """Write picture, tables and how it was measured."""
+    parts = [f"# {title_of(record)}", f"![Results]({picture})"]
     if record.has("schedules"):
         first, _, last = record.image_sizes
         parts += [
             "## Schedules",
             schedules_table(record).markdown(),
+            comparisons_table(record).markdown(),
             f"Evaluated at {last} px. Progressive: sizes rise from {first} to {last} px in "
             f"{NUM_STAGES} stages, or as many as there are epochs; random resize: "
             f"{NUM_RANDOM_STAGES} such sizes, or as many as there are epochs, in an order drawn by "
@@ -128,6 +139,29 @@ def to_markdown(record: AblationRecord, picture: str) -> str:
         f"```\npython training/run.py {record.variant} {shlex.join(example.flags)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def title_of(record: AblationRecord) -> str:
+    """Name what was trained on what."""
+    return f"{record.variant} on {record.name}"
+
+
+def setting(record: AblationRecord) -> str:
+    """Write what the numbers were made with."""
+    machines = "; ".join(
+        f"{e.gpus[0] if e.gpus else f'{e.num_cores} cores of {e.processor}'}, torch "
+        f"{e.libraries.get('torch')}, commit {e.git_commit}"
+        for e in record.environments
+    )
+    rounds = f"{record.num_rounds} seed{'s' * (record.num_rounds > 1)}"
+    if record.num_rounds < record.num_rounds_planned:
+        rounds += f" of the {record.num_rounds_planned} planned"
+    at_once = f", {record.jobs} runs at once (their times are less certain)"
+    return (
+        f"{rounds}, {record.num_images_evaluated:,} held-out images (one of them is "
+        f"{100 / record.num_images_evaluated:.2g} points){at_once * (record.jobs > 1)}; "
+        f"{machines}; {record.finished_at:%Y-%m-%d} UTC."
+    )
 
 
 def schedules_table(record: AblationRecord) -> Table:
@@ -158,6 +192,21 @@ def schedules_table(record: AblationRecord) -> Table:
     return Table(columns, tuple(rows), frozenset({"schedule"}))
 
 
+def comparisons_table(record: AblationRecord) -> Table:
+    """Lay out what a row gains over another beside the paper's gain."""
+    columns = ("schedule", "against", "top-1 points (margin)", "paper: Table 13")
+    rows = tuple(
+        (
+            row,
+            other,
+            _with_margin(difference(record, row, other), "+.1f"),
+            f"{PAPER_TOP1[row] - PAPER_TOP1[other]:+.1f}",
+        )
+        for row, other in COMPARISONS
+    )
+    return Table(columns, rows, frozenset({"schedule", "against"}))
+
+
 def _with_margin(change: Spread, digits: str) -> str:
     margin = NOTHING if change.margin is None else f"{change.margin:{digits.lstrip('+')}}"
     return f"{change.mean:{digits}} ({margin})"
@@ -165,9 +214,8 @@ def _with_margin(change: Spread, digits: str) -> str:
 
 def magnitudes_table(record: AblationRecord) -> Table:
     """Lay out top-1 by magnitude and size beside the paper's; the best of a size is bold."""
-    ours = magnitude_grid(record)
-    papers = paper_grid()
-    rows = tuple(
+    ours, papers = magnitude_grid(record), paper_grid()
+    rows = [
         (
             f"{record.magnitudes[i]:g}",
             *_bold_best(ours, i, 1),
@@ -175,10 +223,28 @@ def magnitudes_table(record: AblationRecord) -> Table:
             *_bold_best(papers, i, 2),
         )
         for i in range(3)
+    ]
+    (weak, _, strong), (small, _, large) = record.magnitudes, record.image_sizes
+    paper_gains = [
+        after - before for before, after in zip(PAPER_MEANS[0], PAPER_MEANS[2], strict=True)
+    ]
+    rows.append(
+        (
+            f"from {weak:g} to {strong:g} (margin)",
+            *(_with_margin(magnitude_gain(record, s), "+.1f") for s in record.image_sizes),
+            f"from {PAPER_MAGNITUDES[0]:g} to {PAPER_MAGNITUDES[2]:g}",
+            *(f"{gain:+.1f}" for gain in paper_gains),
+        )
     )
     columns = ("magnitude", *(f"{size} px" for size in record.image_sizes))
     columns += ("paper: magnitude", *(f"paper: {size} px" for size in PAPER_SIZES))
-    return Table(columns, rows)
+    trend = _with_margin(magnitude_trend(record), "+.1f")
+    note = (
+        f"At {large} px the strongest magnitude gains {trend} points more over the weakest than at "
+        f"{small} px; in the paper, where larger images want more, "
+        f"{paper_gains[2] - paper_gains[0]:+.1f}."
+    )
+    return Table(columns, tuple(rows), notes=(note,))
 
 
 def _bold_best(grid: Sequence[Sequence[Spread]], row: int, decimals: int) -> list[str]:

@@ -109,11 +109,6 @@ class Spread:
         quantile = float(stats.t.ppf(0.975, self.num_seeds - 1))
         return quantile * self.std / math.sqrt(self.num_seeds)
 
-    @property
-    def is_certain(self) -> bool:
-        """Whether the mean can be told from 0: never with one seed."""
-        return self.margin is not None and abs(self.mean) > self.margin
-
     def text(self) -> str:
         """Write both."""
         return f"{self.mean:,.1f}" + ("" if self.std is None else f" ± {self.std:.1f}")
@@ -241,21 +236,21 @@ def time_saved(record: AblationRecord, row: str) -> Spread:
     return spread([100 * (1 - own.seconds / fixed.seconds) for own, fixed in pairs])
 
 
-def magnitude_trend(record: AblationRecord) -> tuple[Spread, str]:
-    """Return by how much more the strongest magnitude helps at the largest size, and what it means.
+def magnitude_gain(record: AblationRecord, size: int) -> Spread:
+    """Return by how many points the strongest magnitude is better than the weakest at a size."""
+    return spread(_magnitude_gains(record, size))
 
-    The strongest against the weakest magnitude at the largest size, less the same at the smallest,
-    seed by seed.
-    """
-    (weak, _, strong), (small, _, large) = record.magnitudes, record.image_sizes
-    at_small, at_large = (
-        differences(record, magnitude_row(strong, size), magnitude_row(weak, size))
-        for size in (small, large)
-    )
-    change = spread([b - a for a, b in zip(at_small, at_large, strict=True)])
-    if not change.is_certain:
-        return change, "cannot be told"
-    return change, "shows" if change.mean > 0 else "is reversed"
+
+def magnitude_trend(record: AblationRecord) -> Spread:
+    """Return by how many points that gain is larger at the largest size than at the smallest."""
+    small, _, large = record.image_sizes
+    pairs = zip(_magnitude_gains(record, small), _magnitude_gains(record, large), strict=True)
+    return spread([at_large - at_small for at_small, at_large in pairs])
+
+
+def _magnitude_gains(record: AblationRecord, size: int) -> list[float]:
+    weak, _, strong = record.magnitudes
+    return differences(record, magnitude_row(strong, size), magnitude_row(weak, size))
 
 
 def magnitude_grid(record: AblationRecord) -> list[list[Spread]]:

@@ -80,12 +80,7 @@ class SpeedProcess:
         return answer
 
     def take_turn(self, seconds: float, num_settling_steps: int) -> Turn | None:
-        """Take steps for some seconds, at least one; None: it does not fit.
-
-        Args:
-            seconds: the last step may end later.
-            num_settling_steps: taken first, uncounted, as another process had the machine.
-        """
+        """Take uncounted steps to settle, then steps for some seconds, at least one; None: OOM."""
         answer = self._ask((num_settling_steps, seconds))
         assert isinstance(answer, Turn | None)
         return answer
@@ -125,10 +120,7 @@ class Measured:
 def measure(group: Sequence[StepCase], seconds: float, num_turns: int) -> list[Measured]:
     """Let the processes of a group take turns; one alone has a single long one.
 
-    Args:
-        group: of which each gets a process; all are in memory at once.
-        seconds: of each, without warm-up.
-        num_turns: over which they are spread.
+    All are in memory at once. Each has so many seconds in all, without its warm-up.
 
     Raises:
         SpeedError: a process failed.
