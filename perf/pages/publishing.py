@@ -13,8 +13,8 @@ from efficientnet.reporting.publishing import (
     write_section,
 )
 from perf.pages.document import Document
-from perf.pages.page import PICTURE_TEXT, to_markdown
 from perf.pages.latency_tables import result_tables
+from perf.pages.page import PICTURE_TEXT, to_markdown
 from perf.pages.rows import Joined, Row
 
 RESULTS = "results"
