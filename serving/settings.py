@@ -123,7 +123,10 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
             continue
         if OF_THE_PLATFORM.fullmatch(variable):
             continue
-        nearest = difflib.get_close_matches(variable, VARIABLES, n=1, cutoff=0)[0]
+        # Without the prefix, which all have and which would outweigh the rest.
+        names = [known.removeprefix(PREFIX) for known in VARIABLES]
+        name = variable.removeprefix(PREFIX)
+        nearest = PREFIX + difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
         raise ValueError(
             f"there is no setting {variable}; the nearest is {nearest}, "
             "and docs/serving.md lists all"
