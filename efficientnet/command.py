@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -63,12 +63,29 @@ def describe(doc: str | None) -> str | None:
     return doc and re.sub(r"^ *(?=(python|curl|torchrun) )", "    ", doc, flags=re.MULTILINE)
 
 
-def late(module: str) -> Callable[[Any], Any]:
+def late(module: str, needs: Sequence[str] = ()) -> Callable[[Any], Any]:
     """Return the `main` of a module that is imported when it is called.
 
     So that --help and wrong flags are answered before torch is loaded.
+
+    Args:
+        module: its name.
+        needs: packages that may be missing, whose absence is told in one line.
     """
-    return lambda config: importlib.import_module(module).main(config)
+
+    def main(config: Any) -> Any:
+        try:
+            imported = importlib.import_module(module)
+        except ImportError as error:
+            if not needs:
+                raise
+            raise PipelineError(
+                f"{error}: this export needs {' and '.join(needs)}: 'make setup', or pip install "
+                + " ".join(needs)
+            ) from error
+        return imported.main(config)
+
+    return main
 
 
 def run_command(

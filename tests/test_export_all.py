@@ -42,11 +42,12 @@ def test_int8_that_is_slower_than_bf16_of_another_runtime_is_not_advised():
         line("onnxruntime", "int8", 34.9),
         line("openvino", "bf16", 24.4),
         line("openvino", "int8", 26.4),
+        line("native", "int8", 25.0),
         line("aoti-cuda", "fp16", 2.0),
     ]
     default, notes = choose_default(lines)
     assert default == "artifacts/tiny/aoti-cuda-fp16"
-    for runtime in ("onnxruntime", "openvino"):
+    for runtime in ("onnxruntime", "openvino", "native"):
         (note,) = [note for note in notes if note.startswith(f"{runtime} int8")]
         assert "openvino bf16" in note and "24.4 ms" in note
 

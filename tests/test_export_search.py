@@ -93,7 +93,7 @@ def test_layers_in_float_have_float_weights_in_openvino(fitted_checkpoint: Path,
         config = OpenVinoConfig(
             fitted_checkpoint, tmp_path / name, "int8", float_layers=layers, **SMALL
         )
-        return ov_build.export_openvino(config)
+        return ov_build.main(config)
 
     plain, mixed = export("plain", ()), export("mixed", (DEPTHWISE, BLOCK))
     assert in_int8(plain) - in_int8(mixed) == {
@@ -109,7 +109,7 @@ def test_layers_in_float_have_float_weights_in_onnxruntime(fitted_checkpoint: Pa
     config = OrtConfig(
         fitted_checkpoint, tmp_path / "mixed", "int8", float_layers=(DEPTHWISE, BLOCK), **SMALL
     )
-    graph = onnx.load(ort_build.export_onnxruntime(config) / ort_build.PROGRAM_FILE).graph
+    graph = onnx.load(ort_build.main(config) / ort_build.PROGRAM_FILE).graph
     convolutions = [n for n in graph.node if n.op_type == "Conv" and ".gate." not in n.name]
     in_float = {n.name for n in convolutions if "DequantizeLinear" not in n.input[1]}
     expected = {
@@ -147,7 +147,7 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
     monkeypatch.setattr(search, "measure_callables", measure)
     caplog.set_level(logging.INFO)
     config = OpenVinoConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
-    best = ov_build.export_openvino(config)
+    best = ov_build.main(config)
     assert len(profiled) == 2
     quantization = read_artifact(best).quantization
     assert quantization is not None and quantization.float_layers == (DEPTHWISE,)
@@ -163,7 +163,7 @@ def test_a_search_with_the_runtimes_own_profile(
 ):
     caplog.set_level(logging.INFO)
     config = OrtConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
-    best = ort_build.export_onnxruntime(config)
+    best = ort_build.main(config)
     assert read_artifact(best).precision == "int8"
     assert "all layers in fp32, to compare with" in caplog.messages
     assert any("measured in turns, batch 1" in message for message in caplog.messages)
@@ -182,7 +182,7 @@ def test_nothing_is_written_when_every_mixture_loses_too_much(
     monkeypatch.setattr(ov_build, "write_openvino", refuse)
     config = OpenVinoConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
     with pytest.raises(AccuracyDropError, match="no kind of int8 artifact is within --max-drop"):
-        ov_build.export_openvino(config)
+        ov_build.main(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +194,7 @@ def test_a_search_without_images_to_judge_by_builds_nothing(
     monkeypatch.setattr(ov_build, "load_reference", lambda _: few)
     monkeypatch.setattr(ov_build, "write_openvino", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(GateError, match="there are 99 held-out images, the accuracy gate needs"):
-        ov_build.export_openvino(config)
+        ov_build.main(config)
 
 
 @pytest.mark.parametrize(
@@ -228,5 +228,5 @@ def test_a_layer_that_is_not_there_is_named_before_work_starts(
         fitted_checkpoint, tmp_path / "x", "int8", float_layers=("features.9.block",), **SMALL
     )
     with pytest.raises(ValueError, match=r"features\.9\.block, which the network has not got"):
-        ort_build.export_onnxruntime(config)
+        ort_build.main(config)
     assert list(tmp_path.iterdir()) == []

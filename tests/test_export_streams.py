@@ -20,8 +20,8 @@ from export.inputs.config import OpenVinoConfig, OrtConfig
 from perf.pages.layers import read_profiled
 
 EXPORTS = {
-    "openvino": (OpenVinoConfig, ov_build.export_openvino),
-    "onnxruntime": (OrtConfig, ort_build.export_onnxruntime),
+    "openvino": (OpenVinoConfig, ov_build.main),
+    "onnxruntime": (OrtConfig, ort_build.main),
 }
 
 
@@ -122,7 +122,7 @@ def test_the_winner_of_a_search_gets_streams(
         max_drop=100,
         search=True,
     )
-    manifest = read_artifact(ort_build.export_onnxruntime(config))
+    manifest = read_artifact(ort_build.main(config))
     assert manifest.streamed_batches == (4,)
     if manifest.binding is not None:
         flags = shlex.split(manifest.binding.rebuild)[2:]

@@ -23,16 +23,10 @@ from export.inputs.reference import Reference, load_reference
 
 PROGRAM_FILE = "model.onnx"
 
-OUTPUT_NAMES = {
-    "cpu": "onnxruntime",
-    "cuda": "onnxruntime-cuda",
-    "tensorrt": "onnxruntime-tensorrt",
-}
-
 log = logging.getLogger(__name__)
 
 
-def export_onnxruntime(config: ExportConfig) -> Path:
+def main(config: ExportConfig) -> Path:
     """Export, check and write the artifact; return its directory.
 
     Raises:
@@ -50,7 +44,7 @@ def export_onnxruntime(config: ExportConfig) -> Path:
     if provider == "cpu":
         finish = partial(choose_streams, reference, sizes=config.static_batches)
     if isinstance(config, OrtConfig) and config.search:
-        output = default_output(config, reference, OUTPUT_NAMES["cpu"])
+        output = default_output(config, reference, config.name)
         in_float: OrtConfig = replace(config, precision="fp32", search=False)
         kinds = {"int8": config}
         return fastest_within_drop(reference, kinds, in_float, output, write, finish)
@@ -66,7 +60,8 @@ def write_onnxruntime(
 ) -> Path:
     """Export, check and write one artifact; return its directory."""
     provider = provider_of(config)
-    output = default_output(config, reference, OUTPUT_NAMES[provider])
+    name = config.name if isinstance(config, OrtConfig) else "onnxruntime"
+    output = default_output(config, reference, name)
     # Without VNNI two products are added up in 16 bits, where weights of 8 bits would overflow.
     scheme = {"cpu": "onnxruntime" if has_vnni() else "onnxruntime-7-bits"}.get(
         provider, "tensorrt"

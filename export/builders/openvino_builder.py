@@ -82,7 +82,7 @@ logging.getLogger("nncf").setLevel(logging.WARNING)
 log = logging.getLogger(__name__)
 
 
-def export_openvino(config: OpenVinoConfig) -> Path:
+def main(config: OpenVinoConfig) -> Path:
     """Export, check and write the artifact; return its directory.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Export commands with their flags -> every artifact that some machine can make."""
+"""Table of runtimes -> export commands with their flags, for every artifact that one can make."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 from efficientnet.precision import Precision
+from efficientnet.runtimes.names import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -22,28 +22,14 @@ class Candidate:
         return f"{self.name} {self.precision}"
 
 
-# Command, name, flags, and all precisions that the runtime has on some device.
-PROGRAMS: tuple[tuple[str, str, tuple[str, ...], tuple[Precision, ...]], ...] = (
-    ("ort", "onnxruntime", (), ("fp32", "fp16", "int8")),
-    ("ov", "openvino", (), ("fp32", "bf16", "fp16", "int8")),
-    ("native", "native", (), ("bf16", "int8")),
-    ("aoti", "aoti", ("--device", "cpu"), ("fp32", "bf16", "fp16")),
-    ("aoti", "aoti-cuda", ("--device", "cuda"), ("fp32", "bf16", "fp16")),
-    ("ort", "onnxruntime-cuda", ("--provider", "cuda"), ("fp32", "fp16")),
-    (
-        "ort",
-        "onnxruntime-tensorrt",
-        ("--provider", "tensorrt"),
-        ("fp16", "bf16", "int8", "fp8"),
-    ),
-    ("torch_trt", "torch-tensorrt", (), ("fp32", "bf16", "fp16")),
-    ("trt", "tensorrt", (), get_args(Precision)),
-    ("trt", "tensorrt-rtx", ("--flavor", "rtx"), get_args(Precision)),
-)
+# Those for the CPU first.
 CANDIDATES = tuple(
-    Candidate(command, name, precision, flags)
-    for command, name, flags, precisions in PROGRAMS
-    for precision in precisions
+    Candidate(row.command, export.name, precision, export.flags)
+    for device in ("cpu", "cuda")
+    for row in RUNTIMES.values()
+    for export in row.exports
+    if export.device == device
+    for precision in export.precisions
 )
 
 COMMANDS = tuple(dict.fromkeys(candidate.command for candidate in CANDIDATES))

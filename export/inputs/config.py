@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from efficientnet.precision import Precision
+from efficientnet.runtimes.names import EXPORTS
 
 Activations = Literal["asymmetric", "symmetric"]
 
@@ -154,18 +155,18 @@ class OrtConfig(MixedConfig):
                 f"--search is for --provider cpu, whose profile tells what each layer takes; it is "
                 f"{self.provider}"
             )
-        allowed = {
-            "cpu": ("fp32", "fp16", "int8"),
-            "cuda": ("fp32", "fp16"),
-            # In fp32 it computes in TF32, which no option of the provider turns off.
-            "tensorrt": ("fp16", "bf16", "int8", "fp8"),
-        }[self.provider]
+        allowed = EXPORTS[self.name].precisions
         if self.precision not in allowed:
             raise ValueError(
                 f"--precision is {self.precision}, for which ONNX Runtime's {self.provider} "
                 f"provider has no convolution; expected {', '.join(allowed)}"
                 + HINTS.get(self.precision, "")
             )
+
+    @property
+    def name(self) -> str:
+        """First part of the artifact's directory."""
+        return "onnxruntime" if self.provider == "cpu" else f"onnxruntime-{self.provider}"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from efficientnet.formats.artifact import ArtifactManifest
 from efficientnet.precision import Precision
 from efficientnet.reporting.publishing import Measured, publish_part
 from efficientnet.reporting.tables import NOTHING, Table, format_bytes, format_ms, format_percent
+from efficientnet.runtimes.names import EXPORTS
 
 SECTION = "exports"
 # Of weights that were published by others, trained on ImageNet.
@@ -102,7 +103,7 @@ def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
     """Return the fastest artifact, and what is worth saying of the others.
 
     An int8 or fp8 artifact is slower than one of more bits on some devices, of its own runtime or
-    of another (bf16 on processors with AMX); it is said then.
+    of another on the same device (bf16 on processors with AMX); it is said then.
     """
     timed = [line for line in lines if line.artifact is not None and line.p50_ms is not None]
     if not timed:
@@ -113,7 +114,7 @@ def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
         wider = [
             other
             for other in timed
-            if is_for_cpu(other.name) == is_for_cpu(line.name)
+            if EXPORTS[other.name].device == EXPORTS[line.name].device
             and other.precision in ("bf16", "fp16", "fp32")
         ]
         if line.precision in ("int8", "fp8") and wider:
@@ -126,11 +127,6 @@ def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
                     "worth its rounding"
                 )
     return fastest.artifact, notes
-
-
-def is_for_cpu(name: str) -> bool:
-    """Whether the artifacts of that name run on a CPU; those for a GPU are not compared to them."""
-    return name in ("onnxruntime", "openvino", "aoti")
 
 
 def table_of(lines: list[Line], default: str | None) -> Table:
