@@ -128,7 +128,10 @@ def new_state(
     device: torch.device,
     start: dict[str, Tensor] | None = None,
 ) -> TrainState:
-    """Build network, optimizer and average; of the weights to `start` from not the classifier's."""
+    """Build network, optimizer and average.
+
+    The seed decides the weights, or `start`, of which all but the classifier's are taken.
+    """
     if device.type == "cpu":
         keep_freed_memory()
         # Before the first operation, whose threads inherit it. A diverging network has many: V2-S
