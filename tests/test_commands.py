@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# What serving/run.py becomes is no command of its own.
 COMMANDS = [
     f"{path.parent.name}/{path.name}"
     for stage in ("training", "export", "perf", "serving")
     for path in sorted((ROOT / stage).glob("*.py"))
-    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.stem != "supervisor"
 ]
 
 # Runs a command, and tells whether it has loaded torch.
