@@ -21,7 +21,6 @@ import uvicorn
 from bentoml._internal.context import server_context
 from starlette.types import Message, Receive, Scope, Send
 
-from serving import service
 from serving.gate import Gate
 from serving.refusals import error_response
 from serving.routes import PATHS
@@ -106,6 +105,8 @@ class DrainingServer(uvicorn.Server):
 
 def build_application() -> Any:
     """Make what all workers serve, without the artifact, and import what that takes."""
+    from serving import service  # reads the settings, so not before they are wanted
+
     # BentoML imports it when a service starts.
     importlib.import_module("_bentoml_impl.client.proxy")
     bento = service.Classifier
@@ -127,6 +128,8 @@ def run_worker(
         number: of this worker, from 1.
         drain_s: see DrainingServer.
     """
+    from serving import service
+
     end_with_parent()
     server_context.worker_index = number
 
@@ -145,6 +148,8 @@ def run_worker(
 
 def run_stand_in(listener: socket.socket, reason: str) -> None:
     """Answer for workers of which none can serve, until SIGTERM: not ready, and why."""
+    from serving import service
+
     end_with_parent()
     config = _config(Gate(_unavailable(reason), PATHS, service.SETTINGS.allowed_hosts))
     config.lifespan = "off"
