@@ -9,13 +9,17 @@ static inline int row_bytes_of(const Layer& l, const Map& in) { return l.kernel 
 
 // The channel of a group whose sum is in a lane of a tile; see epilogue.h.
 static inline int conv_channel(int tile, int lane, bool is_bf16) { return is_bf16 ? tile * 16 + lane : lane / 4 * 8 + tile * 4 + lane % 4; }
-static inline int depthwise_channel(int tile, int lane, bool is_bf16) { return is_bf16 ? tile * 16 + lane : lane / 4 * 16 + tile * 4 + lane % 4; }
-
-static size_t conv_group_bytes(const Layer& l, const Map& in) { return size_t(l.kernel) * size_t((row_bytes_of(l, in) + 63) / 64) * 2048; }
-static int groups_of(const Layer& l, int channels) { return (channels + (l.kind == CONV ? CONV_GROUP : GROUP) - 1) / (l.kind == CONV ? CONV_GROUP : GROUP); }
 
 // A last group of 32 channels or fewer takes as much of a register as 64 would: so rows of several bands of the map stand in it side by side.
 static int bands_of(int channels, bool is_bf16) { return is_bf16 || channels > 32 ? 1 : channels > 16 ? 2 : 4; }
+
+// The same of a depthwise group of which so many channels exist; where it is computed in bands, each band has all of them.
+static int depthwise_channel(int tile, int lane, int channels, bool is_bf16) {
+  return is_bf16 ? tile * 16 + lane : (lane / 4 * 16 + tile * 4 + lane % 4) % (GROUP / bands_of(channels, is_bf16));
+}
+
+static size_t conv_group_bytes(const Layer& l, const Map& in) { return size_t(l.kernel) * size_t((row_bytes_of(l, in) + 63) / 64) * 2048; }
+static int groups_of(const Layer& l, int channels) { return (channels + (l.kind == CONV ? CONV_GROUP : GROUP) - 1) / (l.kind == CONV ? CONV_GROUP : GROUP); }
 
 // A part's first row of a depthwise convolution, numbered group by group. Where the last group is computed in bands, its rows cost less.
 static int64_t depthwise_share(int channels, bool is_bf16, int64_t rows, int part, int parts) {
@@ -74,8 +78,7 @@ static void pack_conv(const Layer& l, const Map& in, int outputs, const uint8_t*
 
 static void pack_depthwise(const Layer& l, int channels, const int8_t* from, uint8_t* to) {
   const int k = l.kernel, fours = depthwise_fours(l);
-  for (int g = 0; g * GROUP < channels; g++, to += depthwise_group_bytes(l, false)) {
-    const int band = GROUP / bands_of(channels - g * GROUP, false);
+  for (int g = 0; g * GROUP < channels; g++, to += depthwise_group_bytes(l, false))
     for (int r = 0; r < depthwise_rows(l); r++)
       for (int kx = 0; kx < k; kx++)
         for (int ky = 0; ky < k; ky++) {
@@ -83,11 +86,10 @@ static void pack_depthwise(const Layer& l, int channels, const int8_t* from, uin
           uint8_t* four = to + ((r * k + kx) * fours + row / 4) * 256 + row % 4;
           for (int tile = 0; tile < 4; tile++)
             for (int lane = 0; lane < 16; lane++) {
-              const int n = g * GROUP + depthwise_channel(tile, lane, false) % band;
+              const int n = g * GROUP + depthwise_channel(tile, lane, channels - g * GROUP, false);
               if (n < channels) four[tile * 64 + lane * 4] = uint8_t(from[(n * k + ky) * k + kx]);
             }
         }
-  }
 }
 
 static void pack_depthwise_bf16(const Layer& l, int channels, const uint16_t* from, uint8_t* to) {
@@ -105,12 +107,13 @@ static void find_ramp(Packed& p) {
   p.slope = p.table[line];
   p.offset = p.table[64 + line];
   p.is_ramp = p.slope > 0;
-  auto byte = [&](int x, int slope, int offset) { return sat8(adds(mulhrs(x, slope), offset) >> p.layer->fraction_bits); };
+  auto by_table_byte = [&](int x) { return sat8(by_table(x, p.table) >> p.layer->fraction_bits); };
+  auto by_ramp_byte = [&](int x) { return sat8(adds(mulhrs(x, p.slope), p.offset) >> p.layer->fraction_bits); };
   for (int i = 0; i < 64 && p.is_ramp; i++) {
-    const int first = (i < 32 ? i : i - 64) * 1024, last = first + 1023, slope = p.table[i], offset = p.table[64 + i];
-    const int low = byte(first, slope, offset), high = byte(last, slope, offset);
-    p.is_ramp = low == byte(first, p.slope, p.offset) && high == byte(last, p.slope, p.offset) &&
-                ((slope == p.slope && offset == p.offset) || (low == high && slope >= 0));
+    const int first = (i < 32 ? i : i - 64) * 1024, last = first + 1023;
+    const bool is_its_line = p.table[i] == p.slope && p.table[64 + i] == p.offset;
+    const bool is_constant = p.table[i] >= 0 && by_table_byte(first) == by_table_byte(last);
+    p.is_ramp = (is_its_line || is_constant) && by_table_byte(first) == by_ramp_byte(first) && by_table_byte(last) == by_ramp_byte(last);
   }
 }
 
@@ -154,8 +157,7 @@ static void pack(const Program& program, const Layer& l, const Map& in, const Ma
   float* scales = reinterpret_cast<float*>(bias + size_t(p.groups * channels) * 4);
   for (int at = 0; at < p.groups * channels; at++) {
     const int tile = at % channels / 16, lane = at % 16, first = at / channels * channels;
-    const int n = first + (is_conv ? conv_channel(tile, lane, in.is_bf16)
-                                   : depthwise_channel(tile, lane, in.is_bf16) % (GROUP / bands_of(out.channels - first, in.is_bf16)));
+    const int n = first + (is_conv ? conv_channel(tile, lane, in.is_bf16) : depthwise_channel(tile, lane, out.channels - first, in.is_bf16));
     if (n >= out.channels) continue;
     __builtin_memcpy(bias + at * 4, program.blob<uint8_t>(l.bias) + n * 4, 4);
     if (!in.is_bf16) scales[at] = program.blob<float>(l.scales)[n];
