@@ -25,6 +25,12 @@ def too_large(max_upload_bytes: int) -> Refusal:
     )
 
 
+def cannot_classify(problem: str, retry_after_s: int) -> Refusal:
+    """Make the 503 of a service that has nothing to classify pictures with."""
+    again = {"Retry-After": str(retry_after_s)}
+    return Refusal(503, f"no picture can be classified: {problem}", again)
+
+
 def error_response(
     status: int, sentence: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:

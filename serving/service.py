@@ -136,14 +136,13 @@ class Classifier:
     def __init__(self) -> None:
         self.is_warm = self.is_draining = False
         self.settings = SETTINGS
-        self.problem = ""
         self.work = WorkQueue(num_usable_cores(), SETTINGS.max_concurrency, SETTINGS.timeout_s)
         app.state.classifier = self
         try:
             self._open()
         except ArtifactError as error:
             # A worker that fails here would be started again and again by BentoML's master.
-            self.problem = self.work.problem = str(error)
+            self.work.problem = str(error)
             log.error("no picture can be classified: %s", error)
 
     def _open(self) -> None:

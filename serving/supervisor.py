@@ -241,7 +241,9 @@ def main(config: SupervisorConfig) -> None:
             return process, ours
 
         def start_stand_in(reason: str) -> BaseProcess:
-            process = fork.Process(target=worker.run_stand_in, args=(listener, reason))
+            process = fork.Process(
+                target=worker.run_stand_in, args=(listener, reason, settings.allowed_hosts)
+            )
             process.start()
             return process
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from starlette.types import Receive
 
-from serving.refusals import Refusal
+from serving.refusals import Refusal, cannot_classify
 
 T = TypeVar("T")
 
@@ -64,8 +64,7 @@ class WorkQueue:
     def require_no_problem(self) -> None:
         """Raise a Refusal, 503, when no work can be done at all."""
         if self.problem:
-            again = {"Retry-After": str(RETRY_AFTER_S)}
-            raise Refusal(503, f"no picture can be classified: {self.problem}", again)
+            raise cannot_classify(self.problem, RETRY_AFTER_S)
 
     def require_place(self) -> None:
         """Raise the Refusal that a request gets now, without waiting for its body.

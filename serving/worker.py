@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,8 +22,8 @@ from bentoml._internal.context import server_context
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.gate import Gate
-from serving.refusals import error_response
-from serving.routes import PATHS
+from serving.refusals import cannot_classify, error_response
+from serving.routes import PATHS, app
 from serving.settings import BACKLOG
 
 # Requests that are not answered this long after the last connection was taken are cut off: a client
@@ -128,30 +128,26 @@ def run_worker(
         number: of this worker, from 1.
         drain_s: see DrainingServer.
     """
-    from serving import service
-
     end_with_parent()
     server_context.worker_index = number
 
     def tell() -> bool:
-        problem = service.app.state.classifier.problem
+        problem = app.state.classifier.work.problem
         supervisor.send(problem)
         return not problem
 
     def drain() -> None:
-        service.app.state.classifier.is_draining = True
+        app.state.classifier.is_draining = True
 
     config = _config(application)
     DrainingServer(config, listener, tell, drain, drain_s).run()
     os._exit(0)  # without waiting for a thread that is at a picture nobody waits for
 
 
-def run_stand_in(listener: socket.socket, reason: str) -> None:
+def run_stand_in(listener: socket.socket, reason: str, allowed_hosts: Collection[str]) -> None:
     """Answer for workers of which none can serve, until SIGTERM: not ready, and why."""
-    from serving import service
-
     end_with_parent()
-    config = _config(Gate(_unavailable(reason), PATHS, service.SETTINGS.allowed_hosts))
+    config = _config(Gate(_unavailable(reason), PATHS, allowed_hosts))
     config.lifespan = "off"
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -168,9 +164,9 @@ def end_with_parent() -> None:
             os._exit(1)
 
 
-def _config(app: Any) -> uvicorn.Config:
+def _config(application: Any) -> uvicorn.Config:
     return uvicorn.Config(
-        app,
+        application,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -183,8 +179,9 @@ def _unavailable(reason: str) -> Callable[[Scope, Receive, Send], Awaitable[None
         async def send_alive(message: Message) -> None:
             await send({**message, "status": 200} if "status" in message else message)
 
-        headers = {"Retry-After": str(RETRY_AFTER_S), "Connection": "close"}
-        response = error_response(503, f"no picture can be classified: {reason}", headers)
+        refusal = cannot_classify(reason, RETRY_AFTER_S)
+        headers = {**(refusal.headers or {}), "Connection": "close"}
+        response = error_response(refusal.status_code, refusal.detail, headers)
         is_alive = scope["path"] in ("/livez", "/healthz")
         await response(scope, receive, send_alive if is_alive else send)
 
