@@ -80,7 +80,10 @@ class SpeedProcess:
         return answer
 
     def take_turn(self, seconds: float, num_settling_steps: int) -> Turn | None:
-        """Take uncounted steps to settle, then steps for some seconds, at least one; None: OOM."""
+        """Take uncounted steps to settle, then steps for some seconds, at least one; None: OOM.
+
+        The last step may end later.
+        """
         answer = self._ask((num_settling_steps, seconds))
         assert isinstance(answer, Turn | None)
         return answer
