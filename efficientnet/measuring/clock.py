@@ -1,6 +1,8 @@
 """A call and a clock -> samples in milliseconds, their percentiles, and a warm-up that ends."""
 
+import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +51,11 @@ class Turn:
     elapsed_s: float
     num_settling_calls: int
     """Calls at the start of the turn that do not count."""
+
+    @property
+    def median_ms(self) -> float:
+        """Of however few samples."""
+        return statistics.median(self.samples_ms)
 
 
 def min_samples(percent: int) -> int:
@@ -137,10 +144,28 @@ def warm_up_until_stable(
     while True:
         window = measure_turn(call, clock, window_s, settle=False)
         num_calls += len(window.samples_ms)
-        medians.append(statistics.median(window.samples_ms))
+        medians.append(window.median_ms)
         is_stable = len(medians) > 1 and _agree(medians[-2], medians[-1], tolerance)
         if clock() > last_begin or (is_stable and len(medians) >= MIN_WARM_UP_WINDOWS):
             return WarmUp(num_calls, is_stable)
+
+
+class TimedCall:
+    """A call that is measured in a process of its own, without collections of garbage in it."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        gc.disable()
+
+    def warm_up(self, window_s: float, max_s: float) -> WarmUp:
+        """See warm_up_until_stable."""
+        gc.collect()
+        return warm_up_until_stable(self._call, time.perf_counter_ns, window_s, max_s)
+
+    def turn(self, seconds: float) -> Turn:
+        """See measure_turn."""
+        gc.collect()
+        return measure_turn(self._call, time.perf_counter_ns, seconds)
 
 
 def _agree(first: float, second: float, tolerance: float) -> bool:

@@ -8,11 +8,7 @@ from pathlib import Path
 from efficientnet.formats.records import AccuracyRecord, append_record, read_records
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
-from efficientnet.measuring.programs import (
-    Program,
-    read_programs,
-    require_writable,
-)
+from efficientnet.measuring.programs import Program, read_programs, require_writable
 from efficientnet.measuring.progress import Progress
 from efficientnet.measuring.turns import TimeBudget
 from efficientnet.network.cost import DevicePeak
@@ -34,7 +30,7 @@ def main(config: LatencyConfig) -> Path:
     Raises:
         FileNotFoundError: a path or the data is not there.
         ArtifactError, CheckpointError: a path is not what it should be, found before any work.
-        WorkerError: a process failed; the others are stopped.
+        ContenderError: a process failed; the others are stopped.
     """
     started_at = datetime.now(UTC)
     programs = read_programs(config.paths)
@@ -79,7 +75,7 @@ def main(config: LatencyConfig) -> Path:
     ]
     for record in records:
         append_record(config.output, record)
-    names = [row.program.worker.name for _, row in rows]
+    names = [row.program.name for _, row in rows]
     log.info("%s", results_table(names, records).aligned_text())
     for name, record in zip(names, records, strict=True):
         for reason in instabilities(record):

@@ -11,7 +11,7 @@ from efficientnet.reporting.tables import format_rate
 from training.studies.speed_plan import SpeedConfig, plan
 from training.studies.speed_recorder import Recorder
 from training.studies.speed_tables import SECTION, document, publish
-from training.studies.speed_worker import measure
+from training.studies.speed_turns import measure
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def main(config: SpeedConfig) -> Path:
 
     Raises:
         PublishError: docs/results.md has no place for the tables; nothing is measured then.
-        SpeedError: a process failed; the rows before it are kept.
+        ContenderError: a process failed; the rows before it are kept.
         FileNotFoundError, DatasetError, ValueError: the data cannot be used.
     """
     if config.publish:
