@@ -131,12 +131,8 @@ def warm_up_until_stable(
 ) -> WarmUp:
     """Call in windows of time until the medians of the last two agree, at least three windows.
 
-    Args:
-        call: see measure_turn.
-        clock: see measure_turn.
-        window_s: length of a window; one call that takes longer is a window by itself.
-        max_s: no window is begun that would end later than this, but for the first.
-        tolerance: largest difference of two medians that agree, as a fraction of the larger one.
+    A call that takes longer is a window by itself. But for the first, no window is begun that would
+    end after `max_s`.
     """
     last_begin = clock() + round((max_s - window_s) * 1e9)
     medians: list[float] = []

@@ -55,11 +55,7 @@ class Contender:
         self._send((sys.path, self._opener))
 
     def wait(self) -> None:
-        """Wait until the subject is open.
-
-        Raises:
-            ContenderError: it cannot be opened.
-        """
+        """Wait until the subject is open."""
         self._receive()
 
     def ask(self, method: str, *arguments: object) -> Any:
@@ -104,11 +100,7 @@ class Contender:
 
 @contextmanager
 def running(contenders: Sequence[Contender]) -> Generator[None]:
-    """Start all, wait until each is ready, and end them afterwards.
-
-    Raises:
-        ContenderError: one cannot be opened.
-    """
+    """Start all, wait until each is ready, and end them afterwards."""
     with ExitStack() as stack:
         for contender in contenders:
             contender.start()

@@ -35,9 +35,6 @@ def measure(
         turns: that this time is split into.
         batch_size: images in a call.
         data: held-out images; None = those of what each was trained on.
-
-    Raises:
-        PipelineError: the command failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "latency.jsonl"
@@ -66,9 +63,6 @@ def profile_modules(
         num_calls: of which the fastest counts.
         batch_size: images in a call.
         data: held-out images; None = those of what each was trained on.
-
-    Raises:
-        PipelineError: the command failed.
     """
     command = [
         *(sys.executable, str(PROJECT_ROOT / "perf" / "layers.py"), *map(str, paths)),
@@ -102,9 +96,6 @@ def measure_callables(
         seconds: measured time of each, without its warm-up.
         turns: that this time is split into.
         batch_size: images in a call, at most N.
-
-    Raises:
-        ContenderError: a process failed.
     """
     calls = {name: partial(_open_call, own, images, batch_size) for name, own in openers.items()}
     return measure_calls(calls, TimeBudget(seconds, turns))

@@ -70,11 +70,7 @@ def measure_forms(
     turns: int,
     folder: Path,
 ) -> list[FormRecord]:
-    """Measure the three forms in a runtime, in turns; the artifacts stay in the folder.
-
-    Raises:
-        PipelineError: a measurement failed.
-    """
+    """Measure the three forms in a runtime, in turns; the artifacts stay in the folder."""
     reason = why_not_here(runtime)
     if reason is not None:
         log.info("not measured: %s", reason)

@@ -33,12 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: QuickConfig) -> Path:
-    """Make the artifacts, time them, and return the fastest, to which `default` points.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        PipelineError: not one artifact could be made.
-    """
+    """Make the artifacts, time them, and return the fastest, to which `default` points."""
     settings = ExportConfig(checkpoint=config.checkpoint, data=config.data)
     reference = load_reference(settings)
     folder = Path("artifacts") / reference.variant

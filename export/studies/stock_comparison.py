@@ -60,12 +60,7 @@ class Comparisons(BaseModel):
 
 
 def main(config: StockConfig) -> Comparisons | str:
-    """Make the stock artifacts and measure all programs in turns.
-
-    Raises:
-        CheckpointError, CalibrationError: see load_reference and choose_samples.
-        PipelineError: the measurement failed.
-    """
+    """Make the stock artifacts and measure all programs in turns."""
     if config.publish:
         find_section(config.readme, SECTION)
     reference = load_reference(config)
@@ -124,11 +119,7 @@ def compare(
 
 
 def publish(comparison: Comparison, readme: Path) -> None:
-    """Write a comparison to its place, and all that stand there into docs/results.md.
-
-    Raises:
-        PublishError: docs/results.md has no place for them.
-    """
+    """Write a comparison to its place, and all that stand there into docs/results.md."""
     c = comparison
     name = f"stock-{c.variant}-{c.image_size}px-batch-{c.batch_size}.json"
     publish_part(comparison, name, readme, SECTION, section_of)

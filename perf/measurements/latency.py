@@ -25,13 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: LatencyConfig) -> Path:
-    """Measure all paths and append the records; nothing is written when one of them fails.
-
-    Raises:
-        FileNotFoundError: a path or the data is not there.
-        ArtifactError, CheckpointError: a path is not what it should be, found before any work.
-        ContenderError: a process failed; the others are stopped.
-    """
+    """Measure all paths and append the records; nothing is written when one of them fails."""
     started_at = datetime.now(UTC)
     programs = read_programs(config.paths)
     batch_sizes = [choose_batch_sizes(program, config.batches) for program in programs]
@@ -115,11 +109,7 @@ def peaks_of(programs: Sequence[Program], num_threads: int) -> dict[Path, Device
 
 
 def choose_batch_sizes(program: Program, asked: Sequence[int]) -> tuple[int, ...]:
-    """Keep the sizes that the program takes, ascending; those it does not take are logged.
-
-    Raises:
-        ValueError: none is left.
-    """
+    """Keep the sizes that the program takes, ascending; those it does not take are logged."""
     most = program.max_batch_size
     sizes = sorted(set(asked))
     taken = tuple(size for size in sizes if most is None or size <= most)

@@ -114,12 +114,7 @@ def open_programs(
     data: str | None,
     seed: int,
 ) -> Generator[list[MeasuredProgram]]:
-    """Prepare the inputs, start the processes and wait until all are ready; end them afterwards.
-
-    Raises:
-        FileNotFoundError: the data is not there.
-        ContenderError: a process cannot open its program.
-    """
+    """Prepare the inputs, start the processes and wait until all are ready; end them afterwards."""
     datasets = [images_for(program, data) for program in programs]
     names = _names(programs)
     largest = max(size for sizes in batch_sizes for size in sizes)

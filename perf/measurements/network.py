@@ -85,11 +85,7 @@ class NetworkRecord(BaseModel):
 
 
 def main(config: NetworkConfig) -> Path:
-    """Measure all rows; return the table's file.
-
-    Raises:
-        PublishError: docs/results.md has no place for the table; nothing is measured then.
-    """
+    """Measure all rows; return the table's file."""
     if config.publish:
         find_section(config.readme, SECTION)
     rows: list[Comparison] = []

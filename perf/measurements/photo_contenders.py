@@ -55,11 +55,7 @@ def read_photos(folder: Path) -> list[bytes]:
 
 
 def timm_transform(spec: PreprocessSpec) -> Contender:
-    """Make what timm's validation does with the bytes of one image, in one thread.
-
-    Raises:
-        PreprocessingError: timm is not installed.
-    """
+    """Make what timm's validation does with the bytes of one image, in one thread."""
     if MISSING is not None:
         raise PreprocessingError(f"{MISSING}; timm is compared with: install the extra 'train'")
     torch.set_num_threads(1)  # pyright: ignore[reportPossiblyUnboundVariable]

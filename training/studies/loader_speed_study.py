@@ -94,14 +94,7 @@ class Loaded:
 
 
 def main(config: LoaderSpeedConfig) -> Path:
-    """Measure, print the table and write the report.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        LoaderSpeedError: no JPEG images in it.
-        ContenderError: a loader failed.
-        PublishError: docs/results.md has no place for the table.
-    """
+    """Measure, print the table and write the report."""
     started_at = datetime.now(UTC)
     if config.publish:
         find_section(config.readme, SECTION)
@@ -132,12 +125,7 @@ def main(config: LoaderSpeedConfig) -> Path:
 
 
 def find_jpegs(folder: Path) -> tuple[Path, ...]:
-    """List the JPEG files of a folder and the folders in it.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        LoaderSpeedError: there are none.
-    """
+    """List the JPEG files of a folder and the folders in it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected one of JPEG images")
     files = [path for path in find_image_files(folder)[0] if path.suffix.lower() in JPEG_SUFFIXES]
@@ -217,11 +205,7 @@ class LoaderSubject:
         self._config = config
 
     def turn(self, files: tuple[Path, ...], num_warm_up_batches: int, image_size: int) -> Loaded:
-        """Load files, in number whole batches, the first of which do not count.
-
-        Raises:
-            LoaderSpeedError: the loader failed.
-        """
+        """Load files, in number whole batches, the first of which do not count."""
         make = _timm_batches if self._contender in (TIMM, AGAIN) else _batches
         try:
             core_s = _core_s_of_children()

@@ -17,13 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: SpeedConfig) -> Path:
-    """Measure all rows, print the table, and return the records' file.
-
-    Raises:
-        PublishError: docs/results.md has no place for the tables; nothing is measured then.
-        ContenderError: a process failed; the rows before it are kept.
-        FileNotFoundError, DatasetError, ValueError: the data cannot be used.
-    """
+    """Measure all rows, print the table, and return the records' file."""
     if config.publish:
         find_section(config.readme, SECTION)
     groups = plan(config)

@@ -31,12 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def publish(records: Run, readme: Path) -> Path:
-    """Add a run to what is published of this day and device, in the place of one like it.
-
-    Raises:
-        PublishError: docs/results.md has no place for the tables.
-        ValueError: what was published before is damaged.
-    """
+    """Add a run to what is published of this day and device, in the place of one like it."""
     find_section(readme, SECTION)
     directory = published_directory(records[0].started_at, [records[0].environment])
     path = directory / "training-speed.jsonl"

@@ -28,9 +28,6 @@ def measure(group: Sequence[StepCase], seconds: float, num_turns: int) -> list[M
     """Let the processes of a group take turns; one alone has a single long one.
 
     All are in memory at once. Each has so many seconds in all, without its warm-up.
-
-    Raises:
-        ContenderError: a process failed.
     """
     takes_turns = len(group) > 1
     num_turns = num_turns if takes_turns else 1
