@@ -26,17 +26,12 @@ class FamilyConfig:
     """Pixels at which costs are counted; None = each variant's eval size."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image-size is {self.image_size}, expected at least 1 pixel")
 
 
 def main(config: FamilyConfig) -> str:
-    """Return the table.
-
-    Raises:
-        ValueError: there is no such variant.
-    """
+    """Return the table."""
     if config.layers is None:
         return family_table(config.image_size)
     spec = get_variant(config.layers)

@@ -75,8 +75,8 @@ def test_what_gains_nothing_is_left_as_one_call(
 def test_streams_are_taken_by_the_median_of_the_turns(
     fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # Of each turn: the one call, then the streams. One turn is disturbed.
-    seconds = iter([1.0, 0.9, 1.0, 0.9, 1.0, 5.0, 1.0, 0.9, 1.0, 0.9])
+    # Of each turn: the one call, then the streams; then back. One turn is disturbed.
+    seconds = iter([1.0, 0.9, 0.9, 1.0, 1.0, 5.0, 0.9, 1.0, 1.0, 0.9])
 
     def next_seconds(*_: Any) -> float:
         return next(seconds)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -25,8 +26,8 @@ from efficientnet.formats.records import (
 from efficientnet.images.datasets import DatasetError, Sample, load_dataset
 from efficientnet.images.preprocess import PreprocessSpec, preprocess
 from efficientnet.machine.environment import current_environment
-from efficientnet.measuring.contender import Worker, WorkerError
-from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.contender import Contender, ContenderError, running
+from efficientnet.measuring.inputs import Inputs, map_inputs, prepare_inputs, rotate
 from efficientnet.measuring.peaks import gpu_peak
 from efficientnet.measuring.programs import Program, read_program, read_programs
 from efficientnet.network.cost import DevicePeak
@@ -36,6 +37,7 @@ from perf.measurements.latency import (
     choose_batch_sizes,
     without_accuracy,
 )
+from perf.measurements.program_subject import ProgramSubject
 from perf.measurements.recording import results_table
 from perf.measurements.scenarios import OFFLINE, SCENARIOS
 
@@ -360,51 +362,60 @@ def inputs():
         yield inputs
 
 
+def contender(inputs: Inputs, program: Path) -> Contender:
+    descriptor = inputs.file.fileno()
+    opener = partial(ProgramSubject, program, 1, descriptor, inputs.image_size)
+    return Contender("row", opener, (descriptor,))
+
+
 def test_a_process_that_cannot_open_its_program_says_why_in_one_line(inputs, tmp_path: Path):
-    worker = Worker("row", tmp_path, 1, inputs)
-    try:
-        with pytest.raises(WorkerError, match=r"^row \(.*\): .* holds neither a manifest.json"):
-            worker.receive()
-    finally:
-        worker.stop()
+    with (
+        pytest.raises(ContenderError, match=r"^row: .* holds neither a manifest.json"),
+        running([contender(inputs, tmp_path)]),
+    ):
+        pytest.fail("it is not open")
 
 
 def test_a_call_that_fails_says_why_in_one_line(inputs, tiny_artifact: Path):
-    worker = Worker("row", tiny_artifact, 1, inputs)
-    try:
-        worker.receive()
-        with pytest.raises(WorkerError, match="a batch of 65 images, the program takes 1 to 64"):
-            worker.take_turn(65, seconds=0.1)
-    finally:
-        worker.stop()
+    row = contender(inputs, tiny_artifact)
+    with (
+        running([row]),
+        pytest.raises(ContenderError, match="a batch of 65 images, the program takes 1 to 64"),
+    ):
+        row.ask("turn", 65, 0.1)
 
 
 def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
-    worker = Worker("row", tiny_artifact, 1, inputs)
-    try:
-        worker.receive()
-        os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match="ended by SIGKILL; the machine may be out of memory"):
-            worker.take_turn(1, seconds=0.1)
-    finally:
-        worker.stop()
+    row = contender(inputs, tiny_artifact)
+    with running([row]):
+        os.kill(row._process.pid, signal.SIGKILL)
+        with pytest.raises(ContenderError, match=r"row.*SIGKILL; the machine may be out of memory"):
+            row.ask("turn", 1, 0.1)
+
+
+def test_ctrl_c_is_left_to_the_process_that_measures(inputs, tiny_artifact: Path):
+    row = contender(inputs, tiny_artifact)
+    with running([row]):
+        os.kill(row._process.pid, signal.SIGINT)
+        assert row.ask("turn", 1, 0.01).turn.samples_ms
 
 
 def test_a_process_ends_with_the_one_that_started_it(tiny_artifact: Path):
     script = f"""
-import time
+from functools import partial
 from pathlib import Path
-from efficientnet.command import parse_flags
+from efficientnet.measuring.contender import Contender, running
 from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.measuring.inputs import prepare_inputs
-from efficientnet.measuring.contender import TurnRequest, Worker
+from perf.measurements.program_subject import ProgramSubject
 spec = PreprocessSpec.model_validate_json({TINY_PREPROCESS.model_dump_json()!r})
-inputs = prepare_inputs(load_dataset("digits").val, spec, 1, seed=0)
-worker = Worker("row", Path({str(tiny_artifact)!r}), 1, inputs)
-worker.receive()
-print("ready", flush=True)
-worker.take_turn(1, seconds=600)
+file = prepare_inputs(load_dataset("digits").val, spec, 1, seed=0).file
+opener = partial(ProgramSubject, Path({str(tiny_artifact)!r}), 1, file.fileno(), spec.image_size)
+row = Contender("row", opener, (file.fileno(),))
+with running([row]):
+    print("ready", flush=True)
+    row.ask("turn", 1, 600)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

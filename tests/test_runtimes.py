@@ -10,11 +10,11 @@ import pytest
 from efficientnet.formats.artifact import ArtifactError
 from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import preprocess
-from efficientnet.measuring.null_runtime import NullRuntime
 from efficientnet.runtimes import Runtime, open_runtime, openvino_runtime
 from efficientnet.runtimes.native.build import LIBRARY
 from export import native, ov
 from export.inputs.config import NativeConfig, OpenVinoConfig
+from perf.measurements.program_subject import NullRuntime
 
 NEEDS_ENGINE = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,14 @@ import pytest
 from PIL import Image
 
 from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.contender import Contender, ContenderError, running
 from training.studies.loader_speed_study import (
     CONTENDERS,
     LoaderCase,
-    LoaderProcess,
     LoaderReport,
     LoaderSpeedConfig,
     LoaderSpeedError,
-    Turn,
+    LoaderSubject,
     describe_error,
     find_jpegs,
     main,
@@ -36,9 +37,10 @@ def write_photos(folder: Path, count: int) -> None:
 def test_each_loader_gives_the_images_of_a_turn(tmp_path: Path):
     write_photos(tmp_path, 2)
     config = LoaderSpeedConfig(tmp_path, (32,), num_workers=1, batch_size=2)
-    with LoaderProcess("any") as process:
-        for contender in CONTENDERS:
-            loaded = process.take_turn(Turn(contender, find_jpegs(tmp_path) * 2, 1, 32, config))
+    rows = [Contender(name, partial(LoaderSubject, name, config)) for name in CONTENDERS]
+    with running(rows):
+        for row in rows:
+            loaded = row.ask("turn", find_jpegs(tmp_path) * 2, 1, 32)
             assert loaded.images_per_s > 0 and loaded.core_ms_per_image > 0
 
 
@@ -70,9 +72,9 @@ def test_a_damaged_photo_is_told_by_its_name(tmp_path: Path):
     damaged = tmp_path / "1.JPEG"
     damaged.write_bytes(b"damaged")
     config = LoaderSpeedConfig(tmp_path, (32,), num_workers=1, batch_size=2)
-    turn = Turn("cpu", (damaged,) * 4, 1, 32, config)
-    with LoaderProcess("cpu") as process, pytest.raises(LoaderSpeedError, match="ImageError: 1"):
-        process.take_turn(turn)
+    row = Contender("cpu", partial(LoaderSubject, "cpu", config))
+    with running([row]), pytest.raises(ContenderError, match=r"cpu: .*ImageError: 1"):
+        row.ask("turn", (damaged,) * 4, 1, 32)
 
 
 def test_an_error_is_told_by_its_type_and_the_last_line_of_its_message():

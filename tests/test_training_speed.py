@@ -10,7 +10,7 @@ from training.recipe.recipes import imagenet_recipe
 from training.studies.speed_paper import PAPER_ROWS
 from training.studies.speed_plan import SpeedConfig, plan
 from training.studies.speed_study import main
-from training.studies.speed_tables import document, publish, turn_ratios
+from training.studies.speed_tables import document, publish, timms_ratio
 
 BEGIN, END = "<!-- training-speed: written by a command -->", "<!-- /training-speed -->"
 
@@ -120,7 +120,8 @@ def test_our_step_and_timms_take_turns(tmp_path: Path):
     run = read_records(output, TrainingSpeedRecord)
     assert [row.contender for row in run] == ["ours", "timm", "timm again"]
     assert all(len(row.turn_p50_ms) == 2 and row.num_steps >= 2 for row in run)
-    assert all(ratio > 0 for ratio in turn_ratios(run, run[0]))
+    found = timms_ratio(run, run[0])
+    assert found and 0 < found.low <= found.high
 
 
 def test_a_ratio_to_timm_is_taken_within_a_turn():
@@ -130,7 +131,7 @@ def test_a_ratio_to_timm_is_taken_within_a_turn():
         record(contender="timm", turn_p50_ms=(10.0, 30.0), contender_version="1.0"),
         record(contender="timm again", turn_p50_ms=(12.5, 30.0), contender_version="1.0"),
     ]
-    assert turn_ratios(run, run[0]) == [2.0, 2.0]
+    assert timms_ratio(run, run[0]) == (2.0, 2.0, 2.0)
     text = document(run, as_markdown=True)
     assert "b6 beside timm's training step, fp16" in text and "timm 1.0" in text
     rows = [line for line in text.splitlines() if line.startswith("| 512")]

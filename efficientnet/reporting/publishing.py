@@ -62,11 +62,7 @@ def find_section(readme: Path, name: str) -> tuple[str, str]:
 
 
 def write_section(readme: Path, name: str, body: str) -> None:
-    """Put text between a section's marks, in the place of what was there.
-
-    Raises:
-        PublishError: see find_section.
-    """
+    """Put text between a section's marks, in the place of what was there."""
     before, after = find_section(readme, name)
     write_text(readme, f"{before}\n{body.strip()}\n\n{after}")
 
@@ -74,18 +70,7 @@ def write_section(readme: Path, name: str, body: str) -> None:
 def publish_part(
     record: Part, name: str, readme: Path, section: str, render: Callable[[Part], str]
 ) -> None:
-    """Write a record to its place, and all of its section beside it into docs/results.md.
-
-    Args:
-        record: what was measured.
-        name: of its file, <section>-....json.
-        readme: has the section's marks.
-        section: its name.
-        render: a record -> Markdown.
-
-    Raises:
-        PublishError: see find_section.
-    """
+    """Write a record to its place, and all of its section beside it into docs/results.md."""
     folder = published_directory(record.started_at, [record.environment])
     write_text(folder / name, record.model_dump_json(indent=1) + "\n")
     files = sorted(folder.glob(f"{section}-*.json"))

@@ -179,11 +179,7 @@ def missing_extensions(precision: Precision) -> str | None:
 
 
 def require_same_torch(directory: Path, binding: Binding) -> None:
-    """Check that a program was compiled by the torch that is here.
-
-    Raises:
-        ArtifactError: it was not.
-    """
+    """Check that a program was compiled by the torch that is here."""
     if binding.version != torch.__version__:
         raise ArtifactError(
             f"{directory} was compiled by torch {binding.version}, here is {torch.__version__}, "
@@ -193,11 +189,7 @@ def require_same_torch(directory: Path, binding: Binding) -> None:
 
 
 def require_same_processor(directory: Path, binding: Binding, precision: Precision) -> None:
-    """Check that a program was compiled for this processor's instructions.
-
-    Raises:
-        ArtifactError: it was not.
-    """
+    """Check that a program was compiled for this processor's instructions."""
     found = torch.backends.cpu.get_cpu_capability()
     if binding.device != found:
         raise ArtifactError(

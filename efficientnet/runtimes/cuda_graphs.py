@@ -114,16 +114,7 @@ def cudnn_as_compiled(precision: str) -> Generator[None]:
 
 
 def require_same_gpu(directory: Path, binding: Binding, gpu: Gpu | None) -> None:
-    """Check that a program was built for the GPU that is here.
-
-    Args:
-        directory: the artifact, for messages.
-        binding: what its manifest says.
-        gpu: that is here; None where there is none.
-
-    Raises:
-        ArtifactError: it was not, or there is none.
-    """
+    """Check that a program was built for the GPU that is here."""
     if gpu is None:
         raise ArtifactError(
             f"{directory} runs on an NVIDIA GPU ({binding.device}), and none answers here: "

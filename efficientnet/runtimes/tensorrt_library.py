@@ -61,11 +61,7 @@ def import_package(runtime: str) -> Any:
 
 
 def deserialize(trt: Any, file: ProgramFile, binding: Binding | None) -> Any:
-    """Load an engine.
-
-    Raises:
-        ArtifactError: the library refuses it.
-    """
+    """Load an engine."""
     messages = messages_of(trt)
     messages.take()
     runtime: Any = trt.Runtime(logger_of(trt))

@@ -164,17 +164,7 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
 def require_same_machine(
     directory: Path, binding: Binding | None, version: str, gpu: Gpu | None
 ) -> None:
-    """Check that an engine was built for this version and GPU; it is never rebuilt silently.
-
-    Args:
-        directory: the artifact, for messages.
-        binding: what its manifest says.
-        version: of the library that is here.
-        gpu: that is here; None where there is none.
-
-    Raises:
-        ArtifactError: it was not.
-    """
+    """Check that an engine was built for this version and GPU; it is never rebuilt silently."""
     if binding is None:
         raise ArtifactError(
             f"{directory}/manifest.json does not say what the engine was built for: it is "

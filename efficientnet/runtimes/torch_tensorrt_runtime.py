@@ -98,11 +98,7 @@ def version_of(torch_tensorrt: Any) -> str:
 
 
 def load(torch_tensorrt: Any, file: ProgramFile) -> Program:
-    """Load a saved program.
-
-    Raises:
-        ArtifactError: the library refuses it.
-    """
+    """Load a saved program."""
     try:
         with file.opened() as path:
             return torch_tensorrt.load(path).module()

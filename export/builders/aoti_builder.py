@@ -52,11 +52,7 @@ class CompileSettings:
     """Of CUDA."""
 
     def inductor(self, is_static: bool) -> dict[str, Any]:
-        """Return options of torch._inductor.config.
-
-        Args:
-            is_static: whether the program is for one batch size.
-        """
+        """Return options of torch._inductor.config."""
         if self.device == "cuda":
             return {}
         return {
@@ -95,11 +91,7 @@ class Program(nn.Module):
 
 
 def require_compiler() -> str:
-    """Return the C++ compiler that torch would take.
-
-    Raises:
-        AotiError: there is none.
-    """
+    """Return the C++ compiler that torch would take."""
     try:
         return get_cpp_compiler()
     except InvalidCxxCompiler as error:

@@ -45,13 +45,7 @@ class Target:
 
 
 def main(config: AotiConfig) -> Path:
-    """Compile, check and write the artifact; return its directory.
-
-    Raises:
-        AotiError: no compiler, no GPU, or a precision that the device does not compute in.
-        CheckpointError, GraphError, ParityError: see load_reference, fold_batch_norm and
-            write_checked_artifact.
-    """
+    """Compile, check and write the artifact; return its directory."""
     target = find_target(config)
     compiler = require_compiler()
     log.info("torch %s and %s for %s (%s)", torch.__version__, compiler, target.device, target.name)
@@ -91,11 +85,7 @@ def main(config: AotiConfig) -> Path:
 
 
 def find_target(config: AotiConfig) -> Target:
-    """Check that the device is there and computes in the precision.
-
-    Raises:
-        AotiError: it is not, or does not.
-    """
+    """Check that the device is there and computes in the precision."""
     gpu = current_gpu()
     if config.device == "cpu" or (config.device is None and gpu is None):
         missing = missing_extensions(config.precision)

@@ -34,13 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: TrtConfig) -> Path:
-    """Build, check and write the artifact; return its directory.
-
-    Raises:
-        TensorRTError: not installed, no GPU, or one that does not compute in the precision.
-        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_reference, typed_graph and write_checked_artifact.
-    """
+    """Build, check and write the artifact; return its directory."""
     runtime = "tensorrt" if config.flavor == "tensorrt" else "tensorrt-rtx"
     target = find_target(runtime, config.precision, config.compute_capability)
     version = target.trt.__version__

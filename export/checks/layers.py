@@ -94,16 +94,7 @@ def compare_layers(
     step: str,
     note: str | None = None,
 ) -> LayersRecord:
-    """Find the first block that differs too much from the eager model's, and the layer in it.
-
-    Args:
-        model: the eager model.
-        show: gives what the layers of the compared program put out.
-        images: [N, 3, H, W]; those with the largest logit errors tell most.
-        precision: of the compared program.
-        step: its name.
-        note: said with the result.
-    """
+    """Find the first block that differs too much from the eager model's, and the layer in it."""
     by_block = layers_by_block(model)
     bound = BOUNDS[precision]
 

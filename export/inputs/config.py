@@ -74,7 +74,6 @@ class ExportConfig:
     """Draws the calibration images."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         low, opt, high = self.batch
         if not 1 <= low <= opt <= high:
             raise ValueError(
@@ -131,7 +130,6 @@ class MixedConfig(ExportConfig):
     that are faster so, and keep the fastest mixture that is within --max-drop."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         for flag, is_given in (("--search", self.search), ("--float-layers", self.float_layers)):
             if is_given and self.precision != "int8":
@@ -148,7 +146,6 @@ class OrtConfig(MixedConfig):
     """What executes the graph; cuda and tensorrt need onnxruntime-gpu."""
 
     def __post_init__(self) -> None:
-        """Check the limits, and what each provider computes in."""
         super().__post_init__()
         if self.search and self.provider != "cpu":
             raise ValueError(
@@ -179,7 +176,6 @@ class OpenVinoConfig(MixedConfig):
     both are tried."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if self.activations and self.precision != "int8":
             raise ValueError(f"--activations is for --precision int8, which is {self.precision}")
@@ -214,7 +210,6 @@ class TrtConfig(ExportConfig):
     """Scratch memory that a kernel may use; None = as much as the GPU has."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if self.compute_capability is not None and self.flavor != "rtx":
             raise ValueError(
@@ -237,7 +232,6 @@ class TorchTrtConfig(ExportConfig):
     """0 to 5: how long the builder looks for fast kernels."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if self.is_quantized:
             raise ValueError(
@@ -260,7 +254,6 @@ class AotiConfig(ExportConfig):
     """Of cuda: squeeze-excite as one Triton kernel."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if self.is_quantized:
             instead = (

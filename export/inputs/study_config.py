@@ -42,7 +42,6 @@ class AllConfig(ExportConfig, JsonFlags):
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         unknown = sorted(set(self.only) - set(COMMANDS))
         if unknown:
@@ -83,7 +82,6 @@ class StockConfig(ExportConfig, JsonFlags):
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(
@@ -133,7 +131,6 @@ class AblationConfig(JsonFlags):
     """Where the table goes."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
         if self.turns < 1:
@@ -190,7 +187,6 @@ class ParityConfig(JsonFlags):
     """Compare also layer by layer: the first step that breaks, or the artifact when none does."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not self.artifacts:
             raise ValueError("no artifact is named, expected e.g. artifacts/v2-s/onnxruntime-fp32")
         if self.num_images < 64:

@@ -21,13 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: AblationConfig) -> AblationRecord:
-    """Make and measure all forms; return the record.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        PublishError: docs/results.md has no place for the table; nothing is measured then.
-        PipelineError: a measurement failed.
-    """
+    """Make and measure all forms; return the record."""
     if config.publish:
         find_section(config.readme, SECTION)
     started_at = datetime.now(UTC)

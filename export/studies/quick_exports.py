@@ -10,6 +10,9 @@ from pathlib import Path
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.machine.atomic import point_link
+from efficientnet.measuring.clock import Call, measure_turn
+from efficientnet.measuring.inputs import rotate
+from efficientnet.measuring.turns import take_turns
 from efficientnet.precision import Precision
 from efficientnet.runtimes import Runtime, open_runtime
 from efficientnet.runtimes.openvino_runtime import own_precision
@@ -30,12 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: QuickConfig) -> Path:
-    """Make the artifacts, time them, and return the fastest, to which `default` points.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        PipelineError: not one artifact could be made.
-    """
+    """Make the artifacts, time them, and return the fastest, to which `default` points."""
     settings = ExportConfig(checkpoint=config.checkpoint, data=config.data)
     reference = load_reference(settings)
     folder = Path("artifacts") / reference.variant
@@ -82,25 +80,21 @@ def with_latency(lines: Sequence[Line], reference: Reference) -> list[Line]:
     """Time a call of one image in turns, all programs in this process."""
     made = [line for line in lines if line.artifact is not None]
     runtimes = [open_runtime(str(line.artifact)) for line in made]
-    medians: list[list[float]] = [[] for _ in made]
-    for turn in range(TURNS + 1):
-        for number, runtime in enumerate(runtimes):
-            median = _median_call_ms(runtime, reference, SECONDS / TURNS)
-            if turn > 0:
-                medians[number].append(median)
-            time.sleep(PAUSE_S)
-    found = iter(statistics.median(own) for own in medians)
+    calls = [_call_of(runtime, reference) for runtime in runtimes]
+
+    def turn(number: int, _: int) -> float:
+        turn = measure_turn(calls[number], time.perf_counter_ns, SECONDS / TURNS)
+        time.sleep(PAUSE_S)
+        return turn.median_ms
+
+    # The first turn does not count.
+    medians = take_turns(range(len(calls)), TURNS + 1, turn)
+    found = iter(statistics.median(own[1:]) for own in medians.values())
     return [
         line.model_copy(update={"p50_ms": next(found)}) if line.artifact else line for line in lines
     ]
 
 
-def _median_call_ms(runtime: Runtime, reference: Reference, seconds: float) -> float:
-    samples_ms: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not samples_ms:
-        number = len(samples_ms) % len(reference.parity_images)
-        before = time.perf_counter()
-        runtime.infer(reference.parity_images[number : number + 1])
-        samples_ms.append(1e3 * (time.perf_counter() - before))
-    return statistics.median(samples_ms)
+def _call_of(runtime: Runtime, reference: Reference) -> Call:
+    batches = rotate(reference.parity_images, 1)
+    return lambda: runtime.infer(next(batches))

@@ -38,7 +38,6 @@ class DeviceConfig:
     """On the CPU, with the smallest networks and few repetitions."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not 0 < self.minutes < float("inf"):
             raise ValueError(f"--minutes is {self.minutes:g}, expected more than 0")
         if not self.parts:

@@ -97,11 +97,7 @@ def measure_exports(
 
 
 def export(order: Order, checkpoint: Path, output: Path, case: Case) -> None:
-    """Run the export command.
-
-    Raises:
-        ExportFailedError: it ended with an error.
-    """
+    """Run the export command."""
     words = (DRY_COMMANDS if order.is_dry_run else COMMANDS)[order.part]
     size = str(case.batch_size)
     command = [sys.executable, *words, "--checkpoint", str(checkpoint), "--output", str(output)]

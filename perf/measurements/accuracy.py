@@ -34,14 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: AccuracyConfig) -> Path:
-    """Classify all held-out images with each program and append the records.
-
-    Raises:
-        FileNotFoundError: a path or the data is not there.
-        ArtifactError, CheckpointError: a path is not what it should be.
-        ValueError: the classes of the data are not the program's, or the batch is too large.
-        DatasetError: 1 % or more of the images cannot be decoded.
-    """
+    """Classify all held-out images with each program and append the records."""
     programs = read_programs(config.paths)
     if config.predictions is not None and len(programs) > 1:
         raise ValueError(

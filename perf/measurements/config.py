@@ -47,7 +47,6 @@ class AccuracyConfig:
     """File that the records are appended to."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"--batch-size is {self.batch_size}, expected at least 1")
         if self.predictions is not None and len(self.paths) > 1:
@@ -92,7 +91,6 @@ class LatencyConfig:
     training/run.py; None = what each program was trained on."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not 0 < self.seconds < float("inf"):
             raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
         for flag, value in (("--turns", self.turns), ("--threads", self.threads)):
@@ -138,7 +136,6 @@ class LayersConfig(JsonFlags):
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not self.paths:
             raise ValueError(
                 "no artifact is named, expected at least one like artifacts/v2-s/openvino-int8"
@@ -180,7 +177,6 @@ class NetworkConfig:
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         for name in self.variants:
             get_variant(name)
             for padding in self.paddings:
@@ -222,7 +218,6 @@ class PreprocessingConfig:
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         for flag, value in (("--size", self.size), ("--rounds", self.rounds)):
             if value < 1:
                 raise ValueError(f"{flag} is {value}, expected at least 1")

@@ -75,14 +75,7 @@ class PreprocessingReport(BaseModel):
 
 
 def main(config: PreprocessingConfig) -> Path:
-    """Measure, print the table and write the records.
-
-    Raises:
-        PreprocessingError: no photos, or timm is missing.
-        ArtifactError, CheckpointError: the checkpoint is not what it should be.
-        ImageError: a photo cannot be decoded.
-        PublishError: docs/results.md has no place for the table; nothing is measured then.
-    """
+    """Measure, print the table and write the records."""
     if config.publish:
         find_section(config.readme, SECTION)
     photos = read_photos(config.folder)

@@ -59,13 +59,7 @@ class LayerTimes(Measured):
 
 
 def main(config: LayersConfig) -> LayerTimes:
-    """Measure one artifact after the other and log the tables.
-
-    Raises:
-        FileNotFoundError: a path or the data is not there.
-        ArtifactError, CheckpointError: a path is not what it should be, or its runtime does not
-            tell the times of layers; found before any work.
-    """
+    """Measure one artifact after the other and log the tables."""
     started_at = datetime.now(UTC)
     programs = [read_profiled(path, config.batch_size) for path in config.paths]
     native = [program for program in programs if program.runtime == "native"]

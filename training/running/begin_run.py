@@ -55,13 +55,7 @@ log = logging.getLogger(__name__)
 
 
 def main(command: TrainConfig | ResumeConfig) -> Path | None:
-    """Train, or go on training; return the checkpoint's directory, in rank 0.
-
-    Raises:
-        PipelineError, ValueError, OSError: see begin_run and Trainer.fit.
-        LockedError: another process trains this run.
-        KeyboardInterrupt: Ctrl-C, after what was reached has been saved.
-    """
+    """Train, or go on training; return the checkpoint's directory, in rank 0."""
     ranks = join_ranks()
     try:
         if not ranks.is_main:
@@ -185,11 +179,7 @@ def directory_of(command: TrainConfig | ResumeConfig) -> Path:
 
 
 def find_run(command: TrainConfig | ResumeConfig, directory: Path) -> SavedRun | None:
-    """Return what a run was saved with; None if it has not been begun.
-
-    Raises:
-        CheckpointError: see read_run.
-    """
+    """Return what a run was saved with; None if it has not been begun."""
     if isinstance(command, ResumeConfig):
         return read_run(command.resume, command.variant)
     # Rank 0 decides: another process may look while it already writes.
@@ -200,11 +190,7 @@ def find_run(command: TrainConfig | ResumeConfig, directory: Path) -> SavedRun |
 
 
 def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path) -> TrainConfig:
-    """Return the recipe to go on with.
-
-    Raises:
-        CheckpointError: the run of this name was begun with other values.
-    """
+    """Return the recipe to go on with."""
     if changes := changed_values(config_to_json(begun), config_to_json(asked)):
         raise CheckpointError(
             f"{directory} was begun with {'; '.join(changes)}: give the same values, or begin "

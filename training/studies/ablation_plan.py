@@ -84,7 +84,6 @@ class AblationConfig:
     again, beside it; with --publish where published ones go, and into docs/results.md."""
 
     def __post_init__(self) -> None:
-        """Check the limits that the runs do not check."""
         get_variant(self.variant)
         for name in ("image_sizes", "magnitudes"):
             values = getattr(self, name)

@@ -41,7 +41,6 @@ class LoaderSpeedConfig:
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         for name in ("num_workers", "batch_size", "rounds", "passes"):
             if getattr(self, name) < 1:
                 flag = f"--{name.replace('_', '-')}"

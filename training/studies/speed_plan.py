@@ -77,7 +77,6 @@ class SpeedConfig:
     """File with the markers that the tables are written between."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         for name in self.variants:
             get_variant(name)
             self.padding(name)
@@ -131,11 +130,7 @@ class SpeedConfig:
         return (16, 32, 64)
 
     def padding(self, variant: str) -> Padding:
-        """Return the recipe's padding, or timm's where its network has the other one only.
-
-        Raises:
-            ValueError: timm has no such network.
-        """
+        """Return the recipe's padding, or timm's where its network has the other one only."""
         if self.peer is None:
             return "symmetric"
         try:

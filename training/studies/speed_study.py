@@ -11,19 +11,13 @@ from efficientnet.reporting.tables import format_rate
 from training.studies.speed_plan import SpeedConfig, plan
 from training.studies.speed_recorder import Recorder
 from training.studies.speed_tables import SECTION, document, publish
-from training.studies.speed_worker import measure
+from training.studies.speed_turns import measure
 
 log = logging.getLogger(__name__)
 
 
 def main(config: SpeedConfig) -> Path:
-    """Measure all rows, print the table, and return the records' file.
-
-    Raises:
-        PublishError: docs/results.md has no place for the tables; nothing is measured then.
-        SpeedError: a process failed; the rows before it are kept.
-        FileNotFoundError, DatasetError, ValueError: the data cannot be used.
-    """
+    """Measure all rows, print the table, and return the records' file."""
     if config.publish:
         find_section(config.readme, SECTION)
     groups = plan(config)

@@ -61,11 +61,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
 
 
 def levels(library: Path = LIBRARY) -> tuple[str, ...]:
-    """Name the sets of kernels that run on this processor, best first; the last is portable.
-
-    Raises:
-        ArtifactError: see load_library.
-    """
+    """Name the sets of kernels that run on this processor, best first; the last is portable."""
     return tuple(load_library(library).engine_levels().decode().split())
 
 
