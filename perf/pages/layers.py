@@ -22,7 +22,6 @@ from efficientnet.measuring.programs import (
     read_program,
 )
 from efficientnet.network.cost import layer_costs, total_cost
-from efficientnet.network.variants import get_variant
 from efficientnet.reporting.tables import format_percent
 from efficientnet.runtimes import open_runtime
 from perf.measurements.config import LayersConfig
@@ -152,7 +151,7 @@ def measure_layers(
             program.path / manifest.program_file, manifest, batches, num_threads, config.calls
         )
     costs = layer_costs(
-        get_variant(program.variant),
+        program.spec,
         spec.image_size,
         size,
         program.precision,
