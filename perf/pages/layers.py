@@ -16,7 +16,6 @@ from efficientnet.measuring.programs import (
     read_program,
 )
 from efficientnet.network.cost import layer_costs, total_cost
-from efficientnet.network.variants import get_variant
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
 from efficientnet.reporting.tables import format_ms, format_percent
 from efficientnet.runtimes import open_runtime
@@ -188,7 +187,7 @@ def measure_layers(
         file = program.path / manifest.program_file
         profile = PROFILERS[program.runtime](file, manifest, batches, num_threads, config.calls)
     costs = layer_costs(
-        get_variant(program.variant),
+        program.spec,
         spec.image_size,
         size,
         program.precision,
