@@ -1,4 +1,5 @@
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import onnx
 import openvino
 import pytest
 
-from efficientnet.formats.artifact import read_artifact
+from efficientnet.formats.artifact import read_artifact, write_manifest
 from efficientnet.network.model import EfficientNet
 from export.builders import onnxruntime_builder as ort_build
 from export.builders import openvino_builder as ov_build
@@ -143,6 +144,23 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
             opener()(reference.parity_images[:1])
         return {name: (1.0 if name.startswith(wanted) else 2.0,) for name in openers}
 
+    # Each kind is built once; its mixtures are copies that say which layers they have in float.
+    write, built = ov_build.write_openvino, dict[object, Path]()
+
+    def write_or_copy(reference: Reference, config: OpenVinoConfig, **settings: Any) -> Path:
+        kind = config.precision, config.activations
+        if kind not in built:
+            built[kind] = write(reference, config, **settings)
+        else:
+            shutil.copytree(built[kind], config.output)
+            manifest = read_artifact(config.output)
+            assert manifest.quantization is not None
+            named = {"float_layers": config.float_layers}
+            mixed = manifest.quantization.model_copy(update=named)
+            write_manifest(config.output, manifest.model_copy(update={"quantization": mixed}))
+        return config.output
+
+    monkeypatch.setattr(ov_build, "write_openvino", write_or_copy)
     monkeypatch.setattr(search, "profile_modules", profile)
     monkeypatch.setattr(search, "measure_callables", measure)
     caplog.set_level(logging.INFO)
