@@ -10,9 +10,8 @@ from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.native.engine import PORTABLE, WORK, levels, peak_per_s
 from export import native
 from export.inputs.config import NativeConfig
-from perf.measurements.layer_profile import LayerTime, Node
-from perf.measurements.native_limits import LIMITS, Rates, layer_limits, node_limits
-from perf.pages.layer_tables import ProgramLayers, limits_table
+from perf.measurements.layer_profile import Node
+from perf.measurements.native_limits import Rates, layer_limits, node_limits
 from perf.pages.layers import LayerTimes
 
 pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
@@ -27,20 +26,6 @@ def artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     output = tmp_path_factory.mktemp("artifacts") / "native-bf16"
     config = NativeConfig(checkpoint=tiny_checkpoint, output=output, precision="bf16")
     return native.main(config)
-
-
-def layer(module: str, ms: float, *limits_ms: float) -> LayerTime:
-    return LayerTime(
-        name=f"{module}/Conv",
-        module=module,
-        kind="depthwise",
-        kernel="amx",
-        ms=ms,
-        operations=0,
-        gop_per_s=None,
-        share_of_peak=None,
-        limits_ms=dict(zip(LIMITS, limits_ms, strict=True)),
-    )
 
 
 def test_every_product_of_full_convolutions_goes_by_tiles_where_there_are_tiles(artifact: Path):
@@ -80,38 +65,6 @@ def test_layers_computed_together_have_the_sum_of_their_limits(artifact: Path):
     names = tuple(limits)[1:3]
     together = node_limits(Node(names[1], "Conv", "amx", 1.0, names), limits)
     assert together["bytes"] == sum(limits[name]["bytes"] for name in names)
-
-
-def test_like_blocks_share_a_row_with_the_nearest_limit_and_how_near_it_is():
-    layers = (
-        layer("features.3.0.block.1.0", 1.0, 0.1, 0.5, 0.2),
-        layer("features.3.1.block.1.0", 2.0, 0.2, 0.4, 0.3),
-        layer("features.3.2.block.1.0", 2.0, 0.2, 0.4, 0.7),
-    )
-    program = ProgramLayers(
-        path="a",
-        program_sha256="",
-        variant="tiny",
-        runtime="native",
-        precision="int8",
-        image_size=32,
-        kinds=(),
-        layers=layers,
-        layers_ms=5.0,
-        call_ms=5.0,
-        median_call_ms=5.0,
-        profiled_call_ms=5.0,
-        operations_per_s=None,
-    )
-    first, later, total = limits_table(program).rows
-    assert (first[0], first[2], *first[-2:]) == (
-        "features.3.0.block.1.0",
-        "1",
-        "instructions",
-        "50.0 %",
-    )
-    assert (later[2], later[3], *later[-2:]) == ("2", "4.000", "bytes", "25.0 %")
-    assert total[-1] == "30.0 %"
 
 
 @pytest.mark.skipif(levels()[0] == PORTABLE, reason="this processor has no fast kernels")

@@ -18,11 +18,13 @@ from perf.measurements.layer_profile import (
     later_mean_us,
     layer_times,
 )
+from perf.measurements.native_limits import LIMITS
 from perf.pages import layers
 from perf.pages.layer_tables import (
     ProgramLayers,
     kind_times,
     kinds_table,
+    limits_table,
     side_by_side_table,
     slowest_table,
 )
@@ -265,6 +267,38 @@ def test_the_tables_show_the_slowest_first_and_no_share_of_an_unknown_peak():
     other = make_program(rows_of(convolution), "other")
     beside = {row[0]: row[1:] for row in side_by_side_table([program, other]).rows}
     assert beside["SiLU"] == ("3.00", "-") and beside["all layers"] == ("4.00", "1.00")
+
+
+def limited_layer(module: str, ms: float, *limits_ms: float) -> LayerTime:
+    return LayerTime(
+        name=f"{module}/Conv",
+        module=module,
+        kind="depthwise",
+        kernel="amx",
+        ms=ms,
+        operations=0,
+        gop_per_s=None,
+        share_of_peak=None,
+        limits_ms=dict(zip(LIMITS, limits_ms, strict=True)),
+    )
+
+
+def test_like_blocks_share_a_row_with_the_nearest_limit_and_how_near_it_is():
+    layers = (
+        limited_layer("features.3.0.block.1.0", 1.0, 0.1, 0.5, 0.2),
+        limited_layer("features.3.1.block.1.0", 2.0, 0.2, 0.4, 0.3),
+        limited_layer("features.3.2.block.1.0", 2.0, 0.2, 0.4, 0.7),
+    )
+    program = make_program(layers)
+    first, later, total = limits_table(program).rows
+    assert (first[0], first[2], *first[-2:]) == (
+        "features.3.0.block.1.0",
+        "1",
+        "instructions",
+        "50.0 %",
+    )
+    assert (later[2], later[3], *later[-2:]) == ("2", "4.000", "bytes", "25.0 %")
+    assert total[-1] == "30.0 %"
 
 
 def test_an_eager_checkpoint_is_refused_with_the_runtimes_that_tell(tiny_checkpoint: Path):

@@ -1,6 +1,7 @@
-"""Threads and a precision -> the fastest product that any library at hand computes, and a copy.
+"""Threads and what is asked for -> the fastest product that anything at hand computes, and copies.
 
-`python -m efficientnet.measuring.cpu_peak THREADS PRECISION...` prints one JSON object. It is run
+`python -m efficientnet.measuring.cpu_peak THREADS WHAT...` prints one JSON object; WHAT is a
+precision, or a copy in memory ("copy") or in the second caches ("cache"). It is run
 by peaks.cpu_peaks as a process of its own: numbers of threads and instruction sets are fixed when
 the libraries are loaded, and it takes those that are installed.
 """
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from efficientnet.formats.artifact import ArtifactError
+from efficientnet.runtimes.native.engine import PORTABLE, WORK, levels, peak_per_s
 
 
 def _installed(name: str) -> Any:
@@ -45,40 +47,37 @@ Product = tuple[str, Callable[[], object], int]
 OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 
 
-def main(num_threads: int, precisions: list[str]) -> dict[str, tuple[float, str]]:
-    """Return the most operations a second of each precision and by what, and bytes a second.
-
-    Bytes copied in memory ("copy") and in the second cache ("cache").
-    """
+def main(num_threads: int, asked: list[str]) -> dict[str, tuple[float, str]]:
+    """Return the most operations, or bytes copied, a second of each, and by what."""
     if torch is not None:
         torch.set_num_threads(num_threads)
-    found: dict[str, tuple[float, str]] = {
-        "copy": (copy_bytes_per_s(num_threads, COPY_BYTES), "numpy"),
-        "cache": (copy_bytes_per_s(num_threads, CACHE_BYTES * num_threads, 50), "numpy"),
-    }
-    for precision in precisions:
-        for name, product, num_operations in products(precision, num_threads):
-            rate = num_operations / best_s(product)
-            if rate > found.get(precision, (0.0, ""))[0]:
-                found[precision] = rate, name
-        rate = native_rate(precision, num_threads)
-        if rate > found.get(precision, (0.0, ""))[0]:
-            found[precision] = rate, "the native engine's instructions from registers"
+    found: dict[str, tuple[float, str]] = {}
+    for what in asked:
+        if what == "copy":
+            found[what] = copy_bytes_per_s(num_threads, COPY_BYTES), "numpy"
+        elif what == "cache":
+            found[what] = copy_bytes_per_s(num_threads, CACHE_BYTES * num_threads, 50), "numpy"
+        else:
+            rates = [
+                (num_operations / best_s(product), name)
+                for name, product, num_operations in products(what, num_threads)
+            ]
+            rates += native_rates(what, num_threads)
+            if rates:
+                found[what] = max(rates)
     return found
 
 
-def native_rate(precision: str, num_threads: int) -> float:
-    """Return the operations a second that the native engine's instructions do; 0 without them."""
-    engine = importlib.import_module("efficientnet.runtimes.native.engine")
-    if precision not in engine.WORK:
-        return 0.0
+def native_rates(precision: str, num_threads: int) -> list[tuple[float, str]]:
+    """Return the operations a second that the native engine's instructions do, if it has any."""
     try:
-        level = engine.levels()[0]
+        level = levels()[0]
     except ArtifactError:  # not built
-        return 0.0
-    if level == engine.PORTABLE:
-        return 0.0
-    return 2 * engine.peak_per_s(precision, num_threads, level)
+        return []
+    if level == PORTABLE or precision not in WORK:
+        return []
+    rate = 2 * peak_per_s(precision, num_threads, level)
+    return [(rate, "the native engine's instructions from registers")]
 
 
 def products(precision: str, num_threads: int) -> Generator[Product]:

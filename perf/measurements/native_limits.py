@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from efficientnet.measuring.peaks import cpu_copies
+from efficientnet.measuring.peaks import cpu_cache_bytes_per_s
 from efficientnet.runtimes.native.engine import WORK, peak_per_s
 from efficientnet.runtimes.native.program_file import Activation, DType, Kind, read_program_file
 from efficientnet.runtimes.native_runtime import NAMES_FILE
@@ -43,8 +43,9 @@ ACTIVATION = {
     (DType.BF16, Activation.SILU): 64,
     (DType.BF16, Activation.RELU6): 8,
 }
-RESIDUAL = {DType.U8: 8, DType.BF16: 8}
-SCALING = {DType.U8: 12, DType.BF16: 12}
+RESIDUAL = 8
+# Of squeeze-excite.
+SCALING = 12
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,17 @@ class Rates:
     """Copied within the second cache, read and written together."""
 
 
-def measure_rates(num_threads: int, level: str) -> Rates:
+def measure_rates(num_threads: int, level: str, memory_bytes_per_s: float) -> Rates:
     """Measure what this processor does, some seconds.
 
     Args:
         num_threads: of a call.
         level: the engine's instruction set, of LANES.
+        memory_bytes_per_s: of a copy in memory, which the processor's peaks tell.
     """
     int8, bf16, instructions = (peak_per_s(work, num_threads, level) for work in WORK)
-    copies = cpu_copies(num_threads)
-    return Rates({"int8": int8, "bf16": bf16}, instructions, copies["copy"], copies["cache"])
+    cache_bytes_per_s = cpu_cache_bytes_per_s(num_threads)
+    return Rates({"int8": int8, "bf16": bf16}, instructions, memory_bytes_per_s, cache_bytes_per_s)
 
 
 def layer_limits(program: Path, level: str, rates: Rates) -> dict[str, dict[Limit, float]]:
@@ -98,8 +100,7 @@ def _limits(
 ) -> dict[Limit, float]:
     kind, source = Kind(layer["kind"]), tensors[layer["input"]] if layer["input"] >= 0 else None
     target = tensors[layer["output"]] if layer["output"] >= 0 else None
-    registers_of_64 = 64 / LANES[level] / 4  # 4 registers where there are 16 lanes
-    in_values, out_values = _values(source), _values(target)
+    out_values = _values(target)
     map_bytes = _bytes(source) + _bytes(target)
     weights, products, instructions = 0.0, 0.0, 0.0
     if kind in (Kind.CONV, Kind.DEPTHWISE):
@@ -118,20 +119,20 @@ def _limits(
             instructions += macs / (wide or PRODUCTS_OF_A_REGISTER[dtype])
         each = EPILOGUE[dtype] + ACTIVATION[dtype, Activation(layer["activation"])]
         if layer["residual"] >= 0:
-            each += RESIDUAL[dtype]
+            each += RESIDUAL
             map_bytes += _bytes(tensors[layer["residual"]])
         instructions += out_values / 64 * each
     elif kind is Kind.SQUEEZE_EXCITE:
         assert source is not None
         weights = 4.0 * int(layer["squeeze_channels"]) * int(source["channels"])
-        instructions = in_values / 64 * SCALING[DType(source["dtype"])]
+        instructions = _values(source) / 64 * SCALING
     elif kind is Kind.CLASSIFIER:
         assert source is not None
         weights = 2.0 * num_classes * int(source["channels"])
         instructions = num_classes * int(source["channels"]) / 16
     return {
         "products": 1e3 * products,
-        "instructions": 1e3 * instructions * registers_of_64 / rates.instructions,
+        "instructions": 1e3 * instructions * (16 / LANES[level]) / rates.instructions,
         "bytes": 1e3 * (weights / rates.memory_bytes + map_bytes / rates.cache_bytes),
     }
 

@@ -75,7 +75,10 @@ def main(config: LayersConfig) -> LayerTimes:
     # Before the programs are opened: nothing else computes now.
     peaks = cpu_peaks(num_threads, [program.precision for program in programs])
     level = levels()[0] if native else PORTABLE
-    rates = measure_rates(num_threads, level) if level != PORTABLE else None
+    rates = None
+    if level != PORTABLE:
+        memory_bytes_per_s = peaks[native[0].precision].bytes_per_s
+        rates = measure_rates(num_threads, level, memory_bytes_per_s)
     for precision, peak in peaks.items():
         log.info("the CPU's peak in %s: %s", precision, describe_peak(peak))
     found: list[ProgramLayers] = []
