@@ -33,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Take back the threads that a runtime opened by an earlier test left to torch.
+
+    More of them sum in another order, and a training is no longer that of a process of its own.
+    """
+    torch.set_num_threads(1)
+
+
 TINY_PREPROCESS = PreprocessSpec(
     image_size=32,
     interpolation="bicubic",
