@@ -58,9 +58,17 @@ def images_that_make_denormals() -> NDArray[np.float32]:
     return 1e-38 * np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
 
 
-@torch.inference_mode()
 def test_the_eager_runtime_flushes_what_the_bare_network_makes(tiny_checkpoint: Path):
+    # In a process of its own: torch's threads keep the arithmetic that they were started with, and
+    # other tests started them without.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(infer_what_makes_denormals, tiny_checkpoint).result()
+
+
+@torch.inference_mode()
+def infer_what_makes_denormals(tiny_checkpoint: Path) -> None:
     images = images_that_make_denormals()
+    torch.set_num_threads(1)  # the bare network starts no thread that would not flush
     model, _ = load_checkpoint(tiny_checkpoint)
     activations = activations_of(model)
     model(torch.from_numpy(images))
