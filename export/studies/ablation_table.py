@@ -4,19 +4,15 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
-
-from efficientnet.machine.environment import EnvironmentRecord
+from efficientnet.reporting.publishing import Measured
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_ratio
 from export.graphs.forms import FORMS
 from export.graphs.parts import FusedPart
 from export.studies.ablation_rows import FormRecord
 
 
-class AblationRecord(BaseModel):
+class AblationRecord(Measured):
     """All rows of one run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     variant: str
@@ -27,8 +23,6 @@ class AblationRecord(BaseModel):
     data: str
     seconds: float
     """Measured for each row."""
-    environment: EnvironmentRecord
-    started_at: AwareDatetime
     rows: tuple[FormRecord, ...]
 
 

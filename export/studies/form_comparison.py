@@ -7,15 +7,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from efficientnet.images.datasets import data_name
-from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import current_environment
-from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from efficientnet.reporting.publishing import find_section, publish_record
 from export.inputs.reference import load_reference
 from export.inputs.study_config import AblationConfig
 from export.studies.ablation_rows import FormRecord, measure_forms
 from export.studies.ablation_table import AblationRecord, fused_part_lines, table_of, to_markdown
 
 SECTION = "fusion"
+TITLE = "What folding batch norm and fusing squeeze-excite bring"
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +49,7 @@ def main(config: AblationConfig) -> AblationRecord:
     )
     log.info("%s", "\n".join([table_of(rows).aligned_text(), *fused_part_lines(rows)]))
     if config.publish:
-        publish(record, config.readme)
+        publish_record(
+            record, f"{SECTION}.json", config.readme, SECTION, to_markdown(record), TITLE
+        )
     return record
-
-
-def publish(record: AblationRecord, readme: Path) -> None:
-    """Write record and text below reports/published/, and the table into docs/results.md."""
-    path = published_directory(record.started_at, [record.environment]) / f"{SECTION}.json"
-    text = to_markdown(record)
-    write_section(readme, SECTION, text)
-    write_text(path, record.model_dump_json(indent=1) + "\n")
-    title = "# What folding batch norm and fusing squeeze-excite bring"
-    write_text(path.with_suffix(".md"), f"{title}\n\n{text}")
-    log.info("published: %s, and the table in %s", path, readme)

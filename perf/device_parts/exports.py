@@ -32,9 +32,18 @@ from perf.device_parts.networks import (
     known_best,
 )
 from perf.device_parts.plan import Order
-from perf.device_parts.records import LatencyMeasured, Line, Region
+from perf.device_parts.records import Line, Region
 from perf.device_parts.scene import NUM_PARITY_IMAGES, Scene
-from perf.device_parts.turns import DRY_PACE, EAGER, PACE, Case, Contender, compare, free_memory
+from perf.device_parts.turns import (
+    DRY_PACE,
+    EAGER,
+    PACE,
+    Case,
+    Contender,
+    compare,
+    free_memory,
+    unmeasured,
+)
 
 HOST: Region = "host to host"
 
@@ -88,7 +97,7 @@ def measure_exports(
             try:
                 export(order, checkpoint, output, case)
             except ExportFailedError as error:
-                yield _failed(order, scene, case, method, str(error))
+                yield unmeasured(order.job, scene, case, method, HOST, str(error))
                 continue
             pace = DRY_PACE if order.is_dry_run else PACE
             contenders = _contenders(order, scene, case, method, output)
@@ -154,17 +163,3 @@ def _eager_from_host(
     program: Callable[[Tensor], Tensor], device: torch.device, images: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     return program(torch.from_numpy(images).to(device)).cpu().numpy()
-
-
-def _failed(order: Order, scene: Scene, case: Case, method: str, problem: str) -> LatencyMeasured:
-    return LatencyMeasured(
-        job=order.job,
-        variant=scene.variant,
-        method=method,
-        precision=case.precision,
-        batch_size=case.batch_size,
-        is_best_batch=case.is_best_batch,
-        image_size=scene.spec.image_size,
-        region=HOST,
-        problem=problem,
-    )
