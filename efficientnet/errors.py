@@ -1,5 +1,6 @@
 """The base of the project's own errors, and how a file's problems are told in one line."""
 
+import re
 from collections.abc import Sized
 
 from pydantic import ValidationError
@@ -15,6 +16,12 @@ def first_problem(error: ValidationError) -> str:
     place = ".".join(str(part) for part in first["loc"])
     more = f" (and {len(others)} more problems)" if others else ""
     return f"{place + ': ' if place else ''}{first['msg']}{more}"
+
+
+def found_version(text: str) -> int | None:
+    """Return the format version that a file of ours names, before the rest of it is read."""
+    found = re.search(r'"format_version"\s*:\s*(-?\d+)', text)
+    return int(found.group(1)) if found else None
 
 
 def require_names(class_names: Sized, num_classes: int) -> None:

@@ -446,10 +446,12 @@ def test_a_build_that_is_killed_leaves_no_artifact(
     command = [*command_for(tiny_checkpoint, tiny_artifact, output), "--batches", *batches]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        said: list[str] = []
         for line in process.stderr:
+            said.append(line)
             if line.startswith("build model-b2.engine"):
                 process.send_signal(ending)
-    assert process.returncode in (-ending, 130)
+    assert process.returncode in (-ending, 130), said
     assert not output.exists()
     if ending == signal.SIGINT:
         assert list(tmp_path.iterdir()) == []

@@ -107,6 +107,25 @@ def test_each_convolution_is_found_with_the_operations_of_its_module(program: Pr
             assert by_module[layer.name].operations == layer.cost.flops
 
 
+# What OpenVINO 2026 executes of `tiny` under ONEDNN_MAX_CPU_ISA = AVX512_CORE, AVX512_CORE_VNNI,
+# AVX512_CORE_BF16 and AVX512_CORE_AMX: [name, operator, kernel, names of the nodes it does]; int8
+# keeps blocks in bf16. Kernels and what is joined differ from one processor to the next.
+PROFILES = json.loads((ROOT / "tests/files/openvino-profiles.json").read_text())
+
+
+@pytest.mark.parametrize("kind", PROFILES)
+def test_profiles_of_other_processors_are_read_alike(kind: str):
+    nodes = [Node(*told[:3], 1.0, tuple(told[3])) for told in PROFILES[kind]]
+    rows = rows_of(*nodes)
+    assert sum(row.operations for row in rows) == TINY_FLOPS
+    by_module = {row.module: row for row in rows if row.kind in CONVOLUTIONS}
+    for layer in TINY_COSTS:
+        if layer.operator.startswith(("conv", "depthwise")):
+            assert by_module[layer.name].operations == layer.cost.flops
+    kinds = [row.kind for row in rows]
+    assert kinds.count("classifier") == 1 and "squeeze-excite" in kinds and "other" not in kinds
+
+
 def test_a_float32_program_has_a_share_of_the_peak(program: ProgramLayers):
     assert program.operations_per_s
     for layer in program.layers:

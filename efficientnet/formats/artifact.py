@@ -23,6 +23,7 @@ from efficientnet.machine.atomic import (
     write_text,
 )
 from efficientnet.machine.environment import EnvironmentRecord
+from efficientnet.network.variants import VariantSpec
 from efficientnet.precision import Precision
 
 FORMAT_VERSION = 1
@@ -173,6 +174,8 @@ class ArtifactManifest(_Frozen):
 
     format_version: int = FORMAT_VERSION
     variant: str
+    architecture: VariantSpec | None = None
+    """The table of stages of a variant that is not built in; None = it is."""
     runtime: str
     precision: Precision
     provider: str | None = None

@@ -195,6 +195,7 @@ def _manifest(
     highest = max(static_sizes) if static_sizes else config.max_batch_size
     return ArtifactManifest(
         variant=reference.variant,
+        architecture=reference.record.architecture,
         runtime=runtime,
         precision=config.precision,
         provider=built.provider,

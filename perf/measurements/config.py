@@ -123,6 +123,12 @@ class LayersConfig(JsonFlags):
     """Held-out images, where the training data has moved: a folder or tar shards, as in
     training/run.py; None = what each program was trained on."""
 
+    publish: bool = False
+    """Write the native engine's layers to reports/published/<date>-<device>/, and all tables there
+    into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError(

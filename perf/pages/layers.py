@@ -6,14 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
-
 from efficientnet.formats.artifact import ArtifactError, read_artifact
-from efficientnet.machine.environment import (
-    EnvironmentRecord,
-    current_environment,
-    num_usable_cores,
-)
+from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
 from efficientnet.measuring.peaks import cpu_peaks, describe_peak
 from efficientnet.measuring.programs import (
@@ -22,9 +16,10 @@ from efficientnet.measuring.programs import (
     read_program,
 )
 from efficientnet.network.cost import layer_costs, total_cost
-from efficientnet.network.variants import get_variant
-from efficientnet.reporting.tables import format_percent
+from efficientnet.reporting.publishing import Measured, find_section, publish_part
+from efficientnet.reporting.tables import format_ms, format_percent
 from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.native.engine import PORTABLE, levels
 from perf.measurements.config import LayersConfig
 from perf.measurements.layer_profile import (
     NUM_WARM_UP_CALLS,
@@ -33,9 +28,17 @@ from perf.measurements.layer_profile import (
     layer_times,
     time_calls,
 )
-from perf.pages.layer_tables import ProgramLayers, kind_times, log_tables, side_by_side_table
+from perf.measurements.native_limits import Rates, layer_limits, measure_rates, node_limits
+from perf.pages.layer_tables import (
+    ProgramLayers,
+    kind_times,
+    limits_table,
+    log_tables,
+    side_by_side_table,
+)
 
 SEED = 0
+SECTION = "layers"
 
 WHO_TELLS = (
     "the runtimes that tell the times of layers are onnxruntime on the CPU, openvino and native"
@@ -44,24 +47,25 @@ WHO_TELLS = (
 log = logging.getLogger(__name__)
 
 
-class LayerTimes(BaseModel):
+class LayerTimes(Measured):
     """What one run of the command measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     programs: tuple[ProgramLayers, ...]
     batch_size: int
     num_threads: int
     num_calls: int
-    environment: EnvironmentRecord
-    started_at: AwareDatetime
 
 
 def main(config: LayersConfig) -> LayerTimes:
     """Measure one artifact after the other and log the tables."""
     started_at = datetime.now(UTC)
     programs = [read_profiled(path, config.batch_size) for path in config.paths]
+    native = [program for program in programs if program.runtime == "native"]
+    if config.publish:
+        find_section(config.readme, SECTION)
+        if not native:
+            raise ValueError("--publish shows native artifacts beside their limits: name one")
     num_threads = config.threads or num_usable_cores()
     log.info(
         "programs: %d; threads: %d; batch size: %d; calls: %d; machine: %s, %d cores",
@@ -70,23 +74,49 @@ def main(config: LayersConfig) -> LayerTimes:
     )
     # Before the programs are opened: nothing else computes now.
     peaks = cpu_peaks(num_threads, [program.precision for program in programs])
+    level = levels()[0] if native else PORTABLE
+    rates = measure_rates(num_threads, level) if level != PORTABLE else None
     for precision, peak in peaks.items():
         log.info("the CPU's peak in %s: %s", precision, describe_peak(peak))
     found: list[ProgramLayers] = []
     for program in programs:
         peak = peaks.get(program.precision)
         operations_per_s = peak.operations_per_s if peak else None
-        found.append(measure_layers(program, config, num_threads, operations_per_s))
+        found.append(measure_layers(program, config, num_threads, operations_per_s, rates))
         log_tables(found[-1])
     if len(found) > 1:
         log.info("\nside by side, ms\n%s", side_by_side_table(found).aligned_text())
-    return LayerTimes(
+    times = LayerTimes(
         programs=tuple(found),
         batch_size=config.batch_size,
         num_threads=num_threads,
         num_calls=config.calls,
         environment=current_environment(),
         started_at=started_at,
+    )
+    if config.publish:
+        publish(times, config.readme)
+    return times
+
+
+def publish(times: LayerTimes, readme: Path) -> None:
+    """Write each native program's layers to its place, and all of them into the document."""
+    for program in times.programs:
+        if program.runtime == "native":
+            name = f"{SECTION}-{program.variant}-{program.image_size}px-{program.precision}.json"
+            alone = times.model_copy(update={"programs": (program,)})
+            publish_part(alone, name, readme, SECTION, section_of)
+
+
+def section_of(times: LayerTimes) -> str:
+    """Render one program's layers beside their limits."""
+    (program,) = times.programs
+    environment = times.environment
+    return (
+        f"**{program.variant}, {program.precision}, {program.image_size} px**\n\n"
+        f"{limits_table(program).markdown()}\n\n"
+        f"A call: {format_ms(program.call_ms)} ms. {environment.processor}, {times.num_threads} "
+        f"threads, {times.started_at:%Y-%m-%d} UTC."
     )
 
 
@@ -132,9 +162,21 @@ def read_profiled(path: Path, batch_size: int) -> Program:
 
 
 def measure_layers(
-    program: Program, config: LayersConfig, num_threads: int, operations_per_s: float | None
+    program: Program,
+    config: LayersConfig,
+    num_threads: int,
+    operations_per_s: float | None,
+    rates: Rates | None,
 ) -> ProgramLayers:
-    """Time calls of one artifact without a profile, then its layers with one."""
+    """Time calls of one artifact without a profile, then its layers with one.
+
+    Args:
+        program: of a runtime that tells.
+        config: see there.
+        num_threads: of a call.
+        operations_per_s: what the device does at most in the program's precision.
+        rates: what the limits of the native engine's layers follow from; None = not known.
+    """
     spec, size = program.preprocess, config.batch_size
     samples = images_for(program, config.data).val
     inputs = prepare_inputs(samples, spec, size, SEED)
@@ -142,17 +184,22 @@ def measure_layers(
         batches = rotate(map_inputs(inputs.file.fileno(), inputs.image_size), size)
         times_ms = plain_calls(program, batches, num_threads, config.calls)
         manifest = read_artifact(program.path)
-        profile = PROFILERS[program.runtime](
-            program.path / manifest.program_file, manifest, batches, num_threads, config.calls
-        )
+        file = program.path / manifest.program_file
+        profile = PROFILERS[program.runtime](file, manifest, batches, num_threads, config.calls)
     costs = layer_costs(
-        get_variant(program.variant),
+        program.spec,
         spec.image_size,
         size,
         program.precision,
         len(program.class_names),
     )
     layers = layer_times(profile.nodes, costs, manifest.output.name, operations_per_s)
+    if program.runtime == "native" and rates is not None:
+        limits = layer_limits(file, profile.nodes[0].kernel, rates)
+        layers = tuple(
+            layer.model_copy(update={"limits_ms": node_limits(node, limits)})
+            for layer, node in zip(layers, profile.nodes, strict=True)
+        )
     expected = total_cost(costs).flops
     counted = sum(layer.operations for layer in layers)
     if counted != expected:

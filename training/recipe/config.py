@@ -8,7 +8,7 @@ import tyro
 from pydantic import TypeAdapter
 
 from efficientnet.images.preprocess import PreprocessSpec
-from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding
+from efficientnet.network.variants import NetworkOptions, Padding, VariantSpec, spec_of
 
 Schedule = Literal["paper", "released", "fixed", "random"]
 
@@ -148,6 +148,9 @@ class TrainConfig:
     batch_norm_momentum: float
     """Weight of a new batch in the running statistics (torch's convention)."""
 
+    architecture: tyro.conf.Suppress[VariantSpec | None] = None
+    """Table of stages of a --variant-file; None = the variant is built in."""
+
     recipe: tyro.conf.Suppress[str] = "digits"
     """The name that --recipe was given, of which all these values are."""
 
@@ -274,8 +277,7 @@ class TrainConfig:
             raise ValueError(f"name is {self.name!r}, expected a folder's name, not 'latest'")
         if self.augment_on == "device" and self.autoaugment:
             raise ValueError("augment_on device knows RandAugment only; give --no-autoaugment")
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant {self.variant!r}")
+        spec_of(self.variant, self.architecture)
         if self.weights_like and not self.weights:
             raise ValueError("weights_like is given without weights: say which file it is about")
         if self.autoaugment and any(self.progressive.randaugment_magnitude):
@@ -284,6 +286,11 @@ class TrainConfig:
                 f"{self.progressive.randaugment_magnitude}, expected one of them; "
                 "set the magnitude to 0 0, or --no-autoaugment"
             )
+
+    @property
+    def spec(self) -> VariantSpec:
+        """The network's table of stages."""
+        return spec_of(self.variant, self.architecture)
 
     def require_stages_fit(self) -> None:
         """Raise a ValueError if there are more stages than epochs (or steps)."""
