@@ -32,7 +32,6 @@ from export.graphs.parts import (
 )
 from export.studies import form_comparison as ablation
 from export.studies.ablation_rows import FormRecord, why_not_here
-from export.studies.ablation_table import AblationRecord, table_of, to_markdown
 from export.studies.executed import (
     executed_by_inductor,
     executed_by_onnxruntime,
@@ -40,7 +39,7 @@ from export.studies.executed import (
     executed_by_tensorrt,
     executed_by_torch,
 )
-from export.studies.form_comparison import AblationConfig
+from export.studies.form_comparison import AblationConfig, AblationRecord, table_of, to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 

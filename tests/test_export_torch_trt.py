@@ -79,7 +79,7 @@ def test_an_artifact_is_refused_without_a_gpu(tiny_artifact: Path, tmp_path: Pat
 
 def test_an_artifact_that_names_no_gpu_is_refused(tiny_artifact: Path, tmp_path: Path):
     artifact = artifact_for(tmp_path / "artifact", tiny_artifact, None)
-    with pytest.raises(ArtifactError, match="does not say what the engine was built for"):
+    with pytest.raises(ArtifactError, match="does not say what the program was built for"):
         open_runtime(artifact)
 
 

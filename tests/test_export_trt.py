@@ -233,7 +233,7 @@ def binding_for(**changes: Any) -> Binding:
         (binding_for(), "11.1.0.106", Gpu("A10", "8.6"), r"capability 9\.0 .*is 8\.6 \(A10\)"),
         (binding_for(compute_capability="8.6 8.9"), "11.1.0.106", H100, r"capability 8\.6 8\.9"),
         (binding_for(), "11.1.0.106", None, "runs on an NVIDIA GPU"),
-        (None, "11.1.0.106", H100, "does not say what the engine was built for"),
+        (None, "11.1.0.106", H100, "does not say what the program was built for"),
     ],
 )
 def test_an_engine_of_another_machine_is_refused(

@@ -27,14 +27,10 @@ Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 def measure(
     paths: Sequence[Path], seconds: float, turns: int, batch_size: int, data: str | None
 ) -> list[LatencyRecord]:
-    """Measure all programs with perf/latency.py; return their records in the order of the paths.
+    """Measure artifacts and checkpoints with perf/latency.py; return their records in that order.
 
-    Args:
-        paths: artifact and checkpoint directories.
-        seconds: measured time of each.
-        turns: that this time is split into.
-        batch_size: images in a call.
-        data: held-out images; None = those of what each was trained on.
+    Each for some seconds, split into turns, on held-out images: of `data`, or of what each was
+    trained on.
     """
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "latency.jsonl"
@@ -58,11 +54,8 @@ def profile_modules(
 ) -> list[dict[str, float]]:
     """Profile artifacts with perf/layers.py; return the ms of each module, one dict a path.
 
-    Args:
-        paths: artifacts of ONNX Runtime on the CPU, or of OpenVINO.
-        num_calls: of which the fastest counts.
-        batch_size: images in a call.
-        data: held-out images; None = those of what each was trained on.
+    They are of ONNX Runtime on the CPU, or of OpenVINO; the fastest of the calls counts. For `data`
+    see measure.
     """
     command = [
         *(sys.executable, str(PROJECT_ROOT / "perf" / "layers.py"), *map(str, paths)),
@@ -90,12 +83,8 @@ def measure_callables(
 ) -> dict[str, tuple[float, ...]]:
     """Measure what opens in a process of its own; return the median call of each turn in ms.
 
-    Args:
-        openers: by name, what opens a program; to be pickled.
-        images: [N, 3, H, W], which the calls rotate through.
-        seconds: measured time of each, without its warm-up.
-        turns: that this time is split into.
-        batch_size: images in a call, at most N.
+    The openers are pickled. Each call takes the next `batch_size` of the images, float32
+    [N, 3, H, W].
     """
     calls = {name: partial(_open_call, own, images, batch_size) for name, own in openers.items()}
     return measure_calls(calls, TimeBudget(seconds, turns))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from efficientnet.command import require_least
 from efficientnet.precision import Precision
 from efficientnet.runtimes.names import EXPORTS
 
@@ -79,8 +80,6 @@ class ExportConfig:
             raise ValueError(
                 f"--batch is {low} {opt} {high}, expected 1 <= MIN <= OPT <= MAX, e.g. 1 1 64"
             )
-        if self.batches is not None and (not self.batches or min(self.batches) < 1):
-            raise ValueError(f"--batches is {list(self.batches)}, expected sizes of at least 1")
         if self.size is not None and self.size < MIN_IMAGE_SIZE:
             raise ValueError(
                 f"--size is {self.size}, expected at least {MIN_IMAGE_SIZE}: the last maps have "
@@ -88,13 +87,13 @@ class ExportConfig:
             )
         if self.max_drop < 0:
             raise ValueError(f"--max-drop is {self.max_drop:g}, expected at least 0 points")
-        for flag, value, least in (
-            ("--num-parity-images", self.num_parity_images, MIN_PARITY_IMAGES),
-            ("--num-calibration-images", self.num_calibration_images, MIN_CALIBRATION_IMAGES),
-            ("--num-gate-images", self.num_gate_images, MIN_GATE_IMAGES),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{flag} is {value}, expected at least {least}")
+        require_least(
+            self,
+            batches=1,
+            num_parity_images=MIN_PARITY_IMAGES,
+            num_calibration_images=MIN_CALIBRATION_IMAGES,
+            num_gate_images=MIN_GATE_IMAGES,
+        )
 
     @property
     def is_quantized(self) -> bool:
@@ -217,8 +216,7 @@ class TrtConfig(ExportConfig):
             )
         if not 0 <= self.optimization_level <= 5:
             raise ValueError(f"--optimization-level is {self.optimization_level}, expected 0 to 5")
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise ValueError(f"--workspace-mib is {self.workspace_mib}, expected at least 1")
+        require_least(self, workspace_mib=1)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def why_not_here(runtime: RuntimeName) -> str | None:
         if runtime.startswith("aoti"):
             aoti = importlib.import_module("export.builders.aoti_export")
             aoti.find_target(aoti.AotiConfig(device=device))
-            aoti.require_compiler()
+            aoti.aoti_builder.require_compiler()
         elif runtime == "tensorrt":
             importlib.import_module("export.builders.tensorrt_target").find_target(
                 "tensorrt", "fp32", None

@@ -57,18 +57,10 @@ def compare(
 ) -> list[LatencyMeasured]:
     """Let contenders take turns; one that fails or does not fit is a record with its problem."""
     begun = time.monotonic()
-    known = dict(
-        job=job,
-        variant=scene.variant,
-        precision=case.precision,
-        batch_size=case.batch_size,
-        is_best_batch=case.is_best_batch,
-        image_size=scene.spec.image_size,
-    )
     records: list[LatencyMeasured] = []
     ready: list[tuple[Contender, LatencyMeasured]] = []
     for contender in contenders:
-        record = LatencyMeasured(**known, method=contender.method, region=contender.region)  # pyright: ignore[reportArgumentType]
+        record = unmeasured(job, scene, case, contender.method, contender.region)
         try:
             parity = _prepare(contender, scene, case)
             update = {"parity": parity, "prepare_s": round(contender.prepare_s, 2)}
@@ -99,6 +91,23 @@ def compare(
         }
         records.append(record.model_copy(update=update))
     return records
+
+
+def unmeasured(
+    job: str, scene: Scene, case: Case, method: str, region: Region, problem: str | None = None
+) -> LatencyMeasured:
+    """Describe a contender before its turns, or without any."""
+    return LatencyMeasured(
+        job=job,
+        variant=scene.variant,
+        method=method,
+        precision=case.precision,
+        batch_size=case.batch_size,
+        is_best_batch=case.is_best_batch,
+        image_size=scene.spec.image_size,
+        region=region,
+        problem=problem,
+    )
 
 
 def rate(program: Callable[[Tensor], Tensor], batches: Sequence[Tensor], seconds: float) -> float:

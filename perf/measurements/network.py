@@ -17,17 +17,13 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from efficientnet.machine.atomic import write_text
-from efficientnet.machine.environment import (
-    EnvironmentRecord,
-    current_environment,
-    num_usable_cores,
-)
+from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.clock import Call
 from efficientnet.measuring.turns import Ratio, TimeBudget, measure_calls, ratio
 from efficientnet.network.architectures import peer_of
 from efficientnet.network.model import build_model
 from efficientnet.network.variants import NetworkOptions, Padding, get_variant
-from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from efficientnet.reporting.publishing import Measured, find_section, publish_record
 from efficientnet.reporting.tables import Table, format_ms, format_ratio
 from perf.measurements.config import NetworkConfig
 
@@ -36,6 +32,7 @@ Pass = Literal["forward", "forward + backward"]
 CONTENDERS = ("ours", "timm", "timm again")
 
 SECTION = "network"
+TITLE = "The network beside timm's, eager"
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +70,10 @@ class ComparisonRecord(BaseModel):
         return statistics.median(self.turn_p50_ms[contender])
 
 
-class NetworkRecord(BaseModel):
+class NetworkRecord(Measured):
     """All rows of one run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    started_at: datetime
     num_threads: int
-    environment: EnvironmentRecord
     comparisons: tuple[ComparisonRecord, ...]
 
 
@@ -114,14 +107,14 @@ def main(config: NetworkConfig) -> Path:
         environment=current_environment(),
         comparisons=tuple(measured),
     )
-    path, table = config.output, to_markdown(record)
+    table = to_markdown(record)
     if config.publish:
-        path = published_directory(started_at, [record.environment]) / "network.json"
-        write_section(config.readme, SECTION, table)
-    write_text(path, record.model_dump_json(indent=1) + "\n")
-    table_path = path.with_suffix(".md")
-    write_text(table_path, f"# The network beside timm's, eager\n\n{table}")
-    return table_path
+        path = publish_record(record, "network.json", config.readme, SECTION, table, TITLE)
+        return path.with_suffix(".md")
+    write_text(config.output, record.model_dump_json(indent=1) + "\n")
+    path = config.output.with_suffix(".md")
+    write_text(path, f"# {TITLE}\n\n{table}")
+    return path
 
 
 def compare(row: Comparison, config: NetworkConfig, num_threads: int) -> ComparisonRecord:

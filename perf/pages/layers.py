@@ -20,22 +20,10 @@ from efficientnet.reporting.publishing import Measured, find_section, publish_pa
 from efficientnet.reporting.tables import format_ms, format_percent
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.native.engine import PORTABLE, levels
+from perf.measurements import layer_profile
 from perf.measurements.config import LayersConfig
-from perf.measurements.layer_profile import (
-    NUM_WARM_UP_CALLS,
-    PROFILERS,
-    Batches,
-    layer_times,
-    time_calls,
-)
 from perf.measurements.native_limits import Rates, layer_limits, measure_rates, node_limits
-from perf.pages.layer_tables import (
-    ProgramLayers,
-    kind_times,
-    limits_table,
-    log_tables,
-    side_by_side_table,
-)
+from perf.pages import layer_tables
 
 SEED = 0
 SECTION = "layers"
@@ -51,7 +39,7 @@ class LayerTimes(Measured):
     """What one run of the command measured."""
 
     format_version: Literal[1] = 1
-    programs: tuple[ProgramLayers, ...]
+    programs: tuple[layer_tables.ProgramLayers, ...]
     batch_size: int
     num_threads: int
     num_calls: int
@@ -81,14 +69,14 @@ def main(config: LayersConfig) -> LayerTimes:
         rates = measure_rates(num_threads, level, memory_bytes_per_s)
     for precision, peak in peaks.items():
         log.info("the CPU's peak in %s: %s", precision, describe_peak(peak))
-    found: list[ProgramLayers] = []
+    found: list[layer_tables.ProgramLayers] = []
     for program in programs:
         peak = peaks.get(program.precision)
         operations_per_s = peak.operations_per_s if peak else None
         found.append(measure_layers(program, config, num_threads, operations_per_s, rates))
-        log_tables(found[-1])
+        layer_tables.log_tables(found[-1])
     if len(found) > 1:
-        log.info("\nside by side, ms\n%s", side_by_side_table(found).aligned_text())
+        log.info("\nside by side, ms\n%s", layer_tables.side_by_side_table(found).aligned_text())
     times = LayerTimes(
         programs=tuple(found),
         batch_size=config.batch_size,
@@ -117,7 +105,7 @@ def section_of(times: LayerTimes) -> str:
     environment = times.environment
     return (
         f"**{program.variant}, {program.precision}, {program.image_size} px**\n\n"
-        f"{limits_table(program).markdown()}\n\n"
+        f"{layer_tables.limits_table(program).markdown()}\n\n"
         f"A call: {format_ms(program.call_ms)} ms. {environment.processor}, {times.num_threads} "
         f"threads, {times.started_at:%Y-%m-%d} UTC."
     )
@@ -140,7 +128,7 @@ def read_profiled(path: Path, batch_size: int) -> Program:
         )
     manifest = read_artifact(path)
     provider = manifest.provider
-    if program.runtime not in PROFILERS or provider is not None:
+    if program.runtime not in layer_profile.PROFILERS or provider is not None:
         on = f" on {provider}" if provider else ""
         raise ArtifactError(
             f"{path} is for the runtime {program.runtime}{on}, whose profile is not read here; "
@@ -170,7 +158,7 @@ def measure_layers(
     num_threads: int,
     operations_per_s: float | None,
     rates: Rates | None,
-) -> ProgramLayers:
+) -> layer_tables.ProgramLayers:
     """Time calls of one artifact without a profile, then its layers with one.
 
     Args:
@@ -188,7 +176,9 @@ def measure_layers(
         times_ms = plain_calls(program, batches, num_threads, config.calls)
         manifest = read_artifact(program.path)
         file = program.path / manifest.program_file
-        profile = PROFILERS[program.runtime](file, manifest, batches, num_threads, config.calls)
+        profile = layer_profile.PROFILERS[program.runtime](
+            file, manifest, batches, num_threads, config.calls
+        )
     costs = layer_costs(
         program.spec,
         spec.image_size,
@@ -196,7 +186,7 @@ def measure_layers(
         program.precision,
         len(program.class_names),
     )
-    layers = layer_times(profile.nodes, costs, manifest.output.name, operations_per_s)
+    layers = layer_profile.layer_times(profile.nodes, costs, manifest.output.name, operations_per_s)
     if program.runtime == "native" and rates is not None:
         limits = layer_limits(file, profile.nodes[0].kernel, rates)
         layers = tuple(
@@ -211,14 +201,14 @@ def measure_layers(
             program.path,
             format_percent(1 - counted / expected),
         )
-    return ProgramLayers(
+    return layer_tables.ProgramLayers(
         path=str(program.path),
         program_sha256=program.program_sha256,
         variant=program.variant,
         runtime=program.runtime,
         precision=program.precision,
         image_size=spec.image_size,
-        kinds=kind_times(layers, operations_per_s),
+        kinds=layer_tables.kind_times(layers, operations_per_s),
         layers=layers,
         layers_ms=sum(layer.ms for layer in layers),
         call_ms=min(times_ms),
@@ -229,7 +219,7 @@ def measure_layers(
 
 
 def plain_calls(
-    program: Program, batches: Batches, num_threads: int, num_calls: int
+    program: Program, batches: layer_profile.Batches, num_threads: int, num_calls: int
 ) -> list[float]:
     """Return the milliseconds of calls after a warm-up, as latency.py measures them."""
     runtime = open_runtime(program.path, num_threads)
@@ -237,4 +227,6 @@ def plain_calls(
     def call() -> None:
         runtime.infer(next(batches))
 
-    return time_calls(call, NUM_WARM_UP_CALLS + num_calls)[NUM_WARM_UP_CALLS:]
+    return layer_profile.time_calls(call, layer_profile.NUM_WARM_UP_CALLS + num_calls)[
+        layer_profile.NUM_WARM_UP_CALLS :
+    ]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 from timm.data.dataset_factory import create_dataset
 from timm.data.loader import create_loader
 from tqdm import tqdm
@@ -24,10 +24,10 @@ from efficientnet.errors import PipelineError
 from efficientnet.images.datasets import Sample, find_image_files
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.children import obey_parent
-from efficientnet.machine.environment import EnvironmentRecord, current_environment
+from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.contender import Contender, running
 from efficientnet.measuring.turns import ratio, take_turns
-from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from efficientnet.reporting.publishing import Measured, find_section, publish_record
 from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
 from training.batches.loader import train_batches
 from training.batches.sampler import StepPlan, StepSampler
@@ -66,10 +66,8 @@ class LoaderCase(BaseModel):
     """Time of the workers on a core, to which other programs on the machine add little."""
 
 
-class LoaderReport(BaseModel):
+class LoaderReport(Measured):
     """What one run of the command measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     num_images: int
@@ -81,8 +79,6 @@ class LoaderReport(BaseModel):
     """Of RandAugment, of which two operations are applied."""
     cases: tuple[LoaderCase, ...]
     timm_version: str
-    environment: EnvironmentRecord
-    started_at: AwareDatetime
 
 
 @dataclass(frozen=True)
@@ -114,13 +110,11 @@ def main(config: LoaderSpeedConfig) -> Path:
     write_text(config.output, report.model_dump_json(indent=1) + "\n")
     print(to_table(report).aligned_text())
     if config.publish:
-        directory = published_directory(started_at, [report.environment])
-        write_text(directory / "loader.json", report.model_dump_json(indent=1) + "\n")
         about = (
             f"On {report.environment.processor}, timm {report.timm_version}, {started_at:%Y-%m-%d}."
         )
-        write_section(config.readme, SECTION, f"{to_table(report).markdown()}\n\n{about}")
-        log.info("published: %s, and the table in %s", directory, config.readme)
+        text = f"{to_table(report).markdown()}\n\n{about}"
+        publish_record(report, f"{SECTION}.json", config.readme, SECTION, text)
     return config.output
 
 

@@ -16,8 +16,7 @@ from efficientnet.network.cost import DevicePeak, network_cost
 from efficientnet.network.variants import get_variant
 from training.learning.memory import USABLE_SHARE, MemoryModel, device_memory_bytes
 from training.studies.speed_plan import OURS, SpeedConfig, StepCase
-from training.studies.speed_subject import Device
-from training.studies.speed_turns import Measured
+from training.studies.speed_subject import Device, Measured
 
 log = logging.getLogger(__name__)
 

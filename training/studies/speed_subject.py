@@ -45,6 +45,17 @@ class StepTurn:
     """Since the warm-up."""
 
 
+@dataclass
+class Measured:
+    """What the process of a case answered so far."""
+
+    case: StepCase
+    device: Device
+    warm_up: StepWarmUp | None = None
+    turns: tuple[StepTurn, ...] = ()
+    is_out_of_memory: bool = False
+
+
 class StepSubject:
     """Takes and times steps of a case; nothing is built before the warm-up."""
 
