@@ -60,7 +60,7 @@ def test_a_program_outside_the_artifact_is_refused(copy_of_artifact: Path):
 @pytest.mark.parametrize(
     ("text", "facts"),
     [
-        ("{}", ("format_version",)),
+        ("{}", ("variant",)),
         ("", ("JSON",)),
         ('{"format_version": 99}', ("version 99", 1)),
     ],

@@ -61,7 +61,7 @@ def test_fit_with_a_cost_function_of_real_networks():
 def test_fit_refuses_a_grid_without_points_and_a_score_that_is_no_number():
     with raises_naming(ValueError, "step", "tolerance"):
         fit_compound_coefficients(lambda scale: 1.0, step=0.7, tolerance=0.01)
-    with raises_naming(ValueError, "nan"):
+    with raises_naming(ValueError, "score", "not a number"):
         fit_compound_coefficients(lambda scale: math.nan)
     with raises_naming(ValueError, "step", 0):
         fit_compound_coefficients(lambda scale: 1.0, step=0)

@@ -196,7 +196,7 @@ def test_sizes_are_the_recipes_and_the_tables_unless_given():
         ({"variant": "tiny", "peer": "timm"}, ("timm", "tiny")),
         ({"variant": "v2-s", "table": 2}, ("table 2", "b6")),
         ({"table": 2, "peer": "timm"}, ("table", "peer")),
-        ({"table": 2, "image_sizes": (64,)}, ("table 2", "two image sizes")),
+        ({"table": 2, "image_sizes": (64,)}, ("two image sizes",)),
         ({"table": 3, "batch_sizes": (2, 4)}, ("one image size", "one batch size")),
         ({"batch_sizes": (1,)}, ("at least 2",)),
         ({"seconds": 0.0}, ("--seconds",)),
