@@ -251,7 +251,7 @@ def test_other_classes_are_an_error_before_any_work(tiny_artifact: Path, tmp_pat
     for part in ("train", "val"):
         (folder / part / "9").rename(folder / part / "nine")
 
-    with raises_naming(ValueError, folder, tiny_artifact):
+    with raises_naming(ValueError, folder, "--data"):
         accuracy.main(
             AccuracyConfig((tiny_artifact,), data=str(folder), output=tmp_path / "accuracy.jsonl")
         )

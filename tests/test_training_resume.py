@@ -187,7 +187,7 @@ def test_a_complete_run_is_not_trained_again(whole: Path):
     assert (whole / "report.md").stat().st_mtime_ns == before
     with raises_naming(CheckpointError, "epochs 3", "now 4"):
         main(config(whole.parent, epochs=4))
-    with raises_naming(CheckpointError, whole, "complete"):
+    with raises_naming(CheckpointError, "complete"):
         main(ResumeConfig(whole))
 
 
