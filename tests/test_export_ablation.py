@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from facts import raises_naming
 from onnx import helper
 
 from efficientnet.errors import PipelineError
@@ -243,11 +244,11 @@ def test_a_runtime_without_its_device_or_library_gives_a_reason(monkeypatch: pyt
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="--turns is 0"):
+    with raises_naming(ValueError, "--turns", 0):
         AblationConfig(turns=0)
-    with pytest.raises(ValueError, match="expected at least one, each once"):
+    with raises_naming(ValueError, "--runtimes"):
         AblationConfig(runtimes=("torch", "torch"))
-    with pytest.raises(ValueError, match="--num-parity-images is 3"):
+    with raises_naming(ValueError, "--num-parity-images", 3):
         AblationConfig(num_parity_images=3)
 
 
@@ -259,14 +260,14 @@ def test_eager_models_take_turns_in_processes_of_their_own(tiny_checkpoint: Path
 
 
 def test_a_process_that_dies_is_named():
-    with pytest.raises(PipelineError, match=r"^broken: its process ended with exit code 1"):
+    with raises_naming(PipelineError, "broken", "exit code 1"):
         measure_callables({"broken": partial(sys.exit, 1)}, IMAGE, seconds=0.02, turns=1)
 
 
 def test_nothing_is_measured_when_the_readme_has_no_place(tiny_checkpoint: Path, tmp_path: Path):
     readme = tmp_path / "README.md"
     readme.write_text("# Nothing\n")
-    with pytest.raises(PublishError, match="has no place for the table"):
+    with raises_naming(PublishError, readme):
         ablation.main(AblationConfig(tiny_checkpoint, publish=True, readme=readme))
 
 

@@ -2,6 +2,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from facts import raises_naming
 
 from efficientnet.formats.records import TrainingSpeedRecord, append_record, read_records
 from efficientnet.machine.environment import current_environment
@@ -190,27 +191,27 @@ def test_sizes_are_the_recipes_and_the_tables_unless_given():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "facts"),
     [
-        ({"variant": "v2-z"}, "unknown variant"),
-        ({"variant": "tiny", "peer": "timm"}, "timm has no tiny"),
-        ({"variant": "v2-s", "table": 2}, "table 2 is about b6"),
-        ({"table": 2, "peer": "timm"}, "do not go together"),
-        ({"table": 2, "image_sizes": (64,)}, "two image sizes"),
-        ({"table": 3, "batch_sizes": (2, 4)}, "one image size and one batch size"),
-        ({"batch_sizes": (1,)}, "at least 2"),
-        ({"seconds": 0.0}, "--seconds"),
-        ({"threads": 0}, "--threads"),
+        ({"variant": "v2-z"}, ("v2-z",)),
+        ({"variant": "tiny", "peer": "timm"}, ("timm", "tiny")),
+        ({"variant": "v2-s", "table": 2}, ("table 2", "b6")),
+        ({"table": 2, "peer": "timm"}, ("table", "peer")),
+        ({"table": 2, "image_sizes": (64,)}, ("two image sizes",)),
+        ({"table": 3, "batch_sizes": (2, 4)}, ("one image size", "one batch size")),
+        ({"batch_sizes": (1,)}, ("at least 2",)),
+        ({"seconds": 0.0}, ("--seconds",)),
+        ({"threads": 0}, ("--threads",)),
     ],
 )
-def test_what_cannot_be_measured_is_refused(values, message: str):
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_measured_is_refused(values, facts: tuple[str, ...]):
+    with raises_naming(ValueError, *facts):
         SpeedConfig(**values)
 
 
 def test_a_batch_that_the_images_do_not_fill_is_refused():
     config = SpeedConfig("tiny", batch_sizes=(100_000,), data="digits")
-    with pytest.raises(ValueError, match=r"1,?\d{3} training images do not fill a batch"):
+    with raises_naming(ValueError, "training images", "batch"):
         plan(config)
 
 
