@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from efficientnet.command import JsonFlags
+from perf.studies.paper_tables import TableName
+
+QUICK_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,56 @@ class ChooseConfig(JsonFlags):
             )
         if not 0 <= self.seconds < float("inf"):
             raise ValueError(f"--seconds is {self.seconds:g}, expected at least 0")
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """Settings of the comparison."""
+
+    table: TableName
+    """Of the paper; batch = the appendix's, images a second by batch size."""
+
+    rows: tuple[str, ...] = ()
+    """Rows that are measured, by variant, timm's name or a part of the printed name; none = all.
+    The others are in the table as not measured."""
+
+    seconds: float = 60.0
+    """Measured time of each row, without warm-up, above 0."""
+
+    quick: bool = False
+    """10 seconds for each row, and 64 different images in the place of 256."""
+
+    projected: bool = False
+    """Add a column: what the cost model makes of our time on the paper's device, and its error."""
+
+    threads: int | None = None
+    """CPU threads of a call; None = one per usable core."""
+
+    output: Path = Path("reports/paper")
+    """Folder of table-<number>.json and table-<number>.md."""
+
+    latency: Path = Path("reports/latency.jsonl")
+    """Records of perf/latency.py, of which the best artifact of each row is taken."""
+
+    training_speed: Path = Path("reports/training-speed.jsonl")
+    """Records of training/speed.py, which tables 2 and 3 are made of."""
+
+    published: Path = Path("reports/published")
+    """Folder of published records; those of this device count, too."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"--threads is {self.threads}, expected at least 1")
+
+    @property
+    def row_seconds(self) -> float:
+        """Measured time of each row."""
+        return min(self.seconds, QUICK_S) if self.quick else self.seconds
