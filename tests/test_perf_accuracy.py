@@ -156,7 +156,7 @@ def test_a_class_for_every_image_is_no_accuracy_of_its_own():
     naming = record_of((("thing", 200, 200), ("other", 100, 0)), 3)
     table = result_table([Path("a")], [naming])
     assert table.rows[0][1:] == (
-        *("66.7 %", "61.1 % to 71.8 %", "50.0 %", "66.7 % (thing)", "300"),
+        *("66.7 %", "61.2 % to 71.8 %", "50.0 %", "66.7 % (thing)", "300"),
     )
     assert len(table.notes) == 1
     learned = record_of((("thing", 200, 190), ("other", 100, 80)), 3)
