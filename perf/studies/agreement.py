@@ -20,7 +20,7 @@ from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_perc
 from efficientnet.runtimes.names import title
 from perf.measurements.measured_programs import MeasuredProgram, open_programs
 from perf.studies.config import AgreementConfig
-from perf.studies.other_tools import IMAGES_FILE, OtherTool, ToolError, tool_of
+from perf.studies.other_tools import IMAGES_FILE, IMAGES_FOLDER, OtherTool, ToolError, tool_of
 
 SECTION = "agreement"
 
@@ -174,6 +174,9 @@ def _write_images(folder: Path, program: Program, data: str | None) -> None:
     samples = images_for(program, data).val[:NUM_IMAGES]
     images = np.stack([preprocess(sample.read(), program.preprocess) for sample in samples])
     np.save(folder / IMAGES_FILE, images)
+    (folder / IMAGES_FOLDER).mkdir()
+    for number in range(len(images)):
+        np.save(folder / IMAGES_FOLDER / f"{number:03d}.npy", images[number : number + 1])
 
 
 def _cells(row: AgreementRow) -> tuple[str, ...]:

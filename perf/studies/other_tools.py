@@ -15,7 +15,8 @@ from efficientnet.measuring.programs import Program
 from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES
 from efficientnet.runtimes.openvino_runtime import compile_properties
 
-IMAGES_FILE = "images.npy"
+# All images, and a file for each: benchmark_app takes no more than a batch from a file.
+IMAGES_FILE, IMAGES_FOLDER = "images.npy", "images"
 
 # Compiling, or loading torch, on a busy machine.
 MAX_REST_S = 300
@@ -70,7 +71,7 @@ def benchmark_app(program: Program, folder: Path, seconds: float, num_threads: i
         *(str(Path(sys.executable).parent / "benchmark_app"), "-d", "CPU", "-api", "sync"),
         *("-m", str(program.path / manifest.program_file), "-shape", f"[1,3,{size},{size}]"),
         *("-hint", "none", "-load_config", str(config), "-t", str(max(1, round(seconds)))),
-        *("-i", str(folder / IMAGES_FILE), "-inference_only", "False"),
+        *("-i", str(folder / IMAGES_FOLDER), "-inference_only", "False"),
     ]
     text = _run(command, seconds)
     # Only one number is kept of what it prints.
