@@ -222,7 +222,7 @@ def test_a_speed_without_accuracy_is_left_out_and_named():
 
     text = markdown_of(latencies, accuracies[:1])
 
-    tables, _, left_out = text.partition("## Left out: no accuracy measured")
+    tables, _, left_out = text.partition("## Unverified, left out: no accuracy measured")
     assert "ONNX Runtime" not in tables
     assert "tiny ONNX Runtime fp32 (program 6f6e6e7): run `python perf/accuracy.py" in left_out
 

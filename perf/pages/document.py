@@ -111,7 +111,7 @@ def _class_sections(group: Group, suffix: str) -> list[Section]:
 
 def _left_out_section(joined: Joined) -> Section:
     return Section(
-        "Left out: no accuracy measured",
+        "Unverified, left out: no accuracy measured",
         paragraphs=("A speed is shown with the accuracy of the same program only.",),
         bullets=tuple(
             dict.fromkeys(

@@ -10,8 +10,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 from efficientnet.formats.records import AccuracyRecord, LatencyRecord, read_records
 from efficientnet.machine.atomic import write_bytes
 from efficientnet.machine.environment import EnvironmentRecord, current_environment
+from efficientnet.measuring.intervals import mcnemar_p_value
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent
 from perf.measurements import latency
+from perf.measurements.accuracy import SIGNIFICANCE, paired_hits
 from perf.measurements.config import LatencyConfig
 from perf.measurements.scenarios import SINGLE_STREAM
 from perf.measurements.stability import instabilities
@@ -301,14 +303,11 @@ def _verdict(
         sentences.append("From the records alone: not verified by a fresh run.")
     for run in fresh_runs[:-1]:
         sentences.append(f"Did not hold in a fresh run: {_say_fresh(run, config)}.")
-    interval = chosen.top1_interval
     faster = [
         other
         for other in able
         if other is not chosen
-        and interval is not None
-        and other.top1 is not None
-        and other.top1 >= interval[0]
+        and not _is_told_apart(chosen, other)
         and (other.percentile_ms(config.percentile) or 0) < (time_ms or 0)
     ]
     if faster:
@@ -318,6 +317,16 @@ def _verdict(
             f"{format_ms(best.percentile_ms(config.percentile))} ms by the records."
         )
     return sentences
+
+
+def _is_told_apart(chosen: Candidate, other: Candidate) -> bool:
+    if chosen.accuracy is None or other.accuracy is None:
+        return True
+    pair = paired_hits(chosen.accuracy, other.accuracy)
+    if pair is not None:
+        return mcnemar_p_value(*pair) < SIGNIFICANCE
+    # Records of before do not tell which images were right: whether its share is in the interval.
+    return chosen.top1_interval is not None and other.accuracy.top1 < chosen.top1_interval[0]
 
 
 def _say_top1(candidate: Candidate) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from efficientnet.runtimes.names import RUNTIMES
 from perf.pages.plots import LIGHT, Palette
@@ -80,7 +80,7 @@ def draw_choice(
             color=palette.text,
             lw=1.2,
             label="Pareto front",
-            zorder=1,
+            zorder=4,
         )
         for candidate, time_ms, top1, _ in shown:
             if candidate in front or candidate is chosen:
@@ -101,10 +101,9 @@ def draw_choice(
                     label="chosen",
                 )  # fmt: skip
         axes.set_xscale("log")
-        for which in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            which(FuncFormatter(lambda value, _: f"{value:g}"))
-        if len({time_ms for _, time_ms, _, _ in shown} | {config.budget_ms}) > 8:
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.tick_params(colors=palette.muted, color=palette.line, labelsize=8.5)
         axes.grid(color=palette.line, lw=0.5)
         axes.set_axisbelow(True)
