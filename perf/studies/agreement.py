@@ -19,6 +19,7 @@ from efficientnet.reporting.publishing import Measured, find_section, publish_pa
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_ratio
 from efficientnet.runtimes.names import title
 from perf.measurements.measured_programs import MeasuredProgram, open_programs
+from perf.measurements.program_subject import ProgramTurn
 from perf.studies.config import AgreementConfig
 from perf.studies.other_tools import IMAGES_FILE, IMAGES_FOLDER, OtherTool, ToolError, tool_of
 
@@ -83,7 +84,7 @@ def main(config: AgreementConfig) -> Agreement:
     Raises:
         PublishError: docs/results.md has no place for the table; nothing is measured then.
         FileNotFoundError, ArtifactError, CheckpointError: a path is not what it should be.
-        WorkerError: a process of our harness failed.
+        ContenderError: a process of our harness failed.
     """
     if config.publish:
         find_section(config.readme, SECTION)
@@ -135,8 +136,8 @@ def section_of(record: Agreement) -> str:
 def _compare(opened: MeasuredProgram, config: AgreementConfig, num_threads: int) -> AgreementRow:
     program, tool = opened.program, tool_of(opened.program)
     budget = TimeBudget(config.seconds, config.rounds)
-    for worker in (opened.null, opened.worker):
-        worker.warm_up(1, budget.window_s, budget.warm_up_s)
+    for process in (opened.null, opened.process):
+        process.ask("warm_up", 1, budget.window_s, budget.warm_up_s)
     ours: list[float] = []
     theirs: list[float] = []
     overheads: list[float] = []
@@ -145,13 +146,13 @@ def _compare(opened: MeasuredProgram, config: AgreementConfig, num_threads: int)
         folder = Path(name)
         _write_images(folder, program, config.data)
         for number in range(config.rounds):
-            null = opened.null.take_turn(1, min(1.0, budget.turn_s)).turn
-            overheads.append(statistics.median(null.samples_ms))
+            null: ProgramTurn = opened.null.ask("turn", 1, min(1.0, budget.turn_s))
+            overheads.append(null.turn.median_ms)
             # There and back: a machine that gets slower or faster meanwhile favors nobody.
             for is_ours in (True, False) if number % 2 == 0 else (False, True):
                 if is_ours:
-                    turn = opened.worker.take_turn(1, budget.turn_s).turn
-                    ours.append(statistics.median(turn.samples_ms))
+                    own: ProgramTurn = opened.process.ask("turn", 1, budget.turn_s)
+                    ours.append(own.turn.median_ms)
                 elif isinstance(tool, OtherTool) and why_not is None:
                     try:
                         theirs.append(tool.median_ms(program, folder, budget.turn_s, num_threads))
