@@ -21,7 +21,7 @@ from efficientnet.formats.artifact import AccuracyGate, ArtifactManifest, BlockC
 from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.images.datasets import SAMPLE_PHOTOS, Sample, sha256_of_samples
 from efficientnet.runtimes import Runtime
-from export.checks.agreement import QUANTIZED_FLIP_MARGIN, problem_of, usual_batch_size
+from export.checks.logit_agreement import QUANTIZED_FLIP_MARGIN, problem_of, usual_batch_size
 from export.inputs.config import MIN_GATE_IMAGES
 from export.inputs.reference import BATCH_SIZE, Reference, batches_of, spread
 
