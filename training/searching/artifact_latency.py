@@ -1,0 +1,147 @@
+"""A trained network -> the latency of its export, relative to that of the exported reference."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from efficientnet import PROJECT_ROOT
+from efficientnet.errors import PipelineError
+from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.measuring.contender import Worker
+from efficientnet.measuring.inputs import Inputs, prepare_inputs
+from efficientnet.measuring.progress import Progress
+from efficientnet.measuring.turns import Job, TimeBudget, measure_in_turns
+from efficientnet.network.variants import VARIANTS, VariantSpec
+from training.recipe.config import config_to_json
+from training.searching.experiment import Experiment, train
+from training.searching.reward import Ratio
+from training.searching.search_config import SearchConfig, target_of
+from training.searching.step_time import ratio_of
+from training.searching.study import SearchError
+
+LOG_LINES = 5
+SECONDS_OF_ALL_TURNS = 2.0
+QUANTIZED = ("int8", "fp8")
+
+log = logging.getLogger(__name__)
+
+
+class ExportFailedError(PipelineError):
+    """A network that the export refuses."""
+
+
+@dataclass(frozen=True, eq=False)
+class ArtifactBench:
+    """Exports networks and times them, each in turns with the exported reference."""
+
+    config: SearchConfig
+    experiment: Experiment
+    reference: VariantSpec
+    folder: Path
+
+    @cached_property
+    def reference_artifact(self) -> Path:
+        """The reference, trained as all others are, and exported.
+
+        Raises:
+            SearchError: this machine cannot export to the target.
+        """
+        log.info("training and exporting the reference %s", self.reference.name)
+        training = train(
+            self.experiment, self.reference, self.experiment.base.seed, self.experiment.dataset.val
+        )
+        while True:
+            try:
+                next(training)
+            except StopIteration as end:
+                weights = end.value.average.tensors
+                break
+        try:
+            return self._export(self.reference, weights, "reference")
+        except ExportFailedError as error:
+            raise SearchError(
+                f"--target-artifact {self.config.target_artifact}: the reference cannot be "
+                f"exported: {error}"
+            ) from None
+
+    def measure(self, spec: VariantSpec, weights: dict[str, Tensor], number: int) -> Ratio:
+        """Export a network and time single images in turns with the reference.
+
+        Raises:
+            ExportFailedError: the export refuses it.
+        """
+        reference = self.reference_artifact
+        name = f"trial-{number}"
+        artifact = self._export(spec, weights, name)
+        samples, preprocess = self.experiment.dataset.val, self.experiment.preprocess
+        inputs = prepare_inputs(samples, preprocess, 1, self.config.seed)
+        with inputs.file:
+            ratio = _in_turns(artifact, reference, inputs, self.config.turns)
+        shutil.rmtree(self.folder / name)
+        return ratio
+
+    def _export(self, spec: VariantSpec, weights: dict[str, Tensor], name: str) -> Path:
+        config = self.experiment.config_for(spec)
+        dataset, folder = self.experiment.dataset, self.folder / name
+        record = CheckpointRecord(
+            variant=spec.name,
+            architecture=None if VARIANTS.get(spec.name) == spec else spec,
+            num_classes=len(dataset.class_names),
+            class_names=dataset.class_names,
+            network=self.experiment.network,
+            preprocess=self.experiment.preprocess,
+            data=dataset.source,
+            weights_sha256="",
+            epoch=config.epochs,
+            step=0,
+            top1=None,
+            top5=None,
+            num_images_evaluated=0,
+            recipe=f"search-{spec.name}",
+            train_config=config_to_json(config),
+            environment=current_environment(),
+        )
+        save_checkpoint(folder / "checkpoint", weights, record, train_state=None)
+        assert self.config.target_artifact is not None
+        command, precision = target_of(self.config.target_artifact)
+        artifact = folder / "artifact"
+        words = [sys.executable, str(PROJECT_ROOT / "export" / command)]
+        words += ["--checkpoint", str(folder / "checkpoint"), "--output", str(artifact)]
+        words += ["--precision", precision]
+        if precision in QUANTIZED:
+            # Trained for a few epochs, a network may lose more than one that is served would be
+            # allowed to; nor is time spent on keeping blocks.
+            words += ["--max-drop", "100"]
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            last = " ".join(done.stderr.strip().splitlines()[-LOG_LINES:])
+            raise ExportFailedError(f"export/{command} ended with {done.returncode}: {last}")
+        return artifact
+
+
+def _in_turns(artifact: Path, reference: Path, inputs: Inputs, num_turns: int) -> Ratio:
+    budget = TimeBudget(SECONDS_OF_ALL_TURNS, num_turns)
+    threads = num_usable_cores()
+    workers = [
+        Worker("network", artifact, threads, inputs),
+        Worker("reference", reference, threads, inputs),
+    ]
+    try:
+        for worker in workers:
+            worker.receive()
+        with Progress(2 * budget.planned_s) as progress:
+            jobs = [Job(worker, 1, budget) for worker in workers]
+            own, other = measure_in_turns(jobs, "latency", progress)
+    finally:
+        for worker in workers:
+            worker.stop()
+    return ratio_of(own.turn_medians_ms, other.turn_medians_ms)
