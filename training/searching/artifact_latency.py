@@ -20,7 +20,7 @@ from efficientnet.measuring.progress import Progress
 from efficientnet.measuring.turns import Job, TimeBudget, measure_in_turns
 from efficientnet.network.variants import VARIANTS, VariantSpec
 from training.recipe.config import config_to_json
-from training.searching.experiment import Experiment, train
+from training.searching.experiment import Experiment, train_to_end
 from training.searching.reward import Ratio
 from training.searching.search_config import SearchConfig, target_of
 from training.searching.step_time import ratio_of
@@ -54,15 +54,8 @@ class ArtifactBench:
             SearchError: this machine cannot export to the target.
         """
         log.info("training and exporting the reference %s", self.reference.name)
-        training = train(
-            self.experiment, self.reference, self.experiment.base.seed, self.experiment.dataset.val
-        )
-        while True:
-            try:
-                next(training)
-            except StopIteration as end:
-                weights = end.value.average.tensors
-                break
+        seed = self.experiment.base.seed
+        weights = train_to_end(self.experiment, self.reference, seed)[1].average.tensors
         try:
             return self._export(self.reference, weights, "reference")
         except ExportFailedError as error:
@@ -71,14 +64,13 @@ class ArtifactBench:
                 f"exported: {error}"
             ) from None
 
-    def measure(self, spec: VariantSpec, weights: dict[str, Tensor], number: int) -> Ratio:
+    def measure(self, spec: VariantSpec, weights: dict[str, Tensor], name: str) -> Ratio:
         """Export a network and time single images in turns with the reference.
 
         Raises:
             ExportFailedError: the export refuses it.
         """
         reference = self.reference_artifact
-        name = f"trial-{number}"
         artifact = self._export(spec, weights, name)
         samples, preprocess = self.experiment.dataset.val, self.experiment.preprocess
         inputs = prepare_inputs(samples, preprocess, 1, self.config.seed)

@@ -4,6 +4,7 @@ A network is trained in this process: nothing of it is kept but its accuracy aft
 its weights where it is to be exported.
 """
 
+import copy
 import math
 import shlex
 from collections.abc import Generator, Sequence
@@ -41,7 +42,7 @@ from training.searching.search_config import SearchConfig
 
 EVAL_BATCH_SIZE = 64
 
-# Of the recipe's, as most steps are few.
+# A reading waits for the device.
 STEPS_BETWEEN_READINGS = 10
 
 
@@ -152,7 +153,7 @@ def train(
     sizes = plan_micro_batches(config, experiment.network, num_classes, stages, 1, limit)
     plan = StepPlan(len(experiment.dataset.train), config, sizes)
     state = new_state(config, experiment.network, num_classes, device)
-    evaluated = new_state(config, experiment.network, num_classes, device).model
+    evaluated = copy.deepcopy(state.model)
     step = TrainStep(state, config, experiment.ranks, num_classes, experiment.preprocess)
     loader = train_batches(
         experiment.dataset.train, config, stages, StepSampler(plan), experiment.num_workers
@@ -182,6 +183,20 @@ def train(
             )
             yield evaluate(evaluated, held_out, device).top1
     return state
+
+
+def train_to_end(experiment: Experiment, spec: VariantSpec, seed: int) -> tuple[float, TrainState]:
+    """Train a network; return its top-1 on the minival and its state.
+
+    Raises:
+        BatchTooLargeError, DivergedError: see train.
+    """
+    training, top1 = train(experiment, spec, seed, experiment.dataset.val), 0.0
+    while True:
+        try:
+            top1 = next(training)
+        except StopIteration as end:
+            return top1, end.value
 
 
 def _require_finite(losses: Sequence[float], step: int) -> None:

@@ -28,7 +28,7 @@ from training.learning.memory import BatchTooLargeError
 from training.running.progress import format_seconds
 from training.searching.artifact_latency import ArtifactBench, ExportFailedError
 from training.searching.experiment import DivergedError, Experiment, train
-from training.searching.reward import Exponents
+from training.searching.reward import Exponents, Ratio
 from training.searching.search_config import SearchConfig
 from training.searching.space import SearchSpace
 from training.searching.step_time import Step, step_ratio, synthetic_step
@@ -89,8 +89,25 @@ class Worker:
         )
 
     @property
-    def _exponents(self) -> Exponents:
+    def exponents(self) -> Exponents:
+        """Of the reward."""
         return Exponents(self.config.w, self.config.v, self.config.u)
+
+    def size_ratio_of(self, spec: VariantSpec) -> float:
+        """Return the number of parameters over the reference's."""
+        count = self.experiment.num_parameters
+        return count(spec) / count(self.space.backbone)
+
+    def step_ratio_of(self, spec: VariantSpec) -> Ratio:
+        """Time a network's training step in turns with the reference's."""
+        experiment, config = self.experiment, self.config
+        step = synthetic_step(
+            experiment.config_for(spec),
+            experiment.network,
+            experiment.num_classes,
+            experiment.device,
+        )
+        return step_ratio(step, self._reference_step, config.turns, config.turn_seconds)
 
     def run(self) -> None:
         """Try networks until there are enough, or the time is over.
@@ -238,18 +255,11 @@ class Worker:
         experiment, config = self.experiment, self.config
         size = experiment.preprocess.image_size
         cost = network_cost(spec, size, num_classes=experiment.num_classes)
-        size_ratio = cost.num_parameters / experiment.num_parameters(self.space.backbone)
+        size_ratio = self.size_ratio_of(spec)
         trial.set_user_attr("parameters", cost.num_parameters)
         trial.set_user_attr("multiply_adds", cost.multiply_adds)
         trial.set_user_attr("size_ratio", size_ratio)
-        step = synthetic_step(
-            experiment.config_for(spec),
-            experiment.network,
-            experiment.num_classes,
-            experiment.device,
-        )
-        time_of = step_ratio(step, self._reference_step, config.turns, config.turn_seconds)
-        del step
+        time_of = self.step_ratio_of(spec)
         trial.set_user_attr("step_ratio", time_of.value)
         trial.set_user_attr("step_noise", time_of.noise)
         trial.set_user_attr("step_ms", time_of.own_ms)
@@ -269,18 +279,18 @@ class Worker:
             if not config.pareto:
                 # What the accuracy so far would be worth: a small network may be behind the others
                 # in accuracy and still be the better one.
-                trial.report(self._exponents.reward(top1, time_of.value, size_ratio), epoch)
+                trial.report(self.exponents.reward(top1, time_of.value, size_ratio), epoch)
                 if trial.should_prune():
                     raise PrunedError
         latency = None
         if self.bench is not None:
-            measured = self.bench.measure(spec, state.average.tensors, trial.number)
+            measured = self.bench.measure(spec, state.average.tensors, f"trial-{trial.number}")
             latency = measured.value
             trial.set_user_attr("latency_ratio", latency)
             trial.set_user_attr("latency_noise", measured.noise)
             trial.set_user_attr("latency_ms", measured.own_ms)
             trial.set_user_attr("reference_latency_ms", measured.reference_ms)
-        reward = self._exponents.reward(top1, time_of.value, size_ratio, latency)
+        reward = self.exponents.reward(top1, time_of.value, size_ratio, latency)
         trial.set_user_attr("reward", reward)
         if not config.pareto:
             return [reward]
