@@ -163,5 +163,5 @@ def test_a_runtime_that_is_not_installed_is_told_in_one_line(
         check=False,
     )
     assert done.returncode == 1
-    assert f"error: No module {library}: this export needs {library}" in done.stderr
+    assert f"error: No module {library}: this command needs {library}" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "artifacts").exists()

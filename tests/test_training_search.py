@@ -217,6 +217,8 @@ def test_a_search_finds_a_network_that_trains_like_any_other(tmp_path: Path):
         )
     assert (tmp_path / published).name == "search-brief.md"
     assert "found is better by" in readme.read_text()
+    named = tmp_path / published.parent / "search-brief-found.json"
+    assert read_variant_file(named) == found
 
 
 def test_a_network_that_is_known_is_not_trained_again(tmp_path: Path):

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from efficientnet.machine.atomic import write_bytes, write_text
+from efficientnet.network.variant_file import write_variant_file
 from efficientnet.reporting.publishing import PUBLISHED, published_directory, write_section
 from efficientnet.reporting.tables import format_percent
 from training.running.progress import format_seconds
@@ -60,6 +61,9 @@ def publish(record: SearchRecord, readme: Path, published: Path = PUBLISHED) -> 
     directory = published_directory(record.finished_at, [record.environment], published)
     stem = section_name(record.name)
     text = write_files(record, directory, stem, f"{stem}.json")
+    if record.best is not None:
+        origin = {"search": record.name, "report": text.name}
+        write_variant_file(directory / f"{stem}-found.json", record.best, origin)
     link = Path(os.path.relpath(directory, readme.parent)).as_posix()
     parts = [f"**{title_of(record)}**", counts(record)]
     if record.best is not None:
