@@ -380,6 +380,18 @@ def test_a_dead_workers_network_is_trained_by_the_next(
     assert one.trials()[0].user_attrs[NETWORK] == one.trials()[1].user_attrs[NETWORK]
 
 
+def test_a_worker_that_died_before_it_said_its_network_is_not_waited_for_without_end(
+    tmp_path: Path,
+):
+    config = one_expansion(tmp_path, trials=1, heartbeat=1)
+    one = worker_of(config)
+    one.study.ask()  # and no more was heard of it
+    one.storage.grace_period = 1
+    told = one._one_trial()
+    assert told is not None and told.state == TrialState.COMPLETE
+    assert one.trials()[0].state == TrialState.FAIL
+
+
 def test_an_interrupted_network_counts_as_not_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

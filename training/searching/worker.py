@@ -213,29 +213,28 @@ class Worker:
 
     def _first_of(self, trial: Trial, network: str) -> FrozenTrial | None:
         """Return the trial of a lower number that has, or had, this network; None: it is new."""
+        began, grace = time.monotonic(), self.storage.grace_period
+        assert grace is not None
         while True:
             lower = [other for other in self.trials() if other.number < trial.number]
-            if all(o.state != TrialState.RUNNING or NETWORK in o.user_attrs for o in lower):
+            silent = [
+                other
+                for other in lower
+                if other.state == TrialState.RUNNING and NETWORK not in other.user_attrs
+            ]
+            if not silent:
                 break
-            self._give_up_silent(lower)
+            self.storage.fail_stale_trials(self.study._study_id)
+            if time.monotonic() - began > grace:
+                # Of workers that died before their first sign of life.
+                for other in silent:
+                    with suppress(UpdateFinishedTrialError):
+                        self.storage.set_trial_state_values(other._trial_id, TrialState.FAIL)
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        same = [o for o in lower if o.user_attrs.get(NETWORK) == network]
+        same = [other for other in lower if other.user_attrs.get(NETWORK) == network]
         # Trials that were cut short are not among them: the network is tried again.
         known = [o for o in same if is_network(o) or o.state == TrialState.RUNNING]
         return known[0] if known else None
-
-    def _give_up_silent(self, trials: Sequence[FrozenTrial]) -> None:
-        # A worker that died before its first sign of life.
-        self.storage.fail_stale_trials(self.study._study_id)
-        grace = self.storage.grace_period
-        assert grace is not None
-        for trial in trials:
-            if trial.state != TrialState.RUNNING or NETWORK in trial.user_attrs:
-                continue
-            begun = trial.datetime_start
-            # Machines whose clocks differ are given a minute more.
-            if begun and (datetime.now() - begun).total_seconds() > grace + 60:
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def _take_over(self, trial: Trial, first: FrozenTrial) -> tuple[list[float] | None, TrialState]:
         if first.state == TrialState.RUNNING:
