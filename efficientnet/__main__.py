@@ -51,7 +51,6 @@ class FamilyConfig:
     """Pixels at which costs are counted; None = each variant's eval size."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image-size is {self.image_size}, expected at least 1 pixel")
         if self.layers is not None and self.variant_file is not None:
@@ -63,12 +62,7 @@ class FamilyConfig:
 
 
 def main(config: FamilyConfig) -> str:
-    """Return the table.
-
-    Raises:
-        ValueError: there is no such variant.
-        FileNotFoundError, VariantFileError: --variant-file holds none.
-    """
+    """Return the table."""
     if config.variant_file is not None:
         spec = read_variant_file(config.variant_file)
     elif config.layers is not None:

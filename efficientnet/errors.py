@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sized
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -18,10 +19,15 @@ def first_problem(error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{first['msg']}{more}"
 
 
-def found_version(text: str) -> int | None:
-    """Return the format version that a file of ours names, before the rest of it is read."""
+def require_version(
+    text: str, version: int, path: Path, advice: str, error: type[PipelineError]
+) -> None:
+    """Refuse a file of ours that names another format version, before the rest of it is read."""
     found = re.search(r'"format_version"\s*:\s*(-?\d+)', text)
-    return int(found.group(1)) if found else None
+    if found and int(found.group(1)) != version:
+        raise error(
+            f"{path} has format version {found.group(1)}, this program reads {version}; {advice}"
+        )
 
 
 def require_names(class_names: Sized, num_classes: int) -> None:

@@ -15,6 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from test_commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = [
     *("tiny", "--steps", "20", "--progressive.num-stages", "1", "--num-workers", "0"),
@@ -24,7 +26,7 @@ TRAINING = [
 
 def main() -> None:
     """Print a line for each: hash and name."""
-    for command in sorted(commands()):
+    for command in COMMANDS:
         show(f"{command} --help", run(command, "--help"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -39,13 +41,6 @@ def main() -> None:
             run("perf/report.py", *records, "--output", str(folder / "report"))
             report = (folder / "report/report.md").read_text().replace(name, "")
             show(f"report of {published.parent.name}", report.encode())
-
-
-def commands() -> list[str]:
-    """Return the commands of all stages, as paths below the project's folder."""
-    stages = ("training", "export", "perf", "serving")
-    paths = [path for stage in stages for path in (ROOT / stage).glob("*.py")]
-    return [str(path.relative_to(ROOT)) for path in paths if "__main__" in path.read_text()]
 
 
 def run(command: str, *flags: str) -> bytes:

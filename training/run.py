@@ -16,7 +16,7 @@ for all that follows.
 --weights starts from published weights or from a checkpoint, with a new classifier.
 --resume goes on with an interrupted run, by the recipe it was started with; --data says where its
 images are now.
---variant-file trains a table of stages of one's own, such as training/search.py finds.
+--variant-file trains a table of stages of one's own.
 --help after a variant lists what can be set.
 """
 

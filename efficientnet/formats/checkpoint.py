@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from efficientnet.errors import PipelineError, first_problem, found_version, require_names
+from efficientnet.errors import PipelineError, first_problem, require_names, require_version
 from efficientnet.images.preprocess import PreprocessSpec, require_sha256
 from efficientnet.machine.atomic import (
     dangling_link_hint,
@@ -147,12 +147,8 @@ def _read(directory: Path) -> tuple[CheckpointRecord, bytes]:
             f"{dangling_link_hint(directory)}"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
-    version = found_version(text)
-    if version is not None and version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}; "
-            "train again, or use the version of the project that wrote it"
-        )
+    advice = "train again, or use the version of the project that wrote it"
+    require_version(text, FORMAT_VERSION, path, advice, CheckpointError)
     try:
         record = CheckpointRecord.model_validate_json(text)
     except ValidationError as error:

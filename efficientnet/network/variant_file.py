@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from efficientnet.errors import PipelineError, first_problem, found_version
+from efficientnet.errors import PipelineError, first_problem, require_version
 from efficientnet.machine.atomic import write_text
 from efficientnet.network.variants import VariantSpec, require_own_name
 
@@ -38,16 +38,11 @@ def read_variant_file(path: Path) -> VariantSpec:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {path}; expected a table of stages, such as the found.json that "
-            "'python training/search.py' writes"
+            f"there is no file {path}; expected a table of stages as JSON (docs/training.md)"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
-    version = found_version(text)
-    if version is not None and version != FORMAT_VERSION:
-        raise VariantFileError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}; use the "
-            "version of the project that wrote it"
-        )
+    advice = "use the version of the project that wrote it"
+    require_version(text, FORMAT_VERSION, path, advice, VariantFileError)
     try:
         spec = VariantFile.model_validate_json(text).variant
         if spec.published is not None:

@@ -31,6 +31,7 @@ class TorchRuntime:
         return self._model(batch).numpy()
 
 
+@flushed_denormals()  # torch's threads may be started here, and keep their arithmetic
 def open_directory(directory: Path, num_threads: int) -> TorchRuntime:
     """Open a checkpoint; sets the number of threads of the whole process."""
     torch.set_num_threads(num_threads)

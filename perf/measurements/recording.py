@@ -75,7 +75,7 @@ def make_record(
         stdev_ms=summary.stdev_ms,
         min_ms=summary.min_ms,
         max_ms=summary.max_ms,
-        turn_p50_ms=measured.turn_medians_ms,
+        turn_p50_ms=tuple(turn.median_ms for turn in measured.turns),
         samples_ms=kept,
         throughput_images_per_s=measured.images_per_s,
         peak_device_memory_bytes=None,

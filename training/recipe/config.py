@@ -55,7 +55,6 @@ class ProgressiveConfig:
     order of the stages drawn by the seed (what the paper compares with)."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.num_stages < 1:
             raise ValueError(f"num_stages is {self.num_stages}, expected at least 1")
         if min(self.image_size) < 16 or max(self.image_size) > MAX_TRAIN_IMAGE_SIZE:
@@ -97,7 +96,6 @@ class OptimizerConfig:
     """Moving average of weights and batch norm statistics; the average is what is deployed."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, expected more than 0")
         if not 0 <= self.ema_decay < 1:
@@ -244,7 +242,6 @@ class TrainConfig:
     on with, so that the same command can be started again."""
 
     def __post_init__(self) -> None:
-        """Check what does not depend on the data."""
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("epochs and batch_size must be at least 1")
         if self.steps is not None and self.steps < 1:
