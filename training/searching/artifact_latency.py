@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,11 +14,11 @@ from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
 from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.machine.environment import current_environment, num_usable_cores
-from efficientnet.measuring.contender import Worker
-from efficientnet.measuring.inputs import Inputs, prepare_inputs
-from efficientnet.measuring.progress import Progress
-from efficientnet.measuring.turns import Job, TimeBudget, measure_in_turns
+from efficientnet.measuring.clock import Call
+from efficientnet.measuring.inputs import Inputs, map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.turns import TimeBudget, measure_calls
 from efficientnet.network.variants import VARIANTS, VariantSpec
+from efficientnet.runtimes import open_runtime
 from training.recipe.config import config_to_json
 from training.searching.experiment import Experiment, train_to_end
 from training.searching.reward import Ratio
@@ -121,19 +121,15 @@ class ArtifactBench:
 
 
 def _in_turns(artifact: Path, reference: Path, inputs: Inputs, num_turns: int) -> Ratio:
+    descriptor, size = inputs.file.fileno(), inputs.image_size
+    paths = {"network": artifact, "reference": reference}
+    openers = {name: partial(_open_call, path, descriptor, size) for name, path in paths.items()}
     budget = TimeBudget(SECONDS_OF_ALL_TURNS, num_turns)
-    threads = num_usable_cores()
-    workers = [
-        Worker("network", artifact, threads, inputs),
-        Worker("reference", reference, threads, inputs),
-    ]
-    try:
-        for worker in workers:
-            worker.receive()
-        with Progress(2 * budget.planned_s) as progress:
-            jobs = [Job(worker, 1, budget) for worker in workers]
-            own, other = measure_in_turns(jobs, "latency", progress)
-    finally:
-        for worker in workers:
-            worker.stop()
-    return ratio_of(own.turn_medians_ms, other.turn_medians_ms)
+    turns = measure_calls(openers, budget, (descriptor,))
+    return ratio_of(turns["network"], turns["reference"])
+
+
+def _open_call(artifact: Path, descriptor: int, image_size: int) -> Call:
+    infer = open_runtime(artifact, num_usable_cores()).infer
+    batches = rotate(map_inputs(descriptor, image_size), 1)
+    return lambda: infer(next(batches))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optuna import Study
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
@@ -225,7 +225,9 @@ def importances(space: SearchSpace, whole: Sequence[TrialRecord]) -> dict[str, f
     rewards = {trial.reward for trial in whole}
     if len(whole) < MIN_TRIALS_FOR_IMPORTANCE or len(rewards) == 1:
         return {}
-    distributions = {name: CategoricalDistribution(c) for name, c in space.parameters.items()}
+    distributions: dict[str, BaseDistribution] = {
+        name: CategoricalDistribution(choices) for name, choices in space.parameters.items()
+    }
     study = optuna.create_study(direction="maximize")
     for trial in whole:
         study.add_trial(

@@ -7,12 +7,13 @@ both slower; each turn of the one is compared with the turn of the other beside 
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 
 import torch
 
-from efficientnet.measuring.clock import Clock, measure_turn
+from efficientnet.measuring.clock import Call, Clock, measure_turn
+from efficientnet.measuring.turns import take_turns, turn_ratios
 from efficientnet.network.variants import NetworkOptions
 from training.batches.loader import Batch
 from training.learning.distributed import Ranks
@@ -27,12 +28,10 @@ LEARNING_RATE = 1e-6
 
 NUM_WARM_UP_STEPS = 2
 
-Step = Callable[[], object]
-
 
 def synthetic_step(
     config: TrainConfig, network: NetworkOptions, num_classes: int, device: torch.device
-) -> Step:
+) -> Call:
     """Build the step that training takes, fed with the same random pixels again and again.
 
     It returns when the device is done.
@@ -61,8 +60,8 @@ def synthetic_step(
 
 
 def step_ratio(
-    step: Step,
-    reference: Step,
+    step: Call,
+    reference: Call,
     num_turns: int,
     seconds: float,
     clock: Clock = time.perf_counter_ns,
@@ -76,26 +75,19 @@ def step_ratio(
         seconds: length of a turn, which its last step may exceed.
         clock: nanoseconds.
     """
-    for call in (reference, step):
+    calls = {"reference": reference, "network": step}
+    for call in calls.values():
         for _ in range(NUM_WARM_UP_STEPS):
             call()
-    own: list[float] = []
-    others: list[float] = []
-    for number in range(num_turns):
-        # There and back: a machine that gets slower or faster meanwhile favors nobody.
-        pair = ((reference, others), (step, own))
-        for call, medians in pair if number % 2 == 0 else reversed(pair):
-            medians.append(statistics.median(measure_turn(call, clock, seconds).samples_ms))
-    return ratio_of(own, others)
+    turns = take_turns(
+        calls, num_turns, lambda name, _: measure_turn(calls[name], clock, seconds).median_ms
+    )
+    return ratio_of(turns["network"], turns["reference"])
 
 
 def ratio_of(own_ms: Sequence[float], reference_ms: Sequence[float]) -> Ratio:
-    """Compare turn with turn: the median ratio, and the standard error of their logarithms."""
-    logs = [math.log(a / b) for a, b in zip(own_ms, reference_ms, strict=True)]
-    noise = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-    return Ratio(
-        math.exp(statistics.median(logs)),
-        noise,
-        statistics.median(own_ms),
-        statistics.median(reference_ms),
-    )
+    """Compare turn with turn: the median of their ratios, and its standard error."""
+    ratios = turn_ratios(own_ms, reference_ms)
+    value = statistics.median(ratios)
+    noise = statistics.stdev(ratios) / value / math.sqrt(len(ratios)) if len(ratios) > 1 else 0.0
+    return Ratio(value, noise, statistics.median(own_ms), statistics.median(reference_ms))

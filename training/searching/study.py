@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 from optuna import Study
 from optuna.pruners import MedianPruner, NopPruner
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from efficientnet.errors import PipelineError
@@ -80,9 +81,9 @@ def open_study(config: SearchConfig, storage: PatientStorage, setting: Mapping[s
         SearchError: a study of this name was made for another space, other data or another reward.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = ["maximize"]
+    directions = [StudyDirection.MAXIMIZE]
     if config.pareto:
-        directions += ["minimize"] * (3 if config.target_artifact else 2)
+        directions += [StudyDirection.MINIMIZE] * (3 if config.target_artifact else 2)
     may_prune = config.prune and not config.pareto
     study = optuna.create_study(
         study_name=config.title,

@@ -21,6 +21,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.clock import Call
 from efficientnet.network.cost import network_cost
 from efficientnet.network.variants import VariantSpec
 from efficientnet.reporting.tables import format_percent
@@ -31,7 +32,7 @@ from training.searching.experiment import DivergedError, Experiment, train
 from training.searching.reward import Exponents, Ratio
 from training.searching.search_config import SearchConfig
 from training.searching.space import SearchSpace
-from training.searching.step_time import Step, step_ratio, synthetic_step
+from training.searching.step_time import step_ratio, synthetic_step
 from training.searching.storage import PatientStorage, signs_of_life
 from training.searching.study import (
     FAILURE,
@@ -79,7 +80,7 @@ class Worker:
     """Of the exported networks; None = they are not exported."""
 
     @cached_property
-    def _reference_step(self) -> Step:
+    def _reference_step(self) -> Call:
         experiment = self.experiment
         return synthetic_step(
             experiment.config_for(self.space.backbone),
