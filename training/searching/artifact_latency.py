@@ -4,9 +4,12 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
@@ -30,6 +33,8 @@ LOG_LINES = 5
 SECONDS_OF_ALL_TURNS = 2.0
 QUANTIZED = ("int8", "fp8")
 
+REFERENCE, ARTIFACT = "reference", "artifact"
+
 log = logging.getLogger(__name__)
 
 
@@ -43,25 +48,23 @@ class ArtifactBench:
 
     config: SearchConfig
     experiment: Experiment
-    reference: VariantSpec
     folder: Path
+    """Of this process alone: several workers of one machine have one folder of results."""
 
-    @cached_property
-    def reference_artifact(self) -> Path:
-        """The reference, trained as all others are, and exported.
+    def export_reference(self, spec: VariantSpec) -> None:
+        """Train the reference as all others are, and export it.
 
         Raises:
             SearchError: this machine cannot export to the target.
         """
-        log.info("training and exporting the reference %s", self.reference.name)
-        seed = self.experiment.base.seed
-        weights = train_to_end(self.experiment, self.reference, seed)[1].average.tensors
+        log.info("training and exporting the reference %s", spec.name)
+        _, state = train_to_end(self.experiment, spec, self.experiment.base.seed)
         try:
-            return self._export(self.reference, weights, "reference")
+            self._export(spec, state.average.tensors, REFERENCE)
         except ExportFailedError as error:
             raise SearchError(
-                f"--target-artifact {self.config.target_artifact}: the reference cannot be "
-                f"exported: {error}"
+                f"--target-artifact {self.config.target_artifact}: the reference {spec.name} "
+                f"cannot be exported: {error}; mend that, or give another target"
             ) from None
 
     def measure(self, spec: VariantSpec, weights: dict[str, Tensor], name: str) -> Ratio:
@@ -70,8 +73,8 @@ class ArtifactBench:
         Raises:
             ExportFailedError: the export refuses it.
         """
-        reference = self.reference_artifact
         artifact = self._export(spec, weights, name)
+        reference = self.folder / REFERENCE / ARTIFACT
         samples, preprocess = self.experiment.dataset.val, self.experiment.preprocess
         inputs = prepare_inputs(samples, preprocess, 1, self.config.seed)
         with inputs.file:
@@ -103,7 +106,7 @@ class ArtifactBench:
         save_checkpoint(folder / "checkpoint", weights, record, train_state=None)
         assert self.config.target_artifact is not None
         command, precision = target_of(self.config.target_artifact)
-        artifact = folder / "artifact"
+        artifact = folder / ARTIFACT
         words = [sys.executable, str(PROJECT_ROOT / "export" / command)]
         words += ["--checkpoint", str(folder / "checkpoint"), "--output", str(artifact)]
         words += ["--precision", precision]
@@ -118,6 +121,24 @@ class ArtifactBench:
             last = " ".join(done.stderr.strip().splitlines()[-LOG_LINES:])
             raise ExportFailedError(f"export/{command} ended with {done.returncode}: {last}")
         return artifact
+
+
+@contextmanager
+def open_bench(
+    config: SearchConfig, experiment: Experiment, reference: VariantSpec
+) -> Generator[ArtifactBench | None]:
+    """Export the reference; None without a target.
+
+    Raises:
+        SearchError: see ArtifactBench.export_reference.
+    """
+    if config.target_artifact is None:
+        yield None
+        return
+    with TemporaryDirectory(prefix="artifacts-", dir=config.directory) as folder:
+        bench = ArtifactBench(config, experiment, Path(folder))
+        bench.export_reference(reference)
+        yield bench
 
 
 def _in_turns(artifact: Path, reference: Path, inputs: Inputs, num_turns: int) -> Ratio:

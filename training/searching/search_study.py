@@ -7,7 +7,7 @@ from optuna.trial import TrialState
 
 from efficientnet.network.variant_file import write_variant_file
 from efficientnet.reporting.publishing import find_section
-from training.searching.artifact_latency import ArtifactBench
+from training.searching.artifact_latency import open_bench
 from training.searching.comparison import compare
 from training.searching.experiment import prepare
 from training.searching.search_config import SearchConfig
@@ -42,31 +42,32 @@ def main(config: SearchConfig) -> Path:
     )
     setting = setting_of(config, experiment, space)
     study = open_study(config, storage, setting)
-    bench = None
-    if config.target_artifact is not None:
-        folder = config.directory / "artifacts"
-        bench = ArtifactBench(config, experiment, space.backbone, folder)
-    worker = Worker(config, experiment, space, study, storage, bench)
-    known = sum(t.state == TrialState.COMPLETE for t in worker.trials())
+    config.directory.mkdir(parents=True, exist_ok=True)
+    with open_bench(config, experiment, space.backbone) as bench:
+        _search(Worker(config, experiment, space, study, storage, bench))
+    record = collect(config, study, space, len(experiment.held_out))
+    write_found(record, config.directory)
+    text = write_files(record, config.directory, "report", "search.json")
+    return publish(record, config.readme) if config.publish else text
+
+
+def _search(worker: Worker) -> None:
+    space = worker.space
     log.info(
         "study %s: %s choices around %s, %d networks known, on %s",
-        config.title,
+        worker.config.title,
         f"{space.num_choices:,}",
         space.backbone.name,
-        known,
-        experiment.ranks.describe(),
+        sum(t.state == TrialState.COMPLETE for t in worker.trials()),
+        worker.experiment.ranks.describe(),
     )
     worker.run()
     if worker.others_are_at_work():
         log.info(
             "other workers are still at work: the last one compares, and has all in its report"
         )
-    elif config.seeds:
+    else:
         compare(worker)
-    record = collect(config, study, space, len(experiment.held_out))
-    write_found(record, config.directory)
-    text = write_files(record, config.directory, "report", "search.json")
-    return publish(record, config.readme) if config.publish else text
 
 
 def write_found(record: SearchRecord, directory: Path) -> None:

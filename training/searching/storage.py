@@ -7,6 +7,7 @@ needs a disk of this machine; workers on several machines take PostgreSQL or MyS
 
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -34,6 +35,8 @@ from efficientnet.errors import PipelineError
 # Seconds without a sign of life after which a worker is dead, over those between two signs.
 GRACE = 6
 SECONDS_BETWEEN_TRIES = 2.0
+# Until all workers have noticed that the database answers again.
+RETURN_S = 3 * SECONDS_BETWEEN_TRIES
 # Workers that begin at the same moment all want to make the tables; one of them does.
 NUM_FIRST_TRIES = 10
 
@@ -46,14 +49,16 @@ WAITED_FOR = (
     "get_study_user_attrs",
     "get_study_system_attrs",
     "get_study_directions",
-    "create_new_trial",
-    "set_trial_param",
+    "create_new_study",
+    "get_study_id_from_name",
+    # These two are what Optuna's cache before the storage calls.
+    "_create_new_trial",
+    "_set_trial_param",
     "set_trial_state_values",
     "set_trial_intermediate_value",
     "set_trial_user_attr",
     "set_trial_system_attr",
     "get_trial",
-    "get_all_trials",
     "get_trial_id_from_study_id_trial_number",
     "_get_trials",
     "record_heartbeat",
@@ -76,6 +81,8 @@ class PatientStorage(RDBStorage):
         # Not through the constructor, which warns that they are experimental. Set, they make
         # _get_stale_trial_ids work.
         self.heartbeat_interval, self.grace_period = heartbeat, GRACE * heartbeat
+        self.back_since = -math.inf
+        """When, of time.monotonic, it answered again after it was away."""
 
     def get_heartbeat_interval(self) -> None:
         """Keep Optuna from giving signs of life itself: see signs_of_life."""
@@ -83,6 +90,9 @@ class PatientStorage(RDBStorage):
 
     def fail_stale_trials(self, study_id: int) -> None:
         """Give up the trials of workers that are dead: their networks count as not trained."""
+        assert self.heartbeat_interval is not None
+        if time.monotonic() - self.back_since < self.heartbeat_interval + RETURN_S:
+            return  # The living, too, could give no sign of life.
         for trial_id in self._get_stale_trial_ids(study_id):
             with suppress(UpdateFinishedTrialError):  # Another worker was faster.
                 self.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -111,7 +121,8 @@ def _waiting(method: Callable[..., Any]) -> Callable[..., Any]:
                 time.sleep(SECONDS_BETWEEN_TRIES)
                 continue
             if away_since is not None:
-                seconds = time.monotonic() - away_since
+                self.back_since = time.monotonic()
+                seconds = self.back_since - away_since
                 log.warning("the database answers again, after %.0f s", seconds)
             return answer
 
@@ -145,7 +156,13 @@ def open_storage(url: str | None, folder: Path, wait_s: float, heartbeat: int) -
     """
     options: dict[str, Any] = {"engine_kwargs": {"pool_pre_ping": True}}
     if url is None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"the study cannot be kept in {folder}: {error.strerror}; expected a folder that "
+                "may be written: choose another one with --output"
+            ) from None
         address = f"sqlite:///{folder / 'study.db'}"
         options["engine_kwargs"] = {"connect_args": {"timeout": 60}}
     else:
@@ -159,9 +176,14 @@ def open_storage(url: str | None, folder: Path, wait_s: float, heartbeat: int) -
             if is_race and number + 1 < NUM_FIRST_TRIES:
                 time.sleep(0.2 * (number + 1))
                 continue
+            expected = (
+                "a disk of this machine that may be written: choose another folder with --output"
+                if url is None
+                else "a database that is there, runs, and may be written, as "
+                "postgresql://USER@HOST/DATABASE"
+            )
             raise StorageError(
-                f"{_shown(address)} cannot be used: {_reason(error)}; expected a database that is "
-                "there, runs, and may be written, as postgresql://USER@HOST/DATABASE"
+                f"{_shown(address)} cannot be used: {_reason(error)}; expected {expected}"
             ) from None
         except ImportError as error:
             raise StorageError(
