@@ -10,17 +10,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import optuna
 import psycopg
 import pytest
-import sqlalchemy
 from facts import raises_naming
 from optuna.trial import TrialState
 from processes import wait_until
 from searches import FOUR_NETWORKS, brief, searched, worker_of
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from training.searching import storage, worker
 from training.searching.experiment import DivergedError
@@ -32,7 +32,7 @@ from training.searching.worker import Worker
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def begin_elsewhere(one: Worker, **chosen: object) -> dict[str, object]:
+def begin_elsewhere(one: Worker, **chosen: object) -> dict[str, Any]:
     """Begin a trial as another worker would, and give one sign of life of it."""
     first = {name: choices[0] for name, choices in one.space.parameters.items()}
     one.study.enqueue_trial(first | chosen)
@@ -131,7 +131,17 @@ def test_a_worker_that_died_before_it_said_its_network_is_not_waited_for_without
     assert one.trials()[0].state == TrialState.FAIL
 
 
-def test_a_database_that_goes_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "lost",
+    [
+        OperationalError("x", {}, Exception("server closed the connection")),
+        # What a second query within a session that lost its connection gives.
+        PendingRollbackError("server closed the connection"),
+    ],
+)
+def test_a_database_that_goes_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: Exception
+):
     monkeypatch.setattr(storage, "SECONDS_BETWEEN_TRIES", 0.01)
     opened = open_storage(None, tmp_path, 5, 20)
     study = optuna.create_study(storage=opened)
@@ -141,9 +151,9 @@ def test_a_database_that_goes_away_is_waited_for(tmp_path: Path, monkeypatch: py
         nonlocal num_lost
         if num_lost < 3:
             num_lost += 1
-            raise OperationalError("x", {}, Exception("server closed the connection"))
+            raise lost
 
-    sqlalchemy.event.listen(opened.engine, "before_cursor_execute", lose)
+    event.listen(opened.engine, "before_cursor_execute", lose)
     # Everything that a trial tells, each with a database that is away at first.
     trial = study.ask()
     for tell in (

@@ -26,6 +26,7 @@ from sqlalchemy.exc import (
     InterfaceError,
     NoSuchModuleError,
     OperationalError,
+    PendingRollbackError,
     ProgrammingError,
     SQLAlchemyError,
 )
@@ -137,7 +138,8 @@ def _is_away(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if isinstance(cause, DBAPIError) and cause.connection_invalidated:
         return True
-    return isinstance(cause, OperationalError | InterfaceError)
+    # The last: Optuna asks in another way, in the same session, when the first one has failed.
+    return isinstance(cause, OperationalError | InterfaceError | PendingRollbackError)
 
 
 def _reason(error: BaseException) -> str:
