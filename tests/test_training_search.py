@@ -69,7 +69,7 @@ def test_an_empty_or_contradictory_space_is_refused(
     changes: dict[str, object], facts: tuple[object, ...]
 ):
     with raises_naming(ValueError, *facts):
-        SearchConfig(name="x", **changes).space()  # type: ignore[arg-type]
+        SearchConfig(name="x", **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

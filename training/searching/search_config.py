@@ -5,6 +5,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
+from efficientnet.errors import first_problem
 from efficientnet.images.datasets import data_name
 from efficientnet.network.scaling import V1_MIN_KEPT_CHANNELS
 from efficientnet.network.variant_file import read_variant_file
@@ -160,6 +163,8 @@ class SearchConfig:
             raise ValueError(f"name is {self.title!r}, expected a file name's part; give --name")
         for name in self.rivals:
             get_variant(name)
+        if self.record is None:
+            self.space()
         if self.target_artifact is not None:
             target_of(self.target_artifact)
         if self.record is not None:
@@ -211,13 +216,17 @@ class SearchConfig:
         Raises:
             ValueError: see reference; or there is nothing to choose from.
         """
-        return SearchSpace(
-            backbone=self.reference(),
-            operators=self.operators,
-            kernel_sizes=self.kernel_sizes,
-            expand_ratios=self.expand_ratios,
-            layer_changes=self.layer_changes,
-        )
+        backbone = self.reference()
+        try:
+            return SearchSpace(
+                backbone=backbone,
+                operators=self.operators,
+                kernel_sizes=self.kernel_sizes,
+                expand_ratios=self.expand_ratios,
+                layer_changes=self.layer_changes,
+            )
+        except ValidationError as error:
+            raise ValueError(f"the space cannot be searched: {first_problem(error)}") from None
 
 
 def _named(spec: VariantSpec, name: str) -> VariantSpec:

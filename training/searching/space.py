@@ -46,7 +46,7 @@ class SearchSpace(BaseModel):
             for expand_ratio in self.expand_ratios:
                 StageSpec("fused_mbconv", 1, 8, 1, expand_ratio, kernel_size)  # its limits
         if self.num_choices == 1:
-            raise ValueError("the space has one network only: give more than one choice")
+            raise ValueError("it has one network only: give more than one choice")
         return self
 
     @cached_property
