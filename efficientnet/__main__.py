@@ -4,6 +4,7 @@ python -m efficientnet
 python -m efficientnet --layers v2-s
 python -m efficientnet --layers b0 --image-size 320
 python -m efficientnet --variant-file FOUND.json
+python -m efficientnet --variant-file FOUND.json --phi 2 --save LARGER.json
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,16 @@ from pathlib import Path
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.network.cost import Cost, layer_costs, network_cost, total_cost
-from efficientnet.network.variant_file import read_variant_file
-from efficientnet.network.variants import VARIANTS, PublishedResult, VariantSpec, get_variant
+from efficientnet.network.scaling import compound_scale
+from efficientnet.network.variant_file import read_variant_file, write_variant_file
+from efficientnet.network.variants import (
+    VARIANTS,
+    PublishedResult,
+    ScalingRule,
+    VariantSpec,
+    get_variant,
+    scale_up,
+)
 from efficientnet.reporting.tables import NOTHING, Table, format_percent
 
 
@@ -28,6 +37,16 @@ class FamilyConfig:
     variant_file: Path | None = None
     """A table of stages of one's own, to print stage by stage."""
 
+    phi: float | None = None
+    """Make it larger: 2^phi times its cost, about."""
+
+    rule: ScalingRule = "v2"
+    """v2: evaluation at 480 px at most, and more layers in the late stages instead. v1: all alike.
+    With --phi."""
+
+    save: Path | None = None
+    """Write the larger one as a variant file."""
+
     image_size: int | None = None
     """Pixels at which costs are counted; None = each variant's eval size."""
 
@@ -36,6 +55,10 @@ class FamilyConfig:
             raise ValueError(f"--image-size is {self.image_size}, expected at least 1 pixel")
         if self.layers is not None and self.variant_file is not None:
             raise ValueError("--layers and --variant-file are given: give one of the two")
+        if self.phi is not None and self.layers is None and self.variant_file is None:
+            raise ValueError("--phi is given: say of which network, by --layers or --variant-file")
+        if self.save is not None and self.phi is None:
+            raise ValueError("--save writes what --phi makes: give that, too")
 
 
 def main(config: FamilyConfig) -> str:
@@ -46,6 +69,13 @@ def main(config: FamilyConfig) -> str:
         spec = get_variant(config.layers)
     else:
         return family_table(config.image_size)
+    if config.phi is not None:
+        name = f"{spec.name}-phi-{config.phi:g}"
+        scale = compound_scale(config.phi)
+        origin = {"scaled from": spec.name, "phi": config.phi, "rule": config.rule}
+        spec = scale_up(spec, scale, config.rule, name)
+        if config.save is not None:
+            write_variant_file(config.save, spec, origin)
     return stage_table(spec, config.image_size or spec.eval_image_size)
 
 

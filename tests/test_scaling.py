@@ -3,14 +3,16 @@ import math
 import pytest
 from facts import raises_naming
 
+from efficientnet.network.cost import network_cost
 from efficientnet.network.scaling import (
     CompoundCoefficients,
+    CompoundScale,
     compound_scale,
     fit_compound_coefficients,
     scale_channels,
     scale_layers,
 )
-from efficientnet.network.variants import VARIANTS, scale_variant
+from efficientnet.network.variants import VARIANTS, scale_up, scale_variant
 
 
 def test_phi_multiplies_depth_width_and_resolution_by_the_papers_coefficients():
@@ -111,3 +113,40 @@ def test_scaled_variants_have_the_printed_channels_and_layers(name, channels, la
 def test_train_sizes_of_v1_are_four_fifths_of_the_eval_size_in_sixteens():
     sizes = [VARIANTS[f"b{i}"].train_image_size for i in range(8)]
     assert sizes == [176, 192, 208, 240, 304, 352, 416, 480]
+
+
+# The released code calls S the base at width 1.4 and depth 1.8, M at 1.6 and 2.2, L at 2.0 and 3.1:
+# V1's B4, B5 and B7, whose images have 380, 456 and 600 pixels.
+M_OVER_S = CompoundScale(2.2 / 1.8, 1.6 / 1.4, 456 / 380)
+L_OVER_S = CompoundScale(3.1 / 1.8, 2.0 / 1.4, 600 / 380)
+
+
+# Parameters and multiply-adds over those of the published network: the figures of docs/training.md.
+@pytest.mark.parametrize(
+    ("scale", "rule", "target", "size", "layers", "parameters", "multiply_adds"),
+    [
+        (M_OVER_S, "v1", "v2-m", 461, (3, 5, 5, 8, 11, 19), 0.65, 0.88),
+        (M_OVER_S, "v2", "v2-m", 461, (3, 5, 5, 8, 11, 19), 0.65, 0.84),
+        (L_OVER_S, "v1", "v2-l", 606, (4, 7, 7, 11, 16, 26), 0.63, 1.43),
+        (L_OVER_S, "v2", "v2-l", 480, (4, 7, 7, 11, 25, 42), 0.97, 1.09),
+    ],
+)
+def test_scaled_from_s_the_networks_come_near_m_and_l(
+    scale, rule, target, size, layers, parameters, multiply_adds
+):
+    spec, goal = scale_up(VARIANTS["v2-s"], scale, rule, "scaled"), VARIANTS[target]
+    assert spec.eval_image_size == size
+    assert tuple(stage.num_layers for stage in spec.stages) == layers
+    cost = network_cost(spec, spec.eval_image_size)
+    other = network_cost(goal, goal.eval_image_size)
+    assert cost.num_parameters / other.num_parameters == pytest.approx(parameters, abs=0.005)
+    assert cost.multiply_adds / other.multiply_adds == pytest.approx(multiply_adds, abs=0.005)
+
+
+def test_v2s_rule_keeps_the_head_and_v1s_scales_it():
+    base = VARIANTS["v2-s"]
+    v1, v2 = (scale_up(base, L_OVER_S, rule, "scaled") for rule in ("v1", "v2"))
+    assert (v1.head_channels, v2.head_channels) == (1832, 1280)
+    assert v2.train_image_size == 384
+    # An image that is larger already stays so.
+    assert scale_up(VARIANTS["v2-xl"], compound_scale(1), "v2", "x").eval_image_size == 512

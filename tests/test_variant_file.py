@@ -13,12 +13,13 @@ from efficientnet.formats.artifact import read_artifact
 from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from efficientnet.measuring.programs import read_program
 from efficientnet.network.cost import network_cost
+from efficientnet.network.scaling import compound_scale
 from efficientnet.network.variant_file import (
     VariantFileError,
     read_variant_file,
     write_variant_file,
 )
-from efficientnet.network.variants import VARIANTS, StageSpec, VariantSpec
+from efficientnet.network.variants import VARIANTS, StageSpec, VariantSpec, scale_up
 from efficientnet.runtimes import open_runtime
 from export import ort
 from export.inputs.config import ExportConfig
@@ -174,6 +175,17 @@ def test_the_family_command_shows_a_file(file: Path):
     total = network_cost(FOUND, FOUND.eval_image_size)
     assert f"{total.num_parameters:,}" in done.stdout
     assert "found-1 at 32 px" in done.stdout
+
+
+def test_the_family_command_writes_a_larger_one(file: Path, tmp_path: Path):
+    larger = tmp_path / "larger.json"
+    words = ["--variant-file", str(file), "--phi", "2", "--save", str(larger)]
+    subprocess.run(
+        [sys.executable, "-m", "efficientnet", *words], cwd=ROOT, capture_output=True, check=True
+    )
+    spec = read_variant_file(larger)
+    assert (spec.name, spec.eval_image_size) == ("found-1-phi-2", round(32 * 1.15**2))
+    assert spec == scale_up(FOUND, compound_scale(2), "v2", spec.name)
 
 
 def test_a_variant_of_ones_own_is_not_called_like_a_built_in_one():

@@ -64,19 +64,21 @@ def take_turns(
 
 
 def measure_calls(
-    openers: Mapping[str, Callable[[], Call]], budget: TimeBudget
+    openers: Mapping[str, Callable[[], Call]], budget: TimeBudget, descriptors: Sequence[int] = ()
 ) -> dict[str, tuple[float, ...]]:
     """Let calls take turns, each in a process of its own; return each turn's median in ms.
 
     Args:
         openers: what makes a call in its process, by name; are pickled.
         budget: of each.
+        descriptors: of open files that the openers need.
 
     Raises:
         ContenderError: a process failed.
     """
     contenders = {
-        name: Contender(name, partial(_timed, opener)) for name, opener in openers.items()
+        name: Contender(name, partial(_timed, opener), descriptors)
+        for name, opener in openers.items()
     }
     with running(list(contenders.values())):
         for contender in contenders.values():

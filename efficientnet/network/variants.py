@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from efficientnet.network.scaling import (
     V1_MIN_KEPT_CHANNELS,
     V2_MIN_KEPT_CHANNELS,
+    CompoundScale,
     scale_channels,
     scale_layers,
 )
@@ -23,6 +24,11 @@ from efficientnet.network.scaling import (
 Operator = Literal["mbconv", "fused_mbconv"]
 Padding = Literal["same", "symmetric"]
 Activation = Literal["silu", "relu6"]
+ScalingRule = Literal["v1", "v2"]
+
+# Of V2's rule: evaluation no larger, pixels; and the stages that get the layers instead (5 and 6 of
+# V2-S).
+MAX_SCALED_IMAGE_SIZE, NUM_LATE_STAGES = 480, 2
 
 
 class NetworkOptions(BaseModel):
@@ -194,6 +200,46 @@ def scale_variant(base: VariantSpec, width: float, depth: float, min_kept: float
         scaled,
         stem_channels=channels(base.stem_channels),
         head_channels=channels(base.head_channels),
+    )
+
+
+def scale_up(base: VariantSpec, scale: CompoundScale, rule: ScalingRule, name: str) -> VariantSpec:
+    """Make a larger network of `base`, its image sizes included.
+
+    v1: stem, stages, head and image grow together (Tan and Le 2019, section 3.3). v2 (Tan and Le
+    2021, section 3.3): the head stays, the evaluation's size stops at 480 px, and more layers go
+    into the late stages; how many, the paper does not say: here as many as make up for the pixels
+    that the cap takes away, in the last two stages.
+
+    Args:
+        base: network to scale.
+        scale: multipliers of layers, channels and image.
+        rule: which of both.
+        name: of the result.
+    """
+    wanted = round(base.eval_image_size * scale.resolution)
+    if rule == "v1":
+        size, late_depth = wanted, scale.depth
+        scaled = scale_variant(base, scale.width, scale.depth, V1_MIN_KEPT_CHANNELS)
+    else:
+        size = min(wanted, max(MAX_SCALED_IMAGE_SIZE, base.eval_image_size))
+        late_depth = scale.depth * (wanted / size) ** 2
+        scaled = scale_variant(base, scale.width, scale.depth, V2_MIN_KEPT_CHANNELS)
+        scaled = replace(scaled, head_channels=base.head_channels)
+    first_late = len(base.stages) - NUM_LATE_STAGES
+    stages = tuple(
+        replace(stage, num_layers=scale_layers(own.num_layers, late_depth))
+        if rule == "v2" and index >= first_late
+        else stage
+        for index, (stage, own) in enumerate(zip(scaled.stages, base.stages, strict=True))
+    )
+    return replace(
+        scaled,
+        name=name,
+        stages=stages,
+        train_image_size=max(16, size * 4 // 5 // 16 * 16),
+        eval_image_size=size,
+        published=None,
     )
 
 

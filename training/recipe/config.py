@@ -242,8 +242,9 @@ class TrainConfig:
     on with, so that the same command can be started again."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError("epochs and batch_size must be at least 1")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps is {self.steps}, expected at least 1")
         for name in ("label_smoothing", "stochastic_depth_rate", "batch_norm_momentum"):

@@ -1,0 +1,324 @@
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, LiteralString
+
+import optuna
+import psycopg
+import pytest
+from facts import raises_naming
+from optuna.trial import TrialState
+from processes import wait_until
+from searches import FOUR_NETWORKS, brief, searched, worker_of
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError, PendingRollbackError
+
+from training.searching import storage, worker
+from training.searching.experiment import DivergedError
+from training.searching.search_record import read_record
+from training.searching.storage import StorageError, open_storage
+from training.searching.study import NETWORK, TWIN, SearchError
+from training.searching.worker import Worker
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def begin_elsewhere(one: Worker, **chosen: object) -> dict[str, Any]:
+    """Begin a trial as another worker would, and give one sign of life of it."""
+    first = {name: choices[0] for name, choices in one.space.parameters.items()}
+    one.study.enqueue_trial(first | chosen)
+    other = one.study.ask()
+    taken = {n: other.suggest_categorical(n, c) for n, c in one.space.parameters.items()}
+    other.set_user_attr(NETWORK, one.space.network(taken).name)
+    one.storage.record_heartbeat(other._trial_id)
+    return taken
+
+
+def test_an_error_of_ours_is_not_taken_for_a_failed_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object) -> object:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(worker, "train", broken)
+    config = brief(tmp_path, trials=1)
+    with raises_naming(RuntimeError, "a bug"):
+        searched(config)
+    monkeypatch.undo()
+    assert [trial.outcome for trial in searched(config).trials] == ["cut short", "whole"]
+
+
+def test_an_interrupted_network_counts_as_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*_: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "train", interrupted)
+    config = brief(tmp_path, trials=1)
+    with raises_naming(KeyboardInterrupt, "trial 0", "not trained", "the same command"):
+        searched(config)
+    monkeypatch.undo()
+    assert [trial.outcome for trial in searched(config).trials] == ["cut short", "whole"]
+
+
+def test_many_failures_in_a_row_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def diverging(*_: object) -> object:
+        raise DivergedError("the loss is nan")
+
+    monkeypatch.setattr(worker, "train", diverging)
+    monkeypatch.setattr(worker, "MAX_FAILURES_IN_A_ROW", 3)
+    with raises_naming(SearchError, "3 networks in a row", "the loss is nan"):
+        searched(brief(tmp_path, trials=50))
+
+
+def test_a_study_of_another_space_or_data_is_refused_and_the_difference_named(tmp_path: Path):
+    config = brief(tmp_path, trials=0)
+    worker_of(config)
+    for changes, facts in (
+        ({"kernel_sizes": (3,)}, ("kernel_sizes [3, 5] and now [3]",)),
+        ({"w": 0.0}, ("w -0.07 and now 0.0",)),
+        ({"backbone": "b0"}, ("backbone", "two and now b0")),
+        ({"minival": 0.3}, ("minival 0.05 and now 0.3", "train images")),
+        ({"target_artifact": "ort"}, ('target_artifact null and now "ort"',)),
+    ):
+        with raises_naming(SearchError, *facts, "brief", "another --name"):
+            worker_of(replace(config, **changes))
+    worker_of(replace(config, trials=9, hours=1.0, sampler="random", turns=3))
+
+
+def test_two_workers_never_train_the_same_network(tmp_path: Path):
+    one = worker_of(brief(tmp_path, **FOUR_NETWORKS))
+    # The other one has chosen every network that there is and still trains them.
+    for first in (1, 4):
+        for second in (1, 4):
+            begin_elsewhere(one, **{"stage1.expand_ratio": first, "stage2.expand_ratio": second})
+    told = one._one_trial()
+    assert told is not None
+    assert told.state == TrialState.FAIL and TWIN in told.user_attrs
+    assert one.others_are_at_work()
+
+
+def test_a_dead_workers_network_is_trained_by_the_next(tmp_path: Path):
+    one = worker_of(brief(tmp_path, **FOUR_NETWORKS, trials=1, heartbeat=1))
+    chosen = begin_elsewhere(one)
+    assert one.others_are_at_work()
+    one.storage.grace_period = 1
+    assert wait_until(lambda: not one.others_are_at_work(), 10)
+    one.study.enqueue_trial(chosen)
+    one.run()
+    assert [t.state for t in one.trials()] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert one.trials()[0].user_attrs[NETWORK] == one.trials()[1].user_attrs[NETWORK]
+
+
+def test_a_worker_that_died_before_it_said_its_network_is_not_waited_for_without_end(
+    tmp_path: Path,
+):
+    one = worker_of(brief(tmp_path, **FOUR_NETWORKS, trials=1, heartbeat=1))
+    one.study.ask()  # and no more was heard of it
+    one.storage.grace_period = 1
+    told = one._one_trial()
+    assert told is not None and told.state == TrialState.COMPLETE
+    assert one.trials()[0].state == TrialState.FAIL
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        OperationalError("x", {}, Exception("server closed the connection")),
+        # What a second query within a session that lost its connection gives.
+        PendingRollbackError("server closed the connection"),
+    ],
+)
+def test_a_database_that_goes_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: Exception
+):
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN_TRIES", 0.01)
+    opened = open_storage(None, tmp_path, 5, 20)
+    study = optuna.create_study(storage=opened)
+    num_lost = 0
+
+    def lose(*_: object) -> None:
+        nonlocal num_lost
+        if num_lost < 3:
+            num_lost += 1
+            raise lost
+
+    event.listen(opened.engine, "before_cursor_execute", lose)
+    # Everything that a trial tells, each with a database that is away at first.
+    trial = study.ask()
+    for tell in (
+        lambda: trial.suggest_categorical("a", [1, 2]),
+        lambda: trial.set_user_attr("network", "x"),
+        lambda: trial.report(0.5, 1),
+        lambda: opened.record_heartbeat(trial._trial_id),
+        lambda: opened._get_stale_trial_ids(study._study_id),
+        lambda: study.get_trials(),
+        lambda: study.user_attrs,
+        lambda: study.set_user_attr("x", 1),
+        lambda: opened.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [0.5]),
+    ):
+        assert num_lost == 3
+        num_lost = 0
+        tell()
+    num_lost, opened.wait_s = -(10**9), 0.05
+    with raises_naming(StorageError, "server closed the connection", "the same command"):
+        study.ask()
+
+
+def test_an_error_that_waiting_does_not_mend_is_raised_at_once(tmp_path: Path):
+    opened = open_storage(None, tmp_path, 5, 20)
+    with pytest.raises(KeyError):
+        opened.get_trial(99)
+
+
+EXPECTED = "postgresql://USER@HOST/DATABASE"
+
+
+@pytest.mark.parametrize(
+    ("url", "facts"),
+    [
+        ("postgresql://nobody@127.0.0.1:1/none", ("127.0.0.1:1/none", EXPECTED)),
+        ("oracel://x/y", ("oracel://x/y", EXPECTED)),
+        ("runs/study.db", ("runs/study.db", EXPECTED)),
+        ("postgresql://me:secret@127.0.0.1:1/none", ("me:***@127.0.0.1", EXPECTED)),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told_at_once_without_its_password(
+    tmp_path: Path, url: str, facts: tuple[str, ...]
+):
+    with raises_naming(StorageError, *facts) as refused:
+        open_storage(url, tmp_path, 60, 20)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with raises_naming(StorageError, tmp_path / "file", "--output"):
+        open_storage(None, tmp_path / "file", 60, 20)
+
+
+def server_programs() -> Path | None:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return found[-1].parent if found else None
+
+
+@pytest.fixture(name="server")
+def _server() -> Iterator["Server"]:
+    programs = server_programs()
+    if programs is None or shutil.which("setpriv") is None:
+        pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
+    # Not in tmp_path, which another user, as whom it must run, may not look into.
+    folder = Path(tempfile.mkdtemp(prefix="search-server-"))
+    try:
+        server = Server(programs, folder)
+        server.start()
+        yield server
+        server.stop()
+    finally:
+        shutil.rmtree(folder)
+
+
+class Server:
+    """A PostgreSQL of this test's own, on loopback."""
+
+    def __init__(self, programs: Path, folder: Path) -> None:
+        self._programs, self._folder = programs, folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._as_user: list[str] = []
+        if os.getuid() == 0:  # It refuses to run as root.
+            user = pwd.getpwnam("postgres")
+            os.chown(folder, user.pw_uid, user.pw_gid)
+            ids = ["--reuid", str(user.pw_uid), "--regid", str(user.pw_gid), "--clear-groups"]
+            self._as_user = ["setpriv", *ids]
+        self._run("initdb", "-D", folder / "data", "-U", "tester", "--auth", "trust", "-N")
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://tester@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self._folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        log = self._folder / "log"
+        self._run("pg_ctl", "start", "-w", "-D", self._folder / "data", "-l", log, "-o", options)
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", self._folder / "data")
+
+    def _run(self, program: str, *arguments: object) -> None:
+        words = [*self._as_user, str(self._programs / program), *map(str, arguments)]
+        subprocess.run(
+            words, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, cwd="/"
+        )
+
+    def numbers(self, query: LiteralString) -> list[int]:
+        with psycopg.connect(self.url) as connection:
+            return [row[0] for row in connection.execute(query).fetchall()]
+
+
+@pytest.mark.slow
+def test_four_workers_share_a_server_that_goes_away_and_one_of_them_is_killed(
+    server: Server, tmp_path: Path
+):
+    trials = 14
+    words = [sys.executable, str(ROOT / "training/search.py"), "--storage", server.url]
+    words += ["--epochs", "1", "--flags=--steps 2", "--turns", "2", "--turn-seconds", "0.01"]
+    words += ["--seeds", "0", "--name", "shared", "--trials", str(trials), "--heartbeat", "1"]
+    words += ["--kernel-sizes", "3", "--operators", "mbconv"]
+    logs = [tmp_path / f"worker-{number}.log" for number in range(4)]
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, path in enumerate(logs):
+            with path.open("wb") as output:
+                workers.append(
+                    subprocess.Popen(
+                        [*words, "--output", str(tmp_path / f"worker-{number}")],
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        cwd=ROOT,
+                        env=os.environ | {"PYTHONPATH": str(ROOT)},
+                    )
+                )
+        told = "select count(*)::int from trials where state = 'COMPLETE'"
+
+        def has(count: int) -> bool:
+            try:
+                return server.numbers(told) >= [count]
+            except psycopg.errors.UndefinedTable:
+                return False
+
+        assert wait_until(lambda: has(2), 200), [path.read_text() for path in logs]
+        workers[0].send_signal(signal.SIGKILL)
+        workers[0].wait()
+        server.stop()
+        time.sleep(8)
+        server.start()
+        for process in workers[1:]:
+            assert process.wait(timeout=400) == 0, [path.read_text() for path in logs]
+    finally:
+        for process in workers:
+            process.kill()
+            process.wait()
+    assert any("waiting" in path.read_text() for path in logs[1:])
+    assert any("answers again" in path.read_text() for path in logs[1:])
+    # The last to end has all of it.
+    records = [read_record(tmp_path / f"worker-{number}" / "search.json") for number in (1, 2, 3)]
+    record = max(records, key=lambda r: len(r.whole) + r.count("pruned"))
+    trained = [t for t in record.trials if t.outcome in ("whole", "pruned", "failed")]
+    assert trials <= len(trained) <= trials + 3
+    assert len({trial.network for trial in trained}) == len(trained)  # none twice
+    assert not record.count("failed")
+    # Nobody's but the killed one's, although the server was away longer than a dead worker is
+    # waited for.
+    assert record.count("cut short") <= 1
