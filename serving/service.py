@@ -9,28 +9,36 @@ an address, which the server then fetches, and its errors are lists.
 import io
 import logging
 import os
+import platform
 import shutil
 import sys
 import tempfile
 import threading
+from contextlib import suppress
+from importlib import metadata
+from pathlib import PurePath
 from typing import Any
 
 import bentoml
+import numpy as np
 from bentoml.exceptions import BentoMLException
+from numpy.typing import NDArray
 from PIL import Image
 
-from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_artifact
 from efficientnet.images.preprocess import preprocess
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.runtimes import open_runtime
-from serving.answers import ModelFacts, Prediction, best_classes
+from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
 from serving.gate import Gate
-from serving.routes import PATHS, app
+from serving.open_inference import Counters, ServedModel
+from serving.routes import app, is_path
 from serving.settings import (
     ARTIFACT_SHA256_VARIABLE,
     ARTIFACT_VARIABLE,
     DEFAULT_ARTIFACT,
     PROCESS_ENVIRONMENT,
+    VERSION,
     artifact_sha256,
     read_settings,
 )
@@ -39,6 +47,9 @@ from serving.uploads import Uploads
 from serving.work import IsWanted, WorkQueue, require_wanted
 
 SETTINGS = read_settings(os.environ)
+
+# Packages that a picture goes through; no other is anybody's business.
+PACKAGES = ("bentoml", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "pillow", "tensorrt")
 
 # Backstop for what our own time limit does not reach.
 TIMEOUT_MARGIN_S = 30
@@ -71,7 +82,7 @@ class GatedService(bentoml.Service[Any]):
         """Make what the worker serves."""
         return Gate(
             super().to_asgi(is_main),
-            PATHS,
+            is_path,
             SETTINGS.allowed_hosts,
             lambda: app.state.classifier.is_draining,
         )
@@ -93,6 +104,45 @@ def _require_same(sha256: str) -> None:
             "CLASSIFIER_ARTIFACT_SHA256 names or the service was started with; put that one back, "
             "or start the service again to serve the new one"
         )
+
+
+def service_info(manifest: ArtifactManifest, sha256: str) -> ServiceInfo:
+    """Say what answers.
+
+    Args:
+        manifest: of the artifact.
+        sha256: of the manifest.
+    """
+    return ServiceInfo(
+        model=manifest.variant,
+        artifact_sha256=sha256,
+        program_sha256=manifest.program_sha256,
+        checkpoint_sha256=manifest.checkpoint_sha256,
+        preprocess=manifest.preprocess,
+        preprocess_sha256=manifest.preprocess.sha256,
+        runtime=manifest.runtime,
+        precision=manifest.precision,
+        num_classes=len(manifest.class_names),
+        trained_on=PurePath(manifest.data).name,
+        workers=SETTINGS.workers,
+        threads=SETTINGS.threads_per_worker,
+        limits=Limits(
+            max_upload_bytes=SETTINGS.max_upload_bytes,
+            max_pictures=SETTINGS.max_batch,
+            max_concurrency=SETTINGS.max_concurrency,
+            timeout_s=SETTINGS.timeout_s,
+            default_top_k=SETTINGS.default_top_k,
+        ),
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"efficientnet-pipeline": VERSION, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _close_control_ports() -> None:
@@ -147,7 +197,7 @@ class Classifier:
 
     def _open(self) -> None:
         # Read first: open_runtime takes checkpoints too, and would import torch for one.
-        read_artifact(SETTINGS.artifact)
+        manifest = read_artifact(SETTINGS.artifact)
         _require_same(SETTINGS.artifact_sha256)
         self._runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker)
         # One call at a time is what every runtime promises; a call uses all threads anyway.
@@ -162,7 +212,16 @@ class Classifier:
             program_sha256=info.program_sha256,
             max_upload_bytes=SETTINGS.max_upload_bytes,
         )
+        self.info = service_info(manifest, artifact_sha256(SETTINGS.artifact))
+        self.identity = {
+            "X-Model": self.info.model,
+            "X-Artifact-SHA256": self.info.artifact_sha256,
+            "X-Preprocess-SHA256": self.info.preprocess_sha256,
+        }
+        self._counters = Counters()
+        self._max_images = info.max_batch_size or SETTINGS.max_batch
         self._warm_up()
+        self.served = ServedModel.of(manifest, SETTINGS.max_batch, self._counters)
 
     @bentoml.on_deployment
     @staticmethod
@@ -210,12 +269,27 @@ class Classifier:
         require_wanted(is_wanted)
         images = preprocess(data, info.preprocess, lambda: times.end("decode"))[None]
         times.end("preprocess")
-        with self._runtime_lock:
-            times.end("queue")
-            require_wanted(is_wanted)
-            logits = self._runtime.infer(images)
-            times.end("infer")
+        logits = self.infer(images, is_wanted, times)
         return best_classes(logits, info.class_names, top_k)
+
+    def infer(
+        self, images: NDArray[np.float32], is_wanted: IsWanted, times: StageTimes
+    ) -> NDArray[np.float32]:
+        """Return the logits [N, classes] of preprocessed images [N, 3, H, W].
+
+        Raises:
+            AbandonedError: see classify.
+        """
+        logits: list[NDArray[np.float32]] = []
+        for start in range(0, len(images), self._max_images):
+            with self._runtime_lock:
+                times.end("queue")
+                require_wanted(is_wanted)
+                logits.append(self._runtime.infer(images[start : start + self._max_images]))
+                self._counters.count_call()
+                times.end("infer")
+        self._counters.count_request(len(images), times)
+        return np.concatenate(logits)
 
     def _warm_up(self) -> None:
         # The whole path with a batch of one, the only size the service runs. The first picture also

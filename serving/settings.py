@@ -11,6 +11,9 @@ from efficientnet import PROJECT_ROOT
 from efficientnet.formats.artifact import MANIFEST_FILE
 from efficientnet.machine.environment import num_usable_cores
 
+# pyproject.toml's, which is not there in a bento.
+VERSION = "0.1.0"
+
 PREFIX = "CLASSIFIER_"
 ARTIFACT_VARIABLE = f"{PREFIX}ARTIFACT"
 ARTIFACT_SHA256_VARIABLE = f"{PREFIX}ARTIFACT_SHA256"

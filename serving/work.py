@@ -76,13 +76,13 @@ class WorkQueue:
         again = {"Retry-After": str(RETRY_AFTER_S)}
         if self.is_stuck:
             raise Refusal(
-                503, "all threads are busy with pictures that take too long; try later", again
+                "stuck", "all threads are busy with pictures that take too long; try later", again
             )
         with self._lock:
             is_full = self._num_taken >= self._max_places
         if is_full:
             raise Refusal(
-                429,
+                "overloaded",
                 f"{self._max_places} pictures are being classified or wait for it, and more are "
                 "not taken; send this one again in a moment",
                 again,
@@ -123,7 +123,7 @@ class WorkQueue:
             return result.result()
         if gone in done:
             raise AbandonedError
-        raise Refusal(504, f"the picture was not classified within {self._timeout_s:g} s")
+        raise Refusal("timeout", f"the picture was not classified within {self._timeout_s:g} s")
 
     def close(self) -> None:
         """Let go of the threads."""

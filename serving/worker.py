@@ -22,8 +22,8 @@ from bentoml._internal.context import server_context
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.gate import Gate
-from serving.refusals import cannot_classify, error_response
-from serving.routes import PATHS, app
+from serving.refusals import cannot_classify, refusal_response
+from serving.routes import app, is_path
 from serving.settings import BACKLOG
 
 # Requests that are not answered this long after the last connection was taken are cut off: a client
@@ -147,7 +147,7 @@ def run_worker(
 def run_stand_in(listener: socket.socket, reason: str, allowed_hosts: Collection[str]) -> None:
     """Answer for workers of which none can serve, until SIGTERM: not ready, and why."""
     end_with_parent()
-    config = _config(Gate(_unavailable(reason), PATHS, allowed_hosts))
+    config = _config(Gate(_unavailable(reason), is_path, allowed_hosts))
     config.lifespan = "off"
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -180,8 +180,8 @@ def _unavailable(reason: str) -> Callable[[Scope, Receive, Send], Awaitable[None
             await send({**message, "status": 200} if "status" in message else message)
 
         refusal = cannot_classify(reason, RETRY_AFTER_S)
-        headers = {**(refusal.headers or {}), "Connection": "close"}
-        response = error_response(refusal.status_code, refusal.detail, headers)
+        response = refusal_response(refusal)
+        response.headers["Connection"] = "close"
         is_alive = scope["path"] in ("/livez", "/healthz")
         await response(scope, receive, send_alive if is_alive else send)
 

@@ -18,7 +18,7 @@ from costly_pictures import ico_of, png_of_zeros, progressive_jpeg
 from processes import wait_until
 
 from efficientnet.images.datasets import load_dataset
-from serving.answers import Prediction
+from serving.answers import PROBLEMS, Prediction, Problem
 from serving.demo import running_service
 from serving.gate import ELSEWHERE, MAX_ADDRESS_BYTES, SECURITY_HEADERS, Gate
 from serving.settings import PREFIX, VARIABLES, Settings, read_settings
@@ -29,7 +29,7 @@ from serving.work import IsWanted, WorkQueue, require_wanted
 with warnings.catch_warnings():
     # Deprecations inside BentoML's and OpenTelemetry's own imports.
     warnings.simplefilter("ignore")
-    from serving.routes import PATHS, app
+    from serving.routes import _PATHS, app, is_path
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUNDARY = "picture-boundary"
@@ -82,8 +82,10 @@ def classify(client: httpx.Client, picture: bytes) -> httpx.Response:
 
 
 def assert_refuses(response: httpx.Response, status: int, reason: str) -> None:
-    assert (response.status_code, list(response.json())) == (status, ["error"])
-    assert reason in response.json()["error"]
+    assert response.headers["Content-Type"] == "application/problem+json"
+    problem = Problem.model_validate(response.json())
+    assert (response.status_code, problem.status) == (status, status)
+    assert reason in problem.detail
 
 
 # Metrics and the log
@@ -98,7 +100,7 @@ def test_metrics_have_a_label_for_each_route_and_one_for_everything_else(service
     assert classify(service.client, digit()).status_code == 200
     labels = set(re.findall(r'endpoint="([^"]*)"', service.client.get("/metrics").text))
     ours = {path for path in labels if not path.endswith("z")}  # livez, readyz, healthz
-    assert {"/classify", ELSEWHERE} <= ours <= PATHS | {ELSEWHERE}
+    assert {"/classify", ELSEWHERE} <= ours <= _PATHS | {ELSEWHERE}
 
 
 @pytest.mark.parametrize("place", ["path", "question"])
@@ -142,6 +144,7 @@ def test_a_body_of_another_type_is_refused_before_it_is_read(service: RunningSer
             answer += client.recv(10_000).decode()
     assert answer.startswith("HTTP/1.1 415 ")
     assert f"the Content-Type is {kind or 'not given'}, expected multipart/form-data" in answer
+    assert '"code":"unsupported_type"' in answer
 
 
 def test_a_client_that_sends_a_whole_body_of_another_type_reads_the_reason(
@@ -233,13 +236,19 @@ def test_hosts_of_the_setting_and_addresses_in_numbers_are_taken(
 
 def test_openapi_lists_every_error_of_the_docs(service: RunningService):
     schema = service.client.get("/openapi.json").json()
-    listed = set(schema["paths"]["/classify"]["post"]["responses"]) - {"200"}
-    assert set(schema["paths"][CLASSIFY_BATCH]["post"]["responses"]) - {"200"} == listed
-    rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "docs/serving.md").read_text(), re.M)
-    documented = {status for row in rows for status in row.split(", ")}
-    # Of no address that there is.
-    assert listed == documented - {"404", "405", "414"}
-    assert listed >= {"400", "408", "413", "415", "422", "429", "500", "503", "504"}
+    rows = re.findall(
+        r"^\| (\d+) \| `(\w+)` \| (.*) \|$", (ROOT / "docs/serving.md").read_text(), re.M
+    )
+    table = {code: (int(status), meaning) for status, code, meaning in rows}
+    assert table == PROBLEMS
+    described = json.dumps(schema["paths"])
+    # Of no address that there is, and of clients that read no answer.
+    unsaid = {"method_not_allowed", "client_gone"}
+    assert {code for code in PROBLEMS if f"{code}: " not in described} == unsaid
+    for path in ("/classify", CLASSIFY_BATCH):
+        for status in (400, 408, 413, 415, 422, 429, 500, 503, 504, 507):
+            content = schema["paths"][path]["post"]["responses"][str(status)]["content"]
+            assert list(content) == ["application/problem+json"]
 
 
 # Settings
@@ -297,6 +306,7 @@ class HeldClassifier:
     """Works on a picture until it is let go, and tells what it was asked."""
 
     def __init__(self, num_threads: int = 1, max_places: int = 1, timeout_s: float = 60) -> None:
+        self.identity: dict[str, str] = {}
         self.settings = Settings(max_concurrency=max_places)
         self.work = WorkQueue(num_threads, max_places, timeout_s)
         self.begun: list[bytes] = []
@@ -325,7 +335,7 @@ def served(classifier: HeldClassifier, settings: Settings | None = None) -> Iter
     app.state.classifier = classifier
     uploads = Uploads(app, settings or classifier.settings, lambda: classifier.work)
     try:
-        yield Gate(uploads, PATHS)
+        yield Gate(uploads, is_path)
     finally:
         classifier.may_go_on.set()
         classifier.work.close()
@@ -647,7 +657,7 @@ def test_a_web_socket_is_closed_at_the_gate():
         sent.append(message)
 
     async def test() -> None:
-        await Gate(inner, PATHS)({"type": "websocket", "path": "/x"}, send, send)
+        await Gate(inner, is_path)({"type": "websocket", "path": "/x"}, send, send)
 
     run(test())
     assert sent == [{"type": "websocket.close", "code": 1008}]
