@@ -130,6 +130,10 @@ class Limits(_Answer):
     """Largest body, and largest picture file."""
     max_pictures: int
     """In a request to /classify/batch, or images in one to the open inference protocol."""
+    network_batch: int
+    """Most images in one call of the network."""
+    batch_wait_ms: int
+    """Longest time for which an image waits for others that are being decoded."""
     max_concurrency: int
     """Requests that are worked on or wait for it, in each worker."""
     timeout_s: int

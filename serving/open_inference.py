@@ -6,16 +6,17 @@ extensions of Triton's, without which its perf_analyzer does not measure.
 
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from efficientnet.formats.artifact import ArtifactManifest
 from serving.api_description import problems
+from serving.batching import Images
 from serving.pictures import read_body
 from serving.refusals import Refusal
 from serving.settings import VERSION
@@ -23,11 +24,11 @@ from serving.stages import StageTimes
 from serving.tensors import (
     DATATYPE,
     HEADER_LENGTH,
+    InferRequest,
     InferResponse,
     OutputTensor,
     parse,
     read_images,
-    refuse,
     split_body,
     write_response,
 )
@@ -38,6 +39,8 @@ MODEL_VERSION = "1"
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
 
 T = TypeVar("T")
+
+TimedPiece = Callable[[IsWanted, StageTimes], Future[T]]
 
 
 class _Answer(BaseModel):
@@ -152,12 +155,13 @@ class Counters:
         self._num_requests = self._num_images = self._num_calls = 0
         self._seconds = dict.fromkeys(("success", "queue", "compute_input", "compute_infer"), 0.0)
 
-    def count_call(self) -> None:
+    def count_call(self, num_images: int) -> None:
         """Count a call of the network."""
         with self._lock:
             self._num_calls += 1
+            self._num_images += num_images
 
-    def count_request(self, num_images: int, times: StageTimes) -> None:
+    def count_request(self, times: StageTimes) -> None:
         """Count a request that was answered."""
         seconds = {
             "success": times.total_s,
@@ -167,7 +171,6 @@ class Counters:
         }
         with self._lock:
             self._num_requests += 1
-            self._num_images += num_images
             for name, value in seconds.items():
                 self._seconds[name] += value
 
@@ -224,6 +227,14 @@ class ServedModel:
         ends = ("", "/ready", "/infer", "/config", "/stats")
         return frozenset(model + end for model in models for end in ends) | {"/v2/models/stats"}
 
+    def response(self, request: InferRequest, num_images: int) -> InferResponse:
+        """Begin the answer to a request, without the values of its output."""
+        shape = (num_images, self.num_classes)
+        output = OutputTensor(name=self.output_name, datatype=DATATYPE, shape=shape)
+        return InferResponse(
+            model_name=self.name, model_version=MODEL_VERSION, id=request.id, outputs=(output,)
+        )
+
     def metadata(self) -> ModelMetadata:
         """Describe its tensors."""
         return ModelMetadata(
@@ -264,14 +275,12 @@ class Inferrer(Protocol):
 
     served: ServedModel
 
-    def infer(
-        self, images: NDArray[np.float32], is_wanted: IsWanted, times: StageTimes
-    ) -> NDArray[np.float32]:
-        """Return the logits of preprocessed images."""
+    def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
+        """Return what becomes the logits of preprocessed images."""
         ...
 
 
-Run = Callable[[Callable[[IsWanted, StageTimes], Any], Request, Response], Awaitable[Any]]
+Run = Callable[[list[TimedPiece[Any]], Request, Response], Awaitable[list[Any]]]
 
 OF_MODEL = problems("not_found", "no_model")
 OF_INFER = problems(
@@ -374,14 +383,24 @@ def routes(run: Run) -> APIRouter:
         )
         async def infer(request: Request, response: Response, name: str) -> Response:
             """Compute the logits of preprocessed images."""
+            model = _the_model(request)
             body = await read_body(request)
             header_length = request.headers.get(HEADER_LENGTH)
 
-            def work(is_wanted: IsWanted, times: StageTimes) -> tuple[bytes, int | None]:
-                data = body.file.read()
-                return answer(request.app.state.classifier, data, header_length, is_wanted, times)
+            asked: list[InferRequest] = []
 
-            content, num_json_bytes = await run(work, request, response)
+            def begin(is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
+                text, extra = split_body(body.file.read(), header_length)
+                images = _read(model, text, extra, asked)
+                times.end("decode")
+                return request.app.state.classifier.infer(images, is_wanted, times)
+
+            (logits,) = await run([begin], request, response)
+            if isinstance(logits, BaseException):
+                raise logits
+            content, num_json_bytes = write_response(
+                asked[0], logits, model.response(asked[0], len(logits))
+            )
             headers = dict(response.headers)
             if num_json_bytes is None:
                 return Response(content, 200, headers, "application/json")
@@ -391,43 +410,16 @@ def routes(run: Run) -> APIRouter:
     return router
 
 
-def answer(
-    inferrer: Inferrer,
-    body: bytes,
-    header_length: str | None,
-    is_wanted: IsWanted,
-    times: StageTimes,
-) -> tuple[bytes, int | None]:
-    """Map the body of a request to that of its answer; see write_response.
-
-    Raises:
-        Refusal: the body is no request for this model.
-        AbandonedError: the answer is wanted no more.
-    """
-    model = inferrer.served
-    text, extra = split_body(body, header_length)
-    request = parse(text, model.max_images * int(np.prod(model.image_shape)))
-    images = read_images(request, extra, model.input_name, model.image_shape)
+def _read(model: ServedModel, text: bytes, extra: bytes, asked: list[InferRequest]) -> Images:
+    asked.append(parse(text, model.max_images * int(np.prod(model.image_shape))))
+    images = read_images(asked[0], extra, model.input_name, model.image_shape)
     if len(images) > model.max_images:
         raise Refusal(
             "too_many_pictures",
             f"the input has {len(images)} images, expected at most {model.max_images}; send the "
             "others in another request",
         )
-    response = InferResponse(
-        model_name=model.name,
-        model_version=MODEL_VERSION,
-        id=request.id,
-        outputs=(
-            OutputTensor(
-                name=model.output_name, datatype=DATATYPE, shape=(len(images), model.num_classes)
-            ),
-        ),
-    )
-    times.end("decode")
-    if not np.isfinite(images).all():
-        raise refuse("the input has values that are NaN or infinite: no answer would mean anything")
-    return write_response(request, inferrer.infer(images, is_wanted, times), response)
+    return images
 
 
 def _the_model(request: Request) -> ServedModel:

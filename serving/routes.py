@@ -3,14 +3,13 @@
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from numpy.typing import NDArray
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -24,14 +23,15 @@ from serving.answers import (
     ServiceInfo,
 )
 from serving.api_description import describe, problems
-from serving.open_inference import ServedModel
+from serving.batching import Images
+from serving.open_inference import ServedModel, TimedPiece
 from serving.pictures import DESCRIPTIONS, read_picture, read_pictures
 from serving.refusals import Refusal, in_one_line, problem_response, refusal_response, too_large
 from serving.settings import VERSION, Settings
 from serving.stages import HEADER, StageTimes
 from serving.uploads import CLASSIFY, CLASSIFY_BATCH, how_to_send
 from serving.website import ASSETS, SWAGGER_FILES, swagger_files, website
-from serving.work import AbandonedError, IsWanted, WorkQueue
+from serving.work import AbandonedError, IsWanted, Piece, WorkQueue, require_wanted
 
 T = TypeVar("T")
 
@@ -65,16 +65,16 @@ class PictureClassifier(Protocol):
     identity: dict[str, str]
     """Headers of every classification: which model gave it."""
 
-    def classify(
-        self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
-    ) -> list[Prediction]:
-        """Return the `top_k` best classes of an encoded picture."""
+    def prepare(self, data: bytes, times: StageTimes) -> Images:
+        """Return an encoded picture as the network's input."""
         ...
 
-    def infer(
-        self, images: NDArray[np.float32], is_wanted: IsWanted, times: StageTimes
-    ) -> NDArray[np.float32]:
-        """Return the logits of preprocessed images."""
+    def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
+        """Return what becomes the logits of preprocessed images."""
+        ...
+
+    def predictions(self, logits: Images, top_k: int) -> list[Prediction]:
+        """Return the `top_k` best classes of one picture's logits."""
         ...
 
 
@@ -96,10 +96,10 @@ async def classify(request: Request, response: Response) -> list[Prediction]:
     found = await read_picture(request)
     number = found.top_k or classifier.settings.default_top_k
 
-    def work(is_wanted: IsWanted, times: StageTimes) -> list[Prediction]:
-        return _classify_file(classifier, found.files[0], number, is_wanted, times)
-
-    return await run(work, request, response)
+    (logits,) = await run([_piece(classifier, found.files[0])], request, response)
+    if isinstance(logits, BaseException):
+        raise logits
+    return classifier.predictions(logits, number)
 
 
 @app.post(CLASSIFY_BATCH, responses=OF_BATCH, openapi_extra=DESCRIPTIONS[CLASSIFY_BATCH])
@@ -114,22 +114,20 @@ async def classify_batch(
     found = await read_pictures(request, classifier.settings.max_batch)
     number = found.top_k or classifier.settings.default_top_k
 
-    def work(is_wanted: IsWanted, times: StageTimes) -> list[ClassifiedPicture | RefusedPicture]:
-        answers: list[ClassifiedPicture | RefusedPicture] = []
-        for image in found.files:
-            try:
-                best = _classify_file(classifier, image, number, is_wanted, times)
-                answers.append(ClassifiedPicture(predictions=tuple(best)))
-            except Refusal as refusal:
-                answers.append(_refused(refusal))
-            except AbandonedError:
-                raise
-            except Exception as error:
-                answers.append(_refused(Refusal("internal_error", _fault(request))))
-                log.error("request %s failed: %s", _number_of(request), in_one_line(error))
-        return answers
-
-    return await run(work, request, response)
+    pieces = [_piece(classifier, file) for file in found.files]
+    answers: list[ClassifiedPicture | RefusedPicture] = []
+    for logits in await run(pieces, request, response):
+        if not isinstance(logits, BaseException):
+            best = classifier.predictions(logits, number)
+            answers.append(ClassifiedPicture(predictions=tuple(best)))
+        elif isinstance(logits, Refusal):
+            answers.append(_refused(logits))
+        elif isinstance(logits, Exception) and not isinstance(logits, AbandonedError):
+            answers.append(_refused(Refusal("internal_error", _fault(request))))
+            log.error("request %s failed: %s", _number_of(request), in_one_line(logits))
+        else:
+            raise logits
+    return answers
 
 
 @app.get("/info", responses=problems("no_model"))
@@ -189,20 +187,29 @@ async def answer_bug(request: Request, _: Exception) -> JSONResponse:
     return problem_response("internal_error", _fault(request))
 
 
-async def run(work: Callable[[IsWanted, StageTimes], T], request: Request, response: Response) -> T:
-    """Work in the pool of threads; say how long that took, and which model it was."""
-    times = StageTimes()
+async def run(
+    pieces: Sequence[TimedPiece[T]], request: Request, response: Response
+) -> list[T | BaseException]:
+    """Have the pieces done; say how long that took, and which model it was."""
+    all_times = [StageTimes() for _ in pieces]
 
-    def measured(is_wanted: IsWanted) -> T:
-        times.end("queue")
-        return work(is_wanted, times)
+    def timed(piece: TimedPiece[T], times: StageTimes) -> Piece[T]:
+        def begin(is_wanted: IsWanted) -> Future[T]:
+            times.end("queue")
+            return piece(is_wanted, times)
+
+        return begin
 
     started = request.scope.get("started", time.monotonic())
     classifier: PictureClassifier = request.app.state.classifier
-    result = await classifier.work.run(measured, request.receive, started)
-    response.headers[HEADER] = times.header()
+    results = await classifier.work.run(
+        list(map(timed, pieces, all_times)), request.receive, started
+    )
+    for times in all_times[1:]:
+        all_times[0].add(times)
+    response.headers[HEADER] = all_times[0].header()
     response.headers.update(classifier.identity)
-    return result
+    return results
 
 
 def _disk_is_full() -> JSONResponse:
@@ -223,21 +230,21 @@ def _refused(refusal: Refusal) -> RefusedPicture:
     return RefusedPicture(status=refusal.status_code, code=refusal.code, error=refusal.detail)
 
 
-def _classify_file(
-    classifier: PictureClassifier,
-    image: UploadFile,
-    top_k: int,
-    is_wanted: IsWanted,
-    times: StageTimes,
-) -> list[Prediction]:
+def _piece(classifier: PictureClassifier, image: UploadFile) -> TimedPiece[Images]:
     max_bytes = classifier.settings.max_upload_bytes
-    if image.size is not None and image.size > max_bytes:
-        raise too_large(max_bytes)
-    try:
-        return classifier.classify(image.file.read(), top_k, is_wanted, times)
-    except ImageError as error:
-        is_too_large = isinstance(error, ImageTooLargeError)
-        raise Refusal("picture_too_large" if is_too_large else "no_picture", str(error)) from error
+
+    def begin(is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
+        if image.size is not None and image.size > max_bytes:
+            raise too_large(max_bytes)
+        try:
+            images = classifier.prepare(image.file.read(), times)
+        except ImageError as error:
+            code = "picture_too_large" if isinstance(error, ImageTooLargeError) else "no_picture"
+            raise Refusal(code, str(error)) from error
+        require_wanted(is_wanted)
+        return classifier.infer(images, is_wanted, times)
+
+    return begin
 
 
 tensor_routes = open_inference.routes(run)

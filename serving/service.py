@@ -13,23 +13,21 @@ import platform
 import shutil
 import sys
 import tempfile
-import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from importlib import metadata
 from pathlib import PurePath
 from typing import Any
 
 import bentoml
-import numpy as np
 from bentoml.exceptions import BentoMLException
-from numpy.typing import NDArray
 from PIL import Image
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_artifact
 from efficientnet.images.preprocess import preprocess
-from efficientnet.machine.environment import num_usable_cores
 from efficientnet.runtimes import open_runtime
 from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
+from serving.batching import Batcher, Images
 from serving.gate import Gate
 from serving.open_inference import Counters, ServedModel
 from serving.routes import app, is_path
@@ -44,7 +42,7 @@ from serving.settings import (
 )
 from serving.stages import StageTimes
 from serving.uploads import Uploads
-from serving.work import IsWanted, WorkQueue, require_wanted
+from serving.work import IsWanted, WorkQueue
 
 SETTINGS = read_settings(os.environ)
 
@@ -129,6 +127,8 @@ def service_info(manifest: ArtifactManifest, sha256: str) -> ServiceInfo:
         limits=Limits(
             max_upload_bytes=SETTINGS.max_upload_bytes,
             max_pictures=SETTINGS.max_batch,
+            network_batch=SETTINGS.network_batch,
+            batch_wait_ms=SETTINGS.batch_wait_ms,
             max_concurrency=SETTINGS.max_concurrency,
             timeout_s=SETTINGS.timeout_s,
             default_top_k=SETTINGS.default_top_k,
@@ -186,7 +186,9 @@ class Classifier:
     def __init__(self) -> None:
         self.is_warm = self.is_draining = False
         self.settings = SETTINGS
-        self.work = WorkQueue(num_usable_cores(), SETTINGS.max_concurrency, SETTINGS.timeout_s)
+        self.work = WorkQueue(
+            SETTINGS.decoding_threads, SETTINGS.max_concurrency, SETTINGS.timeout_s
+        )
         app.state.classifier = self
         try:
             self._open()
@@ -199,10 +201,9 @@ class Classifier:
         # Read first: open_runtime takes checkpoints too, and would import torch for one.
         manifest = read_artifact(SETTINGS.artifact)
         _require_same(SETTINGS.artifact_sha256)
-        self._runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker)
-        # One call at a time is what every runtime promises; a call uses all threads anyway.
-        self._runtime_lock = threading.Lock()
-        info = self._runtime.info
+        runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker)
+        info = runtime.info
+        self._spec, self._class_names = info.preprocess, info.class_names
         self.facts = ModelFacts(
             variant=info.variant,
             runtime=info.runtime,
@@ -219,7 +220,14 @@ class Classifier:
             "X-Preprocess-SHA256": self.info.preprocess_sha256,
         }
         self._counters = Counters()
-        self._max_images = info.max_batch_size or SETTINGS.max_batch
+        # One call at a time is what every runtime promises; a call uses all threads anyway.
+        self._batcher = Batcher(
+            runtime.infer,
+            min(SETTINGS.network_batch, info.max_batch_size or SETTINGS.network_batch),
+            SETTINGS.batch_wait_ms / 1000,
+            lambda num_images: self._counters.count_call(num_images),
+        )
+        self.work.is_stuck_beyond = lambda: self._batcher.is_stuck(SETTINGS.timeout_s)
         self._warm_up()
         self.served = ServedModel.of(manifest, SETTINGS.max_batch, self._counters)
 
@@ -238,67 +246,56 @@ class Classifier:
     def stop_pool(self) -> None:
         """Let go of the threads."""
         self.work.close()
+        if not self.work.problem:
+            self._batcher.close()
 
     # async: BentoML would call anything else in a thread of the pool that uploads use, too.
     async def __is_ready__(self) -> bool:
         return self.is_warm and not self.is_draining and not self.work.is_stuck
 
-    def classify(
-        self,
-        data: bytes,
-        top_k: int,
-        is_wanted: IsWanted = lambda: True,
-        times: StageTimes | None = None,
-    ) -> list[Prediction]:
-        """Return the `top_k` best classes of an encoded picture, the most probable first.
-
-        May be called from several threads at once.
-
-        Args:
-            data: a picture file.
-            top_k: number of classes.
-            is_wanted: asked between two steps.
-            times: told when a stage ends.
+    def prepare(self, data: bytes, times: StageTimes) -> Images:
+        """Return an encoded picture as the network's input [1, 3, H, W].
 
         Raises:
             ImageError: no picture, damaged, or too many pixels.
-            AbandonedError: between two steps, the answer was found to be wanted no more.
         """
-        info = self._runtime.info
-        times = times or StageTimes()
-        require_wanted(is_wanted)
-        images = preprocess(data, info.preprocess, lambda: times.end("decode"))[None]
+        with self._batcher.coming():
+            images = preprocess(data, self._spec, lambda: times.end("decode"))[None]
         times.end("preprocess")
-        logits = self.infer(images, is_wanted, times)
-        return best_classes(logits, info.class_names, top_k)
+        return images
 
-    def infer(
-        self, images: NDArray[np.float32], is_wanted: IsWanted, times: StageTimes
-    ) -> NDArray[np.float32]:
-        """Return the logits [N, classes] of preprocessed images [N, 3, H, W].
+    def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
+        """Return what becomes the logits [N, classes] of preprocessed images [N, 3, H, W]."""
+        logits = self._batcher.submit(images, is_wanted, times)
+        logits.add_done_callback(
+            lambda done: None if done.exception() else self._counters.count_request(times)
+        )
+        return logits
+
+    def predictions(self, logits: Images, top_k: int) -> list[Prediction]:
+        """Return the `top_k` best classes of one picture's logits, the most probable first."""
+        return best_classes(logits, self._class_names, top_k)
+
+    def classify(self, data: bytes, top_k: int) -> list[Prediction]:
+        """Return the `top_k` best classes of an encoded picture.
 
         Raises:
-            AbandonedError: see classify.
+            ImageError: see prepare.
         """
-        logits: list[NDArray[np.float32]] = []
-        for start in range(0, len(images), self._max_images):
-            with self._runtime_lock:
-                times.end("queue")
-                require_wanted(is_wanted)
-                logits.append(self._runtime.infer(images[start : start + self._max_images]))
-                self._counters.count_call()
-                times.end("infer")
-        self._counters.count_request(len(images), times)
-        return np.concatenate(logits)
+        times = StageTimes()
+        logits = self.infer(self.prepare(data, times), lambda: True, times)
+        return self.predictions(logits.result(), top_k)
 
     def _warm_up(self) -> None:
-        # The whole path with a batch of one, the only size the service runs. The first picture also
-        # makes Pillow load its decoders.
+        # Every size that a call may have; and the whole path, as the first picture also makes
+        # Pillow load its decoders.
         size = self.facts.image_size
         buffer = io.BytesIO()
         Image.new("RGB", (size, size)).save(buffer, format="PNG")
         try:
+            self._batcher.warm_up((3, size, size))
             self.classify(buffer.getvalue(), top_k=1)
         except ValueError as error:
             raise ArtifactError(f"the manifest does not fit its program: {error}") from None
+        self._counters = Counters()
         self.is_warm = True

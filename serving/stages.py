@@ -9,7 +9,7 @@ HEADER = "Server-Timing"
 
 
 class StageTimes:
-    """A clock that starts now; the pictures of a batch are added up."""
+    """A clock that starts now, of one picture; those of a batch are added up."""
 
     def __init__(self) -> None:
         self.seconds: dict[Stage, float] = dict.fromkeys(get_args(Stage), 0.0)
@@ -20,6 +20,12 @@ class StageTimes:
         now = time.perf_counter()
         self.seconds[stage] += now - self._since
         self._since = now
+
+    def add(self, other: "StageTimes") -> None:
+        """Count what another took as well."""
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] += seconds
+        self._since = max(self._since, other._since)
 
     @property
     def total_s(self) -> float:

@@ -177,7 +177,11 @@ def read_images(
             f"the input has {values.size} values, expected {num_values} for the shape "
             f"{list(tensor.shape)}"
         )
-    return values.reshape(tensor.shape).astype(np.float32, copy=False)
+    images = values.reshape(tensor.shape).astype(np.float32, copy=False)
+    # In a call with others they would make it fail for all.
+    if not np.isfinite(images).all():
+        raise refuse("the input has values that are NaN or infinite: no answer would mean anything")
+    return images
 
 
 def write_response(
@@ -230,5 +234,5 @@ def _from_json(data: Any) -> NDArray[np.float32]:
             "the data are no numbers in lists of equal length; for bytes behind the JSON give "
             f"binary_data_size and the header {HEADER_LENGTH}"
         )
-    with np.errstate(over="ignore"):  # what becomes infinite is refused by the network
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
         return values.astype(np.float32).ravel()

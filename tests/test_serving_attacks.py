@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from serving.gate import ELSEWHERE, MAX_ADDRESS_BYTES, SECURITY_HEADERS, Gate
 from serving.settings import PREFIX, VARIABLES, Settings, read_settings
 from serving.stages import StageTimes
 from serving.uploads import CLASSIFY_BATCH, UPLOADS_PER_PLACE, Uploads
-from serving.work import IsWanted, WorkQueue, require_wanted
+from serving.work import IsWanted, WorkQueue
 
 with warnings.catch_warnings():
     # Deprecations inside BentoML's and OpenTelemetry's own imports.
@@ -313,20 +314,23 @@ class HeldClassifier:
         self.finished: list[bytes] = []
         self.may_go_on = threading.Event()
 
-    def classify(
-        self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
-    ) -> list[Prediction]:
+    def prepare(self, data: bytes, times: StageTimes) -> Any:
         self.begun.append(data)
         self.may_go_on.wait(30)
-        require_wanted(is_wanted)
-        self.finished.append(data)
-        return []
+        return data
+
+    def infer(self, images: Any, is_wanted: IsWanted, times: StageTimes) -> Future[Any]:
+        self.finished.append(images)
+        answer: Future[Any] = Future()
+        answer.set_result(images)
+        return answer
+
+    def predictions(self, logits: Any, top_k: int) -> list[Prediction]:
+        return [Prediction(label=logits.decode(errors="replace"), class_index=0, probability=1)]
 
 
 class BrokenClassifier(HeldClassifier):
-    def classify(
-        self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
-    ) -> list[Prediction]:
+    def prepare(self, data: bytes, times: StageTimes) -> Any:
         raise IndexError("list index\nout of \x1b[2Jrange")
 
 
@@ -594,7 +598,7 @@ def test_a_fault_is_one_line_of_the_log_with_the_number_of_its_request(
         text = record.getMessage()
         assert text.startswith(rf"request {number} failed: IndexError: list index\nout of \x1b[2Jr")
         assert "\n" not in text and record.exc_info is None
-        assert re.search(r" in classify \(.*test_serving_attacks\.py:\d+\) < ", text)
+        assert re.search(r" in prepare \(.*test_serving_attacks\.py:\d+\) < ", text)
 
     with served(BrokenClassifier()) as gate:
         run(test(gate))
@@ -602,12 +606,10 @@ def test_a_fault_is_one_line_of_the_log_with_the_number_of_its_request(
 
 def test_a_fault_at_one_picture_of_a_batch_harms_no_other(caplog: pytest.LogCaptureFixture):
     class SometimesBroken(HeldClassifier):
-        def classify(
-            self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
-        ) -> list[Prediction]:
+        def prepare(self, data: bytes, times: StageTimes) -> Any:
             if data == b"2":
                 raise IndexError("list index")
-            return [Prediction(label=data.decode(), class_index=0, probability=1)]
+            return data
 
     async def messages() -> Messages:
         pictures = form(b"1", b"2", b"3", field="images")
@@ -672,14 +674,17 @@ def test_readiness_follows_the_pool():
             await asyncio.Event().wait()
             raise AssertionError
 
-        def hold(_: IsWanted) -> None:
+        def hold(_: IsWanted) -> Future[None]:
             may_go_on.wait(30)
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
 
         with pytest.raises(Exception, match="not classified within"):
-            await work.run(hold, receive, time.monotonic())
+            await work.run([hold], receive, time.monotonic())
         assert not work.is_stuck  # the other thread is free
         with pytest.raises(Exception, match="not classified within"):
-            await work.run(hold, receive, time.monotonic())
+            await work.run([hold], receive, time.monotonic())
         await until(lambda: work.is_stuck)
         may_go_on.set()
         await until(lambda: not work.is_stuck)

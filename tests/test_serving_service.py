@@ -35,7 +35,7 @@ from serving.demo import free_port, running_service, stop, wait_until_ready
 from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
 from serving.stages import StageTimes
-from serving.work import IsWanted, WorkQueue
+from serving.work import WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUNDARY = "picture-boundary"
@@ -375,9 +375,7 @@ class FailingClassifier:
     def __init__(self) -> None:
         self.work = WorkQueue(num_threads=1, max_places=1, timeout_s=60)
 
-    def classify(
-        self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
-    ) -> list[Prediction]:
+    def prepare(self, data: bytes, times: StageTimes) -> None:
         raise IndexError("list index out of\nrange")
 
 
