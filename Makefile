@@ -20,11 +20,11 @@ SHELL := /bin/bash
 
 export BENTOML_DO_NOT_TRACK := True
 
-.PHONY: help setup wheel demo imagenet test check train export perf serve clean
+.PHONY: help setup wheel demo imagenet test check train export perf latency-ci serve clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 setup: $(INSTALLED) $(ENGINE)  ## make .venv with everything installed; nothing when it is up to date
 
@@ -68,8 +68,8 @@ $(LITE0): $(INSTALLED)
 # Training's tests run in processes of their own, without what other libraries leave behind: of two runs
 # that must be equal in the last bit one differed, once, where they shared them; alone never.
 test: check  ## format, lint, types, import contracts, tests
-	$(RUN) -m pytest -n auto --dist loadfile --durations 10 --ignore-glob '*/test_training_*.py'
-	$(RUN) -m pytest -n auto --dist loadfile --durations 10 tests/test_training_*.py
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10 --ignore-glob '*/test_training_*.py'
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10 tests/test_training_*.py
 
 check: setup  ## format, lint, types, import contracts
 	.venv/bin/ruff format --check .
@@ -89,8 +89,11 @@ perf: setup  ## measure the newest run and its artifacts, write the report
 	$(RUN) perf/latency.py
 	$(RUN) perf/report.py
 
+latency-ci: setup  ## is this commit slower or less accurate than BASE=REV? measured in turns
+	$(RUN) perf/regression.py --base $(or $(BASE),$(error which revision is compared with? make latency-ci BASE=main))
+
 serve: setup  ## serve the exported model on http://localhost:$(PORT)
 	$(RUN) serving/run.py --port $(PORT)
 
 clean:  ## remove what was produced, but not .venv and the published reports
-	rm -rf runs artifacts reports/*.jsonl reports/*.npy reports/report.* reports/network.* reports/preprocessing.json reports/loader.json reports/layers.json reports/parity.json reports/exports.json reports/stock.json reports/fusion.json reports/side-by-side.json reports/latency.png reports/demo
+	rm -rf runs artifacts reports/*.jsonl reports/*.npy reports/report.* reports/network.* reports/preprocessing.json reports/loader.json reports/layers.json reports/parity.json reports/exports.json reports/stock.json reports/fusion.json reports/side-by-side.json reports/latency.png reports/demo reports/latency-ci reports/paper reports/choice.* reports/agreement.json

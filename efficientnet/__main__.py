@@ -3,14 +3,17 @@
 python -m efficientnet
 python -m efficientnet --layers v2-s
 python -m efficientnet --layers b0 --image-size 320
+python -m efficientnet --variant-file FOUND.json
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.network.cost import Cost, layer_costs, network_cost, total_cost
+from efficientnet.network.variant_file import read_variant_file
 from efficientnet.network.variants import VARIANTS, PublishedResult, VariantSpec, get_variant
 from efficientnet.reporting.tables import NOTHING, Table, format_percent
 
@@ -22,24 +25,27 @@ class FamilyConfig:
     layers: str | None = None
     """A variant, to print stage by stage; None = the whole family."""
 
+    variant_file: Path | None = None
+    """A table of stages of one's own, to print stage by stage."""
+
     image_size: int | None = None
     """Pixels at which costs are counted; None = each variant's eval size."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"--image-size is {self.image_size}, expected at least 1 pixel")
+        if self.layers is not None and self.variant_file is not None:
+            raise ValueError("--layers and --variant-file are given: give one of the two")
 
 
 def main(config: FamilyConfig) -> str:
-    """Return the table.
-
-    Raises:
-        ValueError: there is no such variant.
-    """
-    if config.layers is None:
+    """Return the table."""
+    if config.variant_file is not None:
+        spec = read_variant_file(config.variant_file)
+    elif config.layers is not None:
+        spec = get_variant(config.layers)
+    else:
         return family_table(config.image_size)
-    spec = get_variant(config.layers)
     return stage_table(spec, config.image_size or spec.eval_image_size)
 
 

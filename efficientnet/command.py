@@ -63,6 +63,38 @@ def describe(doc: str | None) -> str | None:
     return doc and re.sub(r"^ *(?=(python|curl|torchrun) )", "    ", doc, flags=re.MULTILINE)
 
 
+def require_least(config: object, **least: int) -> None:
+    """Refuse flags below the least that they may be; of several values all count, None does not.
+
+    Raises:
+        ValueError: names the first that is.
+    """
+    for name, low in least.items():
+        value = getattr(config, name)
+        each = value if isinstance(value, tuple) else (value,)
+        if value is not None and (not each or min(each) < low):
+            found = " ".join(map(str, each)) or "empty"
+            raise ValueError(f"{flag_of(name)} is {found}, expected at least {low}")
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Refuse flags that are not more than 0, or not finite.
+
+    Raises:
+        ValueError: names the first that is.
+    """
+    for name in names:
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(
+                f"{flag_of(name)} is {getattr(config, name):g}, expected more than 0, and finite"
+            )
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 def late(module: str, needs: Sequence[str] = ()) -> Callable[[Any], Any]:
     """Return the `main` of a module that is imported when it is called.
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy
 
 from efficientnet.images.datasets import Sample
 from efficientnet.images.preprocess import PreprocessSpec, preprocess
@@ -42,21 +42,29 @@ def random_network(
     return model
 
 
-def fit_classifier(model: EfficientNet, images: Tensor, labels: Tensor) -> None:
-    """Let a network know some of the images by the least squares of its classifier alone."""
-    classifier = model.classifier[1]
-    assert isinstance(classifier, nn.Linear)
+def fit(model: EfficientNet, images: Tensor, labels: Tensor) -> None:
+    """Train a network for two epochs: its logits then stand apart by more than int8 rounds."""
+    num_epochs, batch_size = 2, 64
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-2, total_steps=num_epochs * -(-len(images) // batch_size)
+    )
+    model.train()
+    for _ in range(num_epochs):
+        for chosen in torch.randperm(len(images)).split(batch_size):
+            optimizer.zero_grad()
+            cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    # The running statistics of so few steps are still those of the beginning.
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
     with torch.no_grad():
-        features = torch.cat(
-            [model.avgpool(model.features(batch)).flatten(1) for batch in images.split(64)]
-        ).double()
-        features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
-        targets = one_hot(labels, model.num_classes).double()
-        # The identity keeps the weights small; without it they would enlarge every rounding.
-        squares = features.T @ features + torch.eye(features.shape[1])
-        solution = torch.linalg.solve(squares, features.T @ targets).float()
-        classifier.weight.copy_(solution[:-1].T)
-        classifier.bias.copy_(solution[-1])
+        for batch in images.split(128):
+            model(batch)
+    model.eval()
 
 
 def _draw_batch_norm(norm: nn.Module, inputs: tuple[Tensor]) -> None:

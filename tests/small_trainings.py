@@ -24,9 +24,10 @@ SPEC = PreprocessSpec(
 
 
 def small_run(output: Path, **changes: object) -> TrainConfig:
-    """Return a recipe of 3 epochs of 5 steps, in 3 stages, called `run`."""
+    """Return a recipe of 3 epochs of 5 steps, in stages of 16, 20 and 24 pixels, called `run`."""
     recipe = replace(digits_recipe("tiny"), epochs=3, batch_size=256, output=output, name="run")
-    return replace(with_stages(recipe, 3), **changes)
+    progressive = replace(recipe.progressive, image_size=(16, 24), num_stages=3)
+    return replace(recipe, progressive=progressive, eval_image_size=24, **changes)
 
 
 def with_stages(recipe: TrainConfig, num_stages: int) -> TrainConfig:

@@ -113,8 +113,9 @@ def test_each_layer_counts_what_the_network_itself_has(name: str):
             assert own.groups == (layer.in_channels if "depthwise" in layer.operator else 1)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "batch_size"), [*((name, 3) for name in VARIANTS), ("b0", 1), ("v2-s", 1)]
+)
 def test_multiply_adds_equal_those_of_torchs_own_counter(name: str, batch_size: int):
     spec, size = VARIANTS[name], VARIANTS[name].train_image_size + 1
     with torch.device("meta"):
@@ -159,5 +160,5 @@ def test_floor_is_the_longer_of_computing_and_moving():
 
 @pytest.mark.parametrize(("image_size", "batch_size"), [(0, 1), (224, 0)])
 def test_sizes_below_one_are_refused(image_size: int, batch_size: int):
-    with pytest.raises(ValueError, match="expected at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         network_cost(VARIANTS["tiny"], image_size, batch_size)

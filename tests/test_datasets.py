@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from facts import raises_naming
 from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.models import EfficientNet_B0_Weights
@@ -105,20 +106,20 @@ def test_the_name_of_the_folder_that_one_is_in_is_not_empty(
 def test_an_empty_class_folder_is_named(tmp_path: Path):
     fill(tmp_path / "cat", 3)
     (tmp_path / "dog").mkdir()
-    with pytest.raises(DatasetError, match=r"dog holds no images"):
+    with raises_naming(DatasetError, tmp_path / "dog"):
         load_dataset(tmp_path)
 
 
 def test_one_class_only_is_an_error(tmp_path: Path):
     fill(tmp_path / "cat", 3)
-    with pytest.raises(DatasetError, match="at least two class folders with images, found only"):
+    with raises_naming(DatasetError, "two class", "cat"):
         load_dataset(tmp_path)
 
 
 def test_a_class_that_only_val_has_is_an_error(tmp_path: Path):
     write_classes(tmp_path / "train", "cat", "dog")
     write_classes(tmp_path / "val", "cat", "fox")
-    with pytest.raises(DatasetError, match=r"only val has fox"):
+    with raises_naming(DatasetError, "only val", "fox"):
         load_dataset(tmp_path)
 
 
@@ -140,7 +141,7 @@ def test_held_out_folders_may_lack_classes_which_are_named_and_shift_no_label(
 def test_held_out_folders_without_any_image_are_an_error(tmp_path: Path):
     write_classes(tmp_path / "train", "cat", "dog")
     (tmp_path / "val" / "cat").mkdir(parents=True)
-    with pytest.raises(DatasetError, match="val holds no images"):
+    with raises_naming(DatasetError, tmp_path / "val"):
         load_dataset(tmp_path)
 
 
@@ -201,12 +202,12 @@ def test_a_folder_below_a_hidden_one_is_read(tmp_path: Path):
 def test_train_without_val_is_an_error(tmp_path: Path):
     fill(tmp_path / "train" / "cat", 2)
     fill(tmp_path / "train" / "dog", 2)
-    with pytest.raises(DatasetError, match="no 'val' folder"):
+    with raises_naming(DatasetError, "no 'val'"):
         load_dataset(tmp_path)
 
 
 def test_a_missing_folder_says_what_is_expected(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="one folder of images per class"):
+    with raises_naming(FileNotFoundError, tmp_path / "nowhere"):
         load_dataset(tmp_path / "nowhere")
 
 
@@ -224,7 +225,7 @@ def test_one_percent_of_broken_images_is_an_error(tmp_path: Path):
     fill(tmp_path / "dog", 60)
     for name in ("007.png", "008.png"):
         (tmp_path / "cat" / name).write_bytes((tmp_path / "cat" / name).read_bytes()[:40])
-    with pytest.raises(DatasetError, match=r"2 of 120 images .*cat/007.png"):
+    with raises_naming(DatasetError, "2 of 120", "cat/007.png"):
         without_broken_images(load_dataset(tmp_path))
 
 
@@ -233,15 +234,14 @@ def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path):
         fill(tmp_path / part / "cat", 150)
         fill(tmp_path / part / "dog", 1 if part == "val" else 5)
     (tmp_path / "val" / "dog" / "000.png").write_bytes(b"")
-    with pytest.raises(DatasetError, match="class 'dog' has no readable image in val"):
+    with raises_naming(DatasetError, "dog", "val"):
         without_broken_images(load_dataset(tmp_path))
 
 
 def test_a_missing_source_lists_all_that_are_accepted(tmp_path: Path):
-    with pytest.raises(FileNotFoundError) as raised:
+    accepted = ("digits", "sample-photos", "train/", "val/", "*.tar", "https:", "pipe:")
+    with raises_naming(FileNotFoundError, *accepted):
         load_dataset(tmp_path / "nowhere")
-    for word in ("'digits'", "'sample-photos'", "train/ and val/", "*.tar", "https:", "pipe:"):
-        assert word in str(raised.value)
 
 
 def test_a_part_of_train_held_out_is_stratified_and_the_same_each_time():
@@ -279,7 +279,7 @@ def test_no_class_is_held_out_whole(tmp_path: Path):
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 0.51, 1, float("nan")])
 def test_a_fraction_outside_its_limits_is_refused(fraction: float):
-    with pytest.raises(ValueError, match=r"expected more than 0 and at most 0\.5"):
+    with raises_naming(ValueError, "0.5"):
         hold_out(load_dataset("digits"), fraction)
 
 
@@ -287,12 +287,12 @@ def test_a_class_with_one_train_image_cannot_be_held_out(tmp_path: Path):
     for part in ("train", "val"):
         fill(tmp_path / part / "cat", 1)
         fill(tmp_path / part / "dog", 5)
-    with pytest.raises(DatasetError, match="class 'cat' has one image; at least two"):
+    with raises_naming(DatasetError, "cat", "one", "two"):
         hold_out(load_dataset(tmp_path), 0.2)
 
 
 def test_nothing_can_be_held_out_without_train_images():
-    with pytest.raises(DatasetError, match="sample-photos has no train images"):
+    with raises_naming(DatasetError, "sample-photos", "no train images"):
         hold_out(load_dataset("sample-photos"), 0.1)
 
 
@@ -314,7 +314,7 @@ def test_sample_photos_are_photographs_without_labels_and_always_the_same():
 def test_images_without_labels_serve_any_network_but_no_accuracy():
     dataset = load_held_out("sample-photos", None, ("cat", "dog"))
     assert len(dataset.val) == 128 and dataset.class_names == ("cat", "dog")
-    with pytest.raises(DatasetError, match=r"have no labels; give images with --data FOLDER"):
+    with raises_naming(DatasetError, "no labels", "--data"):
         load_held_out("sample-photos", None, ("cat", "dog"), needs_labels=True)
 
 
@@ -338,7 +338,7 @@ def test_folders_of_imagenet_may_have_wordnets_numbers(tmp_path: Path):
 
 def test_a_folder_that_is_no_class_of_the_network_is_an_error(tmp_path: Path):
     data = write_classes(tmp_path, "cat", "unicorn")
-    with pytest.raises(DatasetError, match=r"2 \(cat, unicorn\) against 2 \(cat, dog\)"):
+    with raises_naming(DatasetError, "cat, unicorn", "cat, dog"):
         load_held_out("digits", data, ("cat", "dog"))
 
 
@@ -360,5 +360,5 @@ def test_files_that_begin_with_wordnets_numbers_are_labelled_by_them(tmp_path: P
         ("n01443537_goldfish.JPEG", 1),
     ]
     Image.new("RGB", (4, 4)).save(tmp_path / "other.jpg")
-    with pytest.raises(DatasetError, match="needs at least two class folders"):
+    with raises_naming(DatasetError, tmp_path, "two class"):
         load_held_out("sample-photos", tmp_path, names)

@@ -1,10 +1,10 @@
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,8 +39,8 @@ def test_commands_parse():
     assert len(commands) > 50 and len(scripts) > 15
     absent = [script for script in scripts if not (ROOT / script).is_file()]
     assert not absent
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        known = dict(zip(scripts, pool.map(known_flags, scripts), strict=True))
+    known = known_flags(scripts)
+    assert all(known.values())
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M))
     wrong: list[str] = []
     for page, (script, *words) in commands:
@@ -128,17 +128,29 @@ def commands_of(page: Path) -> Iterator[list[str]]:
             yield words[scripts[0] :]
 
 
-def known_flags(script: str) -> set[str]:
-    first = [["v2-s"], []] if script == "training/run.py" else [[]]
-    texts = [
-        subprocess.run(
-            [sys.executable, script, *words, "--help"],
-            cwd=ROOT,
-            env={**os.environ, "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for words in first
-    ]
-    return set(re.findall(r"--[a-z][\w.-]*", "\n".join(texts)))
+# All in one process: what they share is imported once.
+SHOW_ALL = """
+import contextlib, io, json, runpy, sys
+texts = {}
+for script in sys.argv[1:]:
+    sys.path[0] = script.rpartition("/")[0]
+    for words in [["v2-s"], []] if script == "training/run.py" else [[]]:
+        sys.argv = [script, *words, "--help"]
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            runpy.run_path(script, run_name="__main__")
+        texts[script] = texts.get(script, "") + out.getvalue()
+print(json.dumps(texts))
+"""
+
+
+def known_flags(scripts: list[str]) -> dict[str, set[str]]:
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW_ALL, *scripts],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    texts = json.loads(done.stdout)
+    return {script: set(re.findall(r"--[a-z][\w.-]*", texts[script])) for script in scripts}

@@ -1,5 +1,3 @@
-import os
-import signal
 import subprocess
 import sys
 import zipfile
@@ -11,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from facts import raises_naming
 from onnx import helper
 
 from efficientnet.errors import PipelineError
@@ -19,7 +18,7 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.network.model import EfficientNet
 from efficientnet.reporting.publishing import PublishError
 from efficientnet.runtimes.names import RUNTIMES, RuntimeName
-from export.builders.measuring import Infer, measure_callables
+from export.builders.measuring import measure_callables
 from export.graphs.folding import count_ops
 from export.graphs.forms import FORMS, EagerModel, graph_in_form, model_in_form, open_eager
 from export.graphs.parts import (
@@ -34,7 +33,6 @@ from export.graphs.parts import (
 )
 from export.studies import form_comparison as ablation
 from export.studies.ablation_rows import FormRecord, why_not_here
-from export.studies.ablation_table import AblationRecord, table_of, to_markdown
 from export.studies.executed import (
     executed_by_inductor,
     executed_by_onnxruntime,
@@ -42,7 +40,7 @@ from export.studies.executed import (
     executed_by_tensorrt,
     executed_by_torch,
 )
-from export.studies.form_comparison import AblationConfig
+from export.studies.form_comparison import AblationConfig, AblationRecord, table_of, to_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -246,11 +244,11 @@ def test_a_runtime_without_its_device_or_library_gives_a_reason(monkeypatch: pyt
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="--turns is 0"):
+    with raises_naming(ValueError, "--turns", 0):
         AblationConfig(turns=0)
-    with pytest.raises(ValueError, match="expected at least one, each once"):
+    with raises_naming(ValueError, "--runtimes"):
         AblationConfig(runtimes=("torch", "torch"))
-    with pytest.raises(ValueError, match="--num-parity-images is 3"):
+    with raises_naming(ValueError, "--num-parity-images", 3):
         AblationConfig(num_parity_images=3)
 
 
@@ -262,24 +260,14 @@ def test_eager_models_take_turns_in_processes_of_their_own(tiny_checkpoint: Path
 
 
 def test_a_process_that_dies_is_named():
-    with pytest.raises(PipelineError, match="the process that measures broken died"):
+    with raises_naming(PipelineError, "broken", "exit code 1"):
         measure_callables({"broken": partial(sys.exit, 1)}, IMAGE, seconds=0.02, turns=1)
-
-
-def open_interrupted() -> Infer:
-    os.kill(os.getpid(), signal.SIGINT)
-    return lambda images: images
-
-
-def test_ctrl_c_is_left_to_the_process_that_measures():
-    turns = measure_callables({"any": open_interrupted}, IMAGE, seconds=0.02, turns=1)
-    assert len(turns["any"]) == 1
 
 
 def test_nothing_is_measured_when_the_readme_has_no_place(tiny_checkpoint: Path, tmp_path: Path):
     readme = tmp_path / "README.md"
     readme.write_text("# Nothing\n")
-    with pytest.raises(PublishError, match="has no place for the table"):
+    with raises_naming(PublishError, readme):
         ablation.main(AblationConfig(tiny_checkpoint, publish=True, readme=readme))
 
 

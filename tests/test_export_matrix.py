@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -16,6 +18,7 @@ import onnx
 import onnxruntime
 import openvino as ov
 import pytest
+from facts import raises_naming
 
 from efficientnet.formats.artifact import ArtifactError, read_artifact
 from efficientnet.machine.atomic import sha256_of_file
@@ -61,6 +64,21 @@ def export(kind: str, checkpoint: Path, output: Path, precision: str) -> Path:
     )
 
 
+Make = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def made(fitted_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Artifacts by runtime and precision, each exported once; tests change copies of them."""
+    folder = tmp_path_factory.mktemp("artifacts")
+
+    @cache
+    def make(kind: str, precision: str) -> Path:
+        return export(kind, fitted_checkpoint, folder / f"{kind}-{precision}", precision)
+
+    return make
+
+
 MATRIX = [
     ("onnxruntime", "fp32"),
     ("onnxruntime", "fp16"),
@@ -76,6 +94,7 @@ MATRIX = [
 @pytest.mark.parametrize(("kind", "precision"), MATRIX)
 def test_an_artifact_answers_like_the_network(
     references: dict[Padding, Reference],
+    made: Make,
     tmp_path: Path,
     kind: str,
     precision: str,
@@ -83,11 +102,14 @@ def test_an_artifact_answers_like_the_network(
 ):
     reference = references[padding]
     if kind == "openvino" and precision != "int8" and precision.upper() not in CAPABILITIES:
-        with pytest.raises(ArtifactError, match=f"computes in {precision}, and this processor"):
+        with raises_naming(ArtifactError, precision, "this processor"):
             export(kind, reference.checkpoint, tmp_path / "artifact", precision)
         assert not list(tmp_path.iterdir())
         return
-    artifact = export(kind, reference.checkpoint, tmp_path / "artifact", precision)
+    if padding == "same":
+        artifact = made(kind, precision)
+    else:
+        artifact = export(kind, reference.checkpoint, tmp_path / "artifact", precision)
     manifest = read_artifact(artifact)
     assert (manifest.runtime, manifest.precision) == (kind, precision)
     logits = open_runtime(artifact).infer(reference.parity_images[:16])
@@ -108,15 +130,13 @@ def test_an_artifact_answers_like_the_network(
     for size in (3, 16):
         more = open_runtime(artifact).infer(reference.parity_images[:size])
         np.testing.assert_allclose(more[0], logits[0], atol=0.05 * float(logits.std()) + 1e-4)
-    with pytest.raises(ValueError, match="a batch of 17 images, the program takes 1 to 16"):
+    with raises_naming(ValueError, 17, "1 to 16"):
         open_runtime(artifact).infer(reference.parity_images[:17])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_the_onnx_files_load_in_other_tools(
-    fitted_checkpoint: Path, reference: Reference, tmp_path: Path, precision
-):
-    artifact = export("onnxruntime", fitted_checkpoint, tmp_path / "artifact", precision)
+def test_the_onnx_files_load_in_other_tools(made: Make, reference: Reference, precision: str):
+    artifact = made("onnxruntime", precision)
     onnx.checker.check_model(onnx.load(artifact / "model.onnx"), full_check=True)
     model = ov.Core().read_model(artifact / "model.onnx")
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -144,12 +164,8 @@ def test_int8_is_judged_in_batches_that_the_program_takes(
     assert manifest.gate is not None and manifest.gate.num_images == 360
 
 
-def test_programs_of_two_precisions_of_the_same_weights_have_two_hashes(
-    fitted_checkpoint: Path, tmp_path: Path
-):
-    graph = ov_build.read_fused(
-        onnx.load(ort.main(OrtConfig(fitted_checkpoint, tmp_path / "o")) / "model.onnx")
-    )
+def test_programs_of_two_precisions_of_the_same_weights_have_two_hashes(made: Make, tmp_path: Path):
+    graph = ov_build.read_fused(onnx.load(made("onnxruntime", "fp32") / "model.onnx"))
     found: set[str] = set()
     for precision in ("fp32", "bf16", "fp16"):
         (tmp_path / precision).mkdir()
@@ -159,9 +175,9 @@ def test_programs_of_two_precisions_of_the_same_weights_have_two_hashes(
 
 
 def test_a_full_disk_is_told_as_such_where_openvino_does_not(
-    fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Make, fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    artifact = export("openvino", fitted_checkpoint, tmp_path / "artifact", "fp32")
+    artifact = shutil.copytree(made("openvino", "fp32"), tmp_path / "artifact")
     before = read_artifact(artifact)
 
     def fail(*_: object, **__: object) -> None:
@@ -178,7 +194,7 @@ def test_a_full_disk_is_told_as_such_where_openvino_does_not(
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
-@pytest.mark.parametrize("size", [32, 33, 47])
+@pytest.mark.parametrize("size", [33, 47])
 def test_any_size_from_32_pixels_can_be_exported(fitted_checkpoint: Path, tmp_path, size: int):
     config = OrtConfig(fitted_checkpoint, tmp_path / "a", size=size, **SMALL)  # type: ignore
     manifest = read_artifact(ort.main(config))
@@ -187,13 +203,13 @@ def test_any_size_from_32_pixels_can_be_exported(fitted_checkpoint: Path, tmp_pa
 
 
 def test_a_size_below_32_pixels_is_refused():
-    with pytest.raises(ValueError, match="--size is 31, expected at least 32"):
+    with raises_naming(ValueError, "--size", 31, 32):
         OrtConfig(size=31)
 
 
 @pytest.mark.parametrize("batch", [(0, 1, 2), (2, 1, 4), (1, 5, 4)])
 def test_a_batch_range_out_of_order_is_refused(batch: tuple[int, int, int]):
-    with pytest.raises(ValueError, match="expected 1 <= MIN <= OPT <= MAX"):
+    with raises_naming(ValueError, "MIN <= OPT <= MAX"):
         OrtConfig(batch=batch)
 
 
@@ -202,7 +218,7 @@ def test_a_batch_range_out_of_order_is_refused(batch: tuple[int, int, int]):
     [("cpu", "bf16"), ("cpu", "fp8"), ("cuda", "int8"), ("tensorrt", "fp32")],
 )
 def test_a_precision_that_a_provider_has_no_kernels_for_is_refused(provider, precision):
-    with pytest.raises(ValueError, match="has no convolution"):
+    with raises_naming(ValueError, provider, precision):
         OrtConfig(provider=provider, precision=precision)
 
 
@@ -217,7 +233,7 @@ def test_a_provider_that_is_not_there_is_an_error_and_not_the_cpu(
     tiny_checkpoint: Path, tmp_path: Path, provider
 ):
     config = OrtConfig(tiny_checkpoint, tmp_path / "a", "fp16", provider=provider)
-    with pytest.raises(ArtifactError, match="pip install onnxruntime-gpu"):
+    with raises_naming(ArtifactError, "pip install onnxruntime-gpu"):
         ort.main(config)
     assert not list(tmp_path.iterdir())
 
@@ -228,7 +244,7 @@ def test_an_artifact_for_another_provider_is_refused(tiny_artifact: Path, tmp_pa
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["provider"] = "CUDAExecutionProvider"
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="has no CUDAExecutionProvider"):
+    with raises_naming(ArtifactError, "no CUDAExecutionProvider"):
         open_runtime(copy)
 
 
@@ -244,30 +260,31 @@ def test_weights_for_vnni_are_refused_without_it(tiny_artifact: Path, tmp_path: 
         "rebuild": "python export/ort.py --precision int8",
     }
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match=r"run here: 'python export/ort.py --precision int8'"):
+    with raises_naming(ArtifactError, "VNNI", "python export/ort.py --precision int8"):
         open_runtime(copy)
 
 
-def test_a_lost_or_damaged_weights_file_is_found(fitted_checkpoint: Path, tmp_path: Path):
-    artifact = export("openvino", fitted_checkpoint, tmp_path / "artifact", "fp32")
+def test_a_lost_or_damaged_weights_file_is_found(made: Make, tmp_path: Path):
+    artifact = shutil.copytree(made("openvino", "fp32"), tmp_path / "artifact")
     weights = artifact / "model.bin"
     data = bytearray(weights.read_bytes())
     data[100] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ArtifactError, match=r"model\.bin is damaged"):
+    with raises_naming(ArtifactError, weights, "SHA-256"):
         open_runtime(artifact)
     weights.unlink()
-    with pytest.raises(ArtifactError, match=r"has no program model\.bin"):
+    with raises_naming(ArtifactError, "no program model.bin"):
         open_runtime(artifact)
 
 
-def test_a_killed_export_leaves_the_older_artifact_whole(tiny_checkpoint: Path, tmp_path: Path):
-    output = tmp_path / "artifact"
+def test_a_killed_export_leaves_the_older_artifact_whole(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
+):
+    output = shutil.copytree(tiny_artifact, tmp_path / "artifact")
     command = [
         *(sys.executable, str(ROOT / "export/ort.py"), "--checkpoint", str(tiny_checkpoint)),
         *("--output", str(output), "--num-parity-images", "64"),
     ]
-    subprocess.run(command, check=True, capture_output=True)
     before = read_artifact(output).build
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as run:
         assert run.stderr is not None
@@ -276,7 +293,7 @@ def test_a_killed_export_leaves_the_older_artifact_whole(tiny_checkpoint: Path, 
                 break
         run.send_signal(signal.SIGKILL)
     assert read_artifact(output).build == before
-    subprocess.run(command, check=True, capture_output=True)
+    ort.main(OrtConfig(tiny_checkpoint, output, num_parity_images=64))
     assert read_artifact(output).build != before
     # Nor does what was half built stay for ever.
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]

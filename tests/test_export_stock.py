@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from facts import raises_naming
 
 from efficientnet.machine.environment import current_environment
 from export.inputs.config import OpenVinoConfig
@@ -54,11 +55,11 @@ def test_comparisons_are_published_side_by_side(tmp_path: Path, monkeypatch: pyt
 
 
 def test_settings_that_would_not_be_used_are_refused():
-    with pytest.raises(ValueError, match="--size is not taken here"):
+    with raises_naming(ValueError, "--size"):
         StockConfig(size=64)
-    with pytest.raises(ValueError, match="--batches is not taken here"):
+    with raises_naming(ValueError, "--batches"):
         StockConfig(batches=(1, 16))
-    with pytest.raises(ValueError, match=r"--batch-sizes is \[0\]"):
+    with raises_naming(ValueError, "--batch-sizes", 0):
         StockConfig(batch_sizes=(0,))
 
 

@@ -13,6 +13,7 @@ from costly_pictures import (
     segment,
     tags,
 )
+from facts import raises_naming
 from PIL import Image
 
 from efficientnet.images.budget import (
@@ -38,8 +39,8 @@ STRIPS = b"II*\0" + struct.pack("<IHHHII", 8, 1, 273, 4, MAX_TIFF_STRIPS + 1, 8)
 
 # Each is counted and refused; without the count each takes from seconds to minutes, or gigabytes.
 COSTLY = {
-    "scans": (progressive_jpeg(7000, 45_000), "more than 100 scans"),
-    "scans of a small picture": (progressive_jpeg(64, MAX_JPEG_SCANS + 1), "more than 100 scans"),
+    "scans": (progressive_jpeg(7000, 45_000), "100 scans"),
+    "scans of a small picture": (progressive_jpeg(64, MAX_JPEG_SCANS + 1), "100 scans"),
     "tables between scans": (
         progressive_jpeg(64, 51, segment(0xFE, b"\xff\xda") * 21),
         "1001 segments between",
@@ -51,18 +52,18 @@ COSTLY = {
         jpeg_with(segment(0xE1, b"Exif\0\0" + tags(2000, 30_000))),
         "tags of more than",
     ),
-    "chunks": (PNG_HEAD + chunk(b"teXt") * 1_000_000 + PNG_REST, "more than 20000 chunks"),
+    "chunks": (PNG_HEAD + chunk(b"teXt") * 1_000_000 + PNG_REST, "20000 chunks"),
     "blocks of a comment": (
         GIF_HEAD + b"\x21\xfe" + b"\1x" * 9_000_000 + b"\0" + GIF_REST,
-        "more than 10000 blocks",
+        "10000 blocks",
     ),
     "a large picture in an icon": (
         ico_of(png_of_zeros(17_000, 10_000)),
-        "17000 x 10000 pixels, more than the 50 megapixels",
+        "17000 x 10000 .* 50 megapixels",
     ),
     "chunks in an icon": (
         ico_of(PNG_HEAD + chunk(b"teXt") * 100_000 + PNG_REST),
-        "more than 20000 chunks",
+        "20000 chunks",
     ),
     "many pictures in an icon": (ico_of(PNG, 60_000), "60000 pictures"),
     "tags that share their bytes": (tags(5000, 1_000_000), "tags of more than"),
@@ -110,7 +111,7 @@ def test_an_icon_of_the_old_kind_counts_without_its_mask():
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32)).save(buffer, "ICO", bitmap_format="bmp")
     require_affordable(buffer.getvalue(), max_pixels=32 * 32)
-    with pytest.raises(ImageTooLargeError, match="32 x 32 pixels"):
+    with raises_naming(ImageTooLargeError, "32 x 32"):
         require_affordable(buffer.getvalue(), max_pixels=32 * 32 - 1)
 
 
@@ -123,7 +124,7 @@ def test_a_file_that_ends_anywhere_is_counted_without_a_fault(name: str):
 
 @pytest.mark.parametrize("pixels", [180_000_000, 400_000_000])
 def test_the_limit_that_is_told_is_ours_and_not_pillows(pixels: int):
-    with pytest.raises(ImageTooLargeError, match=r"pixels, more than the 50 megapixels allowed$"):
+    with raises_naming(ImageTooLargeError, "50 megapixels"):
         decode_image(png_of_zeros(20_000, pixels // 20_000))
 
 
@@ -143,18 +144,18 @@ def test_floats_of_0_to_1_are_scaled():
 def test_floats_of_another_range_are_refused(extreme: float):
     values = np.zeros((30, 40), dtype=np.float32)
     values[3, 4] = extreme
-    with pytest.raises(ImageError, match=r"floats of .*, expected 0 \(black\) to 1 \(white\)"):
+    with raises_naming(ImageError, "floats", "0 (black)", "1 (white)"):
         decode_image(tiff_of(values))
 
 
 def test_integers_of_32_bits_are_refused():
     values = np.arange(1200, dtype=np.int32).reshape(30, 40)
-    with pytest.raises(ImageError, match="integers of 32 bits"):
+    with raises_naming(ImageError, "32 bits"):
         decode_image(tiff_of(values))
 
 
 @pytest.mark.parametrize("brand", [b"heic", b"mif1"])
 def test_a_heic_picture_is_named_with_what_to_do(brand: bytes):
     data = struct.pack(">I", 24) + b"ftyp" + brand + bytes(4) + b"mif1heic" + bytes(100)
-    with pytest.raises(ImageError, match="HEIC picture, which is not read; save it as JPEG"):
+    with raises_naming(ImageError, "HEIC", "JPEG"):
         decode_image(data)

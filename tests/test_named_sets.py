@@ -11,6 +11,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+from facts import raises_naming, require_named
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import CIFAR10
@@ -160,10 +161,9 @@ def test_the_cars_are_read_from_torchvisions_layout(tmp_path: Path):
 @pytest.mark.parametrize("missing", ["devkit/cars_meta.mat", "cars_test_annos_withlabels.mat"])
 def test_cars_that_are_not_there_are_told_with_their_layout(tmp_path: Path, missing: str):
     write_cars(tmp_path, missing)
-    with pytest.raises(DatasetError) as raised:
+    layout = ("cars_train", "cars_test", "devkit/cars_meta.mat", tmp_path / "torchvision")
+    with raises_naming(DatasetError, *layout):
         prepare_named_set("stanford_cars", tmp_path)
-    for name in ("cars_train", "cars_test", "devkit/cars_meta.mat", str(tmp_path / "torchvision")):
-        assert name in str(raised.value)
     assert not (tmp_path / "stanford_cars").exists()
 
 
@@ -174,8 +174,7 @@ def test_without_a_network_the_error_tells_what_to_bring(tmp_path: Path):
     with pytest.raises(DatasetError) as raised:
         prepare_named_set("cifar10", tmp_path, table("cifar10", Unreachable))
     message = str(raised.value)
-    assert "torchvision cannot give cifar10: " in message and "refused" in message
-    assert f"download {CIFAR10.url} to {tmp_path / 'torchvision'}" in message
+    require_named(message, "cifar10", "refused", CIFAR10.url, tmp_path / "torchvision")
     assert not (tmp_path / "cifar10").exists()
 
 
@@ -218,7 +217,7 @@ def test_every_way_to_fail_names_its_reason(tmp_path: Path, error: Exception, re
     def fail(**_: Any) -> None:
         raise error
 
-    with pytest.raises(DatasetError, match=f"cannot give flowers102: {reason}"):
+    with raises_naming(DatasetError, "flowers102", reason):
         prepare_named_set("flowers102", tmp_path, table("flowers102", fail))
 
 
@@ -226,7 +225,7 @@ def test_a_full_disk_is_not_told_as_a_missing_set(tmp_path: Path):
     def fail(**_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="space"):
         prepare_named_set("flowers102", tmp_path, table("flowers102", fail))
 
 
@@ -243,7 +242,7 @@ def test_a_set_that_fails_midway_leaves_no_folder(tmp_path: Path):
 
 
 def test_an_unknown_name_lists_the_sets(tmp_path: Path):
-    with pytest.raises(ValueError, match="'mnist'; there are cifar10, cifar100, flowers102"):
+    with raises_naming(ValueError, "mnist", "cifar10, cifar100, flowers102"):
         prepare_named_set("mnist", tmp_path)
 
 
@@ -276,15 +275,17 @@ def test_missing_archives_of_imagenet_are_named_with_where_to_put_them(tmp_path:
     with pytest.raises(DatasetError) as raised:
         prepare_named_set("imagenet", tmp_path)
     message = str(raised.value)
-    assert f"{tmp_path / 'imagenet'} lacks {ARCHIVES[0]} and {ARCHIVES[2]}: download" in message
-    assert "https://image-net.org/" in message
+    require_named(
+        message, tmp_path / "imagenet", ARCHIVES[0], ARCHIVES[2], "https://image-net.org/"
+    )
+    assert ARCHIVES[1] not in message
 
 
 def test_a_damaged_archive_of_imagenet_is_told(tmp_path: Path):
     (tmp_path / "imagenet").mkdir()
     for name in ARCHIVES:
         (tmp_path / "imagenet" / name).touch()
-    with pytest.raises(DatasetError, match=r"devkit_t12.*is corrupted"):
+    with raises_naming(DatasetError, "devkit_t12"):
         prepare_named_set("imagenet", tmp_path)
 
 
@@ -295,7 +296,7 @@ def test_an_interrupted_unpacking_of_imagenet_is_not_taken_for_whole(tmp_path: P
     path = tmp_path / "imagenet" / leftover
     path.parent.mkdir(parents=True)
     path.touch() if path.suffix else path.mkdir()
-    with pytest.raises(DatasetError, match=r"was not unpacked to its end; .* remove it"):
+    with raises_naming(DatasetError, tmp_path / "imagenet" / Path(leftover).parts[0], "remove it"):
         prepare_named_set("imagenet", tmp_path)
 
 

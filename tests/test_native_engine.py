@@ -11,6 +11,7 @@ from pathlib import Path
 import native_reference
 import numpy as np
 import pytest
+from facts import raises_naming
 from native_programs import Chain, random_chain
 
 from efficientnet.formats.artifact import ArtifactError
@@ -156,12 +157,12 @@ def test_values_that_are_no_numbers_read_as_zero(tmp_path: Path):
 
 
 DAMAGES = {
-    "magic": (0, b"X", "does not start with EFFNATIV"),
-    "version": (8, b"\x02", "version 2, this engine reads 1"),
+    "magic": (0, b"X", "EFFNATIV"),
+    "version": (8, b"\x02", r"version 2\b.*\b1\b"),
     "tensors": (12, b"\xff\xff\xff\xff", "impossible numbers"),
     "layers offset": (32, b"\xff\xff\xff\xff\xff\xff\xff\xff", "past the end"),
     "blob offset": (40, b"\x41", "not aligned"),
-    "height of an image": (64, b"\xff\xff\xff\x7f", "has a side of 2147483647"),
+    "height of an image": (64, b"\xff\xff\xff\x7f", "2147483647"),
     "type of a map": (64 + 12, b"\x07", "tensor 0"),
 }
 
@@ -212,23 +213,23 @@ def test_a_file_that_was_cut_off_is_refused_wherever_it_was(tmp_path: Path):
         with pytest.raises(ArtifactError, match=r"damaged|cannot read"):
             Engine(path)
     path.write_bytes(data + b"more")
-    with pytest.raises(ArtifactError, match="bytes follow its end"):
+    with pytest.raises(ArtifactError, match="follow"):
         Engine(path)
-    with pytest.raises(ArtifactError, match="cannot read"):
+    with raises_naming(ArtifactError, tmp_path / "not there"):
         Engine(tmp_path / "not there")
 
 
 def test_what_an_engine_is_asked_for_must_be_there(tmp_path: Path):
     path = tmp_path / "p.native"
     program = write(path, DType.U8, seed=0)
-    with pytest.raises(ArtifactError, match="no kernels 'sse'"):
+    with raises_naming(ArtifactError, "sse"):
         Engine(path, level="sse")
     engine = Engine(path, max_batch_size=2)
-    with pytest.raises(ValueError, match="a batch of 3 images, the program was opened for 1 to 2"):
+    with raises_naming(ValueError, 3, "1 to 2"):
         engine.infer(images_for(program, np.random.default_rng(0), 3))
-    with pytest.raises(ValueError, match="expected float32"):
+    with raises_naming(ValueError, "float32", 99):
         engine.infer(np.zeros((1, 3, 99, 99), np.float32))
-    with pytest.raises(ValueError, match="flag that keeps them"):
+    with raises_naming(ValueError, "flag"):
         read(engine, program, 0)
 
 
@@ -236,7 +237,7 @@ def test_a_library_that_was_not_built_says_what_to_run(tmp_path: Path):
     with pytest.raises(ArtifactError, match=r"apt-get install g\+\+"):
         levels(tmp_path / "_engine.so")
     (tmp_path / "broken.so").write_bytes(b"no library")
-    with pytest.raises(ArtifactError, match="cannot be loaded"):
+    with raises_naming(ArtifactError, tmp_path / "broken.so"):
         levels(tmp_path / "broken.so")
 
 

@@ -8,18 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from facts import raises_naming
 from numpy.typing import NDArray
 from PIL import Image
 
 from efficientnet.formats.artifact import ArtifactError, read_artifact
-from efficientnet.formats.records import AccuracyRecord, read_records
+from efficientnet.formats.records import AccuracyRecord, pack_hits, read_records
 from efficientnet.images.datasets import DatasetError, Sample, load_dataset, sha256_of_samples
 from efficientnet.images.preprocess import PreprocessSpec, preprocess
 from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.intervals import mcnemar_p_value
 from efficientnet.runtimes import ProgramInfo, open_runtime
 from efficientnet.runtimes.probabilities import softmax
 from perf.measurements import accuracy
-from perf.measurements.accuracy import AccuracyConfig, result_table, top_k_accuracy
+from perf.measurements.accuracy import (
+    AccuracyConfig,
+    paired_hits,
+    paired_table,
+    result_table,
+    top_k_accuracy,
+)
 from perf.measurements.predictions import Predictions, predict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +156,9 @@ def record_of(classes: tuple[tuple[str, int, int], ...], num_classes: int) -> Ac
 def test_a_class_for_every_image_is_no_accuracy_of_its_own():
     naming = record_of((("thing", 200, 200), ("other", 100, 0)), 3)
     table = result_table([Path("a")], [naming])
-    assert table.rows[0][1:] == ("66.7 %", "50.0 %", "66.7 % (thing)", "300")
+    assert table.rows[0][1:] == (
+        *("66.7 %", "61.2 % to 71.8 %", "50.0 %", "66.7 % (thing)", "300"),
+    )
     assert len(table.notes) == 1
     learned = record_of((("thing", 200, 190), ("other", 100, 80)), 3)
     assert not result_table([Path("a")], [learned]).notes
@@ -160,11 +170,53 @@ def test_top5_is_shown_of_six_classes_or_more(num_classes: int, is_shown: bool):
     assert ("top-5" in table.columns) == is_shown
 
 
+def with_hits(text: str, **changes: object) -> AccuracyRecord:
+    is_hit = [letter == "x" for letter in text]
+    record = record_of((("a", len(text), sum(is_hit)), ("b", 0, 0)), 2)
+    return record.model_copy(update={"hits": pack_hits(is_hit), **changes})
+
+
+@pytest.mark.parametrize("text", ["", "x", "x..x..x.", "x..x..x.x", "." * 17])
+def test_hits_are_read_as_they_were_written(text: str):
+    record = with_hits(text + "x")
+    assert record.is_hit == tuple(letter == "x" for letter in text + "x")
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ((0, 0), 1.0),
+        ((5, 5), 1.0),
+        ((0, 6), 2 / 2**6),
+        ((1, 9), 2 * 11 / 2**10),
+        ((9, 1), 2 * 11 / 2**10),
+        # Of the normal distribution: (1100 - 900 - 1)^2 / 2000 of chi-squared.
+        ((900, 1100), 8.56e-6),
+    ],
+)
+def test_mcnemars_probability_is_that_of_a_fair_coin(counts: tuple[int, int], expected: float):
+    assert mcnemar_p_value(*counts) == pytest.approx(expected, rel=0.02)
+
+
+def test_programs_are_compared_on_the_images_that_only_one_knows():
+    paths = [Path(name) for name in "abcde"]
+    first = with_hits("x" * 12 + "." * 8)
+    worse, same = with_hits("x" * 5 + "." * 15), with_hits("." + "x" * 12 + "." * 7)
+    other_images = with_hits("." * 20, dataset_sha256="1" * 64)
+    of_before = first.model_copy(update={"hits": None})
+    table = paired_table(paths, [first, worse, same, other_images, of_before])
+    assert table.rows == (
+        ("b", "7", "0", "-35.0", "0.016", "less accurate"),
+        ("c", "1", "1", "+0.0", "1", "no difference told"),
+    )
+    assert paired_hits(first, other_images) is None and paired_hits(of_before, first) is None
+
+
 def test_one_percent_of_broken_images_is_an_error():
     samples = [make_sample(f"{i}.png", label=i % 3) for i in range(100)]
     samples[99] = Sample("damaged.png", 1, b"not an image")
 
-    with pytest.raises(DatasetError, match=r"1 of 100 .* 1% or more is an error: damaged\.png"):
+    with raises_naming(DatasetError, "1 of 100", "damaged.png"):
         predict(BrightnessRuntime(3), samples, batch_size=8)
 
 
@@ -172,7 +224,7 @@ def test_one_percent_of_broken_images_is_an_error():
 def test_an_answer_that_is_no_number_is_an_error(value: float):
     samples = [make_sample(f"{i}.png", label=0) for i in range(3)]
 
-    with pytest.raises(ArtifactError, match="answers NaN or infinity"):
+    with raises_naming(ArtifactError, "NaN"):
         predict(BrightnessRuntime(3, value), samples, batch_size=8)
 
 
@@ -236,7 +288,7 @@ def test_too_many_broken_images_leave_nothing_behind(tiny_artifact: Path, tmp_pa
     folder = write_folder(tmp_path / "pictures", num_images=100, num_broken=2)
     output, predictions = tmp_path / "accuracy.jsonl", tmp_path / "predictions.jsonl"
 
-    with pytest.raises(DatasetError, match="cannot be decoded"):
+    with raises_naming(DatasetError, "held-out images", "1%"):
         accuracy.main(
             AccuracyConfig(
                 (tiny_artifact,), data=str(folder), output=output, predictions=predictions
@@ -250,7 +302,7 @@ def test_other_classes_are_an_error_before_any_work(tiny_artifact: Path, tmp_pat
     for part in ("train", "val"):
         (folder / part / "9").rename(folder / part / "nine")
 
-    with pytest.raises(ValueError, match=r"the classes of .*pictures are not those of"):
+    with raises_naming(ValueError, folder, "--data"):
         accuracy.main(
             AccuracyConfig((tiny_artifact,), data=str(folder), output=tmp_path / "accuracy.jsonl")
         )
@@ -259,7 +311,7 @@ def test_other_classes_are_an_error_before_any_work(tiny_artifact: Path, tmp_pat
 def test_a_missing_folder_is_an_error_that_says_what_is_expected(
     tiny_artifact: Path, tmp_path: Path
 ):
-    with pytest.raises(FileNotFoundError, match="no data at"):
+    with raises_naming(FileNotFoundError, tmp_path / "nothing"):
         accuracy.main(AccuracyConfig((tiny_artifact,), data=str(tmp_path / "nothing")))
 
 
@@ -267,12 +319,12 @@ def test_predictions_are_of_one_program(tiny_artifact: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_artifact, copy)
 
-    with pytest.raises(ValueError, match="--predictions takes the answers of one program"):
+    with raises_naming(ValueError, "--predictions", "one"):
         AccuracyConfig((tiny_artifact, copy), predictions=tmp_path / "predictions.jsonl")
 
 
 def test_a_batch_that_the_artifact_does_not_take_is_an_error(tiny_artifact: Path):
-    with pytest.raises(ValueError, match="takes at most 64 images in a call"):
+    with raises_naming(ValueError, 64):
         accuracy.main(AccuracyConfig((tiny_artifact,), batch_size=65))
-    with pytest.raises(ValueError, match="--batch-size is 0"):
+    with raises_naming(ValueError, "--batch-size", 0):
         AccuracyConfig((tiny_artifact,), batch_size=0)

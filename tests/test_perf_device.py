@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
+from facts import raises_naming
 from processes import process_exists, wait_until
 from torch import Tensor, nn
 
@@ -174,25 +175,25 @@ def test_every_part_has_jobs_and_the_first_are_the_important_ones(tmp_path: Path
 
 def test_without_a_gpu_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(study, "current_gpu", lambda: None)
-    with pytest.raises(DeviceError, match=r"no NVIDIA GPU answers.*--dry-run"):
+    with raises_naming(DeviceError, "no NVIDIA GPU", "--dry-run"):
         study.main(DeviceConfig(output=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_another_device_or_with_a_damaged_record_is_refused(tmp_path: Path):
     append(tmp_path, START)
-    with pytest.raises(DeviceError, match=r"has records of NVIDIA H100 .a dry run.*--output"):
+    with raises_naming(DeviceError, "NVIDIA H100", "dry run", "--output"):
         study.main(DeviceConfig(output=tmp_path, dry_run=True))
     with (tmp_path / "records.jsonl").open("a") as file:
         file.write('{"kind": "end"\n')
-    with pytest.raises(RecordsError, match="line 2 is damaged"):
+    with raises_naming(RecordsError, "line 2"):
         read(tmp_path)
 
 
 def test_wrong_settings_are_told():
-    with pytest.raises(ValueError, match="--minutes is 0"):
+    with raises_naming(ValueError, "--minutes", 0):
         DeviceConfig(minutes=0)
-    with pytest.raises(ValueError, match="--parts names none"):
+    with raises_naming(ValueError, "--parts"):
         DeviceConfig(parts=())
 
 

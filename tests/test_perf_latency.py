@@ -5,12 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
+from facts import raises_naming
 from PIL import Image
 from processes import child_pids, process_exists, wait_until
 
@@ -25,8 +27,8 @@ from efficientnet.formats.records import (
 from efficientnet.images.datasets import DatasetError, Sample, load_dataset
 from efficientnet.images.preprocess import PreprocessSpec, preprocess
 from efficientnet.machine.environment import current_environment
-from efficientnet.measuring.contender import Worker, WorkerError
-from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.contender import Contender, ContenderError, running
+from efficientnet.measuring.inputs import Inputs, map_inputs, prepare_inputs, rotate
 from efficientnet.measuring.peaks import gpu_peak
 from efficientnet.measuring.programs import Program, read_program, read_programs
 from efficientnet.network.cost import DevicePeak
@@ -36,6 +38,7 @@ from perf.measurements.latency import (
     choose_batch_sizes,
     without_accuracy,
 )
+from perf.measurements.program_subject import ProgramSubject
 from perf.measurements.recording import results_table
 from perf.measurements.scenarios import OFFLINE, SCENARIOS
 
@@ -48,6 +51,14 @@ SPEC = PreprocessSpec(
 )
 CPU_PEAK = DevicePeak(1e11, 1e10, "measured")
 TINY_PREPROCESS = SPEC.model_copy(update={"image_size": 32})
+
+
+@pytest.fixture(autouse=True)
+def known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure no peaks in this process; `run` does so in its own."""
+    monkeypatch.setattr(
+        latency, "cpu_peaks", lambda _, precisions: dict.fromkeys(precisions, CPU_PEAK)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -230,26 +241,26 @@ def test_paths_come_first_and_flags_after_them():
 def test_a_path_given_twice_is_an_error(tiny_artifact: Path):
     same = tiny_artifact / ".." / tiny_artifact.name
 
-    with pytest.raises(ValueError, match="given twice"):
+    with raises_naming(ValueError, "twice"):
         LatencyConfig((tiny_artifact, same))
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("setting", "facts"),
     [
-        ({"seconds": 0.0}, "--seconds is 0"),
-        ({"seconds": float("nan")}, "--seconds is nan"),
-        ({"turns": 0}, "--turns is 0"),
-        ({"threads": 0}, "--threads is 0"),
-        ({"batches": ()}, "--batches"),
-        ({"batches": (4, 0)}, "--batches"),
-        ({"scenarios": ()}, "--scenarios is"),
-        ({"scenarios": ("offline", "offline")}, "--scenarios is"),
-        ({"scenarios": ("offline", "at_night")}, "--scenarios is"),
+        ({"seconds": 0.0}, ("--seconds", 0)),
+        ({"seconds": float("nan")}, ("--seconds", "nan")),
+        ({"turns": 0}, ("--turns", 0)),
+        ({"threads": 0}, ("--threads", 0)),
+        ({"batches": ()}, ("--batches",)),
+        ({"batches": (4, 0)}, ("--batches",)),
+        ({"scenarios": ()}, ("--scenarios",)),
+        ({"scenarios": ("offline", "offline")}, ("--scenarios",)),
+        ({"scenarios": ("offline", "at_night")}, ("--scenarios",)),
     ],
 )
-def test_a_setting_outside_its_limits_is_an_error(setting: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+def test_a_setting_outside_its_limits_is_an_error(setting: dict, facts: tuple[object, ...]):
+    with raises_naming(ValueError, *facts):
         LatencyConfig(**setting)
 
 
@@ -262,15 +273,15 @@ def test_a_damaged_artifact_is_found_before_any_work(
         program.write(b"x")
     output = tmp_path / "latency.jsonl"
 
-    with pytest.raises(ArtifactError, match="is damaged"):
+    with raises_naming(ArtifactError, damaged / "model.onnx", "SHA-256"):
         latency.main(LatencyConfig((tiny_checkpoint, damaged), output=output))
     assert not output.exists()
 
 
 def test_a_path_that_is_nothing_of_ours_is_an_error(tmp_path: Path):
-    with pytest.raises(ArtifactError, match="neither an artifact nor a checkpoint"):
+    with raises_naming(ArtifactError, tmp_path):
         read_programs([tmp_path])
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with raises_naming(FileNotFoundError, tmp_path / "nothing"):
         read_programs([tmp_path / "nothing"])
 
 
@@ -280,7 +291,7 @@ def test_data_that_has_moved_is_an_error_that_names_the_flag(tiny_artifact: Path
     manifest = moved / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"digits"', '"/was/here"'))
 
-    with pytest.raises(FileNotFoundError, match="--data"):
+    with raises_naming(FileNotFoundError, "--data", "/was/here"):
         latency.main(LatencyConfig((moved,), output=tmp_path / "latency.jsonl"))
 
 
@@ -289,7 +300,7 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(
 ):
     (tmp_path / "file").touch()
 
-    with pytest.raises(OSError, match="choose another place with --output"):
+    with raises_naming(OSError, "--output"):
         latency.main(LatencyConfig((tiny_artifact,), output=tmp_path / "file" / "latency.jsonl"))
 
 
@@ -297,7 +308,7 @@ def test_batch_sizes_that_an_artifact_does_not_take_are_left_out(tiny_artifact: 
     program = dataclasses.replace(read_program(tiny_artifact), max_batch_size=8)
 
     assert choose_batch_sizes(program, (16, 8, 1, 8)) == (1, 8)
-    with pytest.raises(ValueError, match="takes at most 8 images in a call"):
+    with raises_naming(ValueError, 8):
         choose_batch_sizes(program, (16, 32))
 
 
@@ -349,7 +360,7 @@ def test_images_that_cannot_be_decoded_are_not_measured():
 
     assert inputs.num_images == 256
     assert len({image.tobytes() for image in images[:256]}) == 256
-    with pytest.raises(DatasetError, match="none of 1"):
+    with raises_naming(DatasetError, "none of 1"):
         prepare_inputs(broken[:1], SPEC, 1, seed=0)
 
 
@@ -360,51 +371,57 @@ def inputs():
         yield inputs
 
 
+def contender(inputs: Inputs, program: Path) -> Contender:
+    descriptor = inputs.file.fileno()
+    opener = partial(ProgramSubject, program, 1, descriptor, inputs.image_size)
+    return Contender("row", opener, (descriptor,))
+
+
 def test_a_process_that_cannot_open_its_program_says_why_in_one_line(inputs, tmp_path: Path):
-    worker = Worker("row", tmp_path, 1, inputs)
-    try:
-        with pytest.raises(WorkerError, match=r"^row \(.*\): .* holds neither a manifest.json"):
-            worker.receive()
-    finally:
-        worker.stop()
+    with (
+        raises_naming(ContenderError, "row", tmp_path, "manifest.json"),
+        running([contender(inputs, tmp_path)]),
+    ):
+        pytest.fail("it is not open")
 
 
 def test_a_call_that_fails_says_why_in_one_line(inputs, tiny_artifact: Path):
-    worker = Worker("row", tiny_artifact, 1, inputs)
-    try:
-        worker.receive()
-        with pytest.raises(WorkerError, match="a batch of 65 images, the program takes 1 to 64"):
-            worker.take_turn(65, seconds=0.1)
-    finally:
-        worker.stop()
+    row = contender(inputs, tiny_artifact)
+    with running([row]), raises_naming(ContenderError, 65, "1 to 64"):
+        row.ask("turn", 65, 0.1)
 
 
 def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
-    worker = Worker("row", tiny_artifact, 1, inputs)
-    try:
-        worker.receive()
-        os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match="ended by SIGKILL; the machine may be out of memory"):
-            worker.take_turn(1, seconds=0.1)
-    finally:
-        worker.stop()
+    row = contender(inputs, tiny_artifact)
+    with running([row]):
+        os.kill(row._process.pid, signal.SIGKILL)
+        with raises_naming(ContenderError, "row", "SIGKILL", "memory"):
+            row.ask("turn", 1, 0.1)
+
+
+def test_ctrl_c_is_left_to_the_process_that_measures(inputs, tiny_artifact: Path):
+    row = contender(inputs, tiny_artifact)
+    with running([row]):
+        os.kill(row._process.pid, signal.SIGINT)
+        assert row.ask("turn", 1, 0.01).turn.samples_ms
 
 
 def test_a_process_ends_with_the_one_that_started_it(tiny_artifact: Path):
     script = f"""
-import time
+from functools import partial
 from pathlib import Path
-from efficientnet.command import parse_flags
+from efficientnet.measuring.contender import Contender, running
 from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.measuring.inputs import prepare_inputs
-from efficientnet.measuring.contender import TurnRequest, Worker
+from perf.measurements.program_subject import ProgramSubject
 spec = PreprocessSpec.model_validate_json({TINY_PREPROCESS.model_dump_json()!r})
-inputs = prepare_inputs(load_dataset("digits").val, spec, 1, seed=0)
-worker = Worker("row", Path({str(tiny_artifact)!r}), 1, inputs)
-worker.receive()
-print("ready", flush=True)
-worker.take_turn(1, seconds=600)
+file = prepare_inputs(load_dataset("digits").val, spec, 1, seed=0).file
+opener = partial(ProgramSubject, Path({str(tiny_artifact)!r}), 1, file.fileno(), spec.image_size)
+row = Contender("row", opener, (file.fileno(),))
+with running([row]):
+    print("ready", flush=True)
+    row.ask("turn", 1, 600)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -1,4 +1,6 @@
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import pytest
 
@@ -10,6 +12,7 @@ from efficientnet.measuring.clock import (
     summarize,
     warm_up_until_stable,
 )
+from efficientnet.measuring.turns import TimeBudget, measure_calls, ratio, take_turns
 
 MS = 1_000_000
 
@@ -148,3 +151,36 @@ def test_the_tolerance_decides_what_agrees(tolerance: float, is_stable: bool):
     warm_up = warm_up_until_stable(clock.call, clock, 1, 5, tolerance)
 
     assert warm_up.is_stable is is_stable
+
+
+def test_contenders_take_turns_there_and_back():
+    seen: list[str] = []
+
+    def turn(name: str, number: int) -> str:
+        seen.append(name)
+        return f"{name}{number}"
+
+    found = take_turns(["a", "b", "c"], 3, turn)
+
+    assert "".join(seen) == "abccbaabc"
+    assert found == {name: [f"{name}{number}" for number in range(3)] for name in "abc"}
+
+
+def test_a_ratio_is_taken_within_turns():
+    # The machine slows down threefold in the second half.
+    assert ratio([9, 9, 27, 33], [10, 10, 30, 30]) == (0.9, 0.9, 1.1)
+    with pytest.raises(ValueError, match="shorter"):
+        ratio([2.0, 9.0], [4.0])
+
+
+def sleeper(seconds: float) -> Callable[[], object]:
+    return partial(time.sleep, seconds)
+
+
+def test_calls_of_several_processes_are_compared():
+    openers = {name: partial(sleeper, s) for name, s in (("long", 0.02), ("short", 0.0))}
+    turns = measure_calls(openers, TimeBudget(seconds=0.1, num_turns=3))
+
+    assert [len(turns[name]) for name in ("long", "short")] == [3, 3]
+    # No call is done before it slept; so much of a time is certain.
+    assert min(turns["long"]) >= 20 > 0 < min(turns["short"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from facts import raises_naming
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin
 from timm.data.transforms_factory import create_transform
@@ -244,7 +245,7 @@ def test_a_jpeg_that_opencv_refuses_is_an_image_error():
     data = encode(photo((64, 48)), "JPEG")
     header = read_jpeg_header(data)
     assert header is not None
-    with pytest.raises(ImageError, match="damaged or truncated"):
+    with pytest.raises(ImageError, match="truncated"):
         decode_jpeg(data[:2] + b"\xff\xd9", header, 1)
 
 
@@ -445,9 +446,9 @@ def test_what_is_no_image_is_refused_with_the_reason(
 
 
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
-    with pytest.raises(ImageError, match=r"8000 x 7000 pixels, more than the 50 megapixels"):
+    with raises_naming(ImageError, "8000 x 7000", "50 megapixels"):
         decode_image(encode(Image.new("1", (8000, 7000))))
-    with pytest.raises(ImageTooLargeError, match="8000 x 7000"):
+    with raises_naming(ImageTooLargeError, "8000 x 7000"):
         preprocess(encode(Image.new("L", (8000, 7000)), "JPEG"), FAST)
 
 

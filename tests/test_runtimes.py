@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
+from facts import raises_naming
 
 from efficientnet.formats.artifact import ArtifactError
 from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import preprocess
-from efficientnet.measuring.null_runtime import NullRuntime
 from efficientnet.runtimes import Runtime, open_runtime, openvino_runtime
 from efficientnet.runtimes.native.build import LIBRARY
 from export import native, ov
 from export.inputs.config import NativeConfig, OpenVinoConfig
+from perf.measurements.program_subject import NullRuntime
 
 NEEDS_ENGINE = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
 
@@ -88,7 +89,7 @@ def test_an_image_does_not_depend_on_its_batch(runtime: Runtime):
     ],
 )
 def test_a_wrong_shape_or_type_says_what_is_expected(runtime: Runtime, images: np.ndarray):
-    with pytest.raises(ValueError, match=r"expected float32 \[N, 3, 32, 32\]"):
+    with raises_naming(ValueError, "float32", "[N, 3, 32, 32]"):
         runtime.infer(images)
 
 
@@ -96,7 +97,7 @@ def test_a_wrong_shape_or_type_says_what_is_expected(runtime: Runtime, images: n
 def test_a_pixel_that_is_no_number_is_refused_with_its_image(runtime: Runtime, value: float):
     images = digits(3)
     images[1, 2, 5, 7] = value
-    with pytest.raises(ValueError, match=r"\[1\] of 3"):
+    with raises_naming(ValueError, "[1] of 3"):
         runtime.infer(images)
 
 
@@ -111,7 +112,7 @@ def test_arrays_are_read_in_their_order_whatever_their_strides(runtime: Runtime)
 
 
 def test_a_batch_above_the_maximum_is_refused(tiny_artifact: Path):
-    with pytest.raises(ValueError, match="a batch of 65 images, the program takes 1 to 64"):
+    with raises_naming(ValueError, 65, "1 to 64"):
         open_runtime(tiny_artifact).infer(np.zeros((65, 3, 32, 32), np.float32))
 
 
@@ -176,7 +177,7 @@ def test_a_signal_is_handled_after_programs_were_closed_in_any_order(programs: d
 
 
 def test_a_folder_that_is_neither_is_an_artifact_error(tmp_path: Path):
-    with pytest.raises(ArtifactError, match="holds neither"):
+    with raises_naming(ArtifactError, tmp_path, "manifest.json", "checkpoint.json"):
         open_runtime(tmp_path)
 
 

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from facts import raises_naming
 
 from efficientnet.network.scaling import (
     CompoundCoefficients,
@@ -21,7 +22,7 @@ def test_phi_multiplies_depth_width_and_resolution_by_the_papers_coefficients():
 
 @pytest.mark.parametrize("phi", [math.nan, math.inf])
 def test_a_phi_that_is_no_number_is_refused(phi: float):
-    with pytest.raises(ValueError, match="expected a finite number"):
+    with raises_naming(ValueError, phi, "finite"):
         compound_scale(phi)
 
 
@@ -58,11 +59,11 @@ def test_fit_with_a_cost_function_of_real_networks():
 
 
 def test_fit_refuses_a_grid_without_points_and_a_score_that_is_no_number():
-    with pytest.raises(ValueError, match="smaller step or a larger tolerance"):
+    with raises_naming(ValueError, "step", "tolerance"):
         fit_compound_coefficients(lambda scale: 1.0, step=0.7, tolerance=0.01)
-    with pytest.raises(ValueError, match="is not a number"):
+    with raises_naming(ValueError, "score", "not a number"):
         fit_compound_coefficients(lambda scale: math.nan)
-    with pytest.raises(ValueError, match="expected a step above 0"):
+    with raises_naming(ValueError, "step", 0):
         fit_compound_coefficients(lambda scale: 1.0, step=0)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from facts import require_named
 from processes import child_pids, listening_ports, process_exists, wait_until
 
 from efficientnet.images.datasets import load_dataset
@@ -152,7 +153,7 @@ def test_an_artifact_of_another_hash_than_the_setting_says_is_not_served(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "is another than aaaaaaaaaaaa" in result.stderr
+    require_named(result.stderr, "error", "aaaaaaaaaaaa")
     assert "Traceback" not in result.stderr
 
 

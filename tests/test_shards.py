@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from facts import raises_naming, require_named
 from PIL import Image
 
 from efficientnet.images import fetching
@@ -171,7 +172,7 @@ def test_shards_in_a_folder_for_val_are_held_out_but_not_for_a_common_one(
 
 def test_val_shards_alone_are_refused_for_training_but_serve_published_weights(tmp_path: Path):
     write_set(tmp_path, train=0, val=2)
-    with pytest.raises(DatasetError, match="are for validation, by their names; expected some"):
+    with raises_naming(DatasetError, "validation"):
         load_dataset(tmp_path)
     dataset = load_held_out("sample-photos", tmp_path, ("0", "1"), needs_labels=True)
     assert (len(dataset.train), len(dataset.val)) == (0, 20)
@@ -188,8 +189,7 @@ def test_shards_without_a_list_of_classes_are_told_where_it_is_looked_for(
 ):
     write_set(tmp_path)
     load_dataset(tmp_path)
-    assert f"no list of class names at {tmp_path}/classes.json" in caplog.text
-    assert "the classes are called 0 to 1" in caplog.text
+    require_named(caplog.text, f"{tmp_path}/classes.json", "0 to 1")
     caplog.clear()
     (tmp_path / "classes.json").write_text('["cat", "dog"]')
     load_dataset(tmp_path)
@@ -199,7 +199,7 @@ def test_shards_without_a_list_of_classes_are_told_where_it_is_looked_for(
 def test_a_label_outside_the_list_of_classes_is_named(tmp_path: Path):
     write_tar(tmp_path / "train-0.tar", [*pairs(0, 4), ("x.jpg", png(9)), ("x.cls", b"7")])
     (tmp_path / "classes.json").write_text('["cat", "dog"]')
-    with pytest.raises(DatasetError, match=r"train-0.tar: x.jpg has the label 7, .* names 2 cla"):
+    with raises_naming(DatasetError, "train-0.tar", "x.jpg", 7, 2):
         load_dataset(tmp_path)
 
 
@@ -207,13 +207,13 @@ def test_a_label_outside_the_list_of_classes_is_named(tmp_path: Path):
 def test_a_list_of_classes_that_is_none_is_an_error(tmp_path: Path, text: str):
     write_set(tmp_path)
     (tmp_path / "classes.json").write_text(text)
-    with pytest.raises(DatasetError, match=r"classes.json is not .*expected"):
+    with raises_naming(DatasetError, "classes.json"):
         load_dataset(tmp_path)
 
 
 def test_one_class_only_is_an_error(tmp_path: Path):
     write_tar(tmp_path / "train-0.tar", pairs(0, 4, num_classes=1))
-    with pytest.raises(DatasetError, match="has one class only; at least two"):
+    with raises_naming(DatasetError, "one class", "two"):
         load_dataset(tmp_path)
 
 
@@ -271,16 +271,16 @@ def test_training_takes_the_chosen_image_and_a_checkpoint_names_it(tmp_path: Pat
 
 def test_an_image_key_that_no_image_has_is_told_with_those_there_are(tmp_path: Path):
     write_tar(tmp_path / "train-0.tar", views(0, 6))
-    with pytest.raises(DatasetError, match=r"no top.png, but 2 images \(left.png, right.png\)"):
+    with raises_naming(DatasetError, "top.png", 2, "left.png, right.png"):
         load_dataset(f"{tmp_path}#top.png")
 
 
 def test_an_image_key_needs_shards_and_the_end_of_an_images_name(tmp_path: Path):
     write_set(tmp_path / "shards")
-    with pytest.raises(DatasetError, match="image_key is 'left', expected"):
+    with raises_naming(DatasetError, "left"):
         with_image_key(str(tmp_path / "shards"), "left")
     (tmp_path / "cat").mkdir()
-    with pytest.raises(DatasetError, match="is for tar shards, and"):
+    with raises_naming(DatasetError, "left.png", tmp_path):
         with_image_key(str(tmp_path), "left.png")
 
 
@@ -312,7 +312,7 @@ def test_a_label_may_be_a_class_name(tmp_path: Path, extension: str, classes: st
 def test_a_class_name_outside_the_list_is_named(tmp_path: Path):
     write_tar(tmp_path / "train-0.tar", [*pairs(0, 4), ("x.jpg", png(9)), ("x.txt", b"cow")])
     (tmp_path / "classes.json").write_text('["cat", "dog"]')
-    with pytest.raises(DatasetError, match=r"train-0.tar: x.jpg has the class 'cow'"):
+    with raises_naming(DatasetError, "train-0.tar", "x.jpg", "cow"):
         load_dataset(tmp_path)
 
 
@@ -394,7 +394,7 @@ def test_a_shard_that_became_shorter_is_told_when_it_is_read(tmp_path: Path):
     write_set(tmp_path, train=1)
     sample = load_dataset(tmp_path).train[-1]
     os.truncate(tmp_path / "train-0000.tar", 100)
-    with pytest.raises(DatasetError, match="was replaced since"):
+    with raises_naming(DatasetError, "train-0000.tar", "replaced"):
         sample.read()
 
 
@@ -413,7 +413,7 @@ def test_val_shards_may_lack_a_class_which_is_named(
     write_tar(tmp_path / "val-0.tar", pairs(0, 4))
     (tmp_path / "classes.json").write_text('["cat", "dog", "fox"]')
     assert len(without_broken_images(load_dataset(tmp_path)).val) == 4
-    assert "1 of the 3 classes: fox" in caplog.text
+    require_named(caplog.text, "1 of the 3 classes", "fox")
 
 
 def test_a_part_of_the_train_shards_can_be_held_out(tmp_path: Path):
@@ -423,49 +423,52 @@ def test_a_part_of_the_train_shards_can_be_held_out(tmp_path: Path):
     assert images_of(dataset) == Counter(png(i) for i in range(40))
 
 
-WRONG_SHARDS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
+WRONG_SHARDS: dict[str, tuple[list[tuple[str, bytes]], tuple[str, ...]]] = {
     "image without label": (
         [("000123.jpg", b"x")],
-        r"train-0003.tar: 000123.jpg has no label: expected 000123.cls ",
+        ("train-0003.tar", "000123.jpg", "no label", "000123.cls"),
     ),
-    "label without image": ([("7.cls", b"1")], r"train-0003.tar: 7.cls is the label of no image"),
-    "json without image": ([("7.json", b'{"label": 1}')], r"7.json is the label of no image"),
+    "label without image": ([("7.cls", b"1")], ("train-0003.tar", "7.cls", "no image")),
+    "json without image": ([("7.json", b'{"label": 1}')], ("7.json", "no image")),
     "name among numbers": (
         [("7.jpg", b"x"), ("7.cls", b"cat")],
-        r"train-0003.tar: 7.jpg a class's name, 'cat'",
+        ("train-0003.tar", "7.jpg", "cat"),
     ),
-    "no text": ([("7.jpg", b"x"), ("7.cls", b"\xff")], r"7.cls holds b'\\xff'; expected a class"),
-    "empty": ([("7.jpg", b"x"), ("7.txt", b" \n")], r"7.txt holds b' \\n'; expected a class"),
-    "negative": ([("7.jpg", b"x"), ("7.cls", b"-1")], r"7.cls holds b'-1'; expected a class"),
-    "json without label": ([("7.jpg", b"x"), ("7.json", b'{"l": 1}')], r"7.jpg has no label: 7.j"),
-    "json of a bool": ([("7.jpg", b"x"), ("7.json", b'{"label": true}')], r"7.json is no object"),
-    "same image": ([("7.jpg", b"x"), ("7.cls", b"1"), ("7.jpg", b"y")], "holds the key 7 twice"),
+    "no text": ([("7.jpg", b"x"), ("7.cls", b"\xff")], ("7.cls", r"b'\xff'")),
+    "empty": ([("7.jpg", b"x"), ("7.txt", b" \n")], ("7.txt", r"b' \n'")),
+    "negative": ([("7.jpg", b"x"), ("7.cls", b"-1")], ("7.cls", "b'-1'")),
+    "json without label": (
+        [("7.jpg", b"x"), ("7.json", b'{"l": 1}')],
+        ("7.jpg", "no label", "7.json"),
+    ),
+    "json of a bool": ([("7.jpg", b"x"), ("7.json", b'{"label": true}')], ("7.json", "no object")),
+    "same image": ([("7.jpg", b"x"), ("7.cls", b"1"), ("7.jpg", b"y")], ("key 7", "twice")),
     "two images": (
         [("7.jpg", b"x"), ("7.png", b"x")],
-        r"key 7 twice \(7.jpg and 7.png\).*--image-key jpg",
+        ("key 7", "7.jpg", "7.png", "--image-key jpg"),
     ),
     "two views": (
         [("7.left.png", b"x"), ("7.right.png", b"x"), ("7.cls", b"1")],
-        r"the key 7 has 2 images \(left.png, right.png\).*--image-key left.png",
+        ("key 7", "2 images", "left.png", "right.png", "--image-key left.png"),
     ),
-    "two labels": ([("7.jpg", b"x"), ("7.cls", b"1"), ("7.cls", b"1")], "the key 7 twice"),
+    "two labels": ([("7.jpg", b"x"), ("7.cls", b"1"), ("7.cls", b"1")], ("key 7", "twice")),
 }
 
 
 @pytest.mark.parametrize("case", WRONG_SHARDS)
 def test_images_and_labels_that_do_not_belong_together_are_named(tmp_path: Path, case: str):
-    files, message = WRONG_SHARDS[case]
+    files, facts = WRONG_SHARDS[case]
     write_tar(tmp_path / "train-0002.tar", pairs(0, 4))
     write_tar(tmp_path / "train-0003.tar", [*pairs(10, 4), *files])
-    with pytest.raises(DatasetError, match=message):
+    with raises_naming(DatasetError, *facts):
         load_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("files", [[], [("cat.0001.jpg", b"x"), ("cat.0002.jpg", b"x")]])
 def test_a_shard_without_labelled_images_is_an_error(tmp_path: Path, files: list[Any]):
     write_tar(tmp_path / "train-0.tar", files)
-    found = "its first file is cat.0001.jpg" if files else "it has no files"
-    with pytest.raises(DatasetError, match=rf"train-0.tar holds no labelled images \({found}\)"):
+    found = ("cat.0001.jpg",) if files else ("no files",)
+    with raises_naming(DatasetError, "train-0.tar", *found):
         load_dataset(tmp_path)
 
 
@@ -475,7 +478,7 @@ def test_an_image_that_is_a_link_is_not_lost_in_silence(tmp_path: Path, kind: by
         info = tarfile.TarInfo("7.jpg")
         info.type, info.linkname = kind, "8.jpg"
         tar.addfile(info)
-    with pytest.raises(DatasetError, match=r"holds 7.jpg as a link; pack it with tar --deref"):
+    with raises_naming(DatasetError, "7.jpg", "link", "--dereference"):
         load_dataset(tmp_path)
 
 
@@ -485,9 +488,7 @@ def test_a_tar_cut_short_anywhere_but_at_a_block_is_an_error(tmp_path: Path):
     # Within a header, within an image, in the padding behind it, and within the end's zeros.
     for size in (100, 512 + 30, 512 + len(png(0)), 512 + 500, 1024 + 10, len(data) - 100):
         path.write_bytes(data[:size])
-        with pytest.raises(
-            DatasetError, match=rf"cut.tar is cut short: it has {size} bytes.* expected"
-        ):
+        with raises_naming(DatasetError, "cut.tar", "cut short", f"{size} bytes"):
             load_dataset(path)
 
 
@@ -495,7 +496,7 @@ def test_a_tar_that_ends_within_an_image_at_a_block_is_an_error(tmp_path: Path):
     files = [("1.jpg", b"x" * 3000), ("1.cls", b"0")]
     path = write_tar(tmp_path / "cut.tar", files)
     os.truncate(path, 512 + 1024)
-    with pytest.raises(DatasetError, match=r"cut short: it has 1536 bytes and ends within 1.jpg"):
+    with raises_naming(DatasetError, 1536, "1.jpg"):
         load_dataset(path)
 
 
@@ -505,21 +506,21 @@ def test_a_tar_without_its_end_mark_may_lack_images_and_is_an_error(
 ):
     path = write_tar(tmp_path / "open.tar", pairs(0, 4))
     os.truncate(path, num_images * 2048)
-    with pytest.raises(DatasetError, match=r"open.tar is cut short: .* without an end-of-archive"):
+    with raises_naming(DatasetError, "open.tar", "end-of-archive"):
         load_dataset(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "facts"),
     [
-        (b"", r"is empty \(0 bytes\)"),
-        (b"<html>no such page</html>" * 50, r"is not a tar \(it begins with b'<html>"),
-        (b"\x1f\x8b" + b"z" * 1022, r"is not a tar .* it is compressed: decompress it first"),
+        (b"", ("0 bytes",)),
+        (b"<html>no such page</html>" * 50, ("not a tar", "b'<html>")),
+        (b"\x1f\x8b" + b"z" * 1022, ("not a tar", "compressed")),
     ],
 )
-def test_what_is_no_tar_is_told(tmp_path: Path, content: bytes, message: str):
+def test_what_is_no_tar_is_told(tmp_path: Path, content: bytes, facts: tuple[str, ...]):
     (tmp_path / "train-0.tar").write_bytes(content)
-    with pytest.raises(DatasetError, match=f"train-0.tar {message}"):
+    with raises_naming(DatasetError, "train-0.tar", *facts):
         load_dataset(tmp_path)
 
 
@@ -528,7 +529,7 @@ def test_a_damaged_header_is_told(tmp_path: Path):
     data = bytearray(path.read_bytes())
     data[1024:1030] = b"\xff" * 6
     path.write_bytes(data)
-    with pytest.raises(DatasetError, match="is damaged: byte 1024 begins no tar header"):
+    with raises_naming(DatasetError, "byte 1024"):
         load_dataset(path)
 
 
@@ -536,19 +537,19 @@ def test_images_behind_the_end_of_a_joined_tar_are_not_lost_in_silence(tmp_path:
     one = write_tar(tmp_path / "one", pairs(0, 4)).read_bytes()
     two = write_tar(tmp_path / "two", pairs(4, 4)).read_bytes()
     (tmp_path / "both.tar").write_bytes(one + two)
-    with pytest.raises(DatasetError, match="goes on after its end at byte 8192"):
+    with raises_naming(DatasetError, "byte 8192"):
         load_dataset(tmp_path / "both.tar")
 
 
 @pytest.mark.parametrize("pattern", ["*.tar", "x-{0..1}.tar", "only.tar"])
 def test_a_pattern_without_shards_is_an_error(tmp_path: Path, pattern: str):
-    with pytest.raises(DatasetError, match=r"no shards match .*expected .tar files there"):
+    with raises_naming(DatasetError, pattern, ".tar"):
         load_dataset(f"{tmp_path}/{pattern}")
 
 
 def test_a_shard_that_a_pattern_names_and_is_not_there_is_an_error(tmp_path: Path):
     write_set(tmp_path, train=2)
-    with pytest.raises(DatasetError, match=r"train-0002.tar \(1 of the 3 paths"):
+    with raises_naming(DatasetError, "train-0002.tar", "1 of the 3"):
         load_dataset(f"{tmp_path}/train-{{0000..0002}}.tar")
 
 
@@ -691,19 +692,18 @@ def test_a_server_that_fails_twice_is_asked_a_third_time(server: Server):
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason", "num_requests"),
+    ("fault", "facts", "num_requests"),
     [
-        ("404", "HTTP 404 Not Found", 1),
-        ("503", "HTTP 503 Service Unavailable", 3),
-        ("cut", r"got 700 of \d+ bytes, 3 times", 3),
+        ("404", ("404",), 1),
+        ("503", ("503",), 3),
+        ("cut", ("700", "3 times"), 3),
     ],
 )
 def test_a_shard_that_cannot_be_fetched_is_told_and_leaves_nothing(
-    server: Server, tmp_path: Path, fault: str, reason: str, num_requests: int
+    server: Server, tmp_path: Path, fault: str, facts: tuple[str, ...], num_requests: int
 ):
     server.faults["train-0001.tar"] = [fault] * 3
-    message = f"cannot fetch {server.url}/train-0001.tar: {reason}; expected"
-    with pytest.raises(DatasetError, match=message):
+    with raises_naming(DatasetError, f"{server.url}/train-0001.tar", *facts):
         load_dataset(source_of(server))
     assert server.requests["train-0001.tar"] == num_requests
     kept = [p.name for p in tmp_path.glob("cache/shards/*/*") if p.suffix != ".lock"]
@@ -713,19 +713,19 @@ def test_a_shard_that_cannot_be_fetched_is_told_and_leaves_nothing(
 def test_a_server_that_is_not_there_is_told(server: Server):
     server.shutdown()
     server.server_close()
-    with pytest.raises(DatasetError, match=r"cannot fetch http://127.*refused, 3 times; expected"):
+    with raises_naming(DatasetError, f"{server.url}/train-0000.tar", "3 times"):
         load_dataset(f"{server.url}/train-0000.tar")
 
 
 def test_what_a_server_gives_must_be_a_whole_tar(server: Server, tmp_path: Path):
     (server.folder / "train-0001.tar").write_bytes(b"<html>please log in</html>" * 40)
-    with pytest.raises(DatasetError, match=rf"{server.url}/train-0001.tar is not a tar"):
+    with raises_naming(DatasetError, f"{server.url}/train-0001.tar", "tar"):
         load_dataset(source_of(server))
     assert not list(tmp_path.glob("cache/shards/*/train-0001.tar"))
 
 
 def test_two_remote_shards_of_one_name_are_an_error(server: Server):
-    with pytest.raises(DatasetError, match=r"2 shards of .* are called 0.tar"):
+    with raises_naming(DatasetError, 2, "0.tar"):
         load_dataset(f"{server.url}/{{a,b}}/0.tar")
 
 
@@ -755,9 +755,9 @@ def test_a_command_that_reads_from_a_folder_for_val_gives_held_out_images(piped:
 def test_a_command_that_a_file_names_is_not_run(piped: Path, tmp_path: Path):
     mark = tmp_path / "mark"
     command = f"pipe:touch {shlex.quote(str(mark))}; cat {shlex.quote(str(piped))}/train-0000.tar"
-    with pytest.raises(DatasetError, match=r"trained on 'pipe:touch .*is not run: .* with --data"):
+    with raises_naming(DatasetError, "touch", "not run", "--data"):
         load_held_out(command, None, ("0", "1"))
-    with pytest.raises(DatasetError, match=r"is not run: .* with --data"):
+    with raises_naming(DatasetError, "not run", "--data"):
         choose_picture(command, None)
     assert not mark.exists()
     assert choose_picture(command, str(piped))[1] in ("0", "1")
@@ -768,18 +768,18 @@ def test_a_command_that_a_file_names_is_not_run(piped: Path, tmp_path: Path):
 @pytest.mark.parametrize("tail", ["", " | cat"])
 def test_a_command_that_fails_is_told_with_its_last_error(piped: Path, tmp_path: Path, tail: str):
     source = f"pipe:cat {piped}/missing-0000.tar{tail}"
-    with pytest.raises(DatasetError, match=r"missing-0000.tar.* exit code 1 \(cat: .*No such file"):
+    with raises_naming(DatasetError, "missing-0000.tar", "exit code 1", "No such file"):
         load_dataset(source)
     assert not list(tmp_path.glob("cache/shards/*/missing*"))
 
 
 def test_a_command_that_stops_early_is_told(piped: Path):
-    with pytest.raises(DatasetError, match=r"pipe:head -c 700 .*train-0000.tar is cut short"):
+    with raises_naming(DatasetError, "head -c 700", "cut short"):
         load_dataset(f"pipe:head -c 700 {piped}/train-0000.tar")
 
 
 def test_a_command_that_names_no_shard_is_an_error():
-    with pytest.raises(DatasetError, match=r"names no shard; expected a word that ends in .tar"):
+    with raises_naming(DatasetError, "pipe:cat something", ".tar"):
         load_dataset("pipe:cat something")
 
 

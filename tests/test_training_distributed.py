@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from facts import raises_naming
 from small_trainings import small_run, with_stages
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from training_processes import end, require_equal, saved_state, start, start_ranks
@@ -169,9 +170,9 @@ def test_a_process_does_not_meet_at_the_port_that_a_dead_process_left_behind():
 
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="256 cannot be shared by 3 processes; start a number"):
+    with raises_naming(ValueError, 256, "3 processes"):
         StepPlan(1437, config(tmp_path), [64] * 3, world_size=3)
-    with pytest.raises(ValueError, match="micro_batch_size 64 x 8 processes is no divisor"):
+    with raises_naming(ValueError, "micro_batch_size 64", "8 processes"):
         StepPlan(1437, config(tmp_path), [64] * 3, world_size=8)
 
 
@@ -179,7 +180,7 @@ def test_processes_that_torchrun_did_not_start_are_told_so(monkeypatch: pytest.M
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(DistributedError, match="start the processes with torchrun"):
+    with raises_naming(DistributedError, "torchrun"):
         join_ranks()
 
 
@@ -187,5 +188,5 @@ def test_a_run_that_torchrun_may_restart_needs_a_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    with pytest.raises(ValueError, match="give it a name with --name"):
+    with raises_naming(ValueError, "--name"):
         directory_of(config(tmp_path, name=None))

@@ -1,21 +1,23 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from facts import raises_naming
 from PIL import Image
 
 from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.contender import Contender, ContenderError, running
 from training.studies.loader_speed_study import (
     CONTENDERS,
     LoaderCase,
-    LoaderProcess,
     LoaderReport,
     LoaderSpeedConfig,
     LoaderSpeedError,
-    Turn,
+    LoaderSubject,
     describe_error,
     find_jpegs,
     main,
@@ -36,9 +38,10 @@ def write_photos(folder: Path, count: int) -> None:
 def test_each_loader_gives_the_images_of_a_turn(tmp_path: Path):
     write_photos(tmp_path, 2)
     config = LoaderSpeedConfig(tmp_path, (32,), num_workers=1, batch_size=2)
-    with LoaderProcess("any") as process:
-        for contender in CONTENDERS:
-            loaded = process.take_turn(Turn(contender, find_jpegs(tmp_path) * 2, 1, 32, config))
+    rows = [Contender(name, partial(LoaderSubject, name, config)) for name in CONTENDERS]
+    with running(rows):
+        for row in rows:
+            loaded = row.ask("turn", find_jpegs(tmp_path) * 2, 1, 32)
             assert loaded.images_per_s > 0 and loaded.core_ms_per_image > 0
 
 
@@ -70,9 +73,9 @@ def test_a_damaged_photo_is_told_by_its_name(tmp_path: Path):
     damaged = tmp_path / "1.JPEG"
     damaged.write_bytes(b"damaged")
     config = LoaderSpeedConfig(tmp_path, (32,), num_workers=1, batch_size=2)
-    turn = Turn("cpu", (damaged,) * 4, 1, 32, config)
-    with LoaderProcess("cpu") as process, pytest.raises(LoaderSpeedError, match="ImageError: 1"):
-        process.take_turn(turn)
+    row = Contender("cpu", partial(LoaderSubject, "cpu", config))
+    with running([row]), pytest.raises(ContenderError, match=r"cpu: .*ImageError: 1"):
+        row.ask("turn", (damaged,) * 4, 1, 32)
 
 
 def test_an_error_is_told_by_its_type_and_the_last_line_of_its_message():
@@ -108,18 +111,24 @@ def test_the_table_has_medians_and_ratios_within_turns():
 
 
 def test_a_folder_without_photos_is_told(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with raises_naming(FileNotFoundError, tmp_path / "nowhere"):
         find_jpegs(tmp_path / "nowhere")
     (tmp_path / "note.txt").write_text("no photo")
-    with pytest.raises(LoaderSpeedError, match=r"no \.jpg or \.jpeg files"):
+    with raises_naming(LoaderSpeedError, tmp_path, ".jpg"):
         find_jpegs(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "values", [{"rounds": 0}, {"num_workers": 0}, {"magnitude": 40}, {"image_sizes": (8,)}]
+    ("values", "flag"),
+    [
+        ({"rounds": 0}, "--rounds"),
+        ({"num_workers": 0}, "--num-workers"),
+        ({"magnitude": 40}, "--magnitude"),
+        ({"image_sizes": (8,)}, "--image-sizes"),
+    ],
 )
-def test_settings_outside_their_limits_are_refused(values: dict[str, object]):
-    with pytest.raises(ValueError, match="expected"):
+def test_settings_outside_their_limits_are_refused(values: dict[str, object], flag: str):
+    with raises_naming(ValueError, flag):
         LoaderSpeedConfig(Path(), **values)  # pyright: ignore[reportArgumentType]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from facts import raises_naming
 from small_trainings import small_run, step_of, with_stages
 
 from efficientnet.formats.checkpoint import read_checkpoint
@@ -115,9 +116,8 @@ def test_a_fixed_plan_is_the_recipes():
 
 def test_a_fixed_batch_that_a_stage_cannot_hold_is_refused_and_says_what_fits():
     config = replace(imagenet_recipe("v2-s"), micro_batch_size=None)
-    with pytest.raises(
-        BatchTooLargeError,
-        match=r"stage 4 \(300 px\) does not fit: a pass of 4096 images .* --micro-batch-size 64,",
+    with raises_naming(
+        BatchTooLargeError, "stage 4", "300 px", "4096 images", "--micro-batch-size 64"
     ):
         plan(config, 20 * GIGABYTE)
 
@@ -125,13 +125,13 @@ def test_a_fixed_batch_that_a_stage_cannot_hold_is_refused_and_says_what_fits():
 @pytest.mark.parametrize("batch_plan", ["fixed", "memory"])
 def test_a_batch_that_no_stage_can_hold_is_refused(batch_plan):
     config = replace(imagenet_recipe("v2-l"), batch_plan=batch_plan)
-    with pytest.raises(BatchTooLargeError, match=r"a pass of 2 images, .* 2.5 GB can"):
+    with raises_naming(BatchTooLargeError, "2 images", "2.5 GB"):
         plan(config, 2.5 * GIGABYTE)
 
 
 def test_a_share_without_small_divisors_is_refused_by_the_pass_it_would_take():
     config = replace(digits_recipe("tiny"), batch_size=521, batch_plan="memory")
-    with pytest.raises(BatchTooLargeError, match="a pass of 521 images, the smallest that divides"):
+    with raises_naming(BatchTooLargeError, "521 images"):
         plan(config, 0.02 * GIGABYTE)
 
 

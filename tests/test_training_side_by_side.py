@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_tiny_checkpoint
+from facts import raises_naming
 
 from training.recipe.config import config_to_json
 from training.recipe.recipes import digits_recipe
@@ -45,7 +46,7 @@ def test_runs_on_other_images_are_not_compared(tmp_path: Path):
         write_run(tmp_path / "a", [0.5], None),
         write_run(tmp_path / "b", [0.5], None, data="sample-photos"),
     )
-    with pytest.raises(SideBySideError, match="the runs differ in data"):
+    with raises_naming(SideBySideError, "data"):
         main(SideBySideConfig(runs))
-    with pytest.raises(ValueError, match="1 runs are named, expected at least two"):
+    with raises_naming(ValueError, 1, "two"):
         SideBySideConfig(runs[:1])

@@ -3,6 +3,7 @@
     python training/run.py v2-s
     python training/run.py v2-s --data FOLDER --batch-size 256
     python training/run.py v2-s --data cifar10 --recipe transfer --weights runs/latest/checkpoint
+    python training/run.py --variant-file FOUND.json --data FOLDER
     python training/run.py --resume runs/v2-s-20261122T101500Z
     torchrun --nproc-per-node 4 training/run.py v2-s --data FOLDER --name s1
 
@@ -15,6 +16,7 @@ for all that follows.
 --weights starts from published weights or from a checkpoint, with a new classifier.
 --resume goes on with an interrupted run, by the recipe it was started with; --data says where its
 images are now.
+--variant-file trains a table of stages of one's own.
 --help after a variant lists what can be set.
 """
 

@@ -5,7 +5,6 @@ artifacts/<variant>/<runtime>-<precision>/
 
 import hashlib
 import os
-import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from efficientnet.errors import PipelineError, first_problem, require_names
+from efficientnet.errors import PipelineError, first_problem, require_names, require_version
 from efficientnet.images.preprocess import PreprocessSpec, require_sha256
 from efficientnet.machine.atomic import (
     dangling_link_hint,
@@ -23,6 +22,7 @@ from efficientnet.machine.atomic import (
     write_text,
 )
 from efficientnet.machine.environment import EnvironmentRecord
+from efficientnet.network.variants import VariantSpec
 from efficientnet.precision import Precision
 
 FORMAT_VERSION = 1
@@ -173,6 +173,8 @@ class ArtifactManifest(_Frozen):
 
     format_version: int = FORMAT_VERSION
     variant: str
+    architecture: VariantSpec | None = None
+    """The table of stages of a variant that is not built in; None = it is."""
     runtime: str
     precision: Precision
     provider: str | None = None
@@ -351,12 +353,7 @@ def read_manifest(directory: Path, allow_unchecked: bool = False) -> ArtifactMan
             f"make one with 'python export/ort.py'{dangling_link_hint(directory)}"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r'"format_version"\s*:\s*(-?\d+)', text)
-    if found and int(found.group(1)) != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {found.group(1)}, this program reads {FORMAT_VERSION}; "
-            "export the checkpoint again"
-        )
+    require_version(text, FORMAT_VERSION, path, "export the checkpoint again", ArtifactError)
     try:
         manifest = ArtifactManifest.model_validate_json(text)
     except ValidationError as error:

@@ -8,7 +8,6 @@ runs/<recipe>-<UTC time>/checkpoint/
 
 import hashlib
 import io
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from efficientnet.errors import PipelineError, first_problem, require_names
+from efficientnet.errors import PipelineError, first_problem, require_names, require_version
 from efficientnet.images.preprocess import PreprocessSpec, require_sha256
 from efficientnet.machine.atomic import (
     dangling_link_hint,
@@ -28,7 +27,7 @@ from efficientnet.machine.atomic import (
 )
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.network.model import EfficientNet, build_model
-from efficientnet.network.variants import NetworkOptions, get_variant
+from efficientnet.network.variants import NetworkOptions, VariantSpec, spec_of
 
 FORMAT_VERSION = 1
 RECORD_FILE = "checkpoint.json"
@@ -47,6 +46,8 @@ class CheckpointRecord(BaseModel):
 
     format_version: int = FORMAT_VERSION
     variant: str
+    architecture: VariantSpec | None = None
+    """The table of stages of a variant that is not built in; None = it is."""
     num_classes: int = Field(ge=2)
     class_names: tuple[str, ...]
     """In the order of the logits."""
@@ -72,6 +73,11 @@ class CheckpointRecord(BaseModel):
     train_config: dict[str, Any]
     """For provenance only; nothing reads it but a resumed training."""
     environment: EnvironmentRecord
+
+    @property
+    def spec(self) -> VariantSpec:
+        """The table of stages; a ValueError if there is no such variant."""
+        return spec_of(self.variant, self.architecture)
 
     @model_validator(mode="after")
     def _check_preprocess(self) -> Self:
@@ -141,12 +147,8 @@ def _read(directory: Path) -> tuple[CheckpointRecord, bytes]:
             f"{dangling_link_hint(directory)}"
         )
     text = path.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r'"format_version"\s*:\s*(-?\d+)', text)
-    if found and int(found.group(1)) != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {found.group(1)}, this program reads {FORMAT_VERSION}; "
-            "train again, or use the version of the project that wrote it"
-        )
+    advice = "train again, or use the version of the project that wrote it"
+    require_version(text, FORMAT_VERSION, path, advice, CheckpointError)
     try:
         record = CheckpointRecord.model_validate_json(text)
     except ValidationError as error:
@@ -175,8 +177,7 @@ def load_checkpoint(directory: Path) -> tuple[EfficientNet, CheckpointRecord]:
     try:
         # Built without memory and then given the file's tensors: no time goes into initial weights.
         with torch.device("meta"):
-            spec = get_variant(record.variant)
-            model = build_model(spec, record.num_classes, options=record.network)
+            model = build_model(record.spec, record.num_classes, options=record.network)
         model.load_state_dict(load(weights), assign=True)
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} does not hold a {record.variant}: {error}") from None

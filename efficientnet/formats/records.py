@@ -1,5 +1,6 @@
 """What was measured, one JSON line each: LatencyRecord, AccuracyRecord, TrainingSpeedRecord."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -108,6 +109,17 @@ class AccuracyRecord(_Measured):
     """Of the program, with or without images."""
     dataset_sha256: str
     """Of the images and labels, in order."""
+    hits: str | None = None
+    """Which images were classified rightly, in order: a bit for each, the first the highest of the
+    first byte, in hexadecimal. None in records of before."""
+
+    @property
+    def is_hit(self) -> tuple[bool, ...] | None:
+        """Whether each image was classified rightly; None in records of before."""
+        if self.hits is None:
+            return None
+        bits = "".join(f"{byte:08b}" for byte in bytes.fromhex(self.hits))
+        return tuple(bit == "1" for bit in bits[: self.num_images])
 
     @property
     def class_accuracy(self) -> ClassAccuracy | None:
@@ -182,6 +194,13 @@ class TrainingSpeedRecord(BaseModel):
     environment: EnvironmentRecord
     started_at: AwareDatetime
     """UTC; all records of one run of the command have the same."""
+
+
+def pack_hits(is_hit: Sequence[bool]) -> str:
+    """Write what AccuracyRecord.hits holds."""
+    bits = "".join("01"[hit] for hit in is_hit)
+    bits += "0" * (-len(bits) % 8)
+    return bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)).hex()
 
 
 Record = TypeVar("Record", LatencyRecord, AccuracyRecord, TrainingSpeedRecord)

@@ -1,6 +1,8 @@
 """A call and a clock -> samples in milliseconds, their percentiles, and a warm-up that ends."""
 
+import gc
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +51,11 @@ class Turn:
     elapsed_s: float
     num_settling_calls: int
     """Calls at the start of the turn that do not count."""
+
+    @property
+    def median_ms(self) -> float:
+        """Of however few samples."""
+        return statistics.median(self.samples_ms)
 
 
 def min_samples(percent: int) -> int:
@@ -124,12 +131,8 @@ def warm_up_until_stable(
 ) -> WarmUp:
     """Call in windows of time until the medians of the last two agree, at least three windows.
 
-    Args:
-        call: see measure_turn.
-        clock: see measure_turn.
-        window_s: length of a window; one call that takes longer is a window by itself.
-        max_s: no window is begun that would end later than this, but for the first.
-        tolerance: largest difference of two medians that agree, as a fraction of the larger one.
+    A call that takes longer is a window by itself. But for the first, no window is begun that would
+    end after `max_s`.
     """
     last_begin = clock() + round((max_s - window_s) * 1e9)
     medians: list[float] = []
@@ -137,10 +140,28 @@ def warm_up_until_stable(
     while True:
         window = measure_turn(call, clock, window_s, settle=False)
         num_calls += len(window.samples_ms)
-        medians.append(statistics.median(window.samples_ms))
+        medians.append(window.median_ms)
         is_stable = len(medians) > 1 and _agree(medians[-2], medians[-1], tolerance)
         if clock() > last_begin or (is_stable and len(medians) >= MIN_WARM_UP_WINDOWS):
             return WarmUp(num_calls, is_stable)
+
+
+class TimedCall:
+    """A call that is measured in a process of its own, without collections of garbage in it."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        gc.disable()
+
+    def warm_up(self, window_s: float, max_s: float) -> WarmUp:
+        """See warm_up_until_stable."""
+        gc.collect()
+        return warm_up_until_stable(self._call, time.perf_counter_ns, window_s, max_s)
+
+    def turn(self, seconds: float) -> Turn:
+        """See measure_turn."""
+        gc.collect()
+        return measure_turn(self._call, time.perf_counter_ns, seconds)
 
 
 def _agree(first: float, second: float, tolerance: float) -> bool:

@@ -1,130 +1,71 @@
-"""A program -> a process of its own, which computes only when it is asked to: Worker.
+"""What opens a subject -> a process that holds it, and computes only when it is asked to.
 
-What happens inside that process is in worker_process.py.
+What happens inside that process is in contender_process.py.
 """
 
 import contextlib
+import pickle
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Pipe
-from pathlib import Path
+from typing import Any
 
 from efficientnet.errors import PipelineError
-from efficientnet.measuring.clock import Turn, WarmUp
-from efficientnet.measuring.inputs import Inputs
-from efficientnet.runtimes import ProgramInfo
+
+PROCESS = "efficientnet.measuring.contender_process"
 
 
-class WorkerError(PipelineError):
+class ContenderError(PipelineError):
     """A process that measures has failed."""
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What a process measures."""
+class Contender:
+    """A subject in a process of its own, which holds no library but those that the subject needs.
 
-    program: Path | ProgramInfo
-    """A directory for open_runtime, or what the null runtime pretends to be."""
-    num_threads: int
-    inputs_descriptor: int
-    image_size: int
+    Ctrl-C is left to the process that started it, and with which it ends, however that happened.
 
+    Args:
+        name: in errors.
+        opener: returns the subject, an object whose methods are asked for; is pickled.
+        descriptors: of open files that the opener needs.
+    """
 
-@dataclass(frozen=True)
-class WarmUpRequest:
-    """Asks for a WarmUp."""
-
-    batch_size: int
-    window_s: float
-    max_s: float
-
-
-@dataclass(frozen=True)
-class TurnRequest:
-    """Asks for a Turn."""
-
-    batch_size: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a process found, and its memory so far."""
-
-    result: WarmUp | Turn | None
-    """None: it has opened its program and is ready."""
-    peak_memory_bytes: int
-    """Peak resident memory without the inputs, which all processes share."""
-    cores_busy_elsewhere: float | None = None
-    """While a turn was measured."""
-
-    @property
-    def turn(self) -> Turn:
-        """The answer to a TurnRequest."""
-        assert isinstance(self.result, Turn)
-        return self.result
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a process ends without an answer, in one line."""
-
-    message: str
-
-
-class Worker:
-    """The handle of such a process. Opening takes a while; the first `receive` waits for it."""
-
-    def __init__(self, name: str, program: Path | ProgramInfo, num_threads: int, inputs: Inputs):
+    def __init__(
+        self, name: str, opener: Callable[[], object], descriptors: Sequence[int] = ()
+    ) -> None:
         self.name = name
-        self._place = name if isinstance(program, ProgramInfo) else f"{name} ({program})"
-        descriptor = inputs.file.fileno()
+        self._opener = pickle.dumps(opener)
+        self._descriptors = descriptors
+
+    def start(self) -> None:
+        """Start the process, which opens its subject then."""
         self._connection, theirs = Pipe()
-        # -P: the working directory does not come before the installed packages. In a session of its
-        # own the process does not see Ctrl-C, it is ended by this one.
+        # -P: the working directory does not come before the installed packages.
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "efficientnet.measuring.contender_process",
-                str(theirs.fileno()),
-            ],
+            [sys.executable, "-P", "-m", PROCESS, str(theirs.fileno())],
             stdin=subprocess.PIPE,
             stdout=sys.__stderr__.fileno() if sys.__stderr__ else None,
-            pass_fds=(theirs.fileno(), descriptor),
+            pass_fds=(theirs.fileno(), *self._descriptors),
             start_new_session=True,
         )
         theirs.close()
-        self._send(Assignment(program, num_threads, descriptor, inputs.image_size))
+        self._send((sys.path, self._opener))
 
-    def receive(self) -> Answer:
-        """Wait for an answer.
+    def wait(self) -> None:
+        """Wait until the subject is open."""
+        self._receive()
+
+    def ask(self, method: str, *arguments: object) -> Any:
+        """Call a method of the subject; return its result.
 
         Raises:
-            WorkerError: it has failed or died.
+            ContenderError: it has failed, or its process has died.
         """
-        try:
-            answer = self._connection.recv()
-        except (EOFError, ConnectionError):
-            raise WorkerError(f"{self._place}: {self._epitaph()}") from None
-        if isinstance(answer, Failure):
-            raise WorkerError(f"{self._place}: {answer.message}")
-        return answer
-
-    def warm_up(self, batch_size: int, window_s: float, max_s: float) -> WarmUp:
-        """Let it warm up and wait for the end."""
-        self._send(WarmUpRequest(batch_size, window_s, max_s))
-        result = self.receive().result
-        assert isinstance(result, WarmUp)
-        return result
-
-    def take_turn(self, batch_size: int, seconds: float) -> Answer:
-        """Let it measure and wait for its Turn."""
-        self._send(TurnRequest(batch_size, seconds))
-        return self.receive()
+        self._send((method, arguments))
+        return self._receive()
 
     def stop(self) -> None:
         """End it at once, whatever it does."""
@@ -136,14 +77,34 @@ class Worker:
                 self._process.stdin.close()
 
     def _send(self, message: object) -> None:
-        # A process that died is noticed by the next `receive`, which knows what it left.
+        # A process that died is noticed by the next `_receive`, which knows what it left.
         with contextlib.suppress(ConnectionError):
             self._connection.send(message)
+
+    def _receive(self) -> Any:
+        try:
+            result, problem = self._connection.recv()
+        except (EOFError, ConnectionError):
+            result, problem = None, self._epitaph()
+        if problem is not None:
+            raise ContenderError(f"{self.name}: {problem}")
+        return result
 
     def _epitaph(self) -> str:
         code = self._process.wait()
         if code < 0:
-            name = signal.Signals(-code).name
             hint = "; the machine may be out of memory" if -code == signal.SIGKILL else ""
-            return f"its process was ended by {name}{hint}"
+            return f"its process was ended by {signal.Signals(-code).name}{hint}"
         return f"its process ended with exit code {code}; what it said stands above"
+
+
+@contextmanager
+def running(contenders: Sequence[Contender]) -> Generator[None]:
+    """Start all, wait until each is ready, and end them afterwards."""
+    with ExitStack() as stack:
+        for contender in contenders:
+            contender.start()
+            stack.callback(contender.stop)
+        for contender in contenders:
+            contender.wait()
+        yield

@@ -1,6 +1,7 @@
-"""Threads and a precision -> the fastest product that any library at hand computes, and a copy.
+"""Threads and what is asked for -> the fastest product that anything at hand computes, and copies.
 
-`python -m efficientnet.measuring.cpu_peak THREADS PRECISION...` prints one JSON object. It is run
+`python -m efficientnet.measuring.cpu_peak THREADS WHAT...` prints one JSON object; WHAT is a
+precision, or a copy in memory ("copy") or in the second caches ("cache"). It is run
 by peaks.cpu_peaks as a process of its own: numbers of threads and instruction sets are fixed when
 the libraries are loaded, and it takes those that are installed.
 """
@@ -15,6 +16,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+
+from efficientnet.formats.artifact import ArtifactError
+from efficientnet.runtimes.native.engine import PORTABLE, WORK, levels, peak_per_s
 
 
 def _installed(name: str) -> Any:
@@ -34,6 +38,8 @@ PIXELS, CHANNELS, KERNEL, NUM_IMAGES = 32, 256, 3, 4
 
 MEASURED_S = 0.15
 COPY_BYTES = 256_000_000
+# Of each thread; with its copy it is in the second cache of every server processor since 2017.
+CACHE_BYTES = 256_000
 
 # A product, and the operations of one.
 Product = tuple[str, Callable[[], object], int]
@@ -41,17 +47,37 @@ Product = tuple[str, Callable[[], object], int]
 OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 
 
-def main(num_threads: int, precisions: list[str]) -> dict[str, tuple[float, str]]:
-    """Return the most operations a second of each precision and by what, and bytes a second."""
+def main(num_threads: int, asked: list[str]) -> dict[str, tuple[float, str]]:
+    """Return the most operations, or bytes copied, a second of each, and by what."""
     if torch is not None:
         torch.set_num_threads(num_threads)
-    found: dict[str, tuple[float, str]] = {"copy": (copy_bytes_per_s(num_threads), "numpy")}
-    for precision in precisions:
-        for name, product, num_operations in products(precision, num_threads):
-            rate = num_operations / best_s(product)
-            if rate > found.get(precision, (0.0, ""))[0]:
-                found[precision] = rate, name
+    found: dict[str, tuple[float, str]] = {}
+    for what in asked:
+        if what == "copy":
+            found[what] = copy_bytes_per_s(num_threads, COPY_BYTES), "numpy"
+        elif what == "cache":
+            found[what] = copy_bytes_per_s(num_threads, CACHE_BYTES * num_threads, 50), "numpy"
+        else:
+            rates = [
+                (num_operations / best_s(product), name)
+                for name, product, num_operations in products(what, num_threads)
+            ]
+            rates += native_rates(what, num_threads)
+            if rates:
+                found[what] = max(rates)
     return found
+
+
+def native_rates(precision: str, num_threads: int) -> list[tuple[float, str]]:
+    """Return the operations a second that the native engine's instructions do, if it has any."""
+    try:
+        level = levels()[0]
+    except ArtifactError:  # not built
+        return []
+    if level == PORTABLE or precision not in WORK:
+        return []
+    rate = 2 * peak_per_s(precision, num_threads, level)
+    return [(rate, "the native engine's instructions from registers")]
 
 
 def products(precision: str, num_threads: int) -> Generator[Product]:
@@ -124,17 +150,22 @@ def _conv_operations() -> int:
     return 2 * NUM_IMAGES * PIXELS**2 * CHANNELS**2 * KERNEL**2
 
 
-def copy_bytes_per_s(num_threads: int) -> float:
-    """Measure a copy in memory, read and written bytes together."""
-    source = np.zeros(COPY_BYTES // 8)
+def copy_bytes_per_s(num_threads: int, num_bytes: int, times: int = 1) -> float:
+    """Measure a copy by several threads, read and written bytes together."""
+    source = np.zeros(num_bytes // 8)
     target = np.zeros_like(source)
     pieces = list(
         zip(np.array_split(source, num_threads), np.array_split(target, num_threads), strict=True)
     )
+
+    def copy(piece: tuple[Any, Any]) -> None:
+        for _ in range(times):
+            np.copyto(piece[1], piece[0])
+
     with ThreadPoolExecutor(num_threads) as pool:
         # numpy lets go of the interpreter's lock while it copies.
-        copy_s = best_s(lambda: list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pieces)))
-    return 2 * COPY_BYTES / copy_s
+        copy_s = best_s(lambda: list(pool.map(copy, pieces)))
+    return 2 * num_bytes * times / copy_s
 
 
 def best_s(work: Callable[[], object]) -> float:

@@ -92,7 +92,7 @@ def map_inputs(descriptor: int, image_size: int) -> NDArray[np.float32]:
 def rotate(images: NDArray[np.float32], batch_size: int) -> Iterator[NDArray[np.float32]]:
     """Give one batch of the images after the other, for ever."""
     starts = range(0, len(images) - batch_size + 1, batch_size)
-    assert len(starts) > 1
+    assert starts
     return itertools.cycle([images[start : start + batch_size] for start in starts])
 
 

@@ -116,11 +116,7 @@ def cpu_peaks(num_threads: int, precisions: Iterable[Precision]) -> dict[Precisi
     if not asked:
         return {}
     measured = dict.fromkeys(kind for precision in asked for kind in COMPUTED_IN[precision])
-    environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads))
-    found = _measure(
-        [str(num_threads), *measured],
-        {name: v for name, v in environment.items() if name not in LIMITING_VARIABLES},
-    )
+    found = _measure(num_threads, "copy", *measured)
     bytes_per_s = found["copy"][0]
     peaks: dict[Precision, DevicePeak] = {}
     for precision in asked:
@@ -132,9 +128,17 @@ def cpu_peaks(num_threads: int, precisions: Iterable[Precision]) -> dict[Precisi
     return peaks
 
 
-def _measure(arguments: list[str], environment: dict[str, str]) -> dict[str, tuple[float, str]]:
+def cpu_cache_bytes_per_s(num_threads: int) -> float:
+    """Measure a copy within the second caches, read and written bytes together."""
+    return _measure(num_threads, "cache")["cache"][0]
+
+
+def _measure(num_threads: int, *asked: str) -> dict[str, tuple[float, str]]:
+    variables = os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads))
+    environment = {name: v for name, v in variables.items() if name not in LIMITING_VARIABLES}
     # Into a file: a pipe would be waited for until all that inherited it have ended.
-    command = [sys.executable, "-P", "-m", "efficientnet.measuring.cpu_peak", *arguments]
+    command = [sys.executable, "-P", "-m", "efficientnet.measuring.cpu_peak"]
+    command += [str(num_threads), *asked]
     for is_last in (False, True):
         with tempfile.TemporaryFile("w+", encoding="utf-8") as answer:
             try:

@@ -12,6 +12,7 @@ from efficientnet.formats.checkpoint import RECORD_FILE, newest_checkpoint, read
 from efficientnet.images.datasets import Dataset, load_held_out
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.machine.atomic import dangling_link_hint
+from efficientnet.network.variants import VariantSpec, spec_of
 from efficientnet.precision import Precision
 from efficientnet.runtimes.names import RUNTIMES
 
@@ -27,6 +28,7 @@ class Program:
     checkpoint_sha256: str
     """Of the weights that the program was made of."""
     variant: str
+    architecture: VariantSpec | None
     runtime: str
     precision: Precision
     preprocess: PreprocessSpec
@@ -34,6 +36,11 @@ class Program:
     data: str
     max_batch_size: int | None
     runs_on_gpu: bool
+
+    @property
+    def spec(self) -> VariantSpec:
+        """The network's table of stages."""
+        return spec_of(self.variant, self.architecture)
 
 
 def read_programs(
@@ -82,6 +89,7 @@ def read_program(path: Path) -> Program:
             program_sha256=manifest.program_sha256,
             checkpoint_sha256=manifest.checkpoint_sha256,
             variant=manifest.variant,
+            architecture=manifest.architecture,
             runtime=manifest.runtime,
             precision=manifest.precision,
             preprocess=manifest.preprocess,
@@ -97,6 +105,7 @@ def read_program(path: Path) -> Program:
             program_sha256=record.weights_sha256,
             checkpoint_sha256=record.weights_sha256,
             variant=record.variant,
+            architecture=record.architecture,
             runtime="torch",
             precision="fp32",
             preprocess=record.preprocess,

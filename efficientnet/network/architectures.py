@@ -28,11 +28,7 @@ ARCHITECTURES: dict[str, tuple[str, NetworkOptions]] = {
 
 
 def peer_of(variant: str, library: str, padding: Padding) -> str:
-    """Return the library's own name of a variant.
-
-    Raises:
-        ValueError: it has no such network.
-    """
+    """Return the library's own name of a variant."""
     for architecture, (own, options) in ARCHITECTURES.items():
         source, _, name = architecture.partition(":")
         if (source, own, options.padding) == (library, variant, padding):

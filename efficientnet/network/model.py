@@ -299,14 +299,7 @@ def build_model(
     stochastic_depth_rate: float = 0.0,
     options: NetworkOptions | None = None,
 ) -> EfficientNet:
-    """Build a network with Google's initial weights, drawn from torch's global generator.
-
-    Args:
-        spec: the table of stages.
-        num_classes: length of the logits.
-        stochastic_depth_rate: drop rate that the last block approaches; training only.
-        options: padding and batch norm; None = NetworkOptions' defaults.
-    """
+    """Build a network with Google's initial weights, drawn from torch's global generator."""
     model = EfficientNet(spec, num_classes, options or NetworkOptions(), stochastic_depth_rate)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

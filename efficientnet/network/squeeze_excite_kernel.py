@@ -25,11 +25,10 @@ What model.SqueezeExcite does in several launches, for inference on CUDA. How it
   written once and read by each scale program of the image.
 - The counters, int32 [N], must be 0 at the start and are 0 again at the end: what scale programs
   add on leaving cancels what was counted. Whoever keeps them zeroes once, and then must not run two
-  launches on them at a time (export/builders/tensorrt_plugin.py). The torch operator keeps none:
-  captured graphs,
-  AOTInductor programs and eager code may all run it at once, on different streams. It takes
-  fresh zeros for each call, and the fill of 4 N bytes, ordered before the kernel on the same
-  stream and part of a captured graph, is a second launch.
+  launches on them at a time. The torch operator keeps none: captured graphs, AOTInductor programs
+  and eager code may all run it at once, on different streams. It takes fresh zeros for each call,
+  and the fill of 4 N bytes, ordered before the kernel on the same stream and part of a captured
+  graph, is a second launch.
 
 The block sizes are reasoned, not tuned. What ran so far: the kernel in Triton's interpreter, one
 program after another, and the compiler for compute capability 8.0 and 9.0. What did not, for lack
@@ -270,14 +269,7 @@ IS_INTERPRETED = not isinstance(squeeze_excite_kernel, triton.JITFunction)
 def plan_launch(
     channels: int, squeezed: int, num_positions: int, bytes_per_value: int
 ) -> LaunchPlan:
-    """Divide an image among programs, whatever the batch size, so that it may stay symbolic.
-
-    Args:
-        channels: of the map.
-        squeezed: outputs of the first layer.
-        num_positions: height times width of the map.
-        bytes_per_value: of the map.
-    """
+    """Divide an image among programs, whatever the batch size, so that it may stay symbolic."""
     num_blocks = triton.cdiv(channels, BLOCK_CHANNELS)
     # A program reads `squeezed` weights for each of its channels: at least twice as many positions
     # keep the map the larger part.
@@ -393,12 +385,6 @@ def compile_to_ptx(
 
     Its pointers must be multiples of 16 bytes. It is launched with plan_launch's numbers, in
     2 * num_images * num_parts blocks.
-
-    Args:
-        channels: of the map.
-        squeezed: outputs of the first layer.
-        dtype: of map and weights.
-        compute_capability: e.g. 90 for 9.0.
 
     Raises:
         ValueError: a dtype that the kernel does not take, or kernels are interpreted here.

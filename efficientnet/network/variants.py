@@ -7,8 +7,9 @@ EfficientNet-Lite has no paper: tensorflow/tpu, models/official/efficientnet/lit
 """
 
 import difflib
+import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -41,9 +42,18 @@ class NetworkOptions(BaseModel):
     """Weight of a new batch in the running statistics (torch's convention)."""
 
 
+# Of a stage and of a network, so that a slip in a file does not ask for terabytes.
+MAX_LAYERS, MAX_CHANNELS, MAX_EXPAND_RATIO, MAX_KERNEL_SIZE, MAX_STAGES = 100, 10_000, 16, 11, 30
+
+# Folders of runs and artifacts are called so.
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+
+
 @dataclass(frozen=True)
 class StageSpec:
     """One row of the architecture table: `num_layers` blocks, the first of which has the stride."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     operator: Operator
     num_layers: int
@@ -54,6 +64,28 @@ class StageSpec:
     squeeze_ratio: float | None = None
     """Squeeze-excite channels as a fraction of the block's *input* channels; None = no
     squeeze-excite."""
+
+    def __post_init__(self) -> None:
+        """Check the limits, and that no value contradicts another."""
+        _require_range("num_layers", self.num_layers, MAX_LAYERS)
+        _require_range("out_channels", self.out_channels, MAX_CHANNELS)
+        _require_range("stride", self.stride, 2)
+        _require_range("expand_ratio", self.expand_ratio, MAX_EXPAND_RATIO)
+        _require_range("kernel_size", self.kernel_size, MAX_KERNEL_SIZE)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}, expected an odd one")
+        if self.squeeze_ratio is None:
+            return
+        if not 0 < self.squeeze_ratio <= 1:
+            raise ValueError(
+                f"squeeze_ratio is {self.squeeze_ratio}, expected more than 0 and at most 1, or "
+                "null for none"
+            )
+        if self.operator == "fused_mbconv":
+            raise ValueError(
+                f"operator is fused_mbconv and squeeze_ratio {self.squeeze_ratio}: Fused-MBConv "
+                "has no squeeze-excite here; leave squeeze_ratio out, or take mbconv"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,6 +105,8 @@ class PublishedResult:
 class VariantSpec:
     """An architecture size."""
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     name: str
     stem_channels: int
     stages: tuple[StageSpec, ...]
@@ -89,10 +123,32 @@ class VariantSpec:
     """Whether scaling leaves stem, head and the number of layers of the first and last stage."""
     published: PublishedResult | None = None
 
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name is {self.name!r}, expected up to 64 of a-z, 0-9, hyphens and dots, as "
+                "folders are called after it"
+            )
+        _require_range("stages", len(self.stages), MAX_STAGES)
+        for field in ("stem_channels", "head_channels"):
+            _require_range(field, getattr(self, field), MAX_CHANNELS)
+        for field in ("dropout_rate", "stochastic_depth_rate"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}, expected 0 <= rate < 1")
+        for field in ("train_image_size", "eval_image_size"):
+            if not 16 <= getattr(self, field) <= 1024:
+                raise ValueError(f"{field} is {getattr(self, field)}, expected 16 to 1024 pixels")
+
     @property
     def num_blocks(self) -> int:
         """Blocks of all stages."""
         return sum(stage.num_layers for stage in self.stages)
+
+
+def _require_range(name: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} is {value}, expected 1 to {most}")
 
 
 def _fused(num_layers: int, out_channels: int, stride: int, expand_ratio: int) -> StageSpec:
@@ -399,3 +455,26 @@ def get_variant(name: str) -> VariantSpec:
             f"all variants: {', '.join(VARIANTS)}"
         )
     return VARIANTS[name]
+
+
+def spec_of(name: str, table: VariantSpec | None) -> VariantSpec:
+    """Return `table`, the stages of a variant that is not built in, or the built-in variant.
+
+    Raises:
+        ValueError: there is neither; or the table is of another name, or of a built-in one's.
+    """
+    if table is None:
+        return get_variant(name)
+    if table.name != name:
+        raise ValueError(f"the table of stages is called {table.name!r}, the variant {name!r}")
+    require_own_name(table)
+    return table
+
+
+def require_own_name(table: VariantSpec) -> None:
+    """Raise a ValueError if a table of one's own is called like a built-in variant."""
+    if table.name in VARIANTS:
+        raise ValueError(
+            f"a table of stages is called {table.name!r} like a built-in variant: give it another "
+            "name"
+        )

@@ -1,5 +1,6 @@
 """Measurements -> their place in reports/published/, and a section of docs/results.md."""
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -13,6 +14,9 @@ from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import EnvironmentRecord
 
 PUBLISHED = Path("reports/published")
+
+
+log = logging.getLogger(__name__)
 
 
 class Measured(BaseModel):
@@ -62,30 +66,31 @@ def find_section(readme: Path, name: str) -> tuple[str, str]:
 
 
 def write_section(readme: Path, name: str, body: str) -> None:
-    """Put text between a section's marks, in the place of what was there.
-
-    Raises:
-        PublishError: see find_section.
-    """
+    """Put text between a section's marks, in the place of what was there."""
     before, after = find_section(readme, name)
     write_text(readme, f"{before}\n{body.strip()}\n\n{after}")
+
+
+def publish_record(
+    record: Measured, name: str, readme: Path, section: str, text: str, title: str | None = None
+) -> Path:
+    """Write a record to its place, and its text into docs/results.md; return the record's file.
+
+    With a title the text is written beside the record, too.
+    """
+    path = published_directory(record.started_at, [record.environment]) / name
+    write_section(readme, section, text)
+    if title is not None:
+        write_text(path.with_suffix(".md"), f"# {title}\n\n{text}")
+    write_text(path, record.model_dump_json(indent=1) + "\n")
+    log.info("published: %s, and the table in %s", path, readme)
+    return path
 
 
 def publish_part(
     record: Part, name: str, readme: Path, section: str, render: Callable[[Part], str]
 ) -> None:
-    """Write a record to its place, and all of its section beside it into docs/results.md.
-
-    Args:
-        record: what was measured.
-        name: of its file, <section>-....json.
-        readme: has the section's marks.
-        section: its name.
-        render: a record -> Markdown.
-
-    Raises:
-        PublishError: see find_section.
-    """
+    """Write a record to its place, and all of its section beside it into docs/results.md."""
     folder = published_directory(record.started_at, [record.environment])
     write_text(folder / name, record.model_dump_json(indent=1) + "\n")
     files = sorted(folder.glob(f"{section}-*.json"))

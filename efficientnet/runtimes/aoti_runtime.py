@@ -23,7 +23,8 @@ from efficientnet.formats.artifact import (
 from efficientnet.machine.denormals import flushed_denormals
 from efficientnet.machine.gpu import current_gpu
 from efficientnet.precision import Precision
-from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
+from efficientnet.runtimes.binding import require_binding, require_gpu, require_version
+from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
 
 # The name that torch gives to the only model of a package.
@@ -82,17 +83,12 @@ def open_program(
     Raises:
         ArtifactError: built for another version, processor or GPU, or torch refuses it.
     """
-    binding = manifest.binding
-    if binding is None:
-        raise ArtifactError(
-            f"{directory}/manifest.json does not say what the program was compiled for: it is "
-            "damaged; make it again with 'python export/aoti.py'"
-        )
-    require_same_torch(directory, binding)
+    binding = require_binding(directory, manifest.binding, "export/aoti.py")
+    require_version(directory, binding, torch.__version__)
     if binding.compute_capability is None:
         require_same_processor(directory, binding, manifest.precision)
     else:
-        require_same_gpu(directory, binding, current_gpu())
+        require_gpu(directory, binding, current_gpu())
     torch.set_num_threads(num_threads)
     is_captured = binding.compute_capability is not None
     files = {p.batch_size: p.file for p in manifest.static_programs}
@@ -178,26 +174,8 @@ def missing_extensions(precision: Precision) -> str | None:
     return " or ".join(wanted)
 
 
-def require_same_torch(directory: Path, binding: Binding) -> None:
-    """Check that a program was compiled by the torch that is here.
-
-    Raises:
-        ArtifactError: it was not.
-    """
-    if binding.version != torch.__version__:
-        raise ArtifactError(
-            f"{directory} was compiled by torch {binding.version}, here is {torch.__version__}, "
-            f"and compiled code runs in the version that made it: install that one, or run "
-            f"'{binding.rebuild}' here"
-        )
-
-
 def require_same_processor(directory: Path, binding: Binding, precision: Precision) -> None:
-    """Check that a program was compiled for this processor's instructions.
-
-    Raises:
-        ArtifactError: it was not.
-    """
+    """Check that a program was compiled for this processor's instructions."""
     found = torch.backends.cpu.get_cpu_capability()
     if binding.device != found:
         raise ArtifactError(

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, Binding
-from efficientnet.machine.gpu import Gpu, no_room, why_no_gpu
+from efficientnet.formats.artifact import ArtifactError, ArtifactManifest
+from efficientnet.machine.gpu import no_room
 from efficientnet.runtimes.device_buffers import DeviceBuffers
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
 
@@ -111,27 +110,3 @@ def cudnn_as_compiled(precision: str) -> Generator[None]:
     # give maps of another layout than the compiled code takes for given.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision != "fp32"):
         yield
-
-
-def require_same_gpu(directory: Path, binding: Binding, gpu: Gpu | None) -> None:
-    """Check that a program was built for the GPU that is here.
-
-    Args:
-        directory: the artifact, for messages.
-        binding: what its manifest says.
-        gpu: that is here; None where there is none.
-
-    Raises:
-        ArtifactError: it was not, or there is none.
-    """
-    if gpu is None:
-        raise ArtifactError(
-            f"{directory} runs on an NVIDIA GPU ({binding.device}), and none answers here: "
-            f"{why_no_gpu()}; 'python export/ort.py' makes an artifact for the CPU"
-        )
-    if gpu.compute_capability != binding.compute_capability:
-        raise ArtifactError(
-            f"{directory} was built for compute capability {binding.compute_capability} "
-            f"({binding.device}), this device is {gpu.compute_capability} ({gpu.name}): run "
-            f"'{binding.rebuild}' here"
-        )

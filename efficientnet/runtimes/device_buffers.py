@@ -30,12 +30,9 @@ class DeviceBuffers:
     def run(
         self, images: NDArray[np.float32], stream: torch.cuda.Stream, enqueue: Callable[[], None]
     ) -> NDArray[np.float32]:
-        """Copy images in, do the work, wait for it, and return a copy of their logits.
+        """Copy images [N, 3, H, W] in, do the work, wait for it, and return a copy of their logits.
 
-        Args:
-            images: [N, 3, H, W].
-            stream: all is ordered on it.
-            enqueue: launches what reads `images` and writes `logits`, on the current stream.
+        `enqueue` launches what reads `images` and writes `logits`, on the current stream.
         """
         num_images = len(images)
         np.copyto(self._host_images.numpy()[:num_images], images)

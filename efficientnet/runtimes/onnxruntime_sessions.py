@@ -16,11 +16,7 @@ PROVIDERS = {
 
 
 def require_provider(provider: str) -> None:
-    """Check that a provider can be used.
-
-    Raises:
-        ArtifactError: it is not in the installed package.
-    """
+    """Check that a provider can be used."""
     found = ort.get_available_providers()
     if provider not in found:
         raise ArtifactError(

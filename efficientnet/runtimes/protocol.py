@@ -149,11 +149,7 @@ def open_program(
 
 
 def require_processor(directory: Path, manifest: ArtifactManifest) -> None:
-    """Check that a program for the CPU computes on this one what it computed when it was checked.
-
-    Raises:
-        ArtifactError: its int8 weights need VNNI.
-    """
+    """Check that a program for the CPU computes on this one what it did when it was checked."""
     if manifest.binding is not None and manifest.binding.device == VNNI and not has_vnni():
         raise ArtifactError(
             f"{directory} has int8 weights of 8 bits for a processor with VNNI, and this one has "

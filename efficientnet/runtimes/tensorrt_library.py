@@ -1,8 +1,8 @@
 """TensorRT's and TensorRT-RTX's Python package: its import, its log, its engines' files.
 
-It comes without type information: here, in tensorrt_runtime.py and in export/trt.py, trt_build.py
-and trt_target.py `Any` stands for its modules and objects, and for nothing else;
-tests/tensorrt_names.txt lists all that is used of them.
+It comes without type information: here, in tensorrt_runtime.py and in export/builders/tensorrt_*.py
+`Any` stands for its modules and objects, and for nothing else; tests/tensorrt_names.txt lists all
+that is used of them.
 """
 
 import importlib
@@ -61,11 +61,7 @@ def import_package(runtime: str) -> Any:
 
 
 def deserialize(trt: Any, file: ProgramFile, binding: Binding | None) -> Any:
-    """Load an engine.
-
-    Raises:
-        ArtifactError: the library refuses it.
-    """
+    """Load an engine."""
     messages = messages_of(trt)
     messages.take()
     runtime: Any = trt.Runtime(logger_of(trt))

@@ -15,7 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, Binding, read_program
-from efficientnet.machine.gpu import Gpu, current_gpu, no_room, why_no_gpu
+from efficientnet.machine.gpu import Gpu, current_gpu, no_room
+from efficientnet.runtimes.binding import (
+    import_bound,
+    require_binding,
+    require_gpu,
+    require_version,
+)
 from efficientnet.runtimes.device_buffers import DeviceBuffers
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 from efficientnet.runtimes.tensorrt_library import (
@@ -143,15 +149,10 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
         ArtifactError: another machine or version, no GPU, the library is not installed, or it
             refuses the engine.
     """
-    try:
-        trt: Any = import_package(manifest.runtime)
-    # Its Python part without its libraries fails with an OSError.
-    except (ImportError, OSError) as error:
-        raise ArtifactError(
-            f"{directory} needs {PACKAGES[manifest.runtime]}, which cannot be imported here "
-            f"({error}); install the version that built it: "
-            f"{manifest.binding.version if manifest.binding else 'unknown'}"
-        ) from error
+    package = PACKAGES[manifest.runtime]
+    trt = import_bound(
+        directory, package, manifest.binding, lambda: import_package(manifest.runtime)
+    )
     require_same_machine(directory, manifest.binding, trt.__version__, current_gpu())
     files = [program.file for program in manifest.static_programs] or [manifest.program_file]
     engines: list[Any] = [
@@ -164,39 +165,11 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
 def require_same_machine(
     directory: Path, binding: Binding | None, version: str, gpu: Gpu | None
 ) -> None:
-    """Check that an engine was built for this version and GPU; it is never rebuilt silently.
-
-    Args:
-        directory: the artifact, for messages.
-        binding: what its manifest says.
-        version: of the library that is here.
-        gpu: that is here; None where there is none.
-
-    Raises:
-        ArtifactError: it was not.
-    """
-    if binding is None:
-        raise ArtifactError(
-            f"{directory}/manifest.json does not say what the engine was built for: it is "
-            "damaged; make it again with 'python export/trt.py'"
-        )
-    if version != binding.version:
-        raise ArtifactError(
-            f"{directory} was built by {binding.library} {binding.version}, here is {version}, "
-            f"and an engine runs on the version that built it: install that one, or run "
-            f"'{binding.rebuild}' here"
-        )
-    if gpu is None:
-        raise ArtifactError(
-            f"{directory} runs on an NVIDIA GPU ({binding.device}), and none answers here: "
-            f"{why_no_gpu()}; 'python export/ort.py' makes an artifact for the CPU"
-        )
+    """Check that an engine was built for this version and GPU; it is never rebuilt silently."""
+    binding = require_binding(directory, binding, "export/trt.py")
+    require_version(directory, binding, version)
+    gpu = require_gpu(directory, binding, gpu)
     built_for = binding.compute_capability
-    if built_for is not None and gpu.compute_capability not in built_for.split():
-        raise ArtifactError(
-            f"{directory} was built for compute capability {built_for} ({binding.device}), this "
-            f"device is {gpu.compute_capability} ({gpu.name}): run '{binding.rebuild}' here"
-        )
     if built_for is not None and len(built_for.split()) == 1 and gpu.name != binding.device:
         log.warning(
             "%s was tuned on %s, this is %s: it runs, perhaps slower than one that is built here",

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from efficientnet.formats.checkpoint import load_checkpoint
 from efficientnet.machine.denormals import flushed_denormals
 from efficientnet.network.cost import network_cost
-from efficientnet.network.variants import get_variant
 from efficientnet.runtimes.protocol import ProgramInfo, check_images
 
 
@@ -32,13 +31,13 @@ class TorchRuntime:
         return self._model(batch).numpy()
 
 
+@flushed_denormals()  # torch's threads may be started here, and keep their arithmetic
 def open_directory(directory: Path, num_threads: int) -> TorchRuntime:
     """Open a checkpoint; sets the number of threads of the whole process."""
     torch.set_num_threads(num_threads)
     model, record = load_checkpoint(directory)
-    cost = network_cost(
-        get_variant(record.variant), record.preprocess.image_size, num_classes=record.num_classes
-    )
+    size = record.preprocess.image_size
+    cost = network_cost(record.spec, size, num_classes=record.num_classes)
     info = ProgramInfo(
         program_sha256=record.weights_sha256,
         variant=record.variant,

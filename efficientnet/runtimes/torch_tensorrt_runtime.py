@@ -19,7 +19,13 @@ from efficientnet.formats.artifact import (
     read_program,
 )
 from efficientnet.machine.gpu import current_gpu
-from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program, require_same_gpu
+from efficientnet.runtimes.binding import (
+    import_bound,
+    require_binding,
+    require_gpu,
+    require_version,
+)
+from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program
 
 PACKAGE = "torch_tensorrt"
 
@@ -34,29 +40,11 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
         ArtifactError: another machine or version, no GPU, the library is not installed, or it
             refuses the program.
     """
-    binding = manifest.binding
-    if binding is None:
-        raise ArtifactError(
-            f"{directory}/manifest.json does not say what the engine was built for: it is "
-            "damaged; make it again with 'python export/torch_trt.py'"
-        )
+    binding = require_binding(directory, manifest.binding, "export/torch_trt.py")
     # The library asks the driver when it is imported, so the GPU comes first.
-    require_same_gpu(directory, binding, current_gpu())
-    try:
-        torch_tensorrt = import_torch_tensorrt()
-    # Its Python part without its libraries fails with an OSError.
-    except (ImportError, OSError) as error:
-        raise ArtifactError(
-            f"{directory} needs {PACKAGE}, which cannot be imported here ({error}); install the "
-            f"version that built it: {binding.version}"
-        ) from error
-    found = version_of(torch_tensorrt)
-    if found != binding.version:
-        raise ArtifactError(
-            f"{directory} was built by {binding.library} {binding.version}, here is {found}, and "
-            f"an engine runs on the version that built it: install that one, or run "
-            f"'{binding.rebuild}' here"
-        )
+    require_gpu(directory, binding, current_gpu())
+    torch_tensorrt = import_bound(directory, PACKAGE, binding, import_torch_tensorrt)
+    require_version(directory, binding, version_of(torch_tensorrt))
     files = {p.batch_size: p.file for p in manifest.static_programs}
     static = {
         size: load(torch_tensorrt, read_program(directory, manifest, file))
@@ -98,11 +86,7 @@ def version_of(torch_tensorrt: Any) -> str:
 
 
 def load(torch_tensorrt: Any, file: ProgramFile) -> Program:
-    """Load a saved program.
-
-    Raises:
-        ArtifactError: the library refuses it.
-    """
+    """Load a saved program."""
     try:
         with file.opened() as path:
             return torch_tensorrt.load(path).module()

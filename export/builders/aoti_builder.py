@@ -52,27 +52,13 @@ class CompileSettings:
     """Of CUDA."""
 
     def inductor(self, is_static: bool) -> dict[str, Any]:
-        """Return options of torch._inductor.config.
-
-        Args:
-            is_static: whether the program is for one batch size.
-        """
+        """Return options of torch._inductor.config."""
         if self.device == "cuda":
             return {}
         return {
             # Freezing joins SiLU to the convolutions. It also stores weights in the order that
             # oneDNN asks for, which for a fixed batch is not the one that the joined kernel then
-            # wants: 15 weights of v2-s were reordered in each call, more than half of its time.
-            # Milliseconds of processor time on one core with AVX2, the least of interleaved calls,
-            # a process for each column (v2-b0 at 224 px, v2-s at 384 px):
-            #                   v2-b0, 1 image   v2-b0, 8 images   v2-s, 1 image
-            #   eager                  59.9            358               373
-            #   any batch              41.4            305               318
-            #   any, frozen            43.0            270               307
-            #   fixed                  39.5                              335
-            #   fixed, frozen          39.6                              738
-            # Of v2-b0 and one image, frozen: squeeze-excite as 1x1 convolutions 40.7 against 39.6
-            # with a fixed batch, contiguous images inside 43.6 against 43.0 with any.
+            # wants: v2-s took 738 ms in place of 335; docs/export.md has the others.
             "freezing": not is_static,
             # By default the number of threads of this machine is compiled in.
             "cpp.dynamic_threads": True,
@@ -95,11 +81,7 @@ class Program(nn.Module):
 
 
 def require_compiler() -> str:
-    """Return the C++ compiler that torch would take.
-
-    Raises:
-        AotiError: there is none.
-    """
+    """Return the C++ compiler that torch would take."""
     try:
         return get_cpp_compiler()
     except InvalidCxxCompiler as error:

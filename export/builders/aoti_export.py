@@ -9,15 +9,7 @@ import torch
 from efficientnet.formats.artifact import Binding
 from efficientnet.machine.gpu import current_gpu, why_no_gpu
 from efficientnet.runtimes.aoti_runtime import missing_extensions
-from export.builders.aoti_builder import (
-    AotiError,
-    CompileSettings,
-    Device,
-    batches_for,
-    compile_programs,
-    require_compiler,
-    weight_bytes_of,
-)
+from export.builders import aoti_builder
 from export.builders.writing import Built, default_output, programs_for, write_checked_artifact
 from export.graphs.folding import TORCH_TYPES
 from export.inputs.config import AotiConfig
@@ -37,7 +29,7 @@ log = logging.getLogger(__name__)
 class Target:
     """What is compiled for."""
 
-    device: Device
+    device: aoti_builder.Device
     name: str
     """Of the GPU, or of the processor's instruction set."""
     compute_capability: str | None
@@ -45,35 +37,29 @@ class Target:
 
 
 def main(config: AotiConfig) -> Path:
-    """Compile, check and write the artifact; return its directory.
-
-    Raises:
-        AotiError: no compiler, no GPU, or a precision that the device does not compute in.
-        CheckpointError, GraphError, ParityError: see load_reference, fold_batch_norm and
-            write_checked_artifact.
-    """
+    """Compile, check and write the artifact; return its directory."""
     target = find_target(config)
-    compiler = require_compiler()
+    compiler = aoti_builder.require_compiler()
     log.info("torch %s and %s for %s (%s)", torch.__version__, compiler, target.device, target.name)
     reference = load_reference(config)
     output = default_output(config, reference, "aoti" if target.device == "cpu" else "aoti-cuda")
-    settings = CompileSettings(
+    settings = aoti_builder.CompileSettings(
         device=target.device,
         dtype=TORCH_TYPES[config.precision],
         uses_triton_squeeze_excite=target.device == "cuda" and config.fused_squeeze_excite,
     )
-    batches = batches_for(config)
+    batches = aoti_builder.batches_for(config)
     static_programs = programs_for(PROGRAM_FILE, (b for b in batches if isinstance(b, int)))
     files = [program.file for program in static_programs] or [PROGRAM_FILE]
 
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         programs = {directory / file: batch for file, batch in zip(files, batches, strict=True)}
-        lines = compile_programs(
+        lines = aoti_builder.compile_programs(
             reference.model, reference.image_size, programs, config.batch[1], settings
         )
         return Built(
             program_file=files[0],
-            weight_bytes=weight_bytes_of(reference.model, settings.dtype),
+            weight_bytes=aoti_builder.weight_bytes_of(reference.model, settings.dtype),
             other_files=tuple(files[1:]),
             static_programs=static_programs,
             log=(f"compiled by torch {torch.__version__} and {compiler} for {target.name}", *lines),
@@ -91,30 +77,26 @@ def main(config: AotiConfig) -> Path:
 
 
 def find_target(config: AotiConfig) -> Target:
-    """Check that the device is there and computes in the precision.
-
-    Raises:
-        AotiError: it is not, or does not.
-    """
+    """Check that the device is there and computes in the precision."""
     gpu = current_gpu()
     if config.device == "cpu" or (config.device is None and gpu is None):
         missing = missing_extensions(config.precision)
         if missing is not None:
-            raise AotiError(
+            raise aoti_builder.AotiError(
                 f"this processor has no instructions for {config.precision} ({missing}): it would "
                 "compute in float32 and round; take --precision fp32, or int8 by "
                 "'python export/ov.py --precision int8'"
             )
         return Target("cpu", torch.backends.cpu.get_cpu_capability(), None)
     if gpu is None:
-        raise AotiError(
+        raise aoti_builder.AotiError(
             f"no NVIDIA GPU answers here ({why_no_gpu()}), and a program is compiled on the GPU it "
             "runs on: run this command on that machine, or take --device cpu"
         )
     least = LEAST_CAPABILITY_FOR_BF16 if config.precision == "bf16" else LEAST_CAPABILITY
     if _numbers(gpu.compute_capability) < _numbers(least):
         instead = "take --precision fp16" if config.precision == "bf16" else "take --device cpu"
-        raise AotiError(
+        raise aoti_builder.AotiError(
             f"{gpu.name} has compute capability {gpu.compute_capability}, and {config.precision} "
             f"by AOTInductor needs {least}: {instead}"
         )

@@ -34,13 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: NativeConfig) -> Path:
-    """Export, check and write the artifact; return its directory.
-
-    Raises:
-        ArtifactError: the engine was not built, or has no fast kernels for this processor.
-        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_reference, export_onnx, choose_samples and write_checked_artifact.
-    """
+    """Export, check and write the artifact; return its directory."""
     require_kernels("the artifact", config.reference)
     reference = load_reference(config)
     output = default_output(config, reference, "native")

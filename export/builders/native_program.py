@@ -18,25 +18,7 @@ from efficientnet.network.model import (
     SqueezeExcite,
 )
 from efficientnet.runtimes.native.program_file import Activation, DType, Kind, Program, to_bf16
-from export.builders.native_quantization import (
-    LARGEST_SUM,
-    UNITS_16,
-    Array,
-    Ending,
-    MapScale,
-    curve_to,
-    full_range,
-    gate_multiplier,
-    largest_sums,
-    least_scale_of_curve,
-    least_scale_of_gated,
-    least_scale_of_sum,
-    line_to,
-    quantize_weights,
-    relu6,
-    scale_of_map,
-    silu,
-)
+from export.builders import native_quantization as quantize
 from export.checks.sensitivity import named_blocks
 from export.graphs.calibration import CalibrationError, Ranges
 from export.graphs.folding import INPUT_NAME, is_within
@@ -57,7 +39,7 @@ class Made:
 class _Map:
     name: str
     shape: tuple[int, int, int]
-    scale: MapScale | None
+    scale: quantize.MapScale | None
     """As it is stored in 8 bits; None in a program without such activations."""
     tensors: dict[DType, int] = field(default_factory=dict)
     """By type: where it stands, once it does."""
@@ -142,7 +124,7 @@ class _Writer:
         middle = np.rint(mean) if dtype is DType.BF16 else np.zeros(3)
         scales = np.array([std, mean - middle, np.ones(3), -middle], "<f4")
         padding = (np.rint(mean) - middle).astype("<i4")
-        images = _Map(INPUT_NAME, (size, size, 3), MapScale(1.0, 0))
+        images = _Map(INPUT_NAME, (size, size, 3), quantize.MapScale(1.0, 0))
         output = self._store(images, dtype)
         self._add(Kind.INPUT, f"{INPUT_NAME}/Convert", output=output, scales=scales, table=padding)
         self._mean, self._std, self._middle = mean, std, middle
@@ -191,9 +173,9 @@ class _Writer:
         fields: dict[str, Any] = {"multiplier": 1.0, "input": self._in_type(x, dtype)}
         if dtype is DType.U8:
             assert x.scale and self._ranges
-            least = least_scale_of_gated(x.scale)
-            out.scale = scale_of_map(self._ranges[out.name], least)
-            shift, multiplier = gate_multiplier(x.scale, out.scale)
+            least = quantize.least_scale_of_gated(x.scale)
+            out.scale = quantize.scale_of_map(self._ranges[out.name], least)
+            shift, multiplier = quantize.gate_multiplier(x.scale, out.scale)
             fields |= {"fraction_bits": shift, "multiplier": multiplier}
         squeeze, excite = (
             _float32(conv.weight).reshape(conv.out_channels, -1) for conv in (layer.fc1, layer.fc2)
@@ -228,8 +210,8 @@ class _Writer:
         self,
         path: str,
         layer: ConvNormAct,
-        weight: Array,
-        bias: Array,
+        weight: quantize.Array,
+        bias: quantize.Array,
         x: _Map,
         residual: _Map | None,
         out: _Map,
@@ -237,22 +219,24 @@ class _Writer:
         # Also decides the output's scale.
         assert x.scale and self._ranges
         rest = residual.scale if residual else None
-        least = least_scale_of_sum(rest) if rest else 0.0
-        quantized = quantize_weights(weight, bias, x.scale)
+        least = quantize.least_scale_of_sum(rest) if rest else 0.0
+        quantized = quantize.quantize_weights(weight, bias, x.scale)
         if len(layer) > 2:
             function = _function_of(layer)
-            reach = full_range(function, self._ranges[f"{path}.0/Conv"][1])
+            reach = quantize.full_range(function, self._ranges[f"{path}.0/Conv"][1])
             bounds = self._ranges[out.name]
-            out.scale = scale_of_map(bounds, max(least, least_scale_of_curve(reach)))
-            ending = curve_to(function, reach, out.scale, rest)
-            unit = reach / UNITS_16
+            out.scale = quantize.scale_of_map(
+                bounds, max(least, quantize.least_scale_of_curve(reach))
+            )
+            ending = quantize.curve_to(function, reach, out.scale, rest)
+            unit = reach / quantize.UNITS_16
         else:
-            out.scale = scale_of_map(self._ranges[out.name], least)
-            ending = line_to(out.scale, rest)
+            out.scale = quantize.scale_of_map(self._ranges[out.name], least)
+            ending = quantize.line_to(out.scale, rest)
             unit = out.scale.scale / 2**ending.fraction_bits
         scales = (quantized.scales * x.scale.scale / unit).astype("<f4")
-        sums = largest_sums(quantized)
-        if max(sums.max(), (sums * scales).max()) >= LARGEST_SUM:
+        sums = quantize.largest_sums(quantized)
+        if max(sums.max(), (sums * scales).max()) >= quantize.LARGEST_SUM:
             raise CalibrationError(
                 f"{path} has sums of products that may leave 32 bits: its weights or biases are "
                 "out of proportion to its range; keep its block in float, or export in bf16"
@@ -270,7 +254,9 @@ class _Writer:
 
     def _map(self, name: str, shape: tuple[int, int, int]) -> _Map:
         # The scale is finer where a layer of 8 bits says so.
-        return _Map(name, shape, scale_of_map(self._ranges[name]) if self._ranges else None)
+        return _Map(
+            name, shape, quantize.scale_of_map(self._ranges[name]) if self._ranges else None
+        )
 
     def _store(self, value: _Map, dtype: DType) -> int:
         scale = value.scale if dtype is DType.U8 else None
@@ -310,11 +296,11 @@ def _activation_of(layer: ConvNormAct) -> Activation:
     return Activation.RELU6 if isinstance(layer[2], ReLU6) else Activation.SILU
 
 
-def _function_of(layer: ConvNormAct) -> Callable[[Array], Array]:
-    return relu6 if isinstance(layer[2], ReLU6) else silu
+def _function_of(layer: ConvNormAct) -> Callable[[quantize.Array], quantize.Array]:
+    return quantize.relu6 if isinstance(layer[2], ReLU6) else quantize.silu
 
 
-def _fields_of(ending: Ending) -> dict[str, Any]:
+def _fields_of(ending: quantize.Ending) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "fraction_bits": ending.fraction_bits,
         "output_offset": ending.output_offset,
@@ -344,7 +330,7 @@ def _channels_last(weight: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(weight.transpose(0, 2, 3, 1))
 
 
-def _float64(values: Tensor | None) -> Array:
+def _float64(values: Tensor | None) -> quantize.Array:
     assert values is not None
     return values.detach().numpy().astype(np.float64)
 

@@ -27,13 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: ExportConfig) -> Path:
-    """Export, check and write the artifact; return its directory.
-
-    Raises:
-        ArtifactError: the provider is not there.
-        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_reference, export_onnx, choose_samples and write_checked_artifact.
-    """
+    """Export, check and write the artifact; return its directory."""
     provider = provider_of(config)
     require_provider(PROVIDERS[provider])
     reference = load_reference(config)

@@ -83,13 +83,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: OpenVinoConfig) -> Path:
-    """Export, check and write the artifact; return its directory.
-
-    Raises:
-        ArtifactError: the processor does not compute in the precision.
-        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_reference, export_onnx, choose_samples and write_checked_artifact.
-    """
+    """Export, check and write the artifact; return its directory."""
     if config.precision != "int8":
         require_capability(config.precision, "the artifact")
     reference = load_reference(config)

@@ -51,13 +51,8 @@ def fastest_within_drop(
 ) -> Path:
     """Build every kind of int8 artifact, with and without float layers, and write the fastest.
 
-    Args:
-        reference: the model and its images.
-        kinds: by name, settings of int8 exports that differ otherwise; one at least.
-        in_float: settings of the export in the precision of layers that are not int8.
-        output: the artifact's directory.
-        export: writes the artifact of a config to the config's output.
-        finish: see write_checked_artifact.
+    `kinds` are settings of int8 by name, `in_float` those of the layers that are not int8, and
+    `export` writes the artifact of settings to their output.
 
     Raises:
         GateError: there are no images to judge by; before anything is built.

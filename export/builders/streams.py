@@ -6,7 +6,6 @@ are small, at small sizes, lose by it: their calls cost more than that.
 """
 
 import logging
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from efficientnet.formats.artifact import ArtifactManifest, read_artifact, write_manifest
+from efficientnet.measuring.turns import ratio, take_turns
 from efficientnet.reporting.tables import format_ratio
 from efficientnet.runtimes import Runtime
 from efficientnet.runtimes.protocol import open_program
@@ -57,19 +57,19 @@ def is_faster_in_streams(
 ) -> bool:
     """Measure an artifact at one batch size, in one call and image by image in streams."""
     images = np.resize(reference.parity_images, (size, *reference.parity_images.shape[1:]))
-    ways = [open_with_streams(directory, manifest, streamed) for streamed in ((), (size,))]
-    for runtime in ways:
+    ways = {
+        way: open_with_streams(directory, manifest, streamed)
+        for way, streamed in (("one call", ()), ("streams", (size,)))
+    }
+    for runtime in ways.values():
         runtime.infer(images)
-    ratios: list[float] = []
-    for _ in range(NUM_TURNS):
-        in_one_call, in_streams = (seconds_of_call(runtime, images) for runtime in ways)
-        ratios.append(in_streams / in_one_call)
-    ratio = statistics.median(ratios)
-    is_faster = ratio < 1 - LEAST_GAIN
+    turns = take_turns(ways, NUM_TURNS, lambda way, _: seconds_of_call(ways[way], images))
+    found = ratio(turns["streams"], turns["one call"]).median
+    is_faster = found < 1 - LEAST_GAIN
     log.info(
         "batch %d, image by image in streams of one thread: %s of the time of one call; %s",
         size,
-        format_ratio(ratio),
+        format_ratio(found),
         "taken" if is_faster else "left as one call",
     )
     return is_faster

@@ -11,14 +11,7 @@ import torch
 from efficientnet.formats.artifact import Binding, ProgramFile
 from efficientnet.machine.atomic import write_text
 from efficientnet.runtimes.tensorrt_library import PACKAGES, deserialize
-from export.builders.tensorrt_builder import (
-    BuildSettings,
-    build_engine,
-    fix_batch,
-    layers_of,
-    profiles_for,
-    read_layers,
-)
+from export.builders import tensorrt_builder
 from export.builders.tensorrt_target import Target, find_target, member_for
 from export.builders.writing import Built, default_output, programs_for, write_checked_artifact
 from export.graphs.folding import count_weight_bytes
@@ -34,13 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: TrtConfig) -> Path:
-    """Build, check and write the artifact; return its directory.
-
-    Raises:
-        TensorRTError: not installed, no GPU, or one that does not compute in the precision.
-        CheckpointError, GraphError, CalibrationError, GateError, AccuracyDropError, ParityError:
-            see load_reference, typed_graph and write_checked_artifact.
-    """
+    """Build, check and write the artifact; return its directory."""
     runtime = "tensorrt" if config.flavor == "tensorrt" else "tensorrt-rtx"
     target = find_target(runtime, config.precision, config.compute_capability)
     version = target.trt.__version__
@@ -72,11 +59,11 @@ def main(config: TrtConfig) -> Path:
         ]
         sizes = config.static_batches if config.batches else ()
         programs = programs_for(PROGRAM_FILE, sizes)
-        graphs = {p.file: fix_batch(typed.model, p.batch_size) for p in programs}
-        profiles = () if programs else profiles_for(config.batch)
+        graphs = {p.file: tensorrt_builder.fix_batch(typed.model, p.batch_size) for p in programs}
+        profiles = () if programs else tensorrt_builder.profiles_for(config.batch)
         for file, graph in (graphs or {PROGRAM_FILE: typed.model}).items():
             log.info("build %s", file)
-            made = build_engine(target.trt, graph, profiles, settings, file)
+            made = tensorrt_builder.build_engine(target.trt, graph, profiles, settings, file)
             (directory / file).write_bytes(made.data)
             log.info("%s: %.1f MB in %.1f s", file, len(made.data) / 1e6, made.seconds)
             lines += made.log
@@ -100,7 +87,7 @@ def main(config: TrtConfig) -> Path:
     )
 
 
-def settings_for(config: TrtConfig, target: Target, output: Path) -> BuildSettings:
+def settings_for(config: TrtConfig, target: Target, output: Path) -> tensorrt_builder.BuildSettings:
     """Return what the builder is told; fp32 means float32, not TF32."""
     capabilities: tuple[str, ...] = ()
     cache: Path | None = None
@@ -112,7 +99,7 @@ def settings_for(config: TrtConfig, target: Target, output: Path) -> BuildSettin
         capabilities = ("CURRENT",)
     else:
         capabilities = tuple(map(member_for, target.compute_capabilities))
-    return BuildSettings(
+    return tensorrt_builder.BuildSettings(
         optimization_level=config.optimization_level,
         workspace_mib=config.workspace_mib,
         uses_tf32=config.precision != "fp32",
@@ -126,5 +113,5 @@ def write_layers(trt: Any, directory: Path, files: list[str], binding: Binding) 
     layers: dict[str, object] = {}
     for file in files:
         engine: Any = deserialize(trt, ProgramFile.read(directory / file), binding)
-        layers[file] = read_layers(layers_of(trt, engine))
+        layers[file] = tensorrt_builder.read_layers(tensorrt_builder.layers_of(trt, engine))
     write_text(directory / LAYERS_FILE, json.dumps(layers, indent=1) + "\n")

@@ -67,9 +67,6 @@ def find_target(runtime: str, precision: Precision, wanted: tuple[str, ...] | No
         precision: that is built in.
         wanted: compute capabilities that TensorRT-RTX builds for, or 'portable'; None = the GPU's
             that is here, without one portable.
-
-    Raises:
-        TensorRTError: something is missing, too old, or not offered; the message says what to do.
     """
     gpu = current_gpu()
     if runtime == "tensorrt":
@@ -92,11 +89,7 @@ def find_target(runtime: str, precision: Precision, wanted: tuple[str, ...] | No
 
 
 def load_package(runtime: str) -> Any:
-    """Import the library.
-
-    Raises:
-        TensorRTError: it is not installed, or not wholly.
-    """
+    """Import the library."""
     package = PACKAGES[runtime]
     wheel = "tensorrt-cu13" if runtime == "tensorrt" else "tensorrt-rtx"
     how = f"'pip install {wheel}' (driver 580 or newer; pip fetches its libraries from NVIDIA)"
@@ -112,11 +105,7 @@ def load_package(runtime: str) -> Any:
 
 
 def require_supported(version: str, gpu: Gpu) -> None:
-    """Check that a version of TensorRT has kernels for a GPU.
-
-    Raises:
-        TensorRTError: it has not, or is too old for this project.
-    """
+    """Check that a version of TensorRT has kernels for a GPU."""
     found, capability = _numbers(version), _numbers(gpu.compute_capability)
     if found < OLDEST_VERSION:
         raise TensorRTError(
@@ -136,16 +125,7 @@ def require_supported(version: str, gpu: Gpu) -> None:
 
 
 def require_precision(precision: Precision, capabilities: tuple[str, ...], gpu: Gpu | None) -> None:
-    """Check that the GPUs that are built for have tensor cores for a format.
-
-    Args:
-        precision: the format.
-        capabilities: of the GPUs; () = all from LEAST_PORTABLE on.
-        gpu: that is here, to be named.
-
-    Raises:
-        TensorRTError: one of them has none.
-    """
+    """Check that the GPUs that are built for have tensor cores for a format."""
     least = LEAST_CAPABILITY.get(precision, (0, 0))
     for capability in capabilities or (_dotted(LEAST_PORTABLE),):
         if _numbers(capability) < least:
@@ -161,11 +141,7 @@ def require_precision(precision: Precision, capabilities: tuple[str, ...], gpu: 
 def choose_capabilities(
     trt: Any, wanted: tuple[str, ...] | None, gpu: Gpu | None
 ) -> tuple[str, ...]:
-    """Return the compute capabilities that TensorRT-RTX builds for; () = portable.
-
-    Raises:
-        TensorRTError: it offers none of that number.
-    """
+    """Return the compute capabilities that TensorRT-RTX builds for; () = portable."""
     if wanted is None:
         return (gpu.compute_capability,) if gpu is not None else ()
     if wanted == (PORTABLE,):

@@ -42,13 +42,7 @@ class TorchTensorRTError(PipelineError):
 
 
 def main(config: TorchTrtConfig) -> Path:
-    """Build, check and write the artifact; return its directory.
-
-    Raises:
-        TorchTensorRTError: see find_gpu and load_package.
-        CheckpointError, GraphError, ParityError: see load_reference, fold_batch_norm and
-            write_checked_artifact.
-    """
+    """Build, check and write the artifact; return its directory."""
     gpu = find_gpu(config.precision)
     torch_tensorrt = load_package()
     version = version_of(torch_tensorrt)
@@ -85,11 +79,7 @@ def main(config: TorchTrtConfig) -> Path:
 
 
 def find_gpu(precision: Precision) -> Gpu:
-    """Return the GPU, if there is one that torch-tensorrt builds for in a precision.
-
-    Raises:
-        TorchTensorRTError: there is none.
-    """
+    """Return the GPU, if there is one that torch-tensorrt builds for in a precision."""
     gpu = current_gpu()
     if gpu is None:
         raise TorchTensorRTError(
@@ -114,11 +104,7 @@ def find_gpu(precision: Precision) -> Gpu:
 
 
 def load_package() -> Any:
-    """Import torch-tensorrt.
-
-    Raises:
-        TorchTensorRTError: it is not installed, or not for this torch.
-    """
+    """Import torch-tensorrt."""
     minor = ".".join(torch.__version__.split(".")[:2])
     how = (
         f"'pip install \"torch-tensorrt=={minor}.*\"' (pip fetches TensorRT's libraries from "
@@ -148,16 +134,7 @@ def build_program(
     batch: Batch,
     file: Path,
 ) -> None:
-    """Build the engine of one program and write it.
-
-    Args:
-        torch_tensorrt: the package.
-        network: on the GPU, float32 images to float32 logits; its weights tell the precision.
-        reference: for the size of the images.
-        config: optimization level, precision and the middle of the range.
-        batch: the only batch size, or the fewest and the most images.
-        file: to write.
-    """
+    """Build the engine of a network on the GPU, whose weights tell the precision, and write it."""
     shape = (3, reference.image_size, reference.image_size)
     if isinstance(batch, int):
         num_images, dynamic_shapes = batch, None

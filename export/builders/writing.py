@@ -167,11 +167,7 @@ def log_line(directory: Path, line: str) -> None:
 def check_parity(
     reference: Reference, directory: Path, manifest: ArtifactManifest, is_judged: bool = True
 ) -> ArtifactManifest:
-    """Compare a program with the eager model; return the manifest with what was found.
-
-    Raises:
-        ParityError: the difference exceeds what its precision may.
-    """
+    """Compare a program with the eager model; return the manifest with what was found."""
     runtime = open_program(directory, manifest)
     tolerances = tolerances_for(manifest.precision, reference.parity_logits)
     found = run_in_batches(
@@ -199,6 +195,7 @@ def _manifest(
     highest = max(static_sizes) if static_sizes else config.max_batch_size
     return ArtifactManifest(
         variant=reference.variant,
+        architecture=reference.record.architecture,
         runtime=runtime,
         precision=config.precision,
         provider=built.provider,

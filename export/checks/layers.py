@@ -14,13 +14,7 @@ from torch.nn.functional import silu
 from torch.utils.hooks import RemovableHandle
 
 from efficientnet.machine.environment import num_usable_cores
-from efficientnet.network.model import (
-    ConvNormAct,
-    EfficientNet,
-    ReLU6,
-    ResidualBlock,
-    SqueezeExcite,
-)
+from efficientnet.network import model as networks
 from efficientnet.precision import Precision
 from efficientnet.reporting.tables import Table
 from export.checks.sensitivity import named_blocks
@@ -87,23 +81,14 @@ class LayersRecord(BaseModel):
 
 
 def compare_layers(
-    model: EfficientNet,
+    model: networks.EfficientNet,
     show: Show,
     images: NDArray[np.float32],
     precision: Precision,
     step: str,
     note: str | None = None,
 ) -> LayersRecord:
-    """Find the first block that differs too much from the eager model's, and the layer in it.
-
-    Args:
-        model: the eager model.
-        show: gives what the layers of the compared program put out.
-        images: [N, 3, H, W]; those with the largest logit errors tell most.
-        precision: of the compared program.
-        step: its name.
-        note: said with the result.
-    """
+    """Find the first block that differs too much from the eager model's, and the layer in it."""
     by_block = layers_by_block(model)
     bound = BOUNDS[precision]
 
@@ -163,24 +148,24 @@ def tables_of(record: LayersRecord) -> str:
     return "\n".join(parts)
 
 
-def layers_by_block(model: EfficientNet) -> dict[str, list[str]]:
+def layers_by_block(model: networks.EfficientNet) -> dict[str, list[str]]:
     """Name the layers of each block in order, as in the ONNX graph; the last gives its output."""
     names: dict[str, list[str]] = {}
     for name, block in named_blocks(model):
         names[name] = []
         for path, module in block.named_modules(prefix=name):
-            if isinstance(module, ConvNormAct):
+            if isinstance(module, networks.ConvNormAct):
                 names[name].append(f"{path}.0/Conv")
                 names[name] += _activation_layers(module, path)
-            elif isinstance(module, SqueezeExcite):
+            elif isinstance(module, networks.SqueezeExcite):
                 names[name] += [*_gate_layers(path), f"{path}/Mul"]
-        if isinstance(block, ResidualBlock) and block.has_residual:
+        if isinstance(block, networks.ResidualBlock) and block.has_residual:
             names[name].append(f"{name}/Add")
     return names | {POOL: [f"{POOL}/GlobalAveragePool"], CLASSIFIER: [OUTPUT_NAME]}
 
 
 def show_model(
-    model: EfficientNet, names: Sequence[str], images: NDArray[np.float32]
+    model: networks.EfficientNet, names: Sequence[str], images: NDArray[np.float32]
 ) -> NamedActivations:
     """Show layers of a torch model under the names of the ONNX graph, batch norm folded or not."""
     wanted, found = set(names), NamedActivations()
@@ -199,7 +184,7 @@ def show_model(
 
         hooks.append(module.register_forward_hook(after))
 
-    def watch_gate(layer: SqueezeExcite, path: str) -> None:
+    def watch_gate(layer: networks.SqueezeExcite, path: str) -> None:
         def before(_module: nn.Module, inputs: tuple[Tensor]) -> None:
             for name, value in zip(
                 _gate_layers(path), _gate_activations(layer, *inputs), strict=True
@@ -210,14 +195,14 @@ def show_model(
             hooks.append(layer.register_forward_pre_hook(before))
 
     for path, module in model.named_modules():
-        if isinstance(module, ConvNormAct):
+        if isinstance(module, networks.ConvNormAct):
             watch(module[1], f"{path}.0/Conv", f"{path}.2/Sigmoid")
             for name in _activation_layers(module, path)[-1:]:
                 watch(module[2], name)
-        elif isinstance(module, SqueezeExcite):
+        elif isinstance(module, networks.SqueezeExcite):
             watch_gate(module, path)
             watch(module, f"{path}/Mul")
-        elif isinstance(module, ResidualBlock):
+        elif isinstance(module, networks.ResidualBlock):
             watch(module, f"{path}/Add")
     watch(model.avgpool, f"{POOL}/GlobalAveragePool")
     watch(model, OUTPUT_NAME)
@@ -269,11 +254,11 @@ def open_session(graph: onnx.ModelProto, is_optimized: bool) -> ort.InferenceSes
     )
 
 
-def _activation_layers(module: ConvNormAct, path: str) -> list[str]:
+def _activation_layers(module: networks.ConvNormAct, path: str) -> list[str]:
     # The last one gives the activation's output.
     if len(module) == 2:
         return []
-    operators = ("Clip",) if isinstance(module[2], ReLU6) else ("Sigmoid", "Mul")
+    operators = ("Clip",) if isinstance(module[2], networks.ReLU6) else ("Sigmoid", "Mul")
     return [f"{path}.2/{operator}" for operator in operators]
 
 
@@ -282,7 +267,7 @@ def _gate_layers(path: str) -> list[str]:
     return [f"{path}.{layer}" for layer in (*layers, "gate.2/Conv", "gate.3/Sigmoid")]
 
 
-def _gate_activations(layer: SqueezeExcite, x: Tensor) -> list[Tensor]:
+def _gate_activations(layer: networks.SqueezeExcite, x: Tensor) -> list[Tensor]:
     mean = x.mean((2, 3), keepdim=True)
     squeezed = layer.fc1(mean)
     expanded = layer.fc2(silu(squeezed))

@@ -42,14 +42,7 @@ class ParityReport(BaseModel):
 
 
 def main(config: ParityConfig) -> ParityReport:
-    """Compare all artifacts; when one breaks, the result is written all the same.
-
-    Raises:
-        ParityError: an artifact breaks.
-        ArtifactError: damaged, of another checkpoint, or its runtime is not here.
-        CheckpointError: not found, or damaged.
-        GateError: a quantised artifact is to be completed, and there are no labelled images.
-    """
+    """Compare all artifacts; when one breaks, the result is written all the same."""
     # All of them before the first is compared: a wrong path is told at once.
     manifests = {path: read_artifact(path, allow_unchecked=True) for path in config.artifacts}
     checkpoints = {
@@ -95,11 +88,7 @@ def main(config: ParityConfig) -> ParityReport:
 
 
 def find_checkpoint(artifact: Path, weights_sha256: str, runs: Path = Path("runs")) -> Path:
-    """Find the checkpoint that an artifact was made of.
-
-    Raises:
-        CheckpointError: no run has it.
-    """
+    """Find the checkpoint that an artifact was made of."""
     found = list(runs.rglob(RECORD_FILE))
     for record in sorted(found):
         try:
@@ -116,11 +105,7 @@ def find_checkpoint(artifact: Path, weights_sha256: str, runs: Path = Path("runs
 
 
 def require_made_of(reference: Reference, artifact: Path, manifest: ArtifactManifest) -> None:
-    """Check that an artifact is of the checkpoint that it will be compared with.
-
-    Raises:
-        ArtifactError: it is not.
-    """
+    """Check that an artifact is of the checkpoint that it will be compared with."""
     if manifest.checkpoint_sha256 != reference.record.weights_sha256:
         raise ArtifactError(
             f"{artifact} was made of another checkpoint: of weights with SHA-256 "

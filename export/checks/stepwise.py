@@ -27,22 +27,7 @@ from efficientnet.formats.artifact import (
 from efficientnet.network.model import EfficientNet
 from efficientnet.precision import Precision
 from efficientnet.runtimes.protocol import open_program
-from export.checks.agreement import (
-    compare_logits,
-    logit_errors,
-    problem_of,
-    run_in_batches,
-    tolerances_for,
-)
-from export.checks.layers import (
-    NUM_IMAGES,
-    LayersRecord,
-    Show,
-    compare_layers,
-    open_session,
-    show_model,
-    show_onnx,
-)
+from export.checks import agreement, layers
 from export.checks.stepwise_record import ParityStepRecord, StepwiseParityRecord
 from export.graphs.calibration import CALIBRATION_FILE, CalibrationError
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm
@@ -76,7 +61,7 @@ class ParityStep:
     """The eager model's logits for them."""
     tolerances: ParityTolerances
     answer: Callable[[NDArray[np.float32]], Array]
-    show: Show | None
+    show: layers.Show | None
     """None where nobody can look inside."""
 
 
@@ -125,7 +110,7 @@ class StepwiseParity:
             f"{manifest.runtime}{provider} {manifest.precision}",
             manifest.precision,
             partial(
-                run_in_batches,
+                agreement.run_in_batches,
                 runtime,
                 expected=reference.parity_logits,
                 sizes=manifest.prepared_sizes,
@@ -159,7 +144,7 @@ class StepwiseParity:
                     "batch norm folded, fp32",
                     "fp32",
                     partial(_answer_of_model, folded),
-                    partial(show_model, folded),
+                    partial(layers.show_model, folded),
                 )
             ),
         ]
@@ -181,7 +166,7 @@ class StepwiseParity:
             reason = f"ONNX Runtime's CPU provider cannot run it: {error}"
             return ComparedStep(ParityStepRecord(name=name, skipped=reason))
         return _compare(
-            self._parity_step(name, precision, answer, partial(show_onnx, graph, False))
+            self._parity_step(name, precision, answer, partial(layers.show_onnx, graph, False))
         )
 
     def _parity_step(
@@ -189,27 +174,27 @@ class StepwiseParity:
         name: str,
         precision: Precision,
         answer: Callable[[NDArray[np.float32]], Array],
-        show: Show | None,
+        show: layers.Show | None,
     ) -> ParityStep:
         logits = self._reference.parity_logits
-        tolerances = tolerances_for(precision, logits)
+        tolerances = agreement.tolerances_for(precision, logits)
         images = self._reference.parity_images
         return ParityStep(name, precision, images, logits, tolerances, answer, show)
 
 
 def _compare(step: ParityStep) -> ComparedStep:
     found = step.answer(step.images)
-    parity = compare_logits(found, step.expected, step.tolerances)
-    problem = problem_of(parity)
+    parity = agreement.compare_logits(found, step.expected, step.tolerances)
+    problem = agreement.problem_of(parity)
     log.info("%s: %s", step.name, problem or "agrees")
-    errors = logit_errors(found, step.expected)
+    errors = agreement.logit_errors(found, step.expected)
     worst = np.argsort(-errors.max(axis=1), kind="stable")
     return ComparedStep(
         ParityStepRecord(name=step.name, parity=parity, problem=problem), step, worst
     )
 
 
-def _compare_layers(model: EfficientNet, compared: Sequence[ComparedStep]) -> LayersRecord:
+def _compare_layers(model: EfficientNet, compared: Sequence[ComparedStep]) -> layers.LayersRecord:
     # Of the last step, or of the last before it that lets one look inside.
     shown = next(c for c in reversed(compared) if c.step and c.step.show)
     step, worst, last = shown.step, shown.worst, compared[-1].record.name
@@ -217,8 +202,8 @@ def _compare_layers(model: EfficientNet, compared: Sequence[ComparedStep]) -> La
     note = None
     if step.name != last:
         note = f"{last} does not show what its layers put out; these are of the nearest that does"
-    images = step.images[worst[:NUM_IMAGES]]
-    return compare_layers(model, step.show, images, step.precision, step.name, note)
+    images = step.images[worst[: layers.NUM_IMAGES]]
+    return layers.compare_layers(model, step.show, images, step.precision, step.name, note)
 
 
 def _fold_step(reference: Reference, folded: EfficientNet) -> ParityStep:
@@ -233,7 +218,7 @@ def _fold_step(reference: Reference, folded: EfficientNet) -> ParityStep:
         expected,
         ParityTolerances(max_abs_logit_error=error, min_top1_agreement=1.0, flip_margin=error),
         lambda x: _answer_of_model(copy.deepcopy(folded).double(), x.astype(np.float64)),
-        partial(show_model, folded),
+        partial(layers.show_model, folded),
     )
 
 
@@ -275,12 +260,12 @@ def _graph_of_artifact(
     return name, typed.model
 
 
-def _show_of_artifact(directory: Path, manifest: ArtifactManifest) -> Show | None:
+def _show_of_artifact(directory: Path, manifest: ArtifactManifest) -> layers.Show | None:
     # TensorRT and compiled torch programs fuse other layers when some are made outputs, by which a
     # fault can vanish (NVIDIA/TensorRT#4338), or have no layers left.
     program = directory / manifest.program_file
     if manifest.runtime == "onnxruntime" and manifest.provider is None:
-        return partial(show_onnx, onnx.load(program), True)
+        return partial(layers.show_onnx, onnx.load(program), True)
     if manifest.runtime == "openvino":
         quantization = manifest.quantization
         precision = quantization.kept_precision if quantization else manifest.precision
@@ -302,7 +287,7 @@ def _answer_of_model(model: EfficientNet, images: Array) -> Array:
 
 
 def _answer_of_graph(graph: onnx.ModelProto) -> Callable[[NDArray[np.float32]], Array]:
-    session = open_session(graph, is_optimized=False)
+    session = layers.open_session(graph, is_optimized=False)
 
     def answer(images: NDArray[np.float32]) -> Array:
         starts = range(0, len(images), BATCH_SIZE)

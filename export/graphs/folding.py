@@ -42,9 +42,6 @@ def fold_batch_norm(model: EfficientNet) -> EfficientNet:
 
     The folded weights are computed in float64, so that rounding them to float32 is the only error.
     `torch.export` leaves batch norm in the graph, hence it is done here (pytorch/pytorch#141116).
-
-    Raises:
-        GraphError: a batch norm is left.
     """
     folded = copy.deepcopy(model).eval()
     for module in folded.modules():
@@ -235,11 +232,7 @@ def _pads_zeros(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) ->
 
 
 def check_graph(model: onnx.ModelProto) -> None:
-    """Prove that the graph is valid, free of batch norm, pooled as it should be, of any batch.
-
-    Raises:
-        GraphError: it is not.
-    """
+    """Prove that the graph is valid, free of batch norm, pooled as it should be, of any batch."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -19,15 +19,7 @@ from torch import nn
 
 from efficientnet.formats.checkpoint import load_checkpoint
 from efficientnet.network.model import EfficientNet
-from export.graphs.folding import (
-    INPUT_NAME,
-    OPSET,
-    OUTPUT_NAME,
-    export_onnx,
-    fold_batch_norm,
-    name_by_module,
-    use_convolutions_in_squeeze_excite,
-)
+from export.graphs import folding
 
 Form = Literal["nothing", "folded", "fused"]
 
@@ -42,13 +34,13 @@ def model_in_form(model: EfficientNet, form: Form, device: str = "cpu") -> nn.Mo
     """Return a copy of the network in evaluation mode, in one of the forms."""
     if form == "nothing":
         return copy.deepcopy(model).eval()
-    network = fold_batch_norm(model)
+    network = folding.fold_batch_norm(model)
     if form == "fused" and device == "cuda":
         # Triton is there where torch has CUDA.
         kernel = importlib.import_module("efficientnet.network.squeeze_excite_kernel")
         kernel.use_triton_squeeze_excite(network)
     elif form == "fused":
-        use_convolutions_in_squeeze_excite(network)
+        folding.use_convolutions_in_squeeze_excite(network)
     return network
 
 
@@ -61,14 +53,14 @@ def graph_in_form(model: EfficientNet, image_size: int, form: Form) -> onnx.Mode
     here, in both forms that export_onnx does not make. Not to be changed: several runtimes get it.
     """
     if form == "fused":
-        return export_onnx(model, image_size)
+        return folding.export_onnx(model, image_size)
     program = torch.onnx.export(
         model_in_form(model, form),
         (torch.zeros(2, 3, image_size, image_size),),
         dynamo=True,
-        opset_version=OPSET,
-        input_names=[INPUT_NAME],
-        output_names=[OUTPUT_NAME],
+        opset_version=folding.OPSET,
+        input_names=[folding.INPUT_NAME],
+        output_names=[folding.OUTPUT_NAME],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         external_data=False,
         optimize=False,
@@ -88,7 +80,7 @@ def graph_in_form(model: EfficientNet, image_size: int, form: Form) -> onnx.Mode
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     )(graph)
     exported = program.model_proto
-    name_by_module(exported.graph)
+    folding.name_by_module(exported.graph)
     for node in exported.graph.node:
         # Source paths of this machine, and stack traces.
         del node.metadata_props[:]

@@ -11,23 +11,8 @@ import onnx
 
 from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.images.datasets import Sample
-from export.graphs.calibration import (
-    METHOD,
-    Ranges,
-    choose_samples,
-    collect_ranges,
-    images_of,
-    write_calibration,
-)
+from export.graphs import calibration, folding
 from export.graphs.channels_last import pool_channels_last
-from export.graphs.folding import (
-    CAST_INPUT_NAME,
-    INPUT_NAME,
-    OPSETS,
-    FloatPrecision,
-    check_graph,
-    export_onnx,
-)
 from export.graphs.quantization import (
     SCHEMES,
     insert_quantization,
@@ -72,7 +57,9 @@ def typed_graph(
             num_calibration_images=config.num_calibration_images, seed=config.seed
         )
         calibrated = _calibrate(reference, choice, scheme)
-        sha256 = write_calibration(directory, calibrated.samples, config, METHOD)
+        sha256 = calibration.write_calibration(
+            directory, calibrated.samples, config, calibration.METHOD
+        )
         graph = onnx.ModelProto()
         graph.CopyFrom(calibrated.graph)
         float_layers = config.float_layers if isinstance(config, MixedConfig) else ()
@@ -80,56 +67,58 @@ def typed_graph(
         tensors = tensors_to_quantize(graph, in_float, chosen)
         ranges = {tensor: calibrated.ranges[tensor] for tensor in tensors}
         insert_quantization(graph, ranges, in_float, chosen)
-        check_graph(graph)
+        folding.check_graph(graph)
         if chosen.has_channels_last:
             pool_channels_last(graph.graph)
         quantization = QuantizationRecord(
-            method=f"{scheme}: {METHOD}",
+            method=f"{scheme}: {calibration.METHOD}",
             num_calibration_images=len(calibrated.samples),
             calibration_sha256=sha256,
             kept_precision=chosen.float_precision,
             kept_blocks=tuple(kept),
             float_layers=float_layers,
         )
-        return TypedGraph(graph, OPSETS["fp32"], quantization)
-    precision: FloatPrecision = config.precision
+        return TypedGraph(graph, folding.OPSETS["fp32"], quantization)
+    precision: folding.FloatPrecision = config.precision
     graph = onnx.ModelProto()
     graph.CopyFrom(graph_of(reference, precision))
-    return TypedGraph(graph, OPSETS[precision])
+    return TypedGraph(graph, folding.OPSETS[precision])
 
 
 # Two: what is exported, and the float32 graph whose activations the ranges are of. torch's exporter
 # takes most of an export's time, and several artifacts may be made of one graph.
 @lru_cache(maxsize=2)
-def graph_of(reference: Reference, precision: FloatPrecision) -> onnx.ModelProto:
+def graph_of(reference: Reference, precision: folding.FloatPrecision) -> onnx.ModelProto:
     """Export the network to ONNX; not to be changed."""
     log.info(
         "export %s at %d px to ONNX, opset %d",
         reference.variant,
         reference.image_size,
-        OPSETS[precision],
+        folding.OPSETS[precision],
     )
-    return export_onnx(reference.model, reference.image_size, precision)
+    return folding.export_onnx(reference.model, reference.image_size, precision)
 
 
 class _Calibrated(NamedTuple):
     graph: onnx.ModelProto
     samples: tuple[Sample, ...]
-    ranges: Ranges
+    ranges: calibration.Ranges
 
 
 # The gate and the search ask for several graphs that differ in what stays in float.
 @lru_cache(maxsize=1)
 def _calibrate(reference: Reference, config: ExportConfig, scheme: str) -> _Calibrated:
     chosen = SCHEMES[scheme]
-    samples = choose_samples(reference, config)
+    samples = calibration.choose_samples(reference, config)
     graph = graph_of(reference, chosen.float_precision)
     # Ranges are those of the float32 model, whose activations have the same names; but for the
     # input, which a graph of 16 bits casts first.
     is_plain = chosen.float_precision == "fp32"
     plain = graph if is_plain else graph_of(reference, "fp32")
     tensors = tensors_to_quantize(graph, (), chosen)
-    names = [INPUT_NAME if tensor == CAST_INPUT_NAME else tensor for tensor in tensors]
-    found = collect_ranges(plain, names, images_of(reference, samples))
+    names = [
+        folding.INPUT_NAME if tensor == folding.CAST_INPUT_NAME else tensor for tensor in tensors
+    ]
+    found = calibration.collect_ranges(plain, names, calibration.images_of(reference, samples))
     ranges = {tensor: found[name] for tensor, name in zip(tensors, names, strict=True)}
     return _Calibrated(graph, tuple(samples), ranges)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from efficientnet.command import require_least
 from efficientnet.precision import Precision
 from efficientnet.runtimes.names import EXPORTS
 
@@ -74,14 +75,11 @@ class ExportConfig:
     """Draws the calibration images."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         low, opt, high = self.batch
         if not 1 <= low <= opt <= high:
             raise ValueError(
                 f"--batch is {low} {opt} {high}, expected 1 <= MIN <= OPT <= MAX, e.g. 1 1 64"
             )
-        if self.batches is not None and (not self.batches or min(self.batches) < 1):
-            raise ValueError(f"--batches is {list(self.batches)}, expected sizes of at least 1")
         if self.size is not None and self.size < MIN_IMAGE_SIZE:
             raise ValueError(
                 f"--size is {self.size}, expected at least {MIN_IMAGE_SIZE}: the last maps have "
@@ -89,13 +87,13 @@ class ExportConfig:
             )
         if self.max_drop < 0:
             raise ValueError(f"--max-drop is {self.max_drop:g}, expected at least 0 points")
-        for flag, value, least in (
-            ("--num-parity-images", self.num_parity_images, MIN_PARITY_IMAGES),
-            ("--num-calibration-images", self.num_calibration_images, MIN_CALIBRATION_IMAGES),
-            ("--num-gate-images", self.num_gate_images, MIN_GATE_IMAGES),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{flag} is {value}, expected at least {least}")
+        require_least(
+            self,
+            batches=1,
+            num_parity_images=MIN_PARITY_IMAGES,
+            num_calibration_images=MIN_CALIBRATION_IMAGES,
+            num_gate_images=MIN_GATE_IMAGES,
+        )
 
     @property
     def is_quantized(self) -> bool:
@@ -131,7 +129,6 @@ class MixedConfig(ExportConfig):
     that are faster so, and keep the fastest mixture that is within --max-drop."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         for flag, is_given in (("--search", self.search), ("--float-layers", self.float_layers)):
             if is_given and self.precision != "int8":
@@ -148,7 +145,6 @@ class OrtConfig(MixedConfig):
     """What executes the graph; cuda and tensorrt need onnxruntime-gpu."""
 
     def __post_init__(self) -> None:
-        """Check the limits, and what each provider computes in."""
         super().__post_init__()
         if self.search and self.provider != "cpu":
             raise ValueError(
@@ -179,7 +175,6 @@ class OpenVinoConfig(MixedConfig):
     both are tried."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if self.activations and self.precision != "int8":
             raise ValueError(f"--activations is for --precision int8, which is {self.precision}")
@@ -214,7 +209,6 @@ class TrtConfig(ExportConfig):
     """Scratch memory that a kernel may use; None = as much as the GPU has."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if self.compute_capability is not None and self.flavor != "rtx":
             raise ValueError(
@@ -222,8 +216,7 @@ class TrtConfig(ExportConfig):
             )
         if not 0 <= self.optimization_level <= 5:
             raise ValueError(f"--optimization-level is {self.optimization_level}, expected 0 to 5")
-        if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise ValueError(f"--workspace-mib is {self.workspace_mib}, expected at least 1")
+        require_least(self, workspace_mib=1)
 
 
 @dataclass(frozen=True)
@@ -237,7 +230,6 @@ class TorchTrtConfig(ExportConfig):
     """0 to 5: how long the builder looks for fast kernels."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if self.is_quantized:
             raise ValueError(
@@ -260,7 +252,6 @@ class AotiConfig(ExportConfig):
     """Of cuda: squeeze-excite as one Triton kernel."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         if self.is_quantized:
             instead = (

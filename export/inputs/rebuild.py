@@ -8,13 +8,7 @@ from export.inputs.config import ExportConfig
 
 
 def rebuild_command(script: str, config: ExportConfig, checkpoint: Path) -> str:
-    """Write the command line: all settings that are not the default.
-
-    Args:
-        script: e.g. export/aoti.py.
-        config: with what it was called.
-        checkpoint: that was exported; where the config names none, another may be newest by then.
-    """
+    """Write the command line: all settings that are not the default."""
     words = ["python", script]
     if checkpoint.is_relative_to(Path.cwd()):
         checkpoint = checkpoint.relative_to(Path.cwd())

@@ -22,7 +22,6 @@ from efficientnet.images.preprocess import PreprocessSpec, preprocess
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.network.cost import Cost, network_cost
 from efficientnet.network.model import EfficientNet
-from efficientnet.network.variants import get_variant
 from export.inputs.config import ExportConfig, MixedConfig
 
 BATCH_SIZE = 16
@@ -56,8 +55,7 @@ class Reference:
     @cached_property
     def cost(self) -> Cost:
         """Operations and bytes for one image."""
-        spec = get_variant(self.variant)
-        return network_cost(spec, self.image_size, num_classes=self.record.num_classes)
+        return network_cost(self.record.spec, self.image_size, num_classes=self.record.num_classes)
 
     @cached_property
     def parity_images(self) -> NDArray[np.float32]:

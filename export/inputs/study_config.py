@@ -6,10 +6,10 @@ from typing import Literal, get_args
 
 import tyro
 
-from efficientnet.command import JsonFlags
+from efficientnet.command import JsonFlags, flag_of, require_least, require_positive
 from efficientnet.precision import Precision
 from export.inputs.candidates import COMMANDS
-from export.inputs.config import ExportConfig
+from export.inputs.config import MIN_PARITY_IMAGES, ExportConfig
 
 RuntimeName = Literal[
     "onnxruntime", "openvino", "torch", "aoti", "torch-cuda", "aoti-cuda", "tensorrt"
@@ -42,13 +42,11 @@ class AllConfig(ExportConfig, JsonFlags):
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
         unknown = sorted(set(self.only) - set(COMMANDS))
         if unknown:
             raise ValueError(f"--only is {' '.join(unknown)}, expected of {', '.join(COMMANDS)}")
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        require_positive(self, "seconds")
         if self.precision != "fp32":
             raise ValueError(
                 f"--precision is {self.precision}, but all of them are made; "
@@ -83,16 +81,12 @@ class StockConfig(ExportConfig, JsonFlags):
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         super().__post_init__()
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(
-                f"--batch-sizes is {list(self.batch_sizes)}, expected at least one, >= 1"
-            )
+        require_least(self, batch_sizes=1)
         for name in NOT_TAKEN:
             if getattr(self, name) != getattr(ExportConfig, name):
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is not taken here: the stock tools have their own "
+                    f"{flag_of(name)} is not taken here: the stock tools have their own "
                     "precisions and are not judged, and all programs are measured at the "
                     "checkpoint's size and --batch-sizes"
                 )
@@ -133,11 +127,8 @@ class AblationConfig(JsonFlags):
     """Where the table goes."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
-        if self.turns < 1:
-            raise ValueError(f"--turns is {self.turns}, expected at least 1")
+        require_positive(self, "seconds")
+        require_least(self, turns=1)
         if not self.runtimes or len(set(self.runtimes)) < len(self.runtimes):
             raise ValueError(
                 f"--runtimes is {' '.join(self.runtimes)}, expected at least one, each once"
@@ -190,8 +181,6 @@ class ParityConfig(JsonFlags):
     """Compare also layer by layer: the first step that breaks, or the artifact when none does."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not self.artifacts:
             raise ValueError("no artifact is named, expected e.g. artifacts/v2-s/onnxruntime-fp32")
-        if self.num_images < 64:
-            raise ValueError(f"--num-images is {self.num_images}, expected at least 64")
+        require_least(self, num_images=MIN_PARITY_IMAGES)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.machine.gpu import current_gpu, why_no_gpu
+from efficientnet.measuring.turns import turn_ratios
 from efficientnet.runtimes import names
 from export.builders.measuring import measure, measure_callables
 from export.graphs.forms import FORMS, EagerModel, Form, model_in_form, open_eager
@@ -69,11 +70,7 @@ def measure_forms(
     turns: int,
     folder: Path,
 ) -> list[FormRecord]:
-    """Measure the three forms in a runtime, in turns; the artifacts stay in the folder.
-
-    Raises:
-        PipelineError: a measurement failed.
-    """
+    """Measure the three forms in a runtime, in turns; the artifacts stay in the folder."""
     reason = why_not_here(runtime)
     if reason is not None:
         log.info("not measured: %s", reason)
@@ -91,7 +88,7 @@ def why_not_here(runtime: RuntimeName) -> str | None:
         if runtime.startswith("aoti"):
             aoti = importlib.import_module("export.builders.aoti_export")
             aoti.find_target(aoti.AotiConfig(device=device))
-            aoti.require_compiler()
+            aoti.aoti_builder.require_compiler()
         elif runtime == "tensorrt":
             importlib.import_module("export.builders.tensorrt_target").find_target(
                 "tensorrt", "fp32", None
@@ -156,7 +153,7 @@ def _row(
         runtime=runtime,
         form=form,
         turn_p50_ms=tuple(turns),
-        turn_ratios=tuple(a / b for a, b in zip(turns, measured["nothing"], strict=True)),
+        turn_ratios=tuple(turn_ratios(turns, measured["nothing"])),
         max_abs_logit_error=error,
         executed=executed,
     )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.machine.processor import cpu_features
+from efficientnet.measuring.turns import ratio
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
 from efficientnet.reporting.tables import Table, format_ms, format_ratio
 from export.builders.measuring import measure
@@ -59,12 +60,7 @@ class Comparisons(BaseModel):
 
 
 def main(config: StockConfig) -> Comparisons | str:
-    """Make the stock artifacts and measure all programs in turns.
-
-    Raises:
-        CheckpointError, CalibrationError: see load_reference and choose_samples.
-        PipelineError: the measurement failed.
-    """
+    """Make the stock artifacts and measure all programs in turns."""
     if config.publish:
         find_section(config.readme, SECTION)
     reference = load_reference(config)
@@ -98,17 +94,16 @@ def compare(
     ratios: list[Ratio] = []
     for path, own in zip(config.paths, records[len(names) :], strict=True):
         for name, other in others.items():
-            pairs = zip(own.turn_p50_ms, other.turn_p50_ms, strict=True)
-            shares = sorted(a / b for a, b in pairs)
+            found = ratio(own.turn_p50_ms, other.turn_p50_ms)
             ratios.append(
                 Ratio(
                     program=path.name,
                     # Too few calls for a percentile of all are enough for one of each turn.
                     p50_ms=statistics.median(own.turn_p50_ms),
                     other=name,
-                    ratio=statistics.median(shares),
-                    low=shares[0],
-                    high=shares[-1],
+                    ratio=found.median,
+                    low=found.low,
+                    high=found.high,
                 )
             )
     return Comparison(
@@ -124,11 +119,7 @@ def compare(
 
 
 def publish(comparison: Comparison, readme: Path) -> None:
-    """Write a comparison to its place, and all that stand there into docs/results.md.
-
-    Raises:
-        PublishError: docs/results.md has no place for them.
-    """
+    """Write a comparison to its place, and all that stand there into docs/results.md."""
     c = comparison
     name = f"stock-{c.variant}-{c.image_size}px-batch-{c.batch_size}.json"
     publish_part(comparison, name, readme, SECTION, section_of)
@@ -149,10 +140,10 @@ def section_of(comparison: Comparison) -> str:
 def table_of(comparison: Comparison) -> Table:
     """Lay the ratios out: ours by row, the others by column."""
     ratios = comparison.ratios
-    others = list(dict.fromkeys(ratio.other for ratio in ratios))
+    others = list(dict.fromkeys(r.other for r in ratios))
     rows: list[tuple[str, ...]] = []
-    for program in dict.fromkeys(ratio.program for ratio in ratios):
-        own = {ratio.other: ratio for ratio in ratios if ratio.program == program}
+    for program in dict.fromkeys(r.program for r in ratios):
+        own = {r.other: r for r in ratios if r.program == program}
         cells = [
             f"{format_ratio(r.ratio)} ({format_ratio(r.low)} to {format_ratio(r.high)})"
             for r in (own[other] for other in others)

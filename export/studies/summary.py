@@ -74,11 +74,7 @@ class Summary(Measured):
 
 
 def publish(summary: Summary, readme: Path) -> None:
-    """Write a table to its place, and all that stand there into docs/results.md.
-
-    Raises:
-        PublishError: docs/results.md has no place for them.
-    """
+    """Write a table to its place, and all that stand there into docs/results.md."""
     name = f"{summary.section}-{summary.variant}-{summary.image_size}px.json"
     publish_part(summary, name, readme, summary.section, section_of)
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from efficientnet.command import require_positive
+
 Part = Literal[
     "tests",
     "limits",
@@ -38,8 +40,6 @@ class DeviceConfig:
     """On the CPU, with the smallest networks and few repetitions."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        if not 0 < self.minutes < float("inf"):
-            raise ValueError(f"--minutes is {self.minutes:g}, expected more than 0")
+        require_positive(self, "minutes")
         if not self.parts:
             raise ValueError(f"--parts names none, expected some of {', '.join(get_args(Part))}")

@@ -20,21 +20,12 @@ from efficientnet.formats.checkpoint import save_checkpoint
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.aoti_runtime import load_package
 from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
+from perf.device_parts import networks, turns
 from perf.device_parts.config import Part
 from perf.device_parts.gpu_watch import GpuWatch
-from perf.device_parts.networks import (
-    DEVICE,
-    PRECISIONS,
-    captured,
-    cases_done,
-    cases_of,
-    eager,
-    known_best,
-)
 from perf.device_parts.plan import Order
-from perf.device_parts.records import LatencyMeasured, Line, Region
+from perf.device_parts.records import Line, Region
 from perf.device_parts.scene import NUM_PARITY_IMAGES, Scene
-from perf.device_parts.turns import DRY_PACE, EAGER, PACE, Case, Contender, compare, free_memory
 
 HOST: Region = "host to host"
 
@@ -70,16 +61,18 @@ def measure_exports(
 ) -> Iterator[Line]:
     """Export precision by precision and batch by batch, the paper's first, and measure each."""
     method = (DRY_METHODS if order.is_dry_run else METHODS)[order.part]
-    done = cases_done(order.job, earlier)
+    done = networks.cases_done(order.job, earlier)
     scratch = Path(order.scratch)
     checkpoint = scratch / f"{order.part}-{scene.variant}" / "checkpoint"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(checkpoint, scene.network.state_dict(), scene.record(), train_state=None)
     # No CPU need be tried in formats that it may not compute in.
-    precisions = ("fp32",) if order.is_dry_run else PRECISIONS_OF.get(order.part, PRECISIONS)
+    precisions = (
+        ("fp32",) if order.is_dry_run else PRECISIONS_OF.get(order.part, networks.PRECISIONS)
+    )
     for precision in precisions:
-        best = known_best(earlier, scene.variant, precision, order.is_dry_run)
-        cases = cases_of(precision, best, order.is_dry_run)
+        best = networks.known_best(earlier, scene.variant, precision, order.is_dry_run)
+        cases = networks.cases_of(precision, best, order.is_dry_run)
         # A program of AOTInductor takes most of a minute: a dry run makes one.
         for case in cases[: 1 if order.is_dry_run else None]:
             if (precision, case.batch_size, method) in done:
@@ -88,20 +81,16 @@ def measure_exports(
             try:
                 export(order, checkpoint, output, case)
             except ExportFailedError as error:
-                yield _failed(order, scene, case, method, str(error))
+                yield turns.unmeasured(order.job, scene, case, method, HOST, str(error))
                 continue
-            pace = DRY_PACE if order.is_dry_run else PACE
+            pace = turns.DRY_PACE if order.is_dry_run else turns.PACE
             contenders = _contenders(order, scene, case, method, output)
-            yield from compare(order.job, scene, case, contenders, pace, watch)
-            free_memory()
+            yield from turns.compare(order.job, scene, case, contenders, pace, watch)
+            turns.free_memory()
 
 
-def export(order: Order, checkpoint: Path, output: Path, case: Case) -> None:
-    """Run the export command.
-
-    Raises:
-        ExportFailedError: it ended with an error.
-    """
+def export(order: Order, checkpoint: Path, output: Path, case: turns.Case) -> None:
+    """Run the export command."""
     words = (DRY_COMMANDS if order.is_dry_run else COMMANDS)[order.part]
     size = str(case.batch_size)
     command = [sys.executable, *words, "--checkpoint", str(checkpoint), "--output", str(output)]
@@ -118,34 +107,38 @@ def export(order: Order, checkpoint: Path, output: Path, case: Case) -> None:
 
 
 def _contenders(
-    order: Order, scene: Scene, case: Case, method: str, artifact: Path
-) -> list[Contender]:
+    order: Order, scene: Scene, case: turns.Case, method: str, artifact: Path
+) -> list[turns.Contender]:
     program = scene.program(case.precision)
     contenders = [
-        Contender(EAGER, HOST, lambda: partial(_eager_from_host, program, scene.device)),
-        Contender(method, HOST, lambda: open_runtime(artifact).infer, _as_exported(case)),
+        turns.Contender(
+            turns.EAGER, HOST, lambda: partial(_eager_from_host, program, scene.device)
+        ),
+        turns.Contender(method, HOST, lambda: open_runtime(artifact).infer, _as_exported(case)),
     ]
     if order.part != "aoti":
         return contenders
     shape = (case.batch_size, *scene.images.shape[1:])
     is_captured = scene.device.type == "cuda"
     contenders += [
-        eager(scene, case.precision, program),
-        Contender(method, DEVICE, lambda: _load(artifact, is_captured), _as_exported(case)),
+        networks.eager(scene, case.precision, program),
+        turns.Contender(
+            method, networks.DEVICE, lambda: _load(artifact, is_captured), _as_exported(case)
+        ),
     ]
     if is_captured:
         contenders.append(
-            Contender(
+            turns.Contender(
                 f"{method}, CUDA graph",
-                DEVICE,
-                lambda: captured(_load(artifact, True), scene.images.new_empty(shape)),
+                networks.DEVICE,
+                lambda: networks.captured(_load(artifact, True), scene.images.new_empty(shape)),
                 _as_exported(case),
             )
         )
     return contenders
 
 
-def _as_exported(case: Case) -> Callable[[], AbstractContextManager[object]]:
+def _as_exported(case: turns.Case) -> Callable[[], AbstractContextManager[object]]:
     return lambda: cudnn_as_compiled(case.precision)
 
 
@@ -158,17 +151,3 @@ def _eager_from_host(
     program: Callable[[Tensor], Tensor], device: torch.device, images: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     return program(torch.from_numpy(images).to(device)).cpu().numpy()
-
-
-def _failed(order: Order, scene: Scene, case: Case, method: str, problem: str) -> LatencyMeasured:
-    return LatencyMeasured(
-        job=order.job,
-        variant=scene.variant,
-        method=method,
-        precision=case.precision,
-        batch_size=case.batch_size,
-        is_best_batch=case.is_best_batch,
-        image_size=scene.spec.image_size,
-        region=HOST,
-        problem=problem,
-    )

@@ -8,20 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perf.device_parts import turns
 from perf.device_parts.gpu_watch import GpuWatch
 from perf.device_parts.plan import Order
 from perf.device_parts.records import LatencyMeasured, Line, Region
 from perf.device_parts.scene import Scene
-from perf.device_parts.turns import (
-    DRY_PACE,
-    EAGER,
-    PACE,
-    Case,
-    Contender,
-    compare,
-    free_memory,
-    rate,
-)
 
 GRAPH = "CUDA graph of eager"
 COMPILED = "torch.compile max-autotune"
@@ -53,7 +44,7 @@ log = logging.getLogger(__name__)
 
 def measure_network(order: Order, scene: Scene, watch: GpuWatch) -> Iterator[Line]:
     """Measure the eager model and its CUDA graph at batch 16, 1 and the best one."""
-    pace = DRY_PACE if order.is_dry_run else PACE
+    pace = turns.DRY_PACE if order.is_dry_run else turns.PACE
     for precision in PRECISIONS:
         program = scene.program(precision)
         best = best_batch_size(scene, program, precision, order.is_dry_run)
@@ -61,14 +52,14 @@ def measure_network(order: Order, scene: Scene, watch: GpuWatch) -> Iterator[Lin
             contenders = [eager(scene, precision, program)]
             if scene.device.type == "cuda":
                 contenders.append(graph(scene, precision, program, case.batch_size))
-            yield from compare(order.job, scene, case, contenders, pace, watch)
+            yield from turns.compare(order.job, scene, case, contenders, pace, watch)
 
 
 def measure_compiled(
     order: Order, scene: Scene, watch: GpuWatch, earlier: list[Line]
 ) -> Iterator[Line]:
     """Measure torch.compile's programs beside the eager model."""
-    pace = DRY_PACE if order.is_dry_run else PACE
+    pace = turns.DRY_PACE if order.is_dry_run else turns.PACE
     done = cases_done(order.job, earlier)
     is_first = True
     for precision in PRECISIONS:
@@ -85,17 +76,17 @@ def measure_compiled(
                 torch.compiler.reset()
                 contenders = [
                     eager(scene, precision, program),
-                    Contender(method, DEVICE, partial(_compiled, program, method)),
+                    turns.Contender(method, DEVICE, partial(_compiled, program, method)),
                 ]
-                yield from compare(order.job, scene, case, contenders, pace, watch)
-                free_memory()
+                yield from turns.compare(order.job, scene, case, contenders, pace, watch)
+                turns.free_memory()
 
 
-def cases_of(precision: str, best: int, is_dry_run: bool) -> list[Case]:
+def cases_of(precision: str, best: int, is_dry_run: bool) -> list[turns.Case]:
     """List the batch sizes of a precision: the paper's, one image, and the best."""
     sizes = DRY_BATCH_SIZES if is_dry_run else BATCH_SIZES
-    cases = [Case(precision, size, size == best) for size in sizes]
-    return cases if best in sizes else [*cases, Case(precision, best, True)]
+    cases = [turns.Case(precision, size, size == best) for size in sizes]
+    return cases if best in sizes else [*cases, turns.Case(precision, best, True)]
 
 
 def cases_done(job: str, earlier: list[Line]) -> set[tuple[str, int, str]]:
@@ -125,28 +116,30 @@ def best_batch_size(scene: Scene, program: nn.Module, precision: str, is_dry_run
     best, best_rate = 0, 0.0
     for size in DRY_SWEEP if is_dry_run else sizes:
         try:
-            found = rate(program, scene.batches(size), DRY_PACE.turn_s if is_dry_run else 0.1)
+            found = turns.rate(
+                program, scene.batches(size), turns.DRY_PACE.turn_s if is_dry_run else 0.1
+            )
         except torch.OutOfMemoryError:
             log.info("%s %s: batches of %d do not fit", scene.variant, precision, size)
-            free_memory()
+            turns.free_memory()
             break
         if found < LEAST_GAIN * best_rate:
             break
         best, best_rate = size, found
-    free_memory()
+    turns.free_memory()
     return best or 1
 
 
-def eager(scene: Scene, precision: str, program: nn.Module | None = None) -> Contender:
+def eager(scene: Scene, precision: str, program: nn.Module | None = None) -> turns.Contender:
     """Return the model as it was built, channels_last, images and logits on the device."""
-    return Contender(EAGER, DEVICE, lambda: program or scene.program(precision))
+    return turns.Contender(turns.EAGER, DEVICE, lambda: program or scene.program(precision))
 
 
-def graph(scene: Scene, precision: str, program: nn.Module, batch_size: int) -> Contender:
+def graph(scene: Scene, precision: str, program: nn.Module, batch_size: int) -> turns.Contender:
     """Return the eager model's kernels in one CUDA graph, which a call copies its images into."""
     example = scene.images[:1]
     shape = (batch_size, *example.shape[1:])
-    return Contender(GRAPH, DEVICE, lambda: captured(program, example.new_empty(shape)))
+    return turns.Contender(GRAPH, DEVICE, lambda: captured(program, example.new_empty(shape)))
 
 
 def captured(program: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,7 @@
 """Records of a folder -> report.md."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -164,72 +164,57 @@ def _limits(lines: Sequence[Line]) -> str:
     return f"## Limits\n\n{Table(columns, tuple(rows), words).markdown()}"
 
 
+# Columns of the networks' tables.
+CELLS: dict[str, Callable[[LatencyMeasured], str]] = {
+    "network": lambda x: x.variant,
+    "px": lambda x: str(x.image_size),
+    "precision": lambda x: x.precision,
+    "batch": lambda x: f"{x.batch_size}{' (best)' if x.is_best_batch else ''}",
+    "program": lambda x: f"{x.method} ({x.job})" if x.method == "eager" else x.method,
+    "program (job)": lambda x: f"{x.method} ({x.job})",
+    "region": lambda x: x.region,
+    "p50 ms": lambda x: format_ms(x.p50_ms),
+    "p90 ms": lambda x: format_ms(x.p90_ms),
+    "calls": lambda x: str(x.num_calls or NOTHING),
+    "images/s": lambda x: NOTHING if x.images_per_s is None else format_rate(x.images_per_s),
+    "/ eager": lambda x: format_ratio(x.of_eager),
+    "rel. error": lambda x: f"{x.parity.max_relative_error:.1e}" if x.parity else NOTHING,
+    "top-1 alike": lambda x: format_percent(x.parity.top1_agreement) if x.parity else NOTHING,
+    "ready in s": lambda x: NOTHING if x.prepare_s is None else f"{x.prepare_s:.1f}",
+    PAPER_COLUMN: lambda x: format_ms(_papers_ms(x)),
+    "GPU, or why not": lambda x: x.problem or _slowed(x.gpu),
+}
+WORDS = ("network", "precision", "program", "program (job)", "region", "GPU, or why not")
+PAPERS_CASE = ("network", "px", "program (job)", "region", "p50 ms", PAPER_COLUMN)
+
+
+def _latency_table(latencies: Sequence[LatencyMeasured], columns: Sequence[str]) -> str:
+    rows = tuple(tuple(CELLS[column](x) for column in columns) for x in latencies)
+    return Table(tuple(columns), rows, frozenset(WORDS)).markdown()
+
+
+def _papers_ms(x: LatencyMeasured) -> float | None:
+    # What the paper prints, where it is its case.
+    published = get_variant(x.variant).published if x.variant in PAPER_VARIANTS else None
+    if published is None or (x.precision, x.batch_size) != (PAPER_PRECISION, PAPER_BATCH_SIZE):
+        return None
+    return published.latency_ms
+
+
 def _paper(latencies: Sequence[LatencyMeasured]) -> str:
-    rows: list[tuple[str, ...]] = []
-    for variant in PAPER_VARIANTS:
-        published = get_variant(variant).published
-        assert published is not None
-        for x in latencies:
-            if (x.variant, x.precision, x.batch_size) != (
-                variant,
-                PAPER_PRECISION,
-                PAPER_BATCH_SIZE,
-            ):
-                continue
-            rows.append(
-                (
-                    x.variant,
-                    str(x.image_size),
-                    f"{x.method} ({x.job})",
-                    x.region,
-                    format_ms(x.p50_ms),
-                    format_ms(published.latency_ms),
-                )
-            )
-    if not rows:
+    papers = [x for x in latencies if _papers_ms(x) is not None]
+    if not papers:
         return ""
-    columns = ("network", "px", "program (job)", "region", "p50 ms", PAPER_COLUMN)
-    words = frozenset(("network", "program (job)", "region"))
-    table = Table(columns, tuple(rows), words).markdown()
-    return f"## The V2 paper's case: fp16, 16 images\n\n{table}"
+    papers.sort(key=lambda x: PAPER_VARIANTS.index(x.variant))
+    return f"## The V2 paper's case: fp16, 16 images\n\n{_latency_table(papers, PAPERS_CASE)}"
 
 
 def _variant(variant: str, latencies: Sequence[LatencyMeasured]) -> str:
     own = [x for x in latencies if x.variant == variant]
     own.sort(key=lambda x: (PRECISION_ORDER.index(x.precision), x.batch_size, x.region))
-    published = get_variant(variant).published
-    paper_ms = published.latency_ms if published and variant in PAPER_VARIANTS else None
-    rows: list[tuple[str, ...]] = []
-    for x in own:
-        is_papers = (x.precision, x.batch_size) == (PAPER_PRECISION, PAPER_BATCH_SIZE)
-        parity = x.parity
-        rows.append(
-            (
-                x.precision,
-                f"{x.batch_size}{' (best)' if x.is_best_batch else ''}",
-                f"{x.method} ({x.job})" if x.method == "eager" else x.method,
-                x.region,
-                format_ms(x.p50_ms),
-                format_ms(x.p90_ms),
-                str(x.num_calls) if x.num_calls else NOTHING,
-                NOTHING if x.images_per_s is None else format_rate(x.images_per_s),
-                format_ratio(x.of_eager),
-                f"{parity.max_relative_error:.1e}" if parity else NOTHING,
-                format_percent(parity.top1_agreement) if parity else NOTHING,
-                NOTHING if x.prepare_s is None else f"{x.prepare_s:.1f}",
-                format_ms(paper_ms) if is_papers else NOTHING,
-                x.problem or _slowed(x.gpu),
-            )
-        )
-    columns: tuple[str, ...] = ("precision", "batch", "program", "region", "p50 ms", "p90 ms")
-    columns += ("calls", "images/s", "/ eager", "rel. error", "top-1 alike", "ready in s")
-    columns += (PAPER_COLUMN, "GPU, or why not")
-    words = frozenset(("precision", "program", "region", "GPU, or why not"))
-    if paper_ms is None:
-        place = columns.index(PAPER_COLUMN)
-        columns = columns[:place] + columns[place + 1 :]
-        rows = [row[:place] + row[place + 1 :] for row in rows]
-    table = Table(columns, tuple(rows), words).markdown()
+    left_out = {"network", "px", "program (job)"}
+    left_out |= set() if variant in PAPER_VARIANTS else {PAPER_COLUMN}
+    table = _latency_table(own, [column for column in CELLS if column not in left_out])
     return f"## {variant}, {own[0].image_size} px\n\n{table}"
 
 

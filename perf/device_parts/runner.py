@@ -44,15 +44,7 @@ def run_jobs(
     is_dry_run: bool,
     after_each: Callable[[], object],
 ) -> None:
-    """Run what is not done yet in the folder, and append to its records how each ended.
-
-    Args:
-        jobs: the important ones first.
-        folder: has the records.
-        minutes: of all; what is not done then is ended or not begun.
-        is_dry_run: no GPU is shown to the processes.
-        after_each: is called whenever there is something new in the records.
-    """
+    """Run what is not done yet in the folder, and append to its records how each ended."""
     started = time.monotonic()
     end_of_all = started + 60 * minutes
     to_do = pending(jobs, ends_by_job(read(folder)))

@@ -29,12 +29,7 @@ class DeviceError(PipelineError):
 
 
 def main(config: DeviceConfig) -> Path:
-    """Run all jobs that are not done yet; return the report's file.
-
-    Raises:
-        DeviceError: no GPU answers and it is no dry run, or the folder is another device's.
-        RecordsError: the folder's records are damaged.
-    """
+    """Run all jobs that are not done yet; return the report's file."""
     start = describe(config)
     output = config.output
     if output is None:
@@ -56,11 +51,7 @@ def main(config: DeviceConfig) -> Path:
 
 
 def describe(config: DeviceConfig) -> CallStart:
-    """Describe the device and this call.
-
-    Raises:
-        DeviceError: no GPU answers, and it is no dry run.
-    """
+    """Describe the device and this call."""
     gpu = None if config.dry_run else current_gpu()
     if gpu is None and not config.dry_run:
         raise DeviceError(
@@ -81,11 +72,7 @@ def describe(config: DeviceConfig) -> CallStart:
 
 
 def require_same_device(output: Path, lines: Sequence[Line], start: CallStart) -> None:
-    """Check that what is in a folder may stand in one report with this call.
-
-    Raises:
-        DeviceError: it is of another device, or one of the two is a dry run.
-    """
+    """Check that what is in a folder may stand in one report with this call."""
     earlier = [line for line in lines if isinstance(line, CallStart)]
     for call in earlier[-1:]:
         if (call.device, call.is_dry_run) != (start.device, start.is_dry_run):

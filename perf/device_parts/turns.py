@@ -11,12 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from efficientnet.measuring.clock import (
-    Turn,
-    measure_turn,
-    percentile,
-    warm_up_until_stable,
-)
+from efficientnet.measuring.clock import Turn, measure_turn, percentile, warm_up_until_stable
+from efficientnet.measuring.turns import TimeBudget, ratio, take_turns
 from perf.device_parts.gpu_watch import GpuWatch
 from perf.device_parts.records import LatencyMeasured, Parity, Region, to_us
 from perf.device_parts.scene import Scene, exact
@@ -24,17 +20,8 @@ from perf.device_parts.scene import Scene, exact
 EAGER = "eager"
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How long each contender is measured."""
-
-    num_turns: int
-    turn_s: float
-    warm_up_s: float
-
-
-PACE = Pace(num_turns=5, turn_s=0.2, warm_up_s=1.0)
-DRY_PACE = Pace(num_turns=2, turn_s=0.02, warm_up_s=0.06)
+PACE = TimeBudget(seconds=1.0, num_turns=5, max_windows=10)
+DRY_PACE = TimeBudget(seconds=0.04, num_turns=2, max_windows=10)
 
 
 @dataclass(frozen=True)
@@ -65,23 +52,15 @@ def compare(
     scene: Scene,
     case: Case,
     contenders: Sequence[Contender],
-    pace: Pace,
+    pace: TimeBudget,
     watch: GpuWatch,
 ) -> list[LatencyMeasured]:
     """Let contenders take turns; one that fails or does not fit is a record with its problem."""
     begun = time.monotonic()
-    known = dict(
-        job=job,
-        variant=scene.variant,
-        precision=case.precision,
-        batch_size=case.batch_size,
-        is_best_batch=case.is_best_batch,
-        image_size=scene.spec.image_size,
-    )
     records: list[LatencyMeasured] = []
     ready: list[tuple[Contender, LatencyMeasured]] = []
     for contender in contenders:
-        record = LatencyMeasured(**known, method=contender.method, region=contender.region)  # pyright: ignore[reportArgumentType]
+        record = unmeasured(job, scene, case, contender.method, contender.region)
         try:
             parity = _prepare(contender, scene, case)
             update = {"parity": parity, "prepare_s": round(contender.prepare_s, 2)}
@@ -93,18 +72,13 @@ def compare(
     turns = _take_turns([contender for contender, _ in ready], scene, case, pace)
     state = watch.since(begun)
     medians = {
-        (contender.method, contender.region): [statistics.median(t.samples_ms) for t in own]
+        (contender.method, contender.region): [turn.median_ms for turn in own]
         for (contender, _), own in zip(ready, turns, strict=True)
     }
     for (contender, record), own in zip(ready, turns, strict=True):
         samples = [sample for turn in own for sample in turn.samples_ms]
         eager = medians.get((EAGER, contender.region))
-        ratios = [
-            mine / theirs
-            for mine, theirs in zip(
-                medians[contender.method, contender.region], eager or [], strict=bool(eager)
-            )
-        ]
+        own_medians = medians[contender.method, contender.region]
         elapsed_s = sum(turn.elapsed_s for turn in own)
         update = {
             "turns_us": tuple(to_us(turn.samples_ms) for turn in own),
@@ -112,11 +86,28 @@ def compare(
             "p90_ms": percentile(samples, 90),
             "num_calls": len(samples),
             "images_per_s": round(case.batch_size * len(samples) / elapsed_s, 1),
-            "of_eager": round(statistics.median(ratios), 4) if ratios else None,
+            "of_eager": round(ratio(own_medians, eager).median, 4) if eager else None,
             "gpu": state,
         }
         records.append(record.model_copy(update=update))
     return records
+
+
+def unmeasured(
+    job: str, scene: Scene, case: Case, method: str, region: Region, problem: str | None = None
+) -> LatencyMeasured:
+    """Describe a contender before its turns, or without any."""
+    return LatencyMeasured(
+        job=job,
+        variant=scene.variant,
+        method=method,
+        precision=case.precision,
+        batch_size=case.batch_size,
+        is_best_batch=case.is_best_batch,
+        image_size=scene.spec.image_size,
+        region=region,
+        problem=problem,
+    )
 
 
 def rate(program: Callable[[Tensor], Tensor], batches: Sequence[Tensor], seconds: float) -> float:
@@ -165,23 +156,21 @@ def _prepare(contender: Contender, scene: Scene, case: Case) -> Parity:
 
 
 def _take_turns(
-    contenders: Sequence[Contender], scene: Scene, case: Case, pace: Pace
+    contenders: Sequence[Contender], scene: Scene, case: Case, pace: TimeBudget
 ) -> list[list[Turn]]:
     clock = time.perf_counter_ns
     calls = [_call(c.infer, _batches_of(c, scene, case)) for c in contenders]
-    turns: list[list[Turn]] = [[] for _ in contenders]
+
+    def turn(index: int, _: int) -> Turn:
+        with contenders[index].settings():
+            return measure_turn(calls[index], clock, pace.turn_s)
+
     with torch.inference_mode(), contextlib.ExitStack() as stack:
         stack.callback(free_memory)
         for contender, call in zip(contenders, calls, strict=True):
             with contender.settings():
-                warm_up_until_stable(call, clock, pace.warm_up_s / 10, pace.warm_up_s)
-        for number in range(pace.num_turns):
-            # There and back: a device that gets slower or faster meanwhile favors nobody.
-            indices = range(len(contenders))
-            for index in indices if number % 2 == 0 else reversed(indices):
-                with contenders[index].settings():
-                    turns[index].append(measure_turn(calls[index], clock, pace.turn_s))
-    return turns
+                warm_up_until_stable(call, clock, pace.window_s, pace.warm_up_s)
+        return list(take_turns(range(len(contenders)), pace.num_turns, turn).values())
 
 
 def _call(infer: Callable[..., object], batches: Sequence[object]) -> Callable[[], None]:

@@ -12,9 +12,10 @@ from efficientnet.formats.class_accuracy import (
     count_classes,
     is_at_chance,
 )
-from efficientnet.formats.records import AccuracyRecord, append_record
+from efficientnet.formats.records import AccuracyRecord, append_record, pack_hits
 from efficientnet.images.datasets import Dataset, data_name, sha256_of_samples
 from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.intervals import mcnemar_p_value, wilson_interval
 from efficientnet.measuring.programs import (
     Program,
     images_for,
@@ -30,18 +31,14 @@ from perf.measurements.predictions import Predictions, predict, write_prediction
 
 DEFAULT_BATCH_SIZE = 32
 
+# Of a difference that is told.
+SIGNIFICANCE = 0.05
+
 log = logging.getLogger(__name__)
 
 
 def main(config: AccuracyConfig) -> Path:
-    """Classify all held-out images with each program and append the records.
-
-    Raises:
-        FileNotFoundError: a path or the data is not there.
-        ArtifactError, CheckpointError: a path is not what it should be.
-        ValueError: the classes of the data are not the program's, or the batch is too large.
-        DatasetError: 1 % or more of the images cannot be decoded.
-    """
+    """Classify all held-out images with each program and append the records."""
     programs = read_programs(config.paths)
     if config.predictions is not None and len(programs) > 1:
         raise ValueError(
@@ -73,6 +70,9 @@ def main(config: AccuracyConfig) -> Path:
     log.info("%s", table.aligned_text())
     for note in table.notes:
         log.warning("%s", note)
+    pairs = paired_table([program.path for program in programs], records)
+    if pairs.rows:
+        log.info("%s", pairs.aligned_text())
     return config.output
 
 
@@ -91,6 +91,7 @@ def result_table(paths: Sequence[Path], records: Sequence[AccuracyRecord]) -> Ta
             (
                 str(path),
                 format_percent(record.top1),
+                _interval(record),
                 *([format_percent(record.top5)] if has_top5 else []),
                 format_percent(classes.balanced),
                 f"{format_percent(share)} ({name})",
@@ -98,8 +99,49 @@ def result_table(paths: Sequence[Path], records: Sequence[AccuracyRecord]) -> Ta
             )
         )
     top5 = ("top-5",) if has_top5 else ()
-    columns = ("program", "top-1", *top5, "balanced", "largest class", "images")
+    columns = ("program", "top-1", "95 %", *top5, "balanced", "largest class", "images")
     return Table(columns, tuple(rows), frozenset(columns[:1]), tuple(notes))
+
+
+def paired_table(paths: Sequence[Path], records: Sequence[AccuracyRecord]) -> Table:
+    """Compare each program with the first on the same images; those of other images are left out.
+
+    Far fewer images tell two programs apart so than by their intervals: all that both classify
+    rightly, or both wrongly, say nothing of which is better.
+    """
+    rows: list[tuple[str, ...]] = []
+    for path, record in zip(paths[1:], records[1:], strict=True):
+        pair = paired_hits(records[0], record)
+        if pair is None:
+            continue
+        only_first, only_other = pair
+        p_value = mcnemar_p_value(only_first, only_other)
+        told = "no difference told"
+        if p_value < SIGNIFICANCE:
+            told = "less accurate" if only_first > only_other else "more accurate"
+        points = 100 * (only_other - only_first) / record.num_images
+        rows.append(
+            (str(path), str(only_first), str(only_other), f"{points:+.1f}", f"{p_value:.2g}", told)
+        )
+    columns = (f"beside {paths[0]}", "right there only", "right here only", "points")
+    columns += ("McNemar p", "")
+    return Table(columns, tuple(rows), frozenset((columns[0], "")))
+
+
+def paired_hits(one: AccuracyRecord, other: AccuracyRecord) -> tuple[int, int] | None:
+    """Count the images that only the one, and only the other classifies rightly.
+
+    None when they are of different images, or a record does not tell which were right.
+    """
+    if one.dataset_sha256 != other.dataset_sha256 or one.is_hit is None or other.is_hit is None:
+        return None
+    pairs = list(zip(one.is_hit, other.is_hit, strict=True))
+    return pairs.count((True, False)), pairs.count((False, True))
+
+
+def _interval(record: AccuracyRecord) -> str:
+    low, high = wilson_interval(round(record.top1 * record.num_images), record.num_images)
+    return f"{format_percent(low)} to {format_percent(high)}"
 
 
 def top_k_accuracy(predictions: Predictions, k: int) -> float:
@@ -153,4 +195,14 @@ def _make_record(
         ),
         num_classes=len(dataset.class_names),
         dataset_sha256=sha256_of_samples(predictions.samples),
+        hits=pack_hits(
+            [
+                int(guess) == sample.label
+                for guess, sample in zip(
+                    top_classes(predictions.probabilities, 1)[:, 0],
+                    predictions.samples,
+                    strict=True,
+                )
+            ]
+        ),
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from efficientnet.command import JsonFlags
+from efficientnet.command import JsonFlags, require_least, require_positive
 from efficientnet.network.architectures import peer_of
 from efficientnet.network.variants import Padding, get_variant
 from perf.measurements.scenarios import SCENARIOS, ScenarioName
@@ -47,9 +47,7 @@ class AccuracyConfig:
     """File that the records are appended to."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"--batch-size is {self.batch_size}, expected at least 1")
+        require_least(self, batch_size=1)
         if self.predictions is not None and len(self.paths) > 1:
             raise ValueError(
                 f"--predictions takes the answers of one program, {len(self.paths)} paths are "
@@ -92,14 +90,8 @@ class LatencyConfig:
     training/run.py; None = what each program was trained on."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
-        for flag, value in (("--turns", self.turns), ("--threads", self.threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"{flag} is {value}, expected at least 1")
-        if not self.batches or min(self.batches) < 1:
-            raise ValueError(f"--batches is {list(self.batches)}, expected sizes of at least 1")
+        require_positive(self, "seconds")
+        require_least(self, turns=1, threads=1, batches=1)
         different = set(self.scenarios) & SCENARIOS.keys()
         if not different or len(different) < len(self.scenarios):
             raise ValueError(
@@ -131,17 +123,20 @@ class LayersConfig(JsonFlags):
     """Held-out images, where the training data has moved: a folder or tar shards, as in
     training/run.py; None = what each program was trained on."""
 
+    publish: bool = False
+    """Write the native engine's layers to reports/published/<date>-<device>/, and all tables there
+    into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not self.paths:
             raise ValueError(
                 "no artifact is named, expected at least one like artifacts/v2-s/openvino-int8"
             )
         if not 1 <= self.calls <= MAX_CALLS:
             raise ValueError(f"--calls is {self.calls}, expected 1 to {MAX_CALLS}")
-        for flag, value in (("--threads", self.threads), ("--batch-size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{flag} is {value}, expected at least 1")
+        require_least(self, threads=1, batch_size=1)
         require_different_paths(self.paths)
 
 
@@ -174,13 +169,12 @@ class NetworkConfig:
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         for name in self.variants:
             get_variant(name)
             for padding in self.paddings:
                 peer_of(name, "timm", padding)
-        if self.seconds <= 0 or self.turns < 1 or self.train_batch_size < 1:
-            raise ValueError("--seconds, --turns and --train-batch-size must be positive")
+        require_positive(self, "seconds")
+        require_least(self, turns=1, train_batch_size=1, threads=1)
 
 
 @dataclass(frozen=True)
@@ -216,10 +210,7 @@ class PreprocessingConfig:
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        for flag, value in (("--size", self.size), ("--rounds", self.rounds)):
-            if value < 1:
-                raise ValueError(f"{flag} is {value}, expected at least 1")
+        require_least(self, size=1, rounds=1)
         if self.crop_fraction is not None and not 0 < self.crop_fraction <= 1:
             raise ValueError(
                 f"--crop-fraction is {self.crop_fraction:g}, expected above 0, up to 1"

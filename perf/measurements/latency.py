@@ -8,11 +8,7 @@ from pathlib import Path
 from efficientnet.formats.records import AccuracyRecord, append_record, read_records
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
-from efficientnet.measuring.programs import (
-    Program,
-    read_programs,
-    require_writable,
-)
+from efficientnet.measuring.programs import Program, read_programs, require_writable
 from efficientnet.measuring.progress import Progress
 from efficientnet.measuring.turns import TimeBudget
 from efficientnet.network.cost import DevicePeak
@@ -29,13 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: LatencyConfig) -> Path:
-    """Measure all paths and append the records; nothing is written when one of them fails.
-
-    Raises:
-        FileNotFoundError: a path or the data is not there.
-        ArtifactError, CheckpointError: a path is not what it should be, found before any work.
-        WorkerError: a process failed; the others are stopped.
-    """
+    """Measure all paths and append the records; nothing is written when one of them fails."""
     started_at = datetime.now(UTC)
     programs = read_programs(config.paths)
     batch_sizes = [choose_batch_sizes(program, config.batches) for program in programs]
@@ -79,7 +69,7 @@ def main(config: LatencyConfig) -> Path:
     ]
     for record in records:
         append_record(config.output, record)
-    names = [row.program.worker.name for _, row in rows]
+    names = [row.program.name for _, row in rows]
     log.info("%s", results_table(names, records).aligned_text())
     for name, record in zip(names, records, strict=True):
         for reason in instabilities(record):
@@ -119,11 +109,7 @@ def peaks_of(programs: Sequence[Program], num_threads: int) -> dict[Path, Device
 
 
 def choose_batch_sizes(program: Program, asked: Sequence[int]) -> tuple[int, ...]:
-    """Keep the sizes that the program takes, ascending; those it does not take are logged.
-
-    Raises:
-        ValueError: none is left.
-    """
+    """Keep the sizes that the program takes, ascending; those it does not take are logged."""
     most = program.max_batch_size
     sizes = sorted(set(asked))
     taken = tuple(size for size in sizes if most is None or size <= most)

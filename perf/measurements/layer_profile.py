@@ -107,6 +107,8 @@ class LayerTime(BaseModel):
     """1e9 operations a second; None where there are none."""
     share_of_peak: float | None
     """Of the device, 0..1; None where there are no operations or its peak is not known."""
+    limits_ms: dict[str, float] | None = None
+    """The least time by what limits it, of the native engine's layers: see native_limits.py."""
 
 
 def profile_onnxruntime(

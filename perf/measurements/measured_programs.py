@@ -5,29 +5,31 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from efficientnet.images.datasets import data_name
 from efficientnet.images.preprocess import PreprocessSpec
-from efficientnet.measuring.contender import Worker
+from efficientnet.measuring.clock import SETTLING_FRACTION, Turn, WarmUp
+from efficientnet.measuring.contender import Contender, running
 from efficientnet.measuring.inputs import Inputs, prepare_inputs
 from efficientnet.measuring.programs import Program, images_for
 from efficientnet.measuring.progress import Progress
-from efficientnet.measuring.turns import (
-    NUM_SWEEPS,
-    Job,
-    Measured,
-    TimeBudget,
-    measure_in_turns,
-    sweep,
-)
+from efficientnet.measuring.turns import TimeBudget, take_turns
 from efficientnet.reporting.tables import NOTHING, Table, format_rate
 from efficientnet.runtimes import ProgramInfo
 from efficientnet.runtimes.names import title
+from perf.measurements.program_subject import ProgramSubject, ProgramTurn
 from perf.measurements.scenarios import Scenario
 
 # A runtime that computes nothing has thousands of samples by then.
 MAX_NULL_SECONDS = 1.0
+OVERHEAD = "harness overhead"
+
+# Share of a row's measured time that the sweep gives to each batch size. It comes round twice, so
+# that one slow moment of the machine does not choose the batch size.
+SWEEP_FRACTION = 0.2
+NUM_SWEEPS = 2
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,63 @@ class MeasuredProgram:
     """A program, the process that runs it, and one with the null runtime in its place."""
 
     program: Program
-    worker: Worker
-    null: Worker
+    name: str
+    process: Contender
+    null: Contender
     batch_sizes: tuple[int, ...]
     num_input_images: int
     data: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process and what it is to measure."""
+
+    name: str
+    process: Contender
+    batch_size: int
+    budget: TimeBudget
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a job gave."""
+
+    batch_size: int
+    warm_up: WarmUp
+    answers: tuple[ProgramTurn, ...]
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """What was timed."""
+        return tuple(answer.turn for answer in self.answers)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of its process, until the end."""
+        return self.answers[-1].peak_memory_bytes
+
+    @property
+    def cores_busy_elsewhere(self) -> float | None:
+        """Mean over the turns; None where the system does not tell."""
+        busy = [a.cores_busy_elsewhere for a in self.answers if a.cores_busy_elsewhere is not None]
+        return statistics.fmean(busy) if busy else None
+
+    @property
+    def samples_ms(self) -> tuple[float, ...]:
+        """All samples in order."""
+        return tuple(sample for turn in self.turns for sample in turn.samples_ms)
+
+    @property
+    def num_warmup(self) -> int:
+        """Calls that do not count: the warm-up's, and the first ones of each turn."""
+        return self.warm_up.num_calls + sum(turn.num_settling_calls for turn in self.turns)
+
+    @property
+    def images_per_s(self) -> float:
+        """Images divided by the wall time of the turns."""
+        num_images = self.batch_size * len(self.samples_ms)
+        return num_images / sum(turn.elapsed_s for turn in self.turns)
 
 
 @dataclass(frozen=True)
@@ -60,24 +114,19 @@ def open_programs(
     data: str | None,
     seed: int,
 ) -> Generator[list[MeasuredProgram]]:
-    """Prepare the inputs, start the processes and wait until all are ready; end them afterwards.
-
-    Raises:
-        FileNotFoundError: the data is not there.
-        WorkerError: a process cannot open its program.
-    """
+    """Prepare the inputs, start the processes and wait until all are ready; end them afterwards."""
     datasets = [images_for(program, data) for program in programs]
     names = _names(programs)
     largest = max(size for sizes in batch_sizes for size in sizes)
     inputs: dict[tuple[str, PreprocessSpec], Inputs] = {}
-    nulls: dict[tuple[str, PreprocessSpec, int], Worker] = {}
+    nulls: dict[tuple[str, PreprocessSpec, int], Contender] = {}
     opened: list[MeasuredProgram] = []
     with ExitStack() as stack:
 
-        def start(name: str, program: Path | ProgramInfo, own_inputs: Inputs) -> Worker:
-            worker = Worker(name, program, num_threads, own_inputs)
-            stack.callback(worker.stop)
-            return worker
+        def process(name: str, program: Path | ProgramInfo, own_inputs: Inputs) -> Contender:
+            descriptor, size = own_inputs.file.fileno(), own_inputs.image_size
+            opener = partial(ProgramSubject, program, num_threads, descriptor, size)
+            return Contender(name, opener, (descriptor,))
 
         for program, dataset, sizes in zip(programs, datasets, batch_sizes, strict=True):
             seen = (dataset.source, program.preprocess)
@@ -86,20 +135,21 @@ def open_programs(
                 stack.enter_context(inputs[seen].file)
             answered = (*seen, len(program.class_names))
             if answered not in nulls:
-                nulls[answered] = start("harness overhead", _null_of(program), inputs[seen])
+                nulls[answered] = process(OVERHEAD, _null_of(program), inputs[seen])
+            name = names[program]
             opened.append(
                 MeasuredProgram(
                     program,
-                    start(names[program], program.path, inputs[seen]),
+                    name,
+                    process(f"{name} ({program.path})", program.path, inputs[seen]),
                     nulls[answered],
                     sizes,
                     inputs[seen].num_images,
                     data_name(dataset.source),
                 )
             )
-        for worker in (*nulls.values(), *(program.worker for program in opened)):
-            worker.receive()
-        yield opened
+        with running([*nulls.values(), *(program.process for program in opened)]):
+            yield opened
 
 
 def measure(
@@ -113,16 +163,57 @@ def measure(
     if scenario.picks_fastest:
         sizes = _fastest(programs, sizes, scenario, budget, progress)
     pairs = [(p, size) for p, own in zip(programs, sizes, strict=True) for size in own]
-    jobs = [Job(program.worker, size, budget) for program, size in pairs]
-    null_jobs = list(dict.fromkeys(Job(p.null, size, _null_budget(budget)) for p, size in pairs))
-    measured = measure_in_turns([*jobs, *null_jobs], scenario.name, progress)
-    overheads_ms = {
-        (job.worker, job.batch_size): statistics.median(result.samples_ms)
-        for job, result in zip(null_jobs, measured[len(jobs) :], strict=True)
-    }
+    jobs = {(p, size): Job(p.name, p.process, size, budget) for p, size in pairs}
+    null_jobs = {(p, size): Job(OVERHEAD, p.null, size, _null_budget(budget)) for p, size in pairs}
+    # Programs with the same inputs have one null job.
+    measured = measure_jobs([*jobs.values(), *null_jobs.values()], scenario.name, progress)
     return [
-        MeasuredRow(program, result, overheads_ms[program.null, size])
-        for (program, size), result in zip(pairs, measured[: len(jobs)], strict=True)
+        MeasuredRow(p, measured[job], statistics.median(measured[null_jobs[p, size]].samples_ms))
+        for (p, size), job in jobs.items()
+    ]
+
+
+def measure_jobs(jobs: Sequence[Job], scenario: str, progress: Progress) -> dict[Job, Measured]:
+    """Warm all jobs up, then let them take turns; all have as many."""
+    warm_ups: dict[Job, WarmUp] = {}
+    for job in dict.fromkeys(jobs):
+        progress.begin(f"{scenario}: warm-up, {job.name}")
+        window_s, max_s = job.budget.window_s, job.budget.warm_up_s
+        warm_ups[job] = job.process.ask("warm_up", job.batch_size, window_s, max_s)
+        progress.done(3 * window_s)
+    num_turns = jobs[0].budget.num_turns
+
+    def turn(job: Job, number: int) -> ProgramTurn:
+        progress.begin(f"{scenario}: turn {number + 1} of {num_turns}, {job.name}")
+        answer = job.process.ask("turn", job.batch_size, job.budget.turn_s)
+        progress.done(job.budget.turn_s * (1 + SETTLING_FRACTION))
+        return answer
+
+    answers = take_turns(warm_ups, num_turns, turn)
+    return {job: Measured(job.batch_size, warm_ups[job], tuple(a)) for job, a in answers.items()}
+
+
+def sweep(
+    programs: Sequence[tuple[MeasuredProgram, tuple[int, ...]]],
+    scenario: str,
+    sweep_s: float,
+    progress: Progress,
+) -> list[dict[int, float]]:
+    """Measure each program at each of its batch sizes; return images/s by batch size."""
+
+    def visit(pair: tuple[MeasuredProgram, int], number: int) -> Turn:
+        program, size = pair
+        text = f"{scenario}: sweep {number + 1} of {NUM_SWEEPS}, {program.name}, batch {size}"
+        progress.begin(text)
+        answer: ProgramTurn = program.process.ask("turn", size, sweep_s)
+        progress.done(sweep_s)
+        return answer.turn
+
+    pairs = [(program, size) for program, sizes in programs for size in sizes]
+    visits = take_turns(pairs, NUM_SWEEPS, visit)
+    return [
+        {size: size * _calls_per_s(visits[program, size]) for size in sizes}
+        for program, sizes in programs
     ]
 
 
@@ -137,7 +228,7 @@ def planned_s(
         num_rows = len(programs) if scenario.picks_fastest else num_sizes
         seconds += num_rows * budget.planned_s + _null_budget(budget).planned_s
         if scenario.picks_fastest and _needs_sweep(sizes):
-            seconds += num_sizes * NUM_SWEEPS * budget.sweep_s
+            seconds += num_sizes * NUM_SWEEPS * _sweep_s(budget)
     return seconds
 
 
@@ -147,7 +238,7 @@ def sweep_table(programs: Sequence[MeasuredProgram], rates: Sequence[dict[int, f
     columns = ("images/s at batch", *map(str, sizes))
     rows = tuple(
         (
-            program.worker.name,
+            program.name,
             *(format_rate(rate[size]) if size in rate else NOTHING for size in sizes),
         )
         for program, rate in zip(programs, rates, strict=True)
@@ -165,10 +256,19 @@ def _fastest(
     # Of each program the size of the most images/s.
     if not _needs_sweep(sizes):
         return sizes
-    workers = [(program.worker, own) for program, own in zip(programs, sizes, strict=True)]
-    rates = sweep(workers, scenario.name, budget, progress)
+    pairs = list(zip(programs, sizes, strict=True))
+    rates = sweep(pairs, scenario.name, _sweep_s(budget), progress)
     progress.write(sweep_table(programs, rates).aligned_text())
     return [(max(rate, key=lambda size, rate=rate: rate[size]),) for rate in rates]
+
+
+def _sweep_s(budget: TimeBudget) -> float:
+    # Of one visit to one batch size.
+    return budget.seconds * SWEEP_FRACTION / NUM_SWEEPS
+
+
+def _calls_per_s(turns: Sequence[Turn]) -> float:
+    return sum(len(turn.samples_ms) for turn in turns) / sum(turn.elapsed_s for turn in turns)
 
 
 def _needs_sweep(sizes: Sequence[tuple[int, ...]]) -> bool:

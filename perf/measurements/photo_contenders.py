@@ -16,6 +16,7 @@ from tqdm import tqdm
 from efficientnet.errors import PipelineError
 from efficientnet.images.datasets import find_image_files
 from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.measuring.turns import take_turns
 
 try:
     import torch
@@ -54,11 +55,7 @@ def read_photos(folder: Path) -> list[bytes]:
 
 
 def timm_transform(spec: PreprocessSpec) -> Contender:
-    """Make what timm's validation does with the bytes of one image, in one thread.
-
-    Raises:
-        PreprocessingError: timm is not installed.
-    """
+    """Make what timm's validation does with the bytes of one image, in one thread."""
     if MISSING is not None:
         raise PreprocessingError(f"{MISSING}; timm is compared with: install the extra 'train'")
     torch.set_num_threads(1)  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -81,17 +78,19 @@ def measure(
     for contender in contenders.values():
         contender(photos[0])
     starts = range(0, len(photos), PHOTOS_PER_TURN)
-    turns = [(number, start) for number in range(num_rounds) for start in starts]
-    for index, (number, start) in enumerate(
-        tqdm(turns, "measuring", unit="turn", disable=None, leave=False)
-    ):
-        # There and back: a machine that gets slower or faster meanwhile favors nobody.
-        order = list(contenders) if index % 2 == 0 else list(reversed(contenders))
-        for name in order:
-            for photo in range(start, min(start + PHOTOS_PER_TURN, len(photos))):
-                begin = time.perf_counter()
-                contenders[name](photos[photo])
-                seconds[name][number, photo] = time.perf_counter() - begin
+    visits = [(number, start) for number in range(num_rounds) for start in starts]
+
+    def turn(name: str, number: int) -> None:
+        round_number, start = visits[number]
+        for photo in range(start, min(start + PHOTOS_PER_TURN, len(photos))):
+            begin = time.perf_counter()
+            contenders[name](photos[photo])
+            seconds[name][round_number, photo] = time.perf_counter() - begin
+        bar.update()
+
+    num_turns = len(visits) * len(contenders)
+    with tqdm(desc="measuring", total=num_turns, unit="turn", disable=None, leave=False) as bar:
+        take_turns(contenders, len(visits), turn)
     return {name: 1000 * float(np.median(s, axis=0).mean()) for name, s in seconds.items()}
 
 

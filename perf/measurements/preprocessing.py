@@ -17,15 +17,8 @@ from efficientnet.machine.environment import EnvironmentRecord, current_environm
 from efficientnet.reporting.publishing import find_section, published_directory, write_section
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_ratio
 from efficientnet.runtimes import Runtime, open_runtime
+from perf.measurements import photo_contenders
 from perf.measurements.config import PreprocessingConfig
-from perf.measurements.photo_contenders import (
-    Comparison,
-    Contender,
-    Difference,
-    measure,
-    read_photos,
-    timm_transform,
-)
 
 SECTION = "preprocessing"
 OUTPUT_FILE = "preprocessing.json"
@@ -57,7 +50,7 @@ class PreprocessingRecord(BaseModel):
     num_rounds: int
     ms_per_image: dict[str, float]
     """By contender: timm, timm again, exact, fast."""
-    differences: dict[str, Difference]
+    differences: dict[str, photo_contenders.Difference]
     """By method: exact, fast."""
     top1_agreement: float | None
     """Share of the photos, 0..1, of which the checkpoint says the same by exact and fast."""
@@ -75,17 +68,10 @@ class PreprocessingReport(BaseModel):
 
 
 def main(config: PreprocessingConfig) -> Path:
-    """Measure, print the table and write the records.
-
-    Raises:
-        PreprocessingError: no photos, or timm is missing.
-        ArtifactError, CheckpointError: the checkpoint is not what it should be.
-        ImageError: a photo cannot be decoded.
-        PublishError: docs/results.md has no place for the table; nothing is measured then.
-    """
+    """Measure, print the table and write the records."""
     if config.publish:
         find_section(config.readme, SECTION)
-    photos = read_photos(config.folder)
+    photos = photo_contenders.read_photos(config.folder)
     runtime = None if config.checkpoint is None else open_runtime(config.checkpoint, 1)
     cases: list[PreprocessingRecord] = []
     if config.publish:
@@ -112,15 +98,15 @@ def measure_case(
     """Measure one way of preprocessing by all contenders, and compare their pixels."""
     started_at = datetime.now(UTC)
     fast, exact = (spec.model_copy(update={"method": method}) for method in ("fast", "exact"))
-    contenders: dict[str, Contender] = {
-        "timm": timm_transform(spec),
+    contenders: dict[str, photo_contenders.Contender] = {
+        "timm": photo_contenders.timm_transform(spec),
         "exact": lambda data: preprocess(data, exact),
         "fast": lambda data: preprocess(data, fast),
-        "timm again": timm_transform(spec),
+        "timm again": photo_contenders.timm_transform(spec),
     }
     log.info("%d photos, %s", len(photos), describe(spec))
-    ms = measure(contenders, photos, num_rounds)
-    comparison, same = Comparison(spec), list[bool]()
+    ms = photo_contenders.measure(contenders, photos, num_rounds)
+    comparison, same = photo_contenders.Comparison(spec), list[bool]()
     for photo in tqdm(photos, "comparing", unit="img", disable=None, leave=False):
         images = {name: contenders[name](photo) for name in ("exact", "fast")}
         comparison.add(images, contenders["timm"](photo).numpy())

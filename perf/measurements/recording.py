@@ -11,7 +11,6 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.clock import summarize
 from efficientnet.measuring.peaks import describe_peak
 from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
-from efficientnet.network.variants import get_variant
 from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
 from perf.measurements.measured_programs import MeasuredRow
 from perf.measurements.scenarios import SCENARIOS, rate_ratio, time_ratio
@@ -34,7 +33,7 @@ def make_record(
     program, measured, samples = row.program.program, row.measured, row.measured.samples_ms
     summary = summarize(samples)
     cost = network_cost(
-        get_variant(program.variant),
+        program.spec,
         program.preprocess.image_size,
         measured.batch_size,
         program.precision,
@@ -76,7 +75,7 @@ def make_record(
         stdev_ms=summary.stdev_ms,
         min_ms=summary.min_ms,
         max_ms=summary.max_ms,
-        turn_p50_ms=measured.turn_medians_ms,
+        turn_p50_ms=tuple(turn.median_ms for turn in measured.turns),
         samples_ms=kept,
         throughput_images_per_s=measured.images_per_s,
         peak_device_memory_bytes=None,

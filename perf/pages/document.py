@@ -19,7 +19,6 @@ class Section:
     """A heading, and under it paragraphs, a list or a table."""
 
     heading: str
-    level: int = 2
     paragraphs: tuple[str, ...] = ()
     bullets: tuple[str, ...] = ()
     table: Table | None = None
@@ -52,8 +51,8 @@ def build_document(joined: Joined) -> Document:
     sections.append(_method_section(rows))
     for number, group in enumerate(joined.groups, start=1):
         suffix = f", machine {number}" if len(joined.groups) > 1 else ""
-        sections.append(Section("Environment" + suffix, table=_environment_table(group), level=2))
-        sections.append(Section("Rows in detail" + suffix, table=_detail_table(group), level=2))
+        sections.append(Section("Environment" + suffix, table=_environment_table(group)))
+        sections.append(Section("Rows in detail" + suffix, table=_detail_table(group)))
     sections += _paper_sections(rows)
     return Document(
         "Latency and accuracy",
@@ -112,7 +111,7 @@ def _class_sections(group: Group, suffix: str) -> list[Section]:
 
 def _left_out_section(joined: Joined) -> Section:
     return Section(
-        "Left out: no accuracy measured",
+        "Unverified, left out: no accuracy measured",
         paragraphs=("A speed is shown with the accuracy of the same program only.",),
         bullets=tuple(
             dict.fromkeys(

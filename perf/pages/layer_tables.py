@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from efficientnet.precision import Precision
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_rate
 from perf.measurements.layer_profile import CLASSIFIER, LayerTime, gop_per_s, share_of_peak
+from perf.measurements.native_limits import LIMITS
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ def log_tables(program: ProgramLayers) -> None:
     """Log the kinds, the slowest layers, and the sum beside a call."""
     log.info("\n%s\n%s", program.path, kinds_table(program).aligned_text())
     log.info("\nslowest layers\n%s", slowest_table(program).aligned_text())
+    if program.layers[0].limits_ms:
+        log.info("\nleast ms, by what limits it\n%s", limits_table(program).aligned_text())
     log.info(
         "\nlayers: %s ms in all; a call: %s ms without a profile (median %s), %s ms with one",
         format_ms(program.layers_ms),
@@ -135,6 +138,48 @@ def slowest_table(program: ProgramLayers) -> Table:
     ]
     columns = ("module", "kind", "kernel", "ms", "share", "GOP/s", "of peak")
     return Table(columns, tuple(rows), frozenset(columns[:3]))
+
+
+def limits_table(program: ProgramLayers) -> Table:
+    """Lay out a native program's layers beside their limits, those of like blocks together."""
+    groups: dict[tuple[str, ...], list[LayerTime]] = {}
+    for layer in program.layers:
+        if layer.limits_ms:
+            groups.setdefault(_likeness(layer.module), []).append(layer)
+    rows: list[tuple[str, ...]] = []
+    least_ms = 0.0
+    for layers in groups.values():
+        ms = sum(layer.ms for layer in layers)
+        limits = {
+            name: sum(layer.limits_ms[name] for layer in layers if layer.limits_ms)
+            for name in layers[0].limits_ms or ()
+        }
+        nearest = max(limits, key=lambda name: limits[name])
+        least_ms += limits[nearest]
+        rows.append(
+            (
+                layers[0].module,
+                layers[0].kind,
+                str(len(layers)),
+                f"{ms:.3f}",
+                *(f"{limit:.3f}" for limit in limits.values()),
+                nearest,
+                format_percent(limits[nearest] / ms),
+            )
+        )
+    total_ms = sum(layer.ms for layer in program.layers)
+    total = ("all", "", str(len(program.layers)), f"{total_ms:.3f}", *[""] * len(LIMITS), "")
+    rows.append((*total, format_percent(least_ms / total_ms)))
+    columns = ("first of them", "kind", "layers", "ms", *LIMITS, "nearest limit", "reached")
+    return Table(columns, tuple(rows), frozenset(("first of them", "kind", "nearest limit")))
+
+
+def _likeness(module: str) -> tuple[str, ...]:
+    # Blocks of a stage but the first are alike: features.3.0.block.1.0, features.3.1.block.1.0, ...
+    parts = module.split(".")
+    if len(parts) < 4:
+        return tuple(parts)
+    return (*parts[:2], "first" if parts[2] == "0" else "later", *parts[3:])
 
 
 def side_by_side_table(programs: Sequence[ProgramLayers]) -> Table:

@@ -6,14 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
-
 from efficientnet.formats.artifact import ArtifactError, read_artifact
-from efficientnet.machine.environment import (
-    EnvironmentRecord,
-    current_environment,
-    num_usable_cores,
-)
+from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
 from efficientnet.measuring.peaks import cpu_peaks, describe_peak
 from efficientnet.measuring.programs import (
@@ -22,20 +16,17 @@ from efficientnet.measuring.programs import (
     read_program,
 )
 from efficientnet.network.cost import layer_costs, total_cost
-from efficientnet.network.variants import get_variant
-from efficientnet.reporting.tables import format_percent
+from efficientnet.reporting.publishing import Measured, find_section, publish_part
+from efficientnet.reporting.tables import format_ms, format_percent
 from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.native.engine import PORTABLE, levels
+from perf.measurements import layer_profile
 from perf.measurements.config import LayersConfig
-from perf.measurements.layer_profile import (
-    NUM_WARM_UP_CALLS,
-    PROFILERS,
-    Batches,
-    layer_times,
-    time_calls,
-)
-from perf.pages.layer_tables import ProgramLayers, kind_times, log_tables, side_by_side_table
+from perf.measurements.native_limits import Rates, layer_limits, measure_rates, node_limits
+from perf.pages import layer_tables
 
 SEED = 0
+SECTION = "layers"
 
 WHO_TELLS = (
     "the runtimes that tell the times of layers are onnxruntime on the CPU, openvino and native"
@@ -44,30 +35,25 @@ WHO_TELLS = (
 log = logging.getLogger(__name__)
 
 
-class LayerTimes(BaseModel):
+class LayerTimes(Measured):
     """What one run of the command measured."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     format_version: Literal[1] = 1
-    programs: tuple[ProgramLayers, ...]
+    programs: tuple[layer_tables.ProgramLayers, ...]
     batch_size: int
     num_threads: int
     num_calls: int
-    environment: EnvironmentRecord
-    started_at: AwareDatetime
 
 
 def main(config: LayersConfig) -> LayerTimes:
-    """Measure one artifact after the other and log the tables.
-
-    Raises:
-        FileNotFoundError: a path or the data is not there.
-        ArtifactError, CheckpointError: a path is not what it should be, or its runtime does not
-            tell the times of layers; found before any work.
-    """
+    """Measure one artifact after the other and log the tables."""
     started_at = datetime.now(UTC)
     programs = [read_profiled(path, config.batch_size) for path in config.paths]
+    native = [program for program in programs if program.runtime == "native"]
+    if config.publish:
+        find_section(config.readme, SECTION)
+        if not native:
+            raise ValueError("--publish shows native artifacts beside their limits: name one")
     num_threads = config.threads or num_usable_cores()
     log.info(
         "programs: %d; threads: %d; batch size: %d; calls: %d; machine: %s, %d cores",
@@ -76,23 +62,52 @@ def main(config: LayersConfig) -> LayerTimes:
     )
     # Before the programs are opened: nothing else computes now.
     peaks = cpu_peaks(num_threads, [program.precision for program in programs])
+    level = levels()[0] if native else PORTABLE
+    rates = None
+    if level != PORTABLE:
+        memory_bytes_per_s = peaks[native[0].precision].bytes_per_s
+        rates = measure_rates(num_threads, level, memory_bytes_per_s)
     for precision, peak in peaks.items():
         log.info("the CPU's peak in %s: %s", precision, describe_peak(peak))
-    found: list[ProgramLayers] = []
+    found: list[layer_tables.ProgramLayers] = []
     for program in programs:
         peak = peaks.get(program.precision)
         operations_per_s = peak.operations_per_s if peak else None
-        found.append(measure_layers(program, config, num_threads, operations_per_s))
-        log_tables(found[-1])
+        found.append(measure_layers(program, config, num_threads, operations_per_s, rates))
+        layer_tables.log_tables(found[-1])
     if len(found) > 1:
-        log.info("\nside by side, ms\n%s", side_by_side_table(found).aligned_text())
-    return LayerTimes(
+        log.info("\nside by side, ms\n%s", layer_tables.side_by_side_table(found).aligned_text())
+    times = LayerTimes(
         programs=tuple(found),
         batch_size=config.batch_size,
         num_threads=num_threads,
         num_calls=config.calls,
         environment=current_environment(),
         started_at=started_at,
+    )
+    if config.publish:
+        publish(times, config.readme)
+    return times
+
+
+def publish(times: LayerTimes, readme: Path) -> None:
+    """Write each native program's layers to its place, and all of them into the document."""
+    for program in times.programs:
+        if program.runtime == "native":
+            name = f"{SECTION}-{program.variant}-{program.image_size}px-{program.precision}.json"
+            alone = times.model_copy(update={"programs": (program,)})
+            publish_part(alone, name, readme, SECTION, section_of)
+
+
+def section_of(times: LayerTimes) -> str:
+    """Render one program's layers beside their limits."""
+    (program,) = times.programs
+    environment = times.environment
+    return (
+        f"**{program.variant}, {program.precision}, {program.image_size} px**\n\n"
+        f"{layer_tables.limits_table(program).markdown()}\n\n"
+        f"A call: {format_ms(program.call_ms)} ms. {environment.processor}, {times.num_threads} "
+        f"threads, {times.started_at:%Y-%m-%d} UTC."
     )
 
 
@@ -113,7 +128,7 @@ def read_profiled(path: Path, batch_size: int) -> Program:
         )
     manifest = read_artifact(path)
     provider = manifest.provider
-    if program.runtime not in PROFILERS or provider is not None:
+    if program.runtime not in layer_profile.PROFILERS or provider is not None:
         on = f" on {provider}" if provider else ""
         raise ArtifactError(
             f"{path} is for the runtime {program.runtime}{on}, whose profile is not read here; "
@@ -138,9 +153,21 @@ def read_profiled(path: Path, batch_size: int) -> Program:
 
 
 def measure_layers(
-    program: Program, config: LayersConfig, num_threads: int, operations_per_s: float | None
-) -> ProgramLayers:
-    """Time calls of one artifact without a profile, then its layers with one."""
+    program: Program,
+    config: LayersConfig,
+    num_threads: int,
+    operations_per_s: float | None,
+    rates: Rates | None,
+) -> layer_tables.ProgramLayers:
+    """Time calls of one artifact without a profile, then its layers with one.
+
+    Args:
+        program: of a runtime that tells.
+        config: see there.
+        num_threads: of a call.
+        operations_per_s: what the device does at most in the program's precision.
+        rates: what the limits of the native engine's layers follow from; None = not known.
+    """
     spec, size = program.preprocess, config.batch_size
     samples = images_for(program, config.data).val
     inputs = prepare_inputs(samples, spec, size, SEED)
@@ -148,17 +175,24 @@ def measure_layers(
         batches = rotate(map_inputs(inputs.file.fileno(), inputs.image_size), size)
         times_ms = plain_calls(program, batches, num_threads, config.calls)
         manifest = read_artifact(program.path)
-        profile = PROFILERS[program.runtime](
-            program.path / manifest.program_file, manifest, batches, num_threads, config.calls
+        file = program.path / manifest.program_file
+        profile = layer_profile.PROFILERS[program.runtime](
+            file, manifest, batches, num_threads, config.calls
         )
     costs = layer_costs(
-        get_variant(program.variant),
+        program.spec,
         spec.image_size,
         size,
         program.precision,
         len(program.class_names),
     )
-    layers = layer_times(profile.nodes, costs, manifest.output.name, operations_per_s)
+    layers = layer_profile.layer_times(profile.nodes, costs, manifest.output.name, operations_per_s)
+    if program.runtime == "native" and rates is not None:
+        limits = layer_limits(file, profile.nodes[0].kernel, rates)
+        layers = tuple(
+            layer.model_copy(update={"limits_ms": node_limits(node, limits)})
+            for layer, node in zip(layers, profile.nodes, strict=True)
+        )
     expected = total_cost(costs).flops
     counted = sum(layer.operations for layer in layers)
     if counted != expected:
@@ -167,14 +201,14 @@ def measure_layers(
             program.path,
             format_percent(1 - counted / expected),
         )
-    return ProgramLayers(
+    return layer_tables.ProgramLayers(
         path=str(program.path),
         program_sha256=program.program_sha256,
         variant=program.variant,
         runtime=program.runtime,
         precision=program.precision,
         image_size=spec.image_size,
-        kinds=kind_times(layers, operations_per_s),
+        kinds=layer_tables.kind_times(layers, operations_per_s),
         layers=layers,
         layers_ms=sum(layer.ms for layer in layers),
         call_ms=min(times_ms),
@@ -185,7 +219,7 @@ def measure_layers(
 
 
 def plain_calls(
-    program: Program, batches: Batches, num_threads: int, num_calls: int
+    program: Program, batches: layer_profile.Batches, num_threads: int, num_calls: int
 ) -> list[float]:
     """Return the milliseconds of calls after a warm-up, as latency.py measures them."""
     runtime = open_runtime(program.path, num_threads)
@@ -193,4 +227,6 @@ def plain_calls(
     def call() -> None:
         runtime.infer(next(batches))
 
-    return time_calls(call, NUM_WARM_UP_CALLS + num_calls)[NUM_WARM_UP_CALLS:]
+    return layer_profile.time_calls(call, layer_profile.NUM_WARM_UP_CALLS + num_calls)[
+        layer_profile.NUM_WARM_UP_CALLS :
+    ]

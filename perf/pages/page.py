@@ -74,7 +74,7 @@ def to_markdown(document: Document, picture: str) -> str:
     parts += [f"**{sentence}**" for sentence in document.verdict]
     parts.append(f"![{PICTURE_TEXT}]({picture})")
     for section in document.sections:
-        parts.append(f"{'#' * section.level} {section.heading}")
+        parts.append(f"## {section.heading}")
         parts += section.paragraphs
         if section.bullets:
             parts.append("\n".join(f"- {bullet}" for bullet in section.bullets))
@@ -113,7 +113,7 @@ def to_html(document: Document, light_picture: bytes, dark_picture: bytes) -> st
 
 
 def _section_html(section: Section) -> str:
-    parts = [f"<h{section.level}>{html.escape(section.heading)}</h{section.level}>"]
+    parts = [f"<h2>{html.escape(section.heading)}</h2>"]
     parts += [f"<p>{_inline(paragraph)}</p>" for paragraph in section.paragraphs]
     if section.bullets:
         parts.append(f"<ul>{''.join(f'<li>{_inline(b)}</li>' for b in section.bullets)}</ul>")

@@ -24,13 +24,7 @@ class ReportError(PipelineError):
 
 
 def main(config: ReportConfig) -> Path:
-    """Join the records and write the report; return the path of report.md.
-
-    Raises:
-        ReportError: no latency was measured, none with an accuracy, or one in another scenario.
-        ValueError: a record is damaged or of another format.
-        PublishError: docs/results.md has no place for the table.
-    """
+    """Join the records and write the report; return the path of report.md."""
     latencies = read_records(config.latency, LatencyRecord)
     if not latencies:
         raise ReportError(f"no latency in {config.latency}: run 'python perf/latency.py' first")

@@ -132,10 +132,12 @@ def is_same_machine(one: EnvironmentRecord, other: EnvironmentRecord) -> bool:
 
 
 def command_for_accuracy(record: LatencyRecord) -> str:
-    """Give the command that measures the accuracy of the same program.
+    """Give the command that measures the accuracy of the same program."""
+    return f"python perf/accuracy.py {find_directory(record) or 'DIRECTORY'}"
 
-    The directory is looked for where commands put it by default.
-    """
+
+def find_directory(record: LatencyRecord) -> Path | None:
+    """Find the program of a record where commands put it by default; None when it is not there."""
     manifests = sorted(Path("artifacts").glob("*/*/manifest.json"))
     checkpoints = sorted(Path("runs").glob("*/checkpoint/checkpoint.json"))
     for path in (*manifests, *checkpoints):
@@ -150,8 +152,8 @@ def command_for_accuracy(record: LatencyRecord) -> str:
         sha256 = found.get("program_sha256", found.get("weights_sha256"))
         runtime = found.get("runtime", EAGER_RUNTIME)
         if (sha256, runtime) == (record.program_sha256, record.runtime):
-            return f"python perf/accuracy.py {path.parent}"
-    return "python perf/accuracy.py DIRECTORY"
+            return path.parent
+    return None
 
 
 def _machine(environment: EnvironmentRecord) -> EnvironmentRecord:

@@ -42,5 +42,4 @@ class ImportConfig:
     """Folder in which the run's own folder is made."""
 
     def __post_init__(self) -> None:
-        """Check the variant."""
         get_variant(self.variant)

@@ -9,7 +9,6 @@ from efficientnet.formats.checkpoint import (
     load_checkpoint,
     read_checkpoint,
 )
-from efficientnet.network.variants import get_variant
 from training.inputs.published_weights import PublishedWeights, load_published, published_entries
 from training.recipe.config import TrainConfig
 
@@ -34,11 +33,14 @@ def load_start(config: TrainConfig) -> PublishedWeights | None:
     if config.weights is None:
         return None
     if not Path(config.weights).is_dir():
-        return load_published(
-            config.weights, get_variant(config.variant), config.weights_like, num_classes=None
-        )
+        return load_published(config.weights, config.spec, config.weights_like, num_classes=None)
     model, record = load_checkpoint(Path(config.weights))
-    if record.variant != config.variant:
+    if record.spec != config.spec:
+        if record.variant == config.variant:
+            raise CheckpointError(
+                f"{config.weights} holds another network of the name {config.variant}: its table "
+                "of stages is not that of the --variant-file"
+            )
         raise CheckpointError(
             f"{config.weights} holds a {record.variant}, expected a {config.variant}; "
             f"train {record.variant}, or name weights of {config.variant}"

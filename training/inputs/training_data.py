@@ -39,9 +39,6 @@ def look_at(source: str | None, image_key: str | None) -> RecipeFacts:
     """Count images and classes, as load_training_data will find them, and measure some images.
 
     Logs nothing: what there is to say is said when they are loaded.
-
-    Raises:
-        FileNotFoundError, DatasetError: the data cannot be used.
     """
     if source in NAMED_FACTS:
         return NAMED_FACTS[source]

@@ -12,7 +12,7 @@ from efficientnet.errors import PipelineError
 from efficientnet.machine.cgroup import memory_limit_bytes
 from efficientnet.network.cost import layer_costs
 from efficientnet.network.model import EfficientNet, build_model
-from efficientnet.network.variants import NetworkOptions, get_variant
+from efficientnet.network.variants import NetworkOptions
 from training.recipe.config import TrainConfig
 from training.recipe.stages import Stage
 
@@ -94,9 +94,7 @@ class MemoryModel:
 
     def __init__(self, config: TrainConfig, network: NetworkOptions, num_classes: int) -> None:
         with torch.device("meta"):
-            model = build_model(
-                get_variant(config.variant), num_classes, config.stochastic_depth_rate, network
-            )
+            model = build_model(config.spec, num_classes, config.stochastic_depth_rate, network)
         self._weight_bytes = sum(4 * p.numel() for p in model.parameters())
         half = config.precision != "fp32"
         self._model: EfficientNet = model.to(torch.bfloat16 if half else torch.float32).train()
@@ -203,7 +201,7 @@ def require_batch_norm_fits(config: TrainConfig, stages: Sequence[Stage], world_
     if smallest >= MIN_MICRO_BATCH:
         return
     for stage in stages:
-        *_, head, _ = layer_costs(get_variant(config.variant), stage.image_size)
+        *_, head, _ = layer_costs(config.spec, stage.image_size)
         if head.output_size == 1:
             raise ValueError(
                 f"a forward pass has one image, whose last map at {stage.image_size} px (stage "

@@ -9,7 +9,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from efficientnet.formats.checkpoint import first_not_finite
 from efficientnet.network.model import EfficientNet, SqueezeExcite, build_model
-from efficientnet.network.variants import NetworkOptions, get_variant
+from efficientnet.network.variants import NetworkOptions
 from training.learning.memory import keep_freed_memory
 from training.learning.optim import WeightAverage, build_optimizer
 from training.recipe.config import TrainConfig
@@ -138,8 +138,7 @@ def new_state(
         # on noise takes 1.4 times as long with them.
         torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
-    spec = get_variant(config.variant)
-    model = build_model(spec, num_classes, config.stochastic_depth_rate, network)
+    model = build_model(config.spec, num_classes, config.stochastic_depth_rate, network)
     if start is not None:
         taken = {k: t for k, t in start.items() if not k.startswith("classifier.")}
         model.load_state_dict(model.state_dict() | taken)

@@ -8,7 +8,7 @@ import tyro
 from pydantic import TypeAdapter
 
 from efficientnet.images.preprocess import PreprocessSpec
-from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding
+from efficientnet.network.variants import NetworkOptions, Padding, VariantSpec, spec_of
 
 Schedule = Literal["paper", "released", "fixed", "random"]
 
@@ -55,7 +55,6 @@ class ProgressiveConfig:
     order of the stages drawn by the seed (what the paper compares with)."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.num_stages < 1:
             raise ValueError(f"num_stages is {self.num_stages}, expected at least 1")
         if min(self.image_size) < 16 or max(self.image_size) > MAX_TRAIN_IMAGE_SIZE:
@@ -97,7 +96,6 @@ class OptimizerConfig:
     """Moving average of weights and batch norm statistics; the average is what is deployed."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}, expected more than 0")
         if not 0 <= self.ema_decay < 1:
@@ -149,6 +147,9 @@ class TrainConfig:
 
     batch_norm_momentum: float
     """Weight of a new batch in the running statistics (torch's convention)."""
+
+    architecture: tyro.conf.Suppress[VariantSpec | None] = None
+    """Table of stages of a --variant-file; None = the variant is built in."""
 
     recipe: tyro.conf.Suppress[str] = "digits"
     """The name that --recipe was given, of which all these values are."""
@@ -241,7 +242,6 @@ class TrainConfig:
     on with, so that the same command can be started again."""
 
     def __post_init__(self) -> None:
-        """Check what does not depend on the data."""
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError("epochs and batch_size must be at least 1")
         if self.steps is not None and self.steps < 1:
@@ -277,8 +277,7 @@ class TrainConfig:
             raise ValueError(f"name is {self.name!r}, expected a folder's name, not 'latest'")
         if self.augment_on == "device" and self.autoaugment:
             raise ValueError("augment_on device knows RandAugment only; give --no-autoaugment")
-        if self.variant not in VARIANTS:
-            raise ValueError(f"unknown variant {self.variant!r}")
+        spec_of(self.variant, self.architecture)
         if self.weights_like and not self.weights:
             raise ValueError("weights_like is given without weights: say which file it is about")
         if self.autoaugment and any(self.progressive.randaugment_magnitude):
@@ -287,6 +286,11 @@ class TrainConfig:
                 f"{self.progressive.randaugment_magnitude}, expected one of them; "
                 "set the magnitude to 0 0, or --no-autoaugment"
             )
+
+    @property
+    def spec(self) -> VariantSpec:
+        """The network's table of stages."""
+        return spec_of(self.variant, self.architecture)
 
     def require_stages_fit(self) -> None:
         """Raise a ValueError if there are more stages than epochs (or steps)."""

@@ -8,7 +8,7 @@ V2-S, M and L: Tan and Le 2021 (arXiv 2104.00298 v3), section 4 and Table 6. V1:
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from efficientnet.network.variants import VARIANTS, VariantSpec
+from efficientnet.network.variants import VARIANTS, VariantSpec, get_variant
 from training.recipe.config import OptimizerConfig, ProgressiveConfig, Schedule, TrainConfig
 
 # Table 6: RandAugment magnitude, Mixup alpha and dropout of the last stage.
@@ -64,19 +64,24 @@ DIGITS_PROGRESSIVE = {
 DIGITS_PROGRESSIVE_DEFAULT = ProgressiveConfig((50, 64), (3, 6), (0, 0.1), (0.1, 0.2))
 
 
-def imagenet_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
+# A built-in variant's name, or the table of one that is not built in.
+Variant = str | VariantSpec
+
+
+def imagenet_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConfig:
     """Return the recipe for training from scratch on ImageNet and its like.
 
     V1 and V2-B train at one size with AutoAugment, whatever the schedule. Below 320 px evaluation
     cuts out the centre, from there on it squashes, as the released code does.
     """
-    spec = VARIANTS[variant]
+    spec = table_of(variant)
     eval_size = spec.eval_image_size
-    is_progressive = variant in PAPER_PROGRESSIVE
+    is_progressive = spec.name in PAPER_PROGRESSIVE
     values = RELEASED_PROGRESSIVE if schedule == "released" else PAPER_PROGRESSIVE
-    progressive = values.get(variant, PAPER_PROGRESSIVE.get(variant, one_size(spec)))
+    progressive = values.get(spec.name, PAPER_PROGRESSIVE.get(spec.name, one_size(spec)))
     return TrainConfig(
-        variant=variant,
+        variant=spec.name,
+        architecture=None if isinstance(variant, str) else variant,
         recipe="imagenet",
         progressive=replace(progressive, schedule=schedule),
         optimizer=PAPER_OPTIMIZER,
@@ -96,13 +101,22 @@ def imagenet_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
     )
 
 
+def table_of(variant: Variant) -> VariantSpec:
+    """Return the table of stages.
+
+    Raises:
+        ValueError: there is no variant of this name.
+    """
+    return get_variant(variant) if isinstance(variant, str) else variant
+
+
 def one_size(spec: VariantSpec) -> ProgressiveConfig:
     """Return no progression: the variant's own train size and dropout throughout."""
     size, dropout = spec.train_image_size, spec.dropout_rate
     return ProgressiveConfig((size, size), (0, 0), (0, 0), (dropout, dropout), num_stages=1)
 
 
-def pretrain_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
+def pretrain_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConfig:
     """Return the recipe for ImageNet-21k: 60 epochs at 224 px, hardly any regularisation.
 
     Tan and Le 2021, section 5.2, and the released code's imagenet21k settings.
@@ -123,12 +137,12 @@ def pretrain_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
     )
 
 
-def finetune_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
+def finetune_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConfig:
     """Return the recipe from ImageNet-21k weights to ImageNet-1k: 15 epochs at the evaluation size.
 
     Tan and Le 2021, section 5.2: cosine. The released code keeps the rate constant.
     """
-    recipe, spec = imagenet_recipe(variant, schedule), VARIANTS[variant]
+    recipe, spec = imagenet_recipe(variant, schedule), table_of(variant)
     size, dropout = spec.eval_image_size, spec.dropout_rate
     return replace(
         recipe,
@@ -151,7 +165,7 @@ def finetune_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
     )
 
 
-def transfer_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
+def transfer_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConfig:
     """Return the recipe from ImageNet-1k weights to CIFAR, Flowers or Cars: 10,000 steps.
 
     Tan and Le 2021, section 5.3: batch 512, rate 0.001 with cosine, no weight decay, cutout. The
@@ -170,11 +184,13 @@ def transfer_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
     )
 
 
-def digits_recipe(variant: str, schedule: Schedule = "paper") -> TrainConfig:
+def digits_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConfig:
     """Return the recipe for the embedded digits: minutes on two cores."""
-    progressive = DIGITS_PROGRESSIVE.get(variant, DIGITS_PROGRESSIVE_DEFAULT)
+    spec = table_of(variant)
+    progressive = DIGITS_PROGRESSIVE.get(spec.name, DIGITS_PROGRESSIVE_DEFAULT)
     return TrainConfig(
-        variant=variant,
+        variant=spec.name,
+        architecture=None if isinstance(variant, str) else variant,
         recipe=DIGITS_RECIPE,
         progressive=replace(progressive, schedule=schedule),
         optimizer=OptimizerConfig(
@@ -253,13 +269,13 @@ TUNED_PASSES, TUNED_EPOCHS = 25_000, (8, 50)
 WARMUP_SHARE, AVERAGED_SHARE = 0.05, 0.05
 
 
-def small_recipe(variant: str, schedule: Schedule, facts: RecipeFacts) -> TrainConfig:
+def small_recipe(variant: Variant, schedule: Schedule, facts: RecipeFacts) -> TrainConfig:
     """Return the recipe from scratch for hundreds to hundreds of thousands of images.
 
     Trained at the images' own size, up to the variant's. Batch, epochs, learning rate, warm-up and
     moving average follow from how many there are.
     """
-    spec = VARIANTS[variant]
+    spec = table_of(variant)
     rounded = 32 * round(facts.image_size / 32)
     smallest = min(SMALLEST_SIZE, spec.eval_image_size)
     eval_size = min(max(rounded, smallest), spec.eval_image_size)
@@ -284,9 +300,9 @@ def small_recipe(variant: str, schedule: Schedule, facts: RecipeFacts) -> TrainC
     )
 
 
-def small_finetune_recipe(variant: str, schedule: Schedule, facts: RecipeFacts) -> TrainConfig:
+def small_finetune_recipe(variant: Variant, schedule: Schedule, facts: RecipeFacts) -> TrainConfig:
     """Return the recipe from trained weights for as many images, at the weights' own size."""
-    spec = VARIANTS[variant]
+    spec = table_of(variant)
     size = facts.start_image_size or spec.eval_image_size
     recipe = _fit_to_steps(digits_recipe(variant, schedule), facts, TUNED_PASSES, TUNED_EPOCHS)
     return replace(
@@ -355,7 +371,7 @@ def choose_recipe(facts: RecipeFacts, has_weights: bool) -> tuple[str, str]:
 
 DIGITS_RECIPE = "digits"
 SMALL_RECIPE, SMALL_FINETUNE_RECIPE = "small", "small-finetune"
-RECIPES: dict[str, Callable[[str, Schedule], TrainConfig]] = {
+RECIPES: dict[str, Callable[[Variant, Schedule], TrainConfig]] = {
     DIGITS_RECIPE: digits_recipe,
     "imagenet": imagenet_recipe,
     "pretrain": pretrain_recipe,
@@ -365,24 +381,32 @@ RECIPES: dict[str, Callable[[str, Schedule], TrainConfig]] = {
 
 
 # Recipes whose values follow from the data.
-FITTED_RECIPES: dict[str, Callable[[str, Schedule, RecipeFacts], TrainConfig]] = {
+FITTED_RECIPES: dict[str, Callable[[Variant, Schedule, RecipeFacts], TrainConfig]] = {
     SMALL_RECIPE: small_recipe,
     SMALL_FINETUNE_RECIPE: small_finetune_recipe,
 }
 
 
 def recipes_for(
-    recipe: str, schedule: Schedule, facts: RecipeFacts | None = None
+    recipe: str,
+    schedule: Schedule,
+    facts: RecipeFacts | None = None,
+    table: VariantSpec | None = None,
 ) -> dict[str, TrainConfig]:
     """Return a recipe's values for each variant; those of FITTED_RECIPES need the facts.
+
+    With a table of stages they are for it alone.
 
     Raises:
         ValueError: there is no recipe of this name.
     """
+    variants: dict[str, Variant] = {name: name for name in VARIANTS}
+    if table is not None:
+        variants = {table.name: table}
     if recipe in FITTED_RECIPES and facts is not None:
         fitted = FITTED_RECIPES[recipe]
-        return {variant: fitted(variant, schedule, facts) for variant in VARIANTS}
+        return {name: fitted(variant, schedule, facts) for name, variant in variants.items()}
     if recipe not in RECIPES:
         names = ", ".join((*RECIPES, *FITTED_RECIPES))
         raise ValueError(f"no recipe {recipe!r}; there are {names}")
-    return {variant: RECIPES[recipe](variant, schedule) for variant in VARIANTS}
+    return {name: RECIPES[recipe](variant, schedule) for name, variant in variants.items()}

@@ -13,14 +13,7 @@ from efficientnet.machine.locking import LockedError, locked_folder
 from training.batches.sampler import StepPlan
 from training.inputs.initial_weights import load_start, log_start
 from training.inputs.training_data import load_training_data
-from training.learning.distributed import (
-    Ranks,
-    broadcast_from_rank0,
-    join_ranks,
-    leave_ranks,
-    local_world_size,
-    may_be_restarted,
-)
+from training.learning import distributed
 from training.learning.memory import (
     USABLE_SHARE,
     device_memory_bytes,
@@ -36,16 +29,8 @@ from training.recipe.config import (
     flat_values,
 )
 from training.recipe.stages import plan_stages
+from training.running import run_folder
 from training.running.command_line import ResumeConfig
-from training.running.run_folder import (
-    CHECKPOINT,
-    Run,
-    RunStart,
-    SavedRun,
-    is_complete,
-    read_run,
-    run_of,
-)
 from training.running.trainer import Trainer
 
 # Of the steps; and the weight of the initial batch norm statistics after the last step.
@@ -55,14 +40,8 @@ log = logging.getLogger(__name__)
 
 
 def main(command: TrainConfig | ResumeConfig) -> Path | None:
-    """Train, or go on training; return the checkpoint's directory, in rank 0.
-
-    Raises:
-        PipelineError, ValueError, OSError: see begin_run and Trainer.fit.
-        LockedError: another process trains this run.
-        KeyboardInterrupt: Ctrl-C, after what was reached has been saved.
-    """
-    ranks = join_ranks()
+    """Train, or go on training; return the checkpoint's directory, in rank 0."""
+    ranks = distributed.join_ranks()
     try:
         if not ranks.is_main:
             for name in PROJECT_LOGGERS:
@@ -74,13 +53,13 @@ def main(command: TrainConfig | ResumeConfig) -> Path | None:
             start = begin_run(command, directory, ranks)
             if start is not None:
                 Trainer(start).fit()
-        return directory / CHECKPOINT if ranks.is_main else None
+        return directory / run_folder.CHECKPOINT if ranks.is_main else None
     finally:
-        leave_ranks()
+        distributed.leave_ranks()
 
 
 @contextmanager
-def _kept_from_others(directory: Path, ranks: Ranks) -> Generator[None]:
+def _kept_from_others(directory: Path, ranks: distributed.Ranks) -> Generator[None]:
     # Rank 0 holds the lock, and the others end with it if it cannot.
     with ExitStack() as stack:
         problem: Exception | None = None
@@ -89,15 +68,15 @@ def _kept_from_others(directory: Path, ranks: Ranks) -> Generator[None]:
                 stack.enter_context(locked_folder(directory))
             except (LockedError, OSError) as error:
                 problem = error
-        problem = broadcast_from_rank0(problem)
+        problem = distributed.broadcast_from_rank0(problem)
         if problem is not None:
             raise problem
         yield
 
 
 def begin_run(
-    command: TrainConfig | ResumeConfig, directory: Path, ranks: Ranks
-) -> RunStart | None:
+    command: TrainConfig | ResumeConfig, directory: Path, ranks: distributed.Ranks
+) -> run_folder.RunStart | None:
     """Return what to train with, new or saved; None: the run is complete.
 
     Raises:
@@ -106,8 +85,10 @@ def begin_run(
         WeightsError: what to start from cannot be used.
         BatchTooLargeError: a stage does not fit the device.
     """
-    if isinstance(command, TrainConfig) and broadcast_from_rank0(is_complete(directory)):
-        record = read_checkpoint(directory / CHECKPOINT)
+    if isinstance(command, TrainConfig) and distributed.broadcast_from_rank0(
+        run_folder.is_complete(directory)
+    ):
+        record = read_checkpoint(directory / run_folder.CHECKPOINT)
         require_same_recipe(command, config_from_json(record.train_config), directory)
         log.info("%s is complete: nothing to train", directory)
         return None
@@ -130,7 +111,7 @@ def begin_run(
     dataset = load_training_data(config, ranks, saved.left_out if saved else None)
     # After what can be wrong with the data, so that an error is not the 46th line.
     log_recipe(config)
-    run = Run(directory, config, dataset, preprocess, network)
+    run = run_folder.Run(directory, config, dataset, preprocess, network)
     num_classes = len(dataset.class_names)
     if saved:
         saved.require_dataset(run)
@@ -139,8 +120,8 @@ def begin_run(
     else:
         limit = USABLE_SHARE * device_memory_bytes(ranks.device)
         # On the CPU the processes of a machine share its memory.
-        limit /= 1 if ranks.device.type == "cuda" else local_world_size()
-        sizes = broadcast_from_rank0(
+        limit /= 1 if ranks.device.type == "cuda" else distributed.local_world_size()
+        sizes = distributed.broadcast_from_rank0(
             plan_micro_batches(config, network, num_classes, stages, ranks.world_size, limit)
         )
     plan = StepPlan(len(dataset.train), config, sizes, ranks.world_size)
@@ -151,7 +132,7 @@ def begin_run(
     if saved:
         state.load_dict(saved.state)
     state.micro_batch_sizes, state.world_size = plan.micro_batch_sizes, plan.world_size
-    start = RunStart(run, state, ranks, plan, stages)
+    start = run_folder.RunStart(run, state, ranks, plan, stages)
     log_plan(start)
     return start
 
@@ -164,47 +145,39 @@ def directory_of(command: TrainConfig | ResumeConfig) -> Path:
         CheckpointError: there is no run to go on with.
     """
     if isinstance(command, ResumeConfig):
-        directory, checkpoint = run_of(command.resume)
+        directory, checkpoint = run_folder.run_of(command.resume)
         if not checkpoint.is_dir():
-            read_run(command.resume)  # It says what is missing.
-        if may_be_restarted() and command.resume.resolve() != directory.resolve():
+            run_folder.read_run(command.resume)  # It says what is missing.
+        if distributed.may_be_restarted() and command.resume.resolve() != directory.resolve():
             raise ValueError(
                 f"torchrun --max-restarts would go back to {command.resume} at each restart; start "
                 f"it without, or give the run, --resume {directory}"
             )
         return directory
     if command.name is None:
-        if may_be_restarted():
+        if distributed.may_be_restarted():
             raise ValueError(
                 "torchrun --max-restarts starts the processes again, which must find their run: "
                 "give it a name with --name"
             )
-        stamp = broadcast_from_rank0(datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
+        stamp = distributed.broadcast_from_rank0(datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"))
         return command.output / f"{command.variant}-{stamp}"
     return command.output / command.name
 
 
-def find_run(command: TrainConfig | ResumeConfig, directory: Path) -> SavedRun | None:
-    """Return what a run was saved with; None if it has not been begun.
-
-    Raises:
-        CheckpointError: see read_run.
-    """
+def find_run(command: TrainConfig | ResumeConfig, directory: Path) -> run_folder.SavedRun | None:
+    """Return what a run was saved with; None if it has not been begun."""
     if isinstance(command, ResumeConfig):
-        return read_run(command.resume, command.variant)
+        return run_folder.read_run(command.resume, command.variant)
     # Rank 0 decides: another process may look while it already writes.
-    is_begun = broadcast_from_rank0(
-        (directory / CHECKPOINT).is_symlink() and not is_complete(directory)
+    is_begun = distributed.broadcast_from_rank0(
+        (directory / run_folder.CHECKPOINT).is_symlink() and not run_folder.is_complete(directory)
     )
-    return read_run(directory, command.variant) if is_begun else None
+    return run_folder.read_run(directory, command.variant) if is_begun else None
 
 
 def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path) -> TrainConfig:
-    """Return the recipe to go on with.
-
-    Raises:
-        CheckpointError: the run of this name was begun with other values.
-    """
+    """Return the recipe to go on with."""
     if changes := changed_values(config_to_json(begun), config_to_json(asked)):
         raise CheckpointError(
             f"{directory} was begun with {'; '.join(changes)}: give the same values, or begin "
@@ -254,7 +227,7 @@ def misfits(plan: StepPlan) -> list[str]:
     return said
 
 
-def log_plan(start: RunStart) -> None:
+def log_plan(start: run_folder.RunStart) -> None:
     """Print what is trained on, and what each stage makes of the recipe."""
     plan, dataset = start.plan, start.run.dataset
     log.info("  stage  image size  RandAugment  Mixup  CutMix  dropout   steps  passes x images")

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 import tyro
 
 from efficientnet.command import describe
+from efficientnet.network.variant_file import read_variant_file
 from efficientnet.network.variants import get_variant
 from training.recipe.config import (
     Schedule,
@@ -61,11 +62,23 @@ def parse(args: list[str], doc: str | None = None) -> TrainConfig | ResumeConfig
         if (here := FLAGS_ELSEWHERE.get(argument.partition("=")[0])) is not None:
             raise ValueError(f"there is no {argument.partition('=')[0]}; here it is {here}")
     chosen, rest = _peek(args, "--recipe")
+    asked, rest = _peek(rest, "--variant-file")
     given, _ = _peek(rest, "--resume", "--data", "--schedule", "--weights", "--image-key")
     if given.resume is not None:
+        if asked.variant_file is not None:
+            raise ValueError("--resume keeps the run's variant: leave --variant-file out")
         return _parse_resume(Path(given.resume), args, doc)
-    if args and not args[0].startswith("-"):
-        get_variant(args[0])
+    is_named, table = bool(rest) and not rest[0].startswith("-"), None
+    if asked.variant_file is not None:
+        table = read_variant_file(Path(asked.variant_file))
+        if is_named and rest[0] != table.name:
+            raise ValueError(
+                f"{asked.variant_file} holds the variant {table.name!r}, and {rest[0]!r} was asked "
+                "for: give one of the two"
+            )
+        rest = rest if is_named else [table.name, *rest]
+    elif is_named:
+        get_variant(rest[0])
     schedule = given.schedule or "paper"
     if schedule not in get_args(Schedule):
         raise ValueError(f"no schedule {schedule!r}; there are {', '.join(get_args(Schedule))}")
@@ -84,7 +97,7 @@ def parse(args: list[str], doc: str | None = None) -> TrainConfig | ResumeConfig
             )
         if recipe is None:
             recipe, reason = choose_recipe(facts, given.weights is not None)
-    recipes = recipes_for(recipe, cast(Schedule, schedule), facts)
+    recipes = recipes_for(recipe, cast(Schedule, schedule), facts, table)
     recipes = {name: replace(values, recipe_reason=reason) for name, values in recipes.items()}
     described = {name: (f"train {name}", values) for name, values in recipes.items()}
     return tyro.extras.overridable_config_cli(described, description=describe(doc), args=rest)

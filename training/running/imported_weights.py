@@ -21,11 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: ImportConfig) -> Path:
-    """Check the weights and write a checkpoint; return its directory.
-
-    Raises:
-        WeightsError: see load_published and read_class_names; or the logits are not finite.
-    """
+    """Check the weights and write a checkpoint; return its directory."""
     spec = get_variant(config.variant)
     names = None if config.class_names is None else read_class_names(config.class_names)
     published = load_published(
@@ -95,11 +91,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def name_classes(published: PublishedWeights, names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the names of a network's classes: those given, ImageNet's, or numbered ones.
-
-    Raises:
-        WeightsError: there are more or fewer names than classes.
-    """
+    """Return the names of a network's classes: those given, ImageNet's, or numbered ones."""
     count = len(published.tensors["classifier.1.bias"])
     if names is not None and len(names) != count:
         raise WeightsError(

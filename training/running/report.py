@@ -55,13 +55,7 @@ class FinalEvaluation:
 
 
 def write_report(start: RunStart, evaluations: Sequence[FinalEvaluation]) -> Path:
-    """Write confusion.png, and report.md last: where it stands, the run is complete.
-
-    Args:
-        start: of the run, whose state is now that of its end.
-        evaluations: among them the averaged weights at the evaluation size, which the verdict and
-            the picture are of.
-    """
+    """Write confusion.png, and report.md last: where it stands, the run is complete."""
     directory, config, dataset = start.run.directory, start.run.config, start.run.dataset
     class_names, num_val = dataset.class_names, len(dataset.val)
     epochs = [EpochMetrics(**epoch) for epoch in start.state.history]

@@ -150,6 +150,7 @@ class CheckpointWriter:
         run, step = self._run, values["step"]
         record = CheckpointRecord(
             variant=run.config.variant,
+            architecture=run.config.architecture,
             num_classes=len(run.dataset.class_names),
             class_names=run.dataset.class_names,
             network=run.network,

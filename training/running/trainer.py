@@ -31,18 +31,10 @@ from training.learning.optim import learning_rate_at
 from training.learning.state import EpochTotals, StageTotals
 from training.learning.step import TrainStep
 from training.recipe.stages import Stage
+from training.running import run_folder
 from training.running.metrics import EpochMetrics, describe, signs_of_failure
 from training.running.progress import InterruptFlag, ProgressBar, StepReport
 from training.running.report import FinalEvaluation, write_report
-from training.running.run_folder import (
-    CheckpointWriter,
-    Run,
-    RunStart,
-    point_latest_to,
-    publish,
-    read_run,
-    remove_unfinished,
-)
 from training.running.tensorboard_log import TensorBoardLog
 
 # Reading the loss makes a GPU's queue run dry; every tenth pass is enough for the bar, for NaN and
@@ -67,7 +59,7 @@ class LossError(TrainingError):
 class Trainer:
     """Trains a run to its end, in one process or as one of several."""
 
-    def __init__(self, start: RunStart) -> None:
+    def __init__(self, start: run_folder.RunStart) -> None:
         self._start = start
         self._run, self._state, self._ranks = start.run, start.state, start.ranks
         self._plan, self._stages = start.plan, start.stages
@@ -79,7 +71,7 @@ class Trainer:
         )
         self._num_workers = num_workers(run)
         self._board: TensorBoardLog | None = None
-        self._writer: CheckpointWriter | None = None
+        self._writer: run_folder.CheckpointWriter | None = None
 
     def fit(self) -> None:
         """Train to the last step; evaluate, save and draw after each epoch; report.
@@ -94,9 +86,9 @@ class Trainer:
             with ExitStack() as stack:
                 if self._ranks.is_main:
                     run.directory.mkdir(parents=True, exist_ok=True)
-                    remove_unfinished(run.directory, state.step)
+                    run_folder.remove_unfinished(run.directory, state.step)
                     if state.step:
-                        publish(run, state.best, state.history)
+                        run_folder.publish(run, state.best, state.history)
                     self._board = stack.enter_context(TensorBoardLog(run.directory, state.step))
                 self._bar = stack.enter_context(
                     ProgressBar(self._stages, plan, state.step, self._ranks)
@@ -104,7 +96,7 @@ class Trainer:
                 self._bar.top1 = state.history[-1]["top1"] if state.history else None
                 self._interrupt = stack.enter_context(InterruptFlag())
                 if self._ranks.is_main:
-                    self._writer = stack.enter_context(CheckpointWriter(run))
+                    self._writer = stack.enter_context(run_folder.CheckpointWriter(run))
                 self._reserve_memory()
                 batches = self._batches()
                 while state.step < plan.num_steps:
@@ -285,7 +277,7 @@ class Trainer:
                 "lower --optimizer.learning-rate, give it a longer warm-up, or --on-nan rollback"
             ) from None
         attempt = state.attempt + 1
-        state.load_dict(read_run(kept).state)
+        state.load_dict(run_folder.read_run(kept).state)
         state.attempt = attempt
         log.warning(
             "%s; back to step %d (%s), on with other random numbers: rollback %d of %d",
@@ -318,11 +310,11 @@ class Trainer:
                 format_percent(classes.largest_share),
             )
         write_report(self._start, evaluations)
-        point_latest_to(run.directory)
+        run_folder.point_latest_to(run.directory)
 
 
 @contextmanager
-def _told_how_to_go_on(run: Run) -> Generator[None]:
+def _told_how_to_go_on(run: run_folder.Run) -> Generator[None]:
     # What ends a training says where it can be gone on with.
     def reason_and_how(reason: str) -> str:
         if not run.checkpoint.exists():
@@ -343,7 +335,7 @@ def _told_how_to_go_on(run: Run) -> Generator[None]:
         raise TrainingError(reason_and_how(reason)) from error
 
 
-def num_workers(run: Run) -> int:
+def num_workers(run: run_folder.Run) -> int:
     """Count the processes that decode and augment for one training process."""
     if run.config.num_workers is not None:
         return run.config.num_workers

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from efficientnet.command import flag_of, require_least
 from efficientnet.errors import PipelineError
 from efficientnet.images.datasets import data_name
 from efficientnet.network.variants import get_variant
@@ -84,26 +85,19 @@ class AblationConfig:
     again, beside it; with --publish where published ones go, and into docs/results.md."""
 
     def __post_init__(self) -> None:
-        """Check the limits that the runs do not check."""
         get_variant(self.variant)
         for name in ("image_sizes", "magnitudes"):
             values = getattr(self, name)
             if not values[0] < values[1] < values[2]:
                 raise ValueError(f"{name} are {values}, expected three rising ones")
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name} is {getattr(self, name)}, expected at least 1: give another number"
-                )
+        require_least(self, seeds=1, jobs=1)
         if "/" in self.title:
             raise ValueError(f"name is {self.title!r}, expected a file name's part; give --name")
         if self.record is not None:
             others = [f for f in fields(self) if f.name not in ("record", "publish", "readme")]
             values = {f.name: getattr(self, f.name) for f in others}
             given = [
-                f"--{f.name.replace('_', '-')} {values[f.name]}"
-                for f in others
-                if values[f.name] != f.default
+                f"{flag_of(f.name)} {values[f.name]}" for f in others if values[f.name] != f.default
             ]
             if given:
                 raise ValueError(

@@ -66,11 +66,7 @@ def write_results(
 
 
 def publish(record: AblationRecord, readme: Path, published: Path = PUBLISHED) -> Path:
-    """Write the results among the published ones, and tables into docs/results.md.
-
-    Returns:
-        The published text.
-    """
+    """Write the results among the published ones, and tables into docs/results.md."""
     directory = published_directory(record.finished_at, record.environments, published)
     stem = section_name(record.name)
     record = _without_folders(record)

@@ -115,12 +115,7 @@ class Spread:
 
 
 def read_record(path: Path) -> AblationRecord:
-    """Read an ablation.json.
-
-    Raises:
-        AblationError: the file is no such record.
-        FileNotFoundError: there is no such file.
-    """
+    """Read an ablation.json."""
     text = path.read_bytes()
     try:
         return AblationRecord.model_validate_json(text)

@@ -20,14 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: AblationConfig) -> Path:
-    """Train what has not been trained yet; return the results' text.
-
-    Raises:
-        AblationError: a run failed, or was trained with other values; --record is no record.
-        FileNotFoundError: --record is not there.
-        PublishError: docs/results.md has no place for the table; nothing is trained then.
-        KeyboardInterrupt: Ctrl-C, after the runs under way have saved what was reached.
-    """
+    """Train what has not been trained yet; return the results' text."""
     if config.record is not None:
         return _write_again(config.record, config)
     if config.publish:

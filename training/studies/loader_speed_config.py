@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from efficientnet.command import require_least
 from training.recipe.config import MAX_RANDAUGMENT_MAGNITUDE
 
 
@@ -41,13 +42,7 @@ class LoaderSpeedConfig:
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        for name in ("num_workers", "batch_size", "rounds", "passes"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is {getattr(self, name)}, expected at least 1")
-        if not self.image_sizes or min(self.image_sizes) < 16:
-            raise ValueError(f"--image-sizes is {self.image_sizes}, expected sizes from 16 px on")
+        require_least(self, num_workers=1, batch_size=1, rounds=1, passes=1, image_sizes=16)
         if not 3 <= self.magnitude <= MAX_RANDAUGMENT_MAGNITUDE:
             raise ValueError(
                 f"--magnitude is {self.magnitude}, expected 3 to {MAX_RANDAUGMENT_MAGNITUDE:g}"

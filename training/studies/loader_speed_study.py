@@ -2,23 +2,20 @@
 
 import gc
 import logging
-import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from itertools import cycle, islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict
 from timm.data.dataset_factory import create_dataset
 from timm.data.loader import create_loader
 from tqdm import tqdm
@@ -27,8 +24,10 @@ from efficientnet.errors import PipelineError
 from efficientnet.images.datasets import Sample, find_image_files
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.children import obey_parent
-from efficientnet.machine.environment import EnvironmentRecord, current_environment
-from efficientnet.reporting.publishing import find_section, published_directory, write_section
+from efficientnet.machine.environment import current_environment
+from efficientnet.measuring.contender import Contender, running
+from efficientnet.measuring.turns import ratio, take_turns
+from efficientnet.reporting.publishing import Measured, find_section, publish_record
 from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
 from training.batches.loader import train_batches
 from training.batches.sampler import StepPlan, StepSampler
@@ -51,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class LoaderSpeedError(PipelineError):
-    """A process that loads images has failed."""
+    """Nothing to load, or a loader that failed."""
 
 
 class LoaderCase(BaseModel):
@@ -67,10 +66,8 @@ class LoaderCase(BaseModel):
     """Time of the workers on a core, to which other programs on the machine add little."""
 
 
-class LoaderReport(BaseModel):
+class LoaderReport(Measured):
     """What one run of the command measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: Literal[1] = 1
     num_images: int
@@ -82,20 +79,6 @@ class LoaderReport(BaseModel):
     """Of RandAugment, of which two operations are applied."""
     cases: tuple[LoaderCase, ...]
     timm_version: str
-    environment: EnvironmentRecord
-    started_at: AwareDatetime
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What a process is asked to load."""
-
-    contender: str
-    files: tuple[Path, ...]
-    """In number whole batches."""
-    num_warm_up_batches: int
-    image_size: int
-    config: LoaderSpeedConfig
 
 
 @dataclass(frozen=True)
@@ -107,13 +90,7 @@ class Loaded:
 
 
 def main(config: LoaderSpeedConfig) -> Path:
-    """Measure, print the table and write the report.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        LoaderSpeedError: no JPEG images in it, or a loader failed.
-        PublishError: docs/results.md has no place for the table.
-    """
+    """Measure, print the table and write the report."""
     started_at = datetime.now(UTC)
     if config.publish:
         find_section(config.readme, SECTION)
@@ -133,23 +110,16 @@ def main(config: LoaderSpeedConfig) -> Path:
     write_text(config.output, report.model_dump_json(indent=1) + "\n")
     print(to_table(report).aligned_text())
     if config.publish:
-        directory = published_directory(started_at, [report.environment])
-        write_text(directory / "loader.json", report.model_dump_json(indent=1) + "\n")
         about = (
             f"On {report.environment.processor}, timm {report.timm_version}, {started_at:%Y-%m-%d}."
         )
-        write_section(config.readme, SECTION, f"{to_table(report).markdown()}\n\n{about}")
-        log.info("published: %s, and the table in %s", directory, config.readme)
+        text = f"{to_table(report).markdown()}\n\n{about}"
+        publish_record(report, f"{SECTION}.json", config.readme, SECTION, text)
     return config.output
 
 
 def find_jpegs(folder: Path) -> tuple[Path, ...]:
-    """List the JPEG files of a folder and the folders in it.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        LoaderSpeedError: there are none.
-    """
+    """List the JPEG files of a folder and the folders in it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected one of JPEG images")
     files = [path for path in find_image_files(folder)[0] if path.suffix.lower() in JPEG_SUFFIXES]
@@ -160,39 +130,33 @@ def find_jpegs(folder: Path) -> tuple[Path, ...]:
 
 def measure(files: tuple[Path, ...], config: LoaderSpeedConfig) -> tuple[LoaderCase, ...]:
     """Let the loaders take turns at each size; only one of them works at a time."""
-    cases: list[LoaderCase] = []
     batches_per_pass = max(len(files) // config.batch_size, 1)
     num_images = (config.passes + 1) * batches_per_pass * config.batch_size
     repeated = tuple(islice(cycle(files), num_images))
-    with ExitStack() as stack:
-        processes = {name: stack.enter_context(LoaderProcess(name)) for name in CONTENDERS}
-        num_turns = len(config.image_sizes) * config.rounds * len(CONTENDERS)
-        progress = stack.enter_context(
-            tqdm(total=num_turns, unit="turn", disable=None, leave=False)
-        )
-        for image_size in config.image_sizes:
-            answers: dict[str, list[Loaded]] = {name: [] for name in CONTENDERS}
-            for number in range(config.rounds):
-                # There and back: a machine that gets slower meanwhile favors nobody.
-                for name in CONTENDERS if number % 2 == 0 else reversed(CONTENDERS):
-                    progress.set_description(f"{image_size} px, {name}")
-                    turn = Turn(name, repeated, batches_per_pass, image_size, config)
-                    answers[name].append(processes[name].take_turn(turn))
-                    progress.update()
-            cases.append(
-                LoaderCase(
-                    image_size=image_size,
-                    images_per_s={
-                        name: tuple(turn.images_per_s for turn in turns)
-                        for name, turns in answers.items()
-                    },
-                    core_ms_per_image={
-                        name: tuple(turn.core_ms_per_image for turn in turns)
-                        for name, turns in answers.items()
-                    },
-                )
+    num_turns = len(config.image_sizes) * config.rounds * len(CONTENDERS)
+    processes = {name: Contender(name, partial(LoaderSubject, name, config)) for name in CONTENDERS}
+    with (
+        running(list(processes.values())),
+        tqdm(total=num_turns, unit="turn", disable=None, leave=False) as bar,
+    ):
+
+        def case(image_size: int) -> LoaderCase:
+            def turn(name: str, _: int) -> Loaded:
+                bar.set_description(f"{image_size} px, {name}")
+                loaded = processes[name].ask("turn", repeated, batches_per_pass, image_size)
+                bar.update()
+                return loaded
+
+            turns = take_turns(CONTENDERS, config.rounds, turn).items()
+            return LoaderCase(
+                image_size=image_size,
+                images_per_s={name: tuple(t.images_per_s for t in own) for name, own in turns},
+                core_ms_per_image={
+                    name: tuple(t.core_ms_per_image for t in own) for name, own in turns
+                },
             )
-    return tuple(cases)
+
+        return tuple(map(case, config.image_sizes))
 
 
 def to_table(report: LoaderReport) -> Table:
@@ -223,60 +187,37 @@ def to_table(report: LoaderReport) -> Table:
 
 
 def _ratio(rates: Sequence[float], reference: Sequence[float]) -> str:
-    ratios = [rate / other for rate, other in zip(rates, reference, strict=True)]
-    median, low, high = map(format_ratio, (statistics.median(ratios), min(ratios), max(ratios)))
+    median, low, high = map(format_ratio, ratio(rates, reference))
     return f"{median} ({low} to {high})"
 
 
-class LoaderProcess:
-    """A process that loads when it is asked to; a context that ends it."""
+class LoaderSubject:
+    """A contender's loader, in its own process, which begins its workers anew in each turn."""
 
-    def __init__(self, name: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other_end,), name=name)
-        self._process.start()
-        # From now on a process that has ended is an end of file here, and the other way round.
-        other_end.close()
+    def __init__(self, contender: str, config: LoaderSpeedConfig) -> None:
+        self._contender = contender
+        self._config = config
 
-    def take_turn(self, turn: Turn) -> Loaded:
-        """Let the process load."""
+    def turn(self, files: tuple[Path, ...], num_warm_up_batches: int, image_size: int) -> Loaded:
+        """Load files, in number whole batches, the first of which do not count."""
+        make = _timm_batches if self._contender in (TIMM, AGAIN) else _batches
         try:
-            self._connection.send(turn)
-            answer = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            raise LoaderSpeedError(
-                f"the process of {turn.contender} ended with code {self._process.exitcode}"
-            ) from None
-        if isinstance(answer, str):
-            raise LoaderSpeedError(f"{turn.contender}: {answer}")
-        return answer
-
-    def __enter__(self) -> "LoaderProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._process.kill()
-        self._process.join()
-
-
-def _serve(connection: Connection) -> None:
-    obey_parent()
-    # A spawned process would spawn its loader's workers too, which takes seconds; in training they
-    # are started in the platform's way.
-    multiprocessing.set_start_method(None, force=True)
-    while True:
-        try:
-            turn: Turn = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(_take_turn(turn))
-        # timm's and torch's own exceptions have no common base; the other process ends on it.
+            core_s = _core_s_of_children()
+            batches = iter(make(files, image_size, self._config, self._contender))
+            for _ in range(num_warm_up_batches):
+                next(batches)
+            num_images, begin = 0, time.perf_counter()
+            for images, *_ in batches:
+                num_images += len(images)
+            seconds = time.perf_counter() - begin
+            # Only of workers that have ended the time is known.
+            del batches
+            gc.collect()
+            core_s = _core_s_of_children() - core_s
+        # timm's and torch's own exceptions have no common base.
         except Exception as error:
-            connection.send(describe_error(error))
+            raise LoaderSpeedError(describe_error(error)) from error
+        return Loaded(num_images / seconds, 1000 * core_s / len(files))
 
 
 def describe_error(error: Exception) -> str:
@@ -285,29 +226,14 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else '(it has no message)'}"
 
 
-def _take_turn(turn: Turn) -> Loaded:
-    core_s = _core_s_of_children()
-    batches = iter(_timm_batches(turn) if turn.contender in (TIMM, AGAIN) else _batches(turn))
-    for _ in range(turn.num_warm_up_batches):
-        next(batches)
-    num_images, begin = 0, time.perf_counter()
-    for images, *_ in batches:
-        num_images += len(images)
-    seconds = time.perf_counter() - begin
-    # Only of workers that have ended the time is known.
-    del batches
-    gc.collect()
-    core_s = _core_s_of_children() - core_s
-    return Loaded(num_images / seconds, 1000 * core_s / len(turn.files))
-
-
 def _core_s_of_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
-def _batches(turn: Turn) -> Iterable[Any]:
-    size, config = turn.image_size, turn.config
+def _batches(
+    files: tuple[Path, ...], size: int, config: LoaderSpeedConfig, contender: str
+) -> Iterable[Any]:
     magnitude = float(config.magnitude)
     train_config = replace(
         imagenet_recipe("v2-s"),
@@ -319,21 +245,22 @@ def _batches(turn: Turn) -> Iterable[Any]:
         micro_batch_size=None,
         min_crop_area=MIN_CROP_AREA,
         num_randaugment_layers=NUM_RANDAUGMENT_LAYERS,
-        augment_on="device" if turn.contender == DEVICE else "cpu",
+        augment_on="device" if contender == DEVICE else "cpu",
     )
-    samples = [Sample(path.name, 0, path) for path in turn.files]
+    samples = [Sample(path.name, 0, path) for path in files]
     plan = StepPlan(len(samples), train_config, [config.batch_size])
     stages = plan_stages(train_config.progressive)
     return train_batches(samples, train_config, stages, StepSampler(plan), config.num_workers)
 
 
-def _timm_batches(turn: Turn) -> Iterable[Any]:
-    config = turn.config
+def _timm_batches(
+    files: tuple[Path, ...], size: int, config: LoaderSpeedConfig, _: str
+) -> Iterable[Any]:
     dataset: Any = create_dataset("", str(config.folder), search_split=False)
-    dataset.reader.samples = [(str(path), 0) for path in turn.files]
+    dataset.reader.samples = [(str(path), 0) for path in files]
     loader: Any = create_loader(
         dataset,
-        input_size=(3, turn.image_size, turn.image_size),
+        input_size=(3, size, size),
         batch_size=config.batch_size,
         is_training=True,
         use_prefetcher=True,

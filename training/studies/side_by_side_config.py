@@ -23,6 +23,5 @@ class SideBySideConfig(JsonFlags):
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if len(self.runs) < 2:
             raise ValueError(f"{len(self.runs)} runs are named, expected at least two")

@@ -57,12 +57,7 @@ class SideBySide(Measured):
 
 
 def main(config: SideBySideConfig) -> SideBySide:
-    """Read the runs, print their table, and publish it when asked.
-
-    Raises:
-        CheckpointError: a run is not complete.
-        SideBySideError: the runs are of several variants or data.
-    """
+    """Read the runs, print their table, and publish it when asked."""
     if config.publish:
         find_section(config.readme, SECTION)
     records = [read_checkpoint(run / "checkpoint") for run in config.runs]
@@ -97,11 +92,7 @@ def main(config: SideBySideConfig) -> SideBySide:
 
 
 def read_epochs(path: Path) -> tuple[Epoch, ...]:
-    """Read the epochs of a run.
-
-    Raises:
-        SideBySideError: missing, or not what training writes.
-    """
+    """Read the epochs of a run."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return tuple(Epoch.model_validate(json.loads(line)) for line in lines)

@@ -1,6 +1,6 @@
 """Network, image size, batch -> our training step or timm's, ready to be called."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import repeat
 from typing import Any
@@ -23,11 +23,12 @@ from training.learning.state import new_state
 from training.learning.step import AUTOCAST_TYPES, TrainStep
 from training.recipe.stages import plan_stages
 from training.studies.speed_plan import StepCase
-from training.studies.speed_stopwatch import Step
 
 # The time of a step does not depend on it, but a loss that is not a number does: fp16 then leaves
 # the update out.
 LEARNING_RATE = 1e-6
+
+Step = Callable[[], object]
 
 
 def our_step(case: StepCase, device: torch.device) -> Step:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from efficientnet.command import require_least, require_positive
 from efficientnet.images.datasets import load_dataset
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.network.architectures import peer_of
@@ -77,7 +78,6 @@ class SpeedConfig:
     """File with the markers that the tables are written between."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         for name in self.variants:
             get_variant(name)
             self.padding(name)
@@ -92,18 +92,10 @@ class SpeedConfig:
             raise ValueError("table 2 has two image sizes and two batch sizes; give as many")
         if self.table == 3 and counts != (1, 1):
             raise ValueError("table 3 has one image size and one batch size; give one of each")
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds is {self.seconds}, expected a positive number")
-        for flag, value, least in (
-            ("--image-sizes", min(self.image_size_list), 16),
-            ("--batch-sizes", min(self.batch_size_list), 2),
-            ("--turns", self.turns, 1),
-            ("--threads", self.threads, 1),
-            ("--num-workers", self.num_workers, 0),
-            ("--memory-limit-bytes", self.memory_limit_bytes, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{flag} is {value}, expected at least {least}")
+        require_positive(self, "seconds")
+        # Batch norm needs more than one value per channel.
+        require_least(self, image_sizes=16, batch_sizes=2, turns=1, threads=1)
+        require_least(self, num_workers=0, memory_limit_bytes=1)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -131,11 +123,7 @@ class SpeedConfig:
         return (16, 32, 64)
 
     def padding(self, variant: str) -> Padding:
-        """Return the recipe's padding, or timm's where its network has the other one only.
-
-        Raises:
-            ValueError: timm has no such network.
-        """
+        """Return the recipe's padding, or timm's where its network has the other one only."""
         if self.peer is None:
             return "symmetric"
         try:

@@ -16,7 +16,7 @@ from efficientnet.network.cost import DevicePeak, network_cost
 from efficientnet.network.variants import get_variant
 from training.learning.memory import USABLE_SHARE, MemoryModel, device_memory_bytes
 from training.studies.speed_plan import OURS, SpeedConfig, StepCase
-from training.studies.speed_worker import Device, Measured
+from training.studies.speed_subject import Device, Measured
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Recorder:
         if measured.is_out_of_memory:
             turns = ()
         batch_size = case.micro_batch_size
-        step_ms = [sample for turn in turns for sample in turn.step_ms]
+        step_ms = [sample for turn in turns for sample in turn.samples_ms]
         elapsed_s = sum(turn.elapsed_s for turn in turns)
         images_per_s = batch_size * len(step_ms) / elapsed_s if turns else None
         peak = self._cpu_peak if device.type == "cpu" else gpu_peak(device.name, case.precision)
@@ -99,7 +99,7 @@ class Recorder:
             num_steps=len(step_ms),
             images_per_s=images_per_s,
             step_p50_ms=statistics.median(step_ms) if step_ms else None,
-            turn_p50_ms=tuple(statistics.median(turn.step_ms) for turn in turns),
+            turn_p50_ms=tuple(statistics.median(turn.samples_ms) for turn in turns),
             compile_s=measured.warm_up.compile_s if measured.warm_up else None,
             peak_memory_bytes=max(turn.peak_memory_bytes for turn in turns) if turns else None,
             predicted_memory_bytes=self.predicted_bytes(case) if case.contender == OURS else None,

@@ -1,13 +1,13 @@
 """Records of training steps -> a table of each run, beside the paper's or timm's, published."""
 
 import logging
-import statistics
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from efficientnet.formats.records import TrainingSpeedRecord, read_records
 from efficientnet.machine.atomic import write_text
+from efficientnet.measuring.turns import Ratio, ratio
 from efficientnet.network.cost import network_cost
 from efficientnet.network.variants import get_variant
 from efficientnet.reporting.publishing import find_section, published_directory, write_section
@@ -31,12 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def publish(records: Run, readme: Path) -> Path:
-    """Add a run to what is published of this day and device, in the place of one like it.
-
-    Raises:
-        PublishError: docs/results.md has no place for the tables.
-        ValueError: what was published before is damaged.
-    """
+    """Add a run to what is published of this day and device, in the place of one like it."""
     find_section(readme, SECTION)
     directory = published_directory(records[0].started_at, [records[0].environment])
     path = directory / "training-speed.jsonl"
@@ -111,9 +106,9 @@ def _table(run: Run) -> Table:
             is_told = record.is_loader_fed and share is not None
             line += [fed, format_percent(share or 0) if is_told else NOTHING]
         if has_peer:
-            ratios = turn_ratios(run, record)
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else NOTHING
-            line += [record.contender, format_ratio(statistics.median(ratios) if ratios else None)]
+            found = timms_ratio(run, record)
+            spread = f"{found.low:.2f} to {found.high:.2f}" if found else NOTHING
+            line += [record.contender, format_ratio(found.median if found else None)]
             line.append(NOTHING if record.contender == TIMM else spread)
         lines.append(tuple(line))
     return Table(tuple(columns), tuple(lines), frozenset({"fed by", "step of"}))
@@ -161,13 +156,13 @@ def _paper_table(run: Run) -> Table:
     return Table(tuple(columns), tuple(lines), frozenset({"variant"}), tuple(notes))
 
 
-def turn_ratios(run: Run, record: TrainingSpeedRecord) -> list[float]:
-    """Return how many times timm's speed a contender had in each turn; none without both."""
+def timms_ratio(run: Run, record: TrainingSpeedRecord) -> Ratio | None:
+    """Compare timm's times with a contender's, turn by turn; None without both."""
     for peer in run:
         if peer.contender == TIMM and _shape(peer) == _shape(record):
-            pairs = zip(record.turn_p50_ms, peer.turn_p50_ms, strict=False)
-            return [timm_ms / own_ms for own_ms, timm_ms in pairs]
-    return []
+            own, timms = record.turn_p50_ms, peer.turn_p50_ms
+            return ratio(timms, own) if own and timms else None
+    return None
 
 
 def _synthetic(run: Run, record: TrainingSpeedRecord) -> TrainingSpeedRecord:

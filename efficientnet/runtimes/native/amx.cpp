@@ -80,6 +80,7 @@ struct Products {
 #include "depthwise.h"
 #include "depthwise_bf16.h"
 #include "steps.h"
+#include "peak.h"
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -97,6 +98,6 @@ void leave() { _tile_release(); }
 
 }  // namespace
 
-const Kernels AMX = {"amx", true, 64, packed_bytes, pack, scratch_bytes, run, needs, enter, leave};
+const Kernels AMX = {"amx", true, 64, packed_bytes, pack, scratch_bytes, run, needs, enter, leave, peak};
 
 }  // namespace native

@@ -15,9 +15,10 @@ namespace {
 #include "depthwise.h"
 #include "depthwise_bf16.h"
 #include "steps.h"
+#include "peak.h"
 
 }  // namespace
 
-const Kernels AVX512_VNNI = {"avx512_vnni", true, 4, packed_bytes, pack, scratch_bytes, run, needs, [] {}, [] {}};
+const Kernels AVX512_VNNI = {"avx512_vnni", true, 4, packed_bytes, pack, scratch_bytes, run, needs, [] {}, [] {}, peak};
 
 }  // namespace native

@@ -192,6 +192,19 @@ const char* engine_levels(void) {
   return names.c_str();
 }
 
+double engine_peak(const char* level, int what, double* seconds) {
+  for (const Kernels* kernels : levels()) {
+    if (!level || !seconds || !kernels->peak || what < 0 || what > 2 || std::strcmp(level, kernels->name)) continue;
+    kernels->enter();
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t done = kernels->peak(what, 1 << 18);
+    *seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    kernels->leave();
+    return double(done);
+  }
+  return -1;
+}
+
 engine* engine_open(const char* path, const char* level, int threads, int max_batch, int flags, char* error,
                     size_t error_bytes) {
   try {

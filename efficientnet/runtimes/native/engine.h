@@ -13,6 +13,10 @@ typedef struct engine engine;
 enum { ENGINE_KEEP_TENSORS = 1, ENGINE_KEEP_TIMES = 2 };
 
 ENGINE_API const char* engine_levels(void);
+/* What the calling thread did in a short while with a level's instructions from registers alone, and
+   the seconds: multiply-adds of u8 (what = 0) or bf16 (1), or vector instructions (2). -1: no such
+   level here. */
+ENGINE_API double engine_peak(const char* level, int what, double* seconds);
 ENGINE_API engine* engine_open(const char* path, const char* level, int threads, int max_batch,
                                int flags, char* error, size_t error_bytes);
 ENGINE_API int engine_infer(engine* self, const void* images, int is_pixels, int batch,

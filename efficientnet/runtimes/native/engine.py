@@ -2,9 +2,10 @@
 
 import ctypes
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from efficientnet.runtimes.native.build import LIBRARY
 PORTABLE = "portable"
 
 MAX_THREADS = 64
+
+# Of 0.4 to 6 ms each; the best counts.
+PEAK_REPEATS = 30
 
 _ERROR_BYTES = 1024
 _KEEP_TENSORS, _KEEP_TIMES = 1, 2
@@ -48,6 +52,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
         ("layer_times", number, (pointer, pointer, number)),
         ("info", None, (pointer, pointer)),
         ("level", text, (pointer,)),
+        ("peak", ctypes.c_double, (text, number, ctypes.POINTER(ctypes.c_double))),
         ("close", None, (pointer,)),
     ):
         function = getattr(library, f"engine_{name}")
@@ -56,12 +61,42 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
 
 
 def levels(library: Path = LIBRARY) -> tuple[str, ...]:
-    """Name the sets of kernels that run on this processor, best first; the last is portable.
+    """Name the sets of kernels that run on this processor, best first; the last is portable."""
+    return tuple(load_library(library).engine_levels().decode().split())
+
+
+Work = Literal["int8", "bf16", "instructions"]
+WORK: tuple[Work, ...] = get_args(Work)
+
+
+def peak_per_s(work: Work, num_threads: int, level: str, library: Path = LIBRARY) -> float:
+    """Measure what a level's instructions do at most, from registers alone, in several threads.
+
+    Args:
+        work: multiply-adds of int8 or bf16, or vector instructions, which are counted.
+        num_threads: each does as much, and what they did together is divided by the longest time.
+        level: of levels() but the portable one.
+        library: the engine.
 
     Raises:
         ArtifactError: see load_library.
+        ValueError: no such level here.
     """
-    return tuple(load_library(library).engine_levels().decode().split())
+    measure = load_library(library).engine_peak
+
+    def one(_: int) -> tuple[float, float]:
+        seconds = ctypes.c_double()
+        done = measure(level.encode(), WORK.index(work), ctypes.byref(seconds))
+        if done < 0:
+            raise ValueError(f"no fast kernels {level!r} here: {', '.join(levels(library))}")
+        return done, seconds.value
+
+    best = 0.0
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in range(PEAK_REPEATS):
+            done, seconds = zip(*pool.map(one, range(num_threads)), strict=True)
+            best = max(best, sum(done) / max(seconds))
+    return best
 
 
 class Engine:

@@ -111,6 +111,7 @@ struct Kernels {
   void (*needs)(const Step& step, int part, int parts, Prefetch& prefetch);  // the weights that a part of a step reads
   void (*enter)();  // before a thread's first step of a call
   void (*leave)();  // after its last
+  int64_t (*peak)(int what, int64_t times);  // of this thread; none of the portable kernels
 };
 
 // Work is numbered group by group, `units` in each (rows, or runs of pixels); a thread takes a contiguous part of it.

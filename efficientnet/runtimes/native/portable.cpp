@@ -190,6 +190,6 @@ const Kernels PORTABLE = {
     [](const Step&) { return size_t(0); },
     run,
     [](const Step&, int, int, Prefetch&) {},
-    [] {}, [] {}};
+    [] {}, [] {}, nullptr};
 
 }  // namespace native

@@ -1,0 +1,447 @@
+"""A table of the paper -> its rows measured on this device, or why not, as record and Markdown."""
+
+import logging
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from efficientnet.formats.records import LatencyRecord, TrainingSpeedRecord
+from efficientnet.machine.atomic import write_text
+from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.measuring.peaks import cpu_peaks, gpu_peak
+from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
+from efficientnet.network.variants import get_variant
+from efficientnet.reporting.publishing import (
+    Measured,
+    device_slug,
+    find_section,
+    publish_part,
+)
+from efficientnet.reporting.tables import (
+    NOTHING,
+    Table,
+    format_ms,
+    format_percent,
+    format_rate,
+)
+from efficientnet.runtimes.names import EAGER_RUNTIME, title
+from perf.studies.candidates import read_all
+from perf.studies.config import PaperConfig
+from perf.studies.paper_process import PaperJob, PaperTimes
+from perf.studies.paper_tables import (
+    DEVICE_CLASS,
+    NVIDIA_BATCH_SIZE,
+    NVIDIA_COLUMNS,
+    NVIDIA_MS,
+    PRECISION,
+    TABLES,
+    TIMM,
+    PaperRow,
+    PaperTable,
+    TableName,
+)
+
+SECTION = "paper"
+
+TURNS = 5
+QUICK_IMAGES, ALL_IMAGES = 64, 256
+
+# NVIDIA's own run on the paper's device was 3 to 9 % slower than the paper.
+BAND = 0.10
+
+# Building, reading images and warming up come on top.
+MAX_TIMES_SECONDS, MAX_REST_S = 20, 600
+
+PAPER_GPU = "V100 SXM2"
+
+log = logging.getLogger(__name__)
+
+
+class RowRecord(BaseModel):
+    """A row: what the paper prints, and what was measured here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    network: str | None
+    image_size: int
+    batch_size: int | None
+    paper: float | None
+    """In the table's unit."""
+    ours: float | None
+    """The same, eager; None: not measured."""
+    times: PaperTimes | None
+    why_not: str | None
+    """Why it was not measured."""
+    artifact: str | None
+    """The best artifact of the same variant, image and batch size that was measured here."""
+    artifact_value: float | None
+    projected: float | None
+    """What the cost model makes of `ours` on the paper's device: no measurement."""
+
+
+class PaperRecord(Measured):
+    """A table of the paper and what stands beside it."""
+
+    table: TableName
+    unit: str
+    device: str
+    precision: str
+    num_threads: int
+    is_quick: bool
+    rows: tuple[RowRecord, ...]
+
+
+def main(config: PaperConfig) -> Path:
+    """Measure the rows one after the other; return the path of the table as Markdown.
+
+    Raises:
+        ValueError: --rows names none, or records are damaged or of another format.
+        PublishError: docs/results.md has no place for the table; nothing is measured then.
+    """
+    if config.publish:
+        find_section(config.readme, SECTION)
+    table = TABLES[config.table]
+    started_at, here = datetime.now(UTC), current_environment()
+    num_threads = config.threads or num_usable_cores()
+    on_gpu = bool(here.gpus)
+    expected = "fp16" if on_gpu else "fp32"
+    device = here.gpus[0].partition(",")[0] if on_gpu else here.processor
+    asked = [row for row in table.rows if _is_asked(row, config.rows)]
+    if not asked:
+        raise ValueError(
+            f"--rows {' '.join(config.rows)}: table {config.table} has none of them; it has "
+            f"{', '.join(row.label for row in table.rows)}"
+        )
+    if not on_gpu:
+        log.warning("%s", _no_v100(device))
+    slug = device_slug([here])
+    latencies = [
+        record
+        for record in read_all(config.latency, config.published, LatencyRecord)
+        if device_slug([record.environment]) == slug
+    ]
+    trainings = [
+        record
+        for record in read_all(config.training_speed, config.published, TrainingSpeedRecord)
+        if device_slug([record.environment]) == slug and record.contender == "ours"
+    ]
+    peaks = _peaks(config, table, on_gpu, device, num_threads)
+    rows: list[RowRecord] = []
+    for row in table.rows:
+        if table.is_training:
+            rows.append(_of_training(row, config, trainings))
+        elif row not in asked:
+            rows.append(_record(row, None, "not asked for", latencies, table))
+        else:
+            rows.append(_measured(row, config, num_threads, latencies, table))
+        rows[-1] = _with_projection(rows[-1], table, peaks)
+        log.info("%s: %s", row.label, _say(rows[-1], table))
+    record = PaperRecord(
+        environment=here,
+        started_at=started_at,
+        table=config.table,
+        unit=table.unit,
+        device=device,
+        precision=next((row.times.precision for row in rows if row.times), expected),
+        num_threads=num_threads,
+        is_quick=config.quick,
+        rows=tuple(rows),
+    )
+    name = f"table-{config.table}"
+    write_text(config.output / f"{name}.json", record.model_dump_json(indent=1) + "\n")
+    path = config.output / f"{name}.md"
+    write_text(path, f"# The paper, side by side\n\n{section_of(record)}\n")
+    if config.publish:
+        publish_part(record, f"{SECTION}-{name}.json", config.readme, SECTION, section_of)
+    return path
+
+
+def verdict(row: RowRecord, record: PaperRecord) -> str:
+    """Say whether the paper's number is reproduced: between like and like only."""
+    if row.paper is None:
+        return "the paper has no number"
+    if row.ours is None:
+        return "not measured"
+    if DEVICE_CLASS not in record.device:
+        return f"no verdict: not a {DEVICE_CLASS}"
+    if record.precision != PRECISION or row.batch_size is None:
+        return "no verdict: another precision or batch size"
+    share = row.ours / row.paper - 1
+    if abs(share) <= BAND:
+        return f"reproduced within {max(1, round(100 * abs(share)))} %"
+    is_slower = (share > 0) == (record.unit == "ms")
+    return f"not reproduced: {100 * abs(share):.0f} % {'slower' if is_slower else 'faster'}"
+
+
+def section_of(record: PaperRecord) -> str:
+    """Write a table and how it was measured as Markdown."""
+    table = TABLES[record.table]
+    is_training = table.is_training
+    notes = [
+        f"Paper: {DEVICE_CLASS}, {PRECISION}, timm's PyTorch code."
+        if not is_training
+        else f"Paper: {DEVICE_CLASS}; its precision is not printed.",
+    ]
+    if not record.environment.gpus:
+        notes.append(_no_v100(record.device))
+    if is_training:
+        notes.append("Here: training/speed.py, whose own table says how it measures.")
+    else:
+        notes.append(
+            f"Here: eager PyTorch {record.environment.libraries.get('torch')}, "
+            f"{record.precision}, channels_last, random weights (time only), images on the "
+            f"device, each call waited for, {record.num_threads} threads, each row in a process of "
+            f"its own; the median call{', quick' if record.is_quick else ''}."
+        )
+    notes.append(
+        f"'Reproduced' is within {format_percent(BAND, 0)}, between the same class of device, "
+        "precision and batch size only."
+    )
+    if any(row.artifact for row in record.rows):
+        notes.append(
+            "Best artifact: the fastest of the same variant, image and batch size in the records "
+            "of this device, host memory to host memory, of whatever weights and accuracy."
+        )
+    if any(row.batch_size == NVIDIA_BATCH_SIZE and row.network in NVIDIA_MS for row in record.rows):
+        notes.append(
+            "NVIDIA: its own runs, V100-SXM3-32GB and A100-SXM-80GB, TensorRT 8.0, CUDA graphs, "
+            "no transfers: another kind of measurement, which has no verdict."
+        )
+    if any(row.projected is not None for row in record.rows):
+        notes.append(
+            f"Projected: no measurement. Our time, times the cost model's floor on a {PAPER_GPU} "
+            "over that on this device; in brackets how far it is from the paper's."
+        )
+    return (
+        f"**{table.title}, {record.unit}, on {record.device}**\n\n"
+        f"{_table(record).markdown()}\n\n{' '.join(notes)} {record.started_at:%Y-%m-%d} UTC."
+    )
+
+
+def _no_v100(device: str) -> str:
+    return (
+        f"The paper's device is a V100 GPU, this one is a CPU ({device}), in fp32: nothing here "
+        "reproduces or refutes the paper's numbers."
+    )
+
+
+def _is_asked(row: PaperRow, patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return True
+    network = (row.network or "").removeprefix(TIMM)
+    return any(p.removeprefix(TIMM) == network or p.lower() in row.label.lower() for p in patterns)
+
+
+def _measured(
+    row: PaperRow,
+    config: PaperConfig,
+    num_threads: int,
+    latencies: Sequence[LatencyRecord],
+    table: PaperTable,
+) -> RowRecord:
+    if row.network is None:
+        return _record(row, None, "neither this project nor timm has it", latencies, table)
+    assert row.batch_size is not None
+    job = PaperJob(
+        network=row.network,
+        image_size=row.image_size,
+        batch_size=row.batch_size,
+        seconds=config.row_seconds,
+        num_turns=TURNS,
+        num_threads=num_threads,
+        num_images=QUICK_IMAGES if config.quick else ALL_IMAGES,
+    )
+    found = run_job(job)
+    times, why_not = (None, found) if isinstance(found, str) else (found, None)
+    return _record(row, times, why_not, latencies, table)
+
+
+def run_job(job: PaperJob) -> PaperTimes | str:
+    """Measure in a process of its own; return why not when it fails."""
+    command = [sys.executable, "-P", "-m", "perf.studies.paper_process", job.model_dump_json()]
+    limit_s = MAX_TIMES_SECONDS * job.seconds + MAX_REST_S
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        return f"not done after {limit_s:.0f} s"
+    if done.returncode < 0:
+        hint = "; the machine may be out of memory" if done.returncode == -9 else ""
+        return f"its process was ended by signal {-done.returncode}{hint}"
+    if done.returncode > 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        last = lines[-1].strip()[:200] if lines else f"exit code {done.returncode}"
+        is_memory = any(w in done.stderr for w in ("allocate memory", "OutOfMemory", "MemoryError"))
+        return f"out of memory ({last})" if is_memory else f"failed: {last}"
+    try:
+        return PaperTimes.model_validate_json(done.stdout.splitlines()[-1])
+    except (ValidationError, IndexError) as error:
+        return f"failed: its answer cannot be read ({str(error).partition(chr(10))[0]})"
+
+
+def _record(
+    row: PaperRow,
+    times: PaperTimes | None,
+    why_not: str | None,
+    latencies: Sequence[LatencyRecord],
+    table: PaperTable,
+) -> RowRecord:
+    ours = None
+    if times is not None:
+        samples = [sample for turn in times.samples_ms for sample in turn]
+        assert row.batch_size is not None
+        ours = (
+            statistics.median(samples)
+            if table.unit == "ms"
+            else row.batch_size * len(samples) / times.elapsed_s
+        )
+    artifact = _best_artifact(row, latencies, table)
+    return RowRecord(
+        label=row.label,
+        network=row.network,
+        image_size=row.image_size,
+        batch_size=row.batch_size,
+        paper=row.value,
+        ours=ours,
+        times=times,
+        why_not=why_not,
+        artifact=title(artifact.runtime, artifact.precision) if artifact else None,
+        artifact_value=_value(artifact, table) if artifact else None,
+        projected=None,
+    )
+
+
+def _best_artifact(
+    row: PaperRow, latencies: Sequence[LatencyRecord], table: PaperTable
+) -> LatencyRecord | None:
+    found = [
+        record
+        for record in latencies
+        if record.runtime != EAGER_RUNTIME
+        and (record.variant, record.image_size) == (row.network, row.image_size)
+        and record.batch_size == row.batch_size
+        and record.timed_region == "end_to_end"
+    ]
+    best = min if table.unit == "ms" else max
+    return best(found, key=lambda record: _value(record, table)) if found else None
+
+
+def _value(record: LatencyRecord, table: PaperTable) -> float:
+    if table.unit == "images/s":
+        return record.throughput_images_per_s
+    return statistics.median(record.turn_p50_ms)
+
+
+def _of_training(
+    row: PaperRow, config: PaperConfig, trainings: Sequence[TrainingSpeedRecord]
+) -> RowRecord:
+    found = [
+        record
+        for record in trainings
+        if (record.variant, record.image_size) == (row.network, row.image_size)
+        and row.batch_size in (None, record.micro_batch_size)
+        and not record.is_loader_fed
+    ]
+    newest = found[-1] if found else None
+    why_not = None
+    if newest is None:
+        why_not = f"run python training/speed.py --table {config.table}"
+    elif newest.images_per_s is None:
+        why_not = "out of memory"
+    return RowRecord(
+        label=row.label,
+        network=row.network,
+        image_size=row.image_size,
+        # Table 3 prints none: ours is no answer to it.
+        batch_size=row.batch_size,
+        paper=row.value,
+        ours=newest.images_per_s if newest else None,
+        times=None,
+        why_not=why_not,
+        artifact=None,
+        artifact_value=None,
+        projected=None,
+    )
+
+
+def _peaks(
+    config: PaperConfig, table: PaperTable, on_gpu: bool, device: str, num_threads: int
+) -> tuple[DevicePeak, DevicePeak] | None:
+    # Of this device and of the paper's.
+    if not config.projected or table.is_training:
+        return None
+    own = gpu_peak(device, "fp16") if on_gpu else cpu_peaks(num_threads, ["fp32"]).get("fp32")
+    theirs = gpu_peak(PAPER_GPU, "fp16")
+    if own is None or theirs is None:
+        log.warning("nothing is projected: the peak of %s is not known", device)
+        return None
+    return own, theirs
+
+
+def _with_projection(
+    row: RowRecord, table: PaperTable, peaks: tuple[DevicePeak, DevicePeak] | None
+) -> RowRecord:
+    if peaks is None or row.ours is None or row.network is None or row.network.startswith(TIMM):
+        return row
+    assert row.times is not None and row.batch_size is not None
+    precisions = ("fp16" if row.times.precision == "fp16" else "fp32", "fp16")
+    here_ms, there_ms = (
+        latency_floor_ms(
+            network_cost(get_variant(row.network), row.image_size, row.batch_size, precision), peak
+        )
+        for precision, peak in zip(precisions, peaks, strict=True)
+    )
+    scale = there_ms / here_ms if table.unit == "ms" else here_ms / there_ms
+    return row.model_copy(update={"projected": row.ours * scale})
+
+
+def _table(record: PaperRecord) -> Table:
+    table = TABLES[record.table]
+    write = format_ms if record.unit == "ms" else _rate
+    has_nvidia = record.unit == "ms" and any(row.network in NVIDIA_MS for row in record.rows)
+    nvidia = NVIDIA_COLUMNS if has_nvidia else ()
+    has_projection = any(row.projected is not None for row in record.rows)
+    columns = ("row", "px", "batch", "paper", *nvidia, "ours eager", "calls", "best artifact")
+    columns += (*(("projected",) if has_projection else ()), "verdict")
+    rows: list[tuple[str, ...]] = []
+    for printed, row in zip(table.rows, record.rows, strict=True):
+        theirs = NVIDIA_MS.get(row.network or "", (None,) * len(NVIDIA_COLUMNS))
+        artifact = NOTHING
+        if row.artifact is not None:
+            artifact = f"{write(row.artifact_value)} ({row.artifact})"
+        projected = NOTHING
+        if row.projected is not None:
+            error = f" ({100 * (row.projected / row.paper - 1):+.0f} %)" if row.paper else ""
+            projected = f"{write(row.projected)}{error}"
+        calls = sum(map(len, row.times.samples_ms)) if row.times else None
+        rows.append(
+            (
+                row.label,
+                str(row.image_size) if row.image_size else NOTHING,
+                str(row.batch_size) if row.batch_size else NOTHING,
+                "out of memory" if printed.is_out_of_memory else write(row.paper),
+                *(write(value) for value in (theirs if nvidia else ())),
+                f"not measured: {row.why_not}" if row.ours is None else write(row.ours),
+                NOTHING if calls is None else f"{calls:,}",
+                artifact,
+                *((projected,) if has_projection else ()),
+                verdict(row, record),
+            )
+        )
+    return Table(columns, tuple(rows), frozenset(("row", "verdict")))
+
+
+def _rate(value: float | None) -> str:
+    return NOTHING if value is None else format_rate(value)
+
+
+def _say(row: RowRecord, table: PaperTable) -> str:
+    if row.ours is None:
+        return f"not measured: {row.why_not}"
+    paper = "" if row.paper is None else f" (paper, V100: {row.paper:g})"
+    return f"{format_ms(row.ours)} {table.unit}{paper}"
