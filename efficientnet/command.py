@@ -112,7 +112,7 @@ def late(module: str, needs: Sequence[str] = ()) -> Callable[[Any], Any]:
             if not needs:
                 raise
             raise PipelineError(
-                f"{error}: this export needs {' and '.join(needs)}: 'make setup', or pip install "
+                f"{error}: this command needs {' and '.join(needs)}: 'make setup', or pip install "
                 + " ".join(needs)
             ) from error
         return imported.main(config)

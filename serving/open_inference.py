@@ -8,7 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -147,13 +147,16 @@ class Statistics(_Answer):
     model_stats: tuple[ModelStatistics, ...]
 
 
+_Counted = Literal["success", "queue", "compute_input", "compute_infer"]
+
+
 class Counters:
     """What a worker has done."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_requests = self._num_images = self._num_calls = 0
-        self._seconds = dict.fromkeys(("success", "queue", "compute_input", "compute_infer"), 0.0)
+        self._seconds = dict.fromkeys(get_args(_Counted), 0.0)
 
     def count_call(self, num_images: int) -> None:
         """Count a call of the network."""
@@ -163,7 +166,7 @@ class Counters:
 
     def count_request(self, times: StageTimes) -> None:
         """Count a request that was answered."""
-        seconds = {
+        seconds: dict[_Counted, float] = {
             "success": times.total_s,
             "queue": times.seconds["queue"],
             "compute_input": times.seconds["decode"] + times.seconds["preprocess"],

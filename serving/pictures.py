@@ -6,7 +6,7 @@ Above a megabyte a body lies in a file in the temporary folder until it is worke
 import re
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
@@ -66,7 +66,8 @@ async def read_pictures(request: Request, max_pictures: int) -> Pictures:
 
 async def read_body(request: Request) -> UploadFile:
     """Read a whole body that is no form."""
-    body = UploadFile(SpooledTemporaryFile(SPOOLED_BYTES), size=0)  # noqa: SIM115
+    file = cast(BinaryIO, SpooledTemporaryFile(SPOOLED_BYTES))  # noqa: SIM115
+    body = UploadFile(file, size=0)
     async for part in request.stream():
         await body.write(part)
     await body.seek(0)

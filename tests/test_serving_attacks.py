@@ -18,11 +18,13 @@ import pytest
 from costly_pictures import ico_of, png_of_zeros, progressive_jpeg
 from facts import raises_naming
 from processes import wait_until
+from starlette.types import Message
 
 from efficientnet.images.datasets import load_dataset
 from serving.answers import PROBLEMS, Prediction, Problem
 from serving.demo import running_service
 from serving.gate import ELSEWHERE, MAX_ADDRESS_BYTES, SECURITY_HEADERS, Gate
+from serving.refusals import Refusal
 from serving.settings import PREFIX, VARIABLES, Settings, read_settings
 from serving.stages import StageTimes
 from serving.uploads import CLASSIFY_BATCH, UPLOADS_PER_PLACE, Uploads
@@ -651,16 +653,19 @@ def test_a_batch_of_a_client_that_is_gone_is_dropped_between_its_pictures():
 
 
 def test_a_web_socket_is_closed_at_the_gate():
-    sent: list[dict[str, Any]] = []
+    sent: list[Message] = []
 
     async def inner(*_: Any) -> None:
         raise AssertionError("it went through")
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: Message) -> None:
         sent.append(message)
 
+    async def receive() -> Message:
+        raise AssertionError("it was listened to")
+
     async def test() -> None:
-        await Gate(inner, is_path)({"type": "websocket", "path": "/x"}, send, send)
+        await Gate(inner, is_path)({"type": "websocket", "path": "/x"}, receive, send)
 
     run(test())
     assert sent == [{"type": "websocket.close", "code": 1008}]
@@ -681,10 +686,10 @@ def test_readiness_follows_the_pool():
             done.set_result(None)
             return done
 
-        with pytest.raises(Exception, match="within"):
+        with raises_naming(Refusal, 504, "0.05 s"):
             await work.run([hold], receive, time.monotonic())
         assert not work.is_stuck  # the other thread is free
-        with pytest.raises(Exception, match="within"):
+        with raises_naming(Refusal, 504, "0.05 s"):
             await work.run([hold], receive, time.monotonic())
         await until(lambda: work.is_stuck)
         may_go_on.set()

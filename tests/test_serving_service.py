@@ -3,7 +3,7 @@ import concurrent.futures
 import errno
 import functools
 import http.client
-import importlib
+import importlib.util
 import io
 import json
 import os

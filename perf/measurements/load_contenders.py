@@ -1,6 +1,6 @@
 """An artifact -> programs that classify pictures: the service, and plain loops without HTTP."""
 
-import multiprocessing
+import itertools
 import os
 import socket
 import subprocess
@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ import numpy as np
 from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
 from efficientnet.images.preprocess import preprocess
-from efficientnet.machine.children import obey_parent
+from efficientnet.measuring.clock import TimedCall
+from efficientnet.measuring.machine_use import CpuUse
 from efficientnet.runtimes import open_runtime
 
 HOST = "127.0.0.1"
@@ -28,7 +29,7 @@ NUM_LOG_LINES = 20
 
 
 class LoadError(PipelineError):
-    """A program that could not be measured."""
+    """A service that could not be measured."""
 
 
 @contextmanager
@@ -83,8 +84,18 @@ def _wait_until_ready(service: "subprocess.Popen[bytes]", port: int, log_path: P
     raise LoadError("\n".join(("the service did not get ready; its log ends:", *lines)))
 
 
+@dataclass(frozen=True)
+class LoopTurn:
+    """What a plain loop did."""
+
+    samples_ms: tuple[float, ...]
+    """Of each batch."""
+    images_per_s: float
+    cores_busy_elsewhere: float | None
+
+
 class PlainLoop:
-    """A process that decodes, preprocesses and infers, picture after picture.
+    """Decodes, preprocesses and infers, picture after picture; the subject of a Contender.
 
     Args:
         artifact: what infers.
@@ -93,69 +104,21 @@ class PlainLoop:
     """
 
     def __init__(self, artifact: Path, pictures: Sequence[bytes], num_threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_loop, args=(theirs, artifact, list(pictures), num_threads), daemon=True
+        self._runtime = open_runtime(artifact, num_threads)
+        self._pictures = itertools.cycle(pictures)
+
+    def turn(self, batch_size: int, seconds: float) -> LoopTurn:
+        """Work for some seconds."""
+        spec = self._runtime.info.preprocess
+
+        def classify() -> object:
+            batch = itertools.islice(self._pictures, batch_size)
+            return self._runtime.infer(np.stack([preprocess(data, spec) for data in batch]))
+
+        timed, before = TimedCall(classify), CpuUse.now()
+        turn = timed.turn(seconds)
+        return LoopTurn(
+            turn.samples_ms,
+            batch_size * len(turn.samples_ms) / turn.elapsed_s,
+            before.cores_busy_elsewhere(),
         )
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> "PlainLoop":
-        """Wait until the program is open."""
-        self.answer()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-
-    def begin(self, seconds: float, batch_size: int) -> None:
-        """Let it work for some seconds."""
-        self._connection.send((seconds, batch_size))
-
-    def answer(self) -> list[float]:
-        """Wait; return the seconds of each batch.
-
-        Raises:
-            LoadError: the process died.
-        """
-        try:
-            return self._connection.recv()
-        except (EOFError, ConnectionError):
-            self._process.join()
-            code = self._process.exitcode
-            raise LoadError(f"the plain loop ended with code {code}; see above") from None
-
-
-def _loop(connection: Connection, artifact: Path, pictures: list[bytes], num_threads: int) -> None:
-    obey_parent()
-    runtime = open_runtime(artifact, num_threads)
-    spec = runtime.info.preprocess
-    position = 0
-
-    def classify(batch_size: int) -> None:
-        nonlocal position
-        images = []
-        for _ in range(batch_size):
-            images.append(preprocess(pictures[position % len(pictures)], spec))
-            position += 1
-        runtime.infer(np.stack(images))
-
-    classify(1)
-    connection.send([])
-    while True:
-        try:
-            seconds, batch_size = connection.recv()
-        except EOFError:
-            return
-        classify(batch_size)  # the first call of another size takes longer
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while not times or time.perf_counter() < end:
-            begin = time.perf_counter()
-            classify(batch_size)
-            times.append(time.perf_counter() - begin)
-        connection.send(times)

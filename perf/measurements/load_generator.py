@@ -37,6 +37,11 @@ class Answers:
     generator_s: float
     """CPU time of the process that sent them."""
 
+    @property
+    def num_answered(self) -> int:
+        """Answers of status 200."""
+        return len(self.latencies_ms) - self.num_refused - self.num_failed
+
 
 def planned_times(schedule: Schedule, rate: float, seconds: float, seed: int) -> list[float]:
     """Plan when requests are sent, in seconds from the start; at least one.
@@ -54,16 +59,13 @@ def planned_times(schedule: Schedule, rate: float, seconds: float, seed: int) ->
     return times[times < seconds].tolist()
 
 
-def send_planned(
-    address: str, pictures: Sequence[bytes], times: Sequence[float], first: int = 0
-) -> Answers:
+def send_planned(address: str, pictures: Sequence[bytes], times: Sequence[float]) -> Answers:
     """Send a picture at each of the times (open loop).
 
     Args:
         address: that takes a picture as the body.
         pictures: sent one after the other, from the first again after the last.
         times: seconds from now.
-        first: of the pictures.
     """
 
     async def send_all(session: aiohttp.ClientSession) -> Answers:
@@ -73,7 +75,7 @@ def send_planned(
             remaining = start + planned - time.perf_counter()
             if remaining > 0:
                 await asyncio.sleep(remaining)
-            picture = pictures[(first + index) % len(pictures)]
+            picture = pictures[index % len(pictures)]
             tasks.append(asyncio.create_task(_send(session, address, picture, start + planned)))
         results = await asyncio.gather(*tasks)
         return _answers(results, time.perf_counter() - start, time.process_time() - own_start)
@@ -83,7 +85,7 @@ def send_planned(
 
 
 def send_in_turn(
-    address: str, pictures: Sequence[bytes], num_clients: int, seconds: float, first: int = 0
+    address: str, pictures: Sequence[bytes], num_clients: int, seconds: float
 ) -> Answers:
     """Have clients send a picture as soon as the one before is answered (closed loop).
 
@@ -92,7 +94,6 @@ def send_in_turn(
         pictures: see send_planned.
         num_clients: pictures on their way at once.
         seconds: after which none is sent any more.
-        first: see send_planned.
     """
 
     async def send_all(session: aiohttp.ClientSession) -> Answers:
@@ -100,7 +101,7 @@ def send_in_turn(
         results: list[tuple[float, int, float]] = []
 
         async def client(number: int) -> None:
-            index = first + number
+            index = number
             while not results or time.perf_counter() < start + seconds:
                 picture = pictures[index % len(pictures)]
                 results.append(await _send(session, address, picture, time.perf_counter()))
