@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.stages import StageTimes
-from serving.work import AbandonedError, IsWanted
+from serving.work import AbandonedError, IsWanted, all_of
 
 Images = NDArray[np.float32]
 
@@ -189,21 +189,13 @@ class Batcher:
 
 def _joined(parts: list[Future[Images]]) -> Future[Images]:
     whole: Future[Images] = Future()
-    lock = threading.Lock()
-    num_open = len(parts)
 
-    def done(_: Future[Images]) -> None:
-        nonlocal num_open
-        with lock:
-            num_open -= 1
-            if num_open:
-                return
+    def join(_: Future[None]) -> None:
         errors = [error for part in parts if (error := part.exception())]
         if errors:
             whole.set_exception(errors[0])
         else:
             whole.set_result(np.concatenate([part.result() for part in parts]))
 
-    for part in parts:
-        part.add_done_callback(done)
+    all_of(parts).add_done_callback(join)
     return whole

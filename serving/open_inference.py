@@ -387,7 +387,6 @@ def routes(run: Run) -> APIRouter:
         async def infer(request: Request, response: Response, name: str) -> Response:
             """Compute the logits of preprocessed images."""
             model = _the_model(request)
-            body = await read_body(request)
             header_length = request.headers.get(HEADER_LENGTH)
 
             asked: list[InferRequest] = []
@@ -398,7 +397,8 @@ def routes(run: Run) -> APIRouter:
                 times.end("decode")
                 return request.app.state.classifier.infer(images, is_wanted, times)
 
-            (logits,) = await run([begin], request, response)
+            async with read_body(request) as body:
+                (logits,) = await run([begin], request, response)
             if isinstance(logits, BaseException):
                 raise logits
             content, num_json_bytes = write_response(

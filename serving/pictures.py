@@ -4,6 +4,8 @@ Above a megabyte a body lies in a file in the temporary folder until it is worke
 """
 
 import re
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO, cast
@@ -30,61 +32,69 @@ class Pictures:
     """None where the request does not say."""
 
 
-async def read_picture(request: Request) -> Pictures:
-    """Read one picture: the field `image` of a form, or the body if its type is an image's.
+@asynccontextmanager
+async def read_picture(request: Request) -> AsyncGenerator[Pictures]:
+    """Give one picture: the field `image` of a form, or the body if its type is an image's.
 
     Raises:
         Refusal: none, several, or a wrong field.
     """
     if request.headers.get("content-type", "").lower().startswith("image/"):
-        return Pictures((await read_body(request),), _top_k(request, None))
-    found = await _read_form(request, "image")
-    if len(found.files) > 1:
-        raise Refusal(
-            "several_pictures",
-            f"the form holds {len(found.files)} pictures, expected one; send several to "
-            f"{CLASSIFY_BATCH}",
-        )
-    return found
+        async with read_body(request) as body:
+            yield Pictures((body,), _top_k(request, None))
+        return
+    async with _read_form(request, "image") as found:
+        if len(found.files) > 1:
+            raise Refusal(
+                "several_pictures",
+                f"the form holds {len(found.files)} pictures, expected one; send several to "
+                f"{CLASSIFY_BATCH}",
+            )
+        yield found
 
 
-async def read_pictures(request: Request, max_pictures: int) -> Pictures:
-    """Read the fields `images` of a form, in their order.
+@asynccontextmanager
+async def read_pictures(request: Request, max_pictures: int) -> AsyncGenerator[Pictures]:
+    """Give the fields `images` of a form, in their order.
 
     Raises:
         Refusal: none, too many, or a wrong field.
     """
-    found = await _read_form(request, "images")
-    if len(found.files) > max_pictures:
-        raise Refusal(
-            "too_many_pictures",
-            f"the form holds {len(found.files)} pictures, expected at most {max_pictures}; "
-            "send the others in another request",
-        )
-    return found
+    async with _read_form(request, "images") as found:
+        if len(found.files) > max_pictures:
+            raise Refusal(
+                "too_many_pictures",
+                f"the form holds {len(found.files)} pictures, expected at most {max_pictures}; "
+                "send the others in another request",
+            )
+        yield found
 
 
-async def read_body(request: Request) -> UploadFile:
-    """Read a whole body that is no form."""
-    file = cast(BinaryIO, SpooledTemporaryFile(SPOOLED_BYTES))  # noqa: SIM115
-    body = UploadFile(file, size=0)
-    async for part in request.stream():
-        await body.write(part)
-    await body.seek(0)
-    return body
+@asynccontextmanager
+async def read_body(request: Request) -> AsyncGenerator[UploadFile]:
+    """Give a whole body that is no form."""
+    body = UploadFile(cast(BinaryIO, SpooledTemporaryFile(SPOOLED_BYTES)), size=0)  # noqa: SIM115
+    try:
+        async for part in request.stream():
+            await body.write(part)
+        await body.seek(0)
+        yield body
+    finally:
+        await body.close()
 
 
-async def _read_form(request: Request, field: str) -> Pictures:
-    form = await request.form()
-    how = how_to_send(request.scope["path"])
-    values: list[Any] = form.getlist(field)
-    if not values:
-        raise Refusal("invalid_field", f"the field '{field}' is missing; {how}")
-    if not all(isinstance(value, UploadFile) for value in values):
-        raise Refusal(
-            "invalid_field", f"the field '{field}' is text, expected a picture file; {how}"
-        )
-    return Pictures(tuple(values), _top_k(request, form.get("top_k")))
+@asynccontextmanager
+async def _read_form(request: Request, field: str) -> AsyncGenerator[Pictures]:
+    async with request.form() as form:
+        how = how_to_send(request.scope["path"])
+        values: list[Any] = form.getlist(field)
+        if not values:
+            raise Refusal("invalid_field", f"the field '{field}' is missing; {how}")
+        if not all(isinstance(value, UploadFile) for value in values):
+            raise Refusal(
+                "invalid_field", f"the field '{field}' is text, expected a picture file; {how}"
+            )
+        yield Pictures(tuple(values), _top_k(request, form.get("top_k")))
 
 
 def _top_k(request: Request, of_form: Any) -> int | None:

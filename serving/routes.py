@@ -93,13 +93,11 @@ app.include_router(website)
 async def classify(request: Request, response: Response) -> list[Prediction]:
     """Classify a picture: its best classes, the most probable first."""
     classifier: PictureClassifier = request.app.state.classifier
-    found = await read_picture(request)
-    number = found.top_k or classifier.settings.default_top_k
-
-    (logits,) = await run([_piece(classifier, found.files[0])], request, response)
+    async with read_picture(request) as found:
+        (logits,) = await run([_piece(classifier, found.files[0])], request, response)
     if isinstance(logits, BaseException):
         raise logits
-    return classifier.predictions(logits, number)
+    return classifier.predictions(logits, found.top_k or classifier.settings.default_top_k)
 
 
 @app.post(CLASSIFY_BATCH, responses=OF_BATCH, openapi_extra=DESCRIPTIONS[CLASSIFY_BATCH])
@@ -111,14 +109,15 @@ async def classify_batch(
     The limits are those of one picture: all of them together are no larger and take no longer.
     """
     classifier: PictureClassifier = request.app.state.classifier
-    found = await read_pictures(request, classifier.settings.max_batch)
-    number = found.top_k or classifier.settings.default_top_k
+    async with read_pictures(request, classifier.settings.max_batch) as found:
+        pieces = [_piece(classifier, file) for file in found.files]
+        results = await run(pieces, request, response)
 
-    pieces = [_piece(classifier, file) for file in found.files]
+    top_k = found.top_k or classifier.settings.default_top_k
     answers: list[ClassifiedPicture | RefusedPicture] = []
-    for logits in await run(pieces, request, response):
+    for logits in results:
         if not isinstance(logits, BaseException):
-            best = classifier.predictions(logits, number)
+            best = classifier.predictions(logits, top_k)
             answers.append(ClassifiedPicture(predictions=tuple(best)))
         elif isinstance(logits, Refusal):
             answers.append(_refused(logits))

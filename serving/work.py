@@ -116,8 +116,9 @@ class WorkQueue:
             self._num_taken += 1
         begun = [self._begin(piece, lambda: not is_abandoned.is_set()) for piece in pieces]
         answers = [answer for answer, _ in begun]
-        self._when_done(answers, self._give_place_back)
-        results = asyncio.gather(*map(asyncio.wrap_future, answers), return_exceptions=True)
+        all_done = all_of(answers)
+        all_done.add_done_callback(lambda _: self._give_place_back())
+        results = asyncio.wrap_future(all_done)
         gone = asyncio.ensure_future(_wait_until_gone(receive))
         remaining = max(0.0, started + self._timeout_s - time.monotonic())
         try:
@@ -132,7 +133,7 @@ class WorkQueue:
                 for _, handle in begun:
                     handle.cancel()  # which it is if no thread is at it yet
         if results in done:
-            return results.result()
+            return [answer.exception() or answer.result() for answer in answers]
         if gone in done:
             raise AbandonedError
         raise Refusal("timeout", f"the picture was not classified within {self._timeout_s:g} s")
@@ -171,23 +172,29 @@ class WorkQueue:
         handle.add_done_callback(drop)
         return answer, handle
 
-    def _when_done(self, answers: Sequence[Future[Any]], then: Callable[[], None]) -> None:
-        num_open = len(answers)
-
-        def count(_: Future[Any]) -> None:
-            nonlocal num_open
-            with self._lock:
-                num_open -= 1
-                is_last = not num_open
-            if is_last:
-                then()
-
-        for answer in answers:
-            answer.add_done_callback(count)
-
     def _give_place_back(self) -> None:
         with self._lock:
             self._num_taken -= 1
+
+
+def all_of(futures: Sequence[Future[Any]]) -> Future[None]:
+    """Return what is done when all of them are, with a result or an error; nobody may cancel it."""
+    all_done: Future[None] = Future()
+    all_done.set_running_or_notify_cancel()
+    lock = threading.Lock()
+    num_open = len(futures)
+
+    def count(_: Future[Any]) -> None:
+        nonlocal num_open
+        with lock:
+            num_open -= 1
+            is_last = not num_open
+        if is_last:
+            all_done.set_result(None)
+
+    for future in futures:
+        future.add_done_callback(count)
+    return all_done
 
 
 def _copy(done: Future[T], answer: Future[T]) -> None:

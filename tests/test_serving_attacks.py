@@ -478,7 +478,9 @@ def test_a_refusal_is_sent_before_the_body_comes():
         run(test(gate, classifier))
 
 
-def test_work_of_a_client_that_is_gone_is_dropped_and_its_place_given_back():
+def test_work_of_a_client_that_is_gone_is_dropped_and_its_place_given_back(
+    caplog: pytest.LogCaptureFixture,
+):
     gone = asyncio.Event()
 
     async def leaving() -> Messages:
@@ -502,6 +504,7 @@ def test_work_of_a_client_that_is_gone_is_dropped_and_its_place_given_back():
     classifier = HeldClassifier(max_places=2)
     with served(classifier) as gate:
         run(test(gate, classifier))
+    assert not caplog.records
 
 
 def test_a_picture_that_takes_too_long_is_a_504_and_a_stuck_pool_is_told():
