@@ -71,14 +71,14 @@ def benchmark_app(program: Program, folder: Path, seconds: float, num_threads: i
         *(str(Path(sys.executable).parent / "benchmark_app"), "-d", "CPU", "-api", "sync"),
         *("-m", str(program.path / manifest.program_file), "-shape", f"[1,3,{size},{size}]"),
         *("-hint", "none", "-load_config", str(config), "-t", str(max(1, round(seconds)))),
-        *("-i", str(folder / IMAGES_FOLDER), "-inference_only", "False"),
+        *("-i", str(folder / IMAGES_FOLDER), "-ip", "f32", "-inference_only", "False"),
     ]
     text = _run(command, seconds)
-    # Only one number is kept of what it prints.
-    found = re.search(r"Median:\s*([\d.]+) ms", text)
+    # Only one number is kept of what it prints, short times of which are in microseconds.
+    found = re.search(r"Median:\s*([\d.]+) ([mu])s", text)
     if found is None:
         raise ToolError(f"benchmark_app told no median, but: {text[-300:]}")
-    return float(found[1])
+    return float(found[1]) / (1000 if found[2] == "u" else 1)
 
 
 def torch_benchmark(program: Program, folder: Path, seconds: float, num_threads: int) -> float:
