@@ -87,6 +87,11 @@ class Settings:
     min_upload_bytes_per_s: int = 1000
     """Least rate of a body, after the first 5 s; then 408. CLASSIFIER_MIN_UPLOAD_BYTES_PER_S."""
 
+    max_connections_per_address: int = 256
+    """Connections of one address, in each worker; one more is answered with 429. Fewer than the
+    uploads that may be on their way, so that one client cannot take all of them.
+    CLASSIFIER_MAX_CONNECTIONS_PER_ADDRESS."""
+
     allowed_hosts: tuple[str, ...] = ()
     """Names by which the service may be asked, beside IP addresses, localhost and this machine's
     name; * = any. CLASSIFIER_ALLOWED_HOSTS, with commas between them."""

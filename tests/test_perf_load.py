@@ -1,4 +1,5 @@
 import math
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ def server(answer: Callable[[bytes], int]) -> Iterator[str]:
         def do_POST(self) -> None:
             status = answer(self.rfile.read(int(self.headers["Content-Length"])))
             if not status:
-                self.connection.close()
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
                 return
             self.send_response(status)
             self.send_header("Content-Length", "0")
