@@ -483,8 +483,11 @@ def test_demo_classifies_a_held_out_picture_and_leaves_nothing_running(
     report.write_text("<html></html>")
     command = [sys.executable, str(ROOT / "serving" / "demo.py")]
     command += ["--artifact", str(tiny_artifact), "--report", str(report)]
-    before = set(psutil.pids())
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    # Other tests may serve the same artifact meanwhile.
+    environment = os.environ | {"STARTED_BY": str(tmp_path)}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     answer = [Prediction.model_validate(p) for p in json.loads(result.stdout.splitlines()[-1])]
     assert len(answer) == 5
@@ -492,12 +495,12 @@ def test_demo_classifies_a_held_out_picture_and_leaves_nothing_running(
     assert "the class '2'" in result.stderr
     assert str(report) in result.stderr
     assert f"serving/run.py --artifact {os.path.relpath(tiny_artifact, tmp_path)}" in result.stderr
-    assert not [pid for pid in set(psutil.pids()) - before if serves(pid, tiny_artifact)]
+    assert not [pid for pid in psutil.pids() if is_started_by(pid, tmp_path)]
 
 
-def serves(pid: int, artifact: Path) -> bool:
+def is_started_by(pid: int, test: Path) -> bool:
     try:
-        return psutil.Process(pid).environ().get("CLASSIFIER_ARTIFACT") == str(artifact)
+        return psutil.Process(pid).environ().get("STARTED_BY") == str(test)
     except psutil.Error:
         return False
 
