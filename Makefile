@@ -48,12 +48,12 @@ wheel: setup  ## make dist/*.whl, with the native engine in it for machines with
 	$(RUN) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 demo: setup  ## the whole road on handwritten digits: train, export, measure, report, serve
-	$(RUN) training/run.py v2-s
+	$(RUN) training/run.py v2-b0
 	$(RUN) export/ort.py
 	$(RUN) perf/accuracy.py
 	$(RUN) perf/latency.py
 	$(RUN) perf/report.py
-	$(RUN) serving/demo.py --report reports/report.html
+	$(RUN) serving/demo.py --artifact artifacts/v2-b0/onnxruntime-fp32 --report reports/report.html
 	@echo "photographs    make imagenet IMAGE=photo.jpg, with real ImageNet weights, in a minute"
 
 imagenet: $(LITE0)  ## classify photographs (IMAGE=photo.jpg) with real ImageNet weights

@@ -11,7 +11,7 @@ harness adds to a call, measured with a runtime that computes nothing, stands be
 from efficientnet.command import late, parse_flags, run_command
 from perf.studies.config import AgreementConfig
 
-main = late("perf.studies.agreement")
+main = late("perf.studies.tool_agreement")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(AgreementConfig, __doc__), main)

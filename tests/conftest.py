@@ -55,7 +55,7 @@ LONG_FILES = (
     "test_perf_latency.py",
     "test_export_ablation.py",
     "test_perf_network.py",
-    "test_export_streams.py",
+    "test_export_batch_splitting.py",
     "test_export_quantization.py",
     "test_commands.py",
     "test_export_all.py",

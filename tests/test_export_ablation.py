@@ -20,8 +20,7 @@ from efficientnet.reporting.publishing import PublishError
 from efficientnet.runtimes.names import RUNTIMES, RuntimeName
 from export.builders.measuring import measure_callables
 from export.graphs.folding import count_ops
-from export.graphs.forms import FORMS, EagerModel, graph_in_form, model_in_form, open_eager
-from export.graphs.parts import (
+from export.graphs.fusable_parts import (
     GATE_MUL,
     GATE_SIGMOID,
     RESIDUAL,
@@ -31,9 +30,10 @@ from export.graphs.parts import (
     count_parts,
     find_parts,
 )
+from export.graphs.fusion_forms import FORMS, EagerModel, graph_in_form, model_in_form, open_eager
 from export.studies import form_comparison as ablation
 from export.studies.ablation_rows import FormRecord, why_not_here
-from export.studies.executed import (
+from export.studies.executed_layers import (
     executed_by_inductor,
     executed_by_onnxruntime,
     executed_by_openvino,

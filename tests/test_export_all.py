@@ -10,7 +10,7 @@ from efficientnet.machine.environment import current_environment
 from export.inputs.candidates import CANDIDATES
 from export.studies import all_exports
 from export.studies.all_exports import AllConfig, reason_of
-from export.studies.summary import Line, Summary, choose_default, publish, table_of
+from export.studies.export_table import Line, Summary, choose_default, publish, table_of
 
 
 def line(name: str, precision: str, p50_ms: float | None, **changes: object) -> Line:

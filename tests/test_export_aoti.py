@@ -25,7 +25,7 @@ from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
 from export.builders import aoti_export as aoti
 from export.builders.aoti_builder import AotiError
 from export.builders.aoti_export import AotiConfig
-from export.checks.agreement import tolerances_for
+from export.checks.logit_agreement import tolerances_for
 
 COMMAND = [sys.executable, "export/aoti.py"]
 

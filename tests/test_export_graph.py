@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from efficientnet.network.model import build_model
 from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding
 from export.graphs.folding import (
+    EXAMPLE_BATCH,
     GraphError,
     check_graph,
     count_ops,
     export_onnx,
     fold_batch_norm,
     fold_padding,
+    free_batch,
     use_global_average_pool,
 )
 
@@ -114,6 +116,30 @@ def test_a_mean_over_other_axes_is_left_alone():
     )
     assert use_global_average_pool(graph) == 0
     assert graph.node[0].op_type == "ReduceMean"
+
+
+@pytest.mark.parametrize(
+    ("op", "constant", "freed"),
+    [("Reshape", [EXAMPLE_BATCH, 12], [-1, 12]), ("Expand", [EXAMPLE_BATCH, 3, 4], None)],
+)
+def test_the_batch_is_freed_where_a_reshape_names_it_and_refused_elsewhere(
+    op: str, constant: list[int], freed: list[int] | None
+):
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", "shape"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [EXAMPLE_BATCH, 3, 4])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [EXAMPLE_BATCH, None])],
+        [numpy_helper.from_array(np.array(constant), "shape")],
+    )
+    if freed is None:
+        with raises_naming(GraphError, "shape", EXAMPLE_BATCH):
+            free_batch(graph)
+        return
+    free_batch(graph)
+    assert numpy_helper.to_array(graph.initializer[0]).tolist() == freed
+    dims = [v.type.tensor_type.shape.dim[0] for v in (*graph.input, *graph.output)]
+    assert all(dim.dim_param and not dim.dim_value for dim in dims)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from efficientnet.runtimes import open_runtime
 from export import ort
 from export import ov as openvino_export
 from export.builders import openvino_builder as ov_build
-from export.checks.agreement import compare_logits, require_parity, tolerances_for
+from export.checks.logit_agreement import compare_logits, require_parity, tolerances_for
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.reference import Reference, load_reference
 

@@ -14,8 +14,8 @@ from efficientnet.precision import Precision
 from efficientnet.runtimes import ProgramInfo, Runtime, open_runtime
 from export import ort
 from export.builders import onnxruntime_builder as ort_build
-from export.checks import agreement
-from export.checks.agreement import (
+from export.checks import logit_agreement
+from export.checks.logit_agreement import (
     ParityError,
     compare_logits,
     require_parity,
@@ -119,7 +119,7 @@ def test_of_a_thousand_classes_the_logit_of_the_right_one_may_be_off_by_more_tha
 def test_a_refused_artifact_leaves_nothing_behind(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(agreement.RELATIVE_TOLERANCE, "fp32", 0.0)
+    monkeypatch.setitem(logit_agreement.RELATIVE_TOLERANCE, "fp32", 0.0)
     output = tmp_path / "artifacts" / "onnxruntime-fp32"
     with pytest.raises(ParityError):
         ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=output))

@@ -30,7 +30,6 @@ from efficientnet.network.variants import VARIANTS
 from export import ort
 from export.builders.openvino_builder import pattern_of, quantize, read_fused
 from export.checks import sensitivity
-from export.checks.agreement import compare_logits, require_parity, tolerances_for
 from export.checks.gate import (
     AccuracyDropError,
     Attempt,
@@ -42,6 +41,7 @@ from export.checks.gate import (
     require_better_than_chance,
 )
 from export.checks.layers import layers_by_block
+from export.checks.logit_agreement import compare_logits, require_parity, tolerances_for
 from export.checks.sensitivity import named_blocks, rank_blocks
 from export.graphs.calibration import (
     CALIBRATION_FILE,

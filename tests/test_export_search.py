@@ -15,8 +15,8 @@ from export.builders import onnxruntime_builder as ort_build
 from export.builders import openvino_builder as ov_build
 from export.builders import search
 from export.builders.search import faster_in_float, time_of
-from export.checks.agreement import ParityError
 from export.checks.gate import AccuracyDropError, GateError
+from export.checks.logit_agreement import ParityError
 from export.graphs.folding import is_within
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.reference import Reference, load_reference

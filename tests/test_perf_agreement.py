@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from test_perf_report import CPU, STARTED
 
-from perf.studies import agreement, other_tools
-from perf.studies.agreement import Agreement, AgreementRow, section_of
+from perf.studies import other_tools, tool_agreement
 from perf.studies.config import AgreementConfig
 from perf.studies.other_tools import OtherTool, ToolError
+from perf.studies.tool_agreement import Agreement, AgreementRow, section_of
 
 
 def make_row(ours: tuple[float, ...], theirs: tuple[float, ...]) -> AgreementRow:
@@ -52,7 +52,7 @@ def test_the_eager_model_is_compared_with_torchs_tool_and_others_say_why_not(
     readme.write_text("<!-- agreement: written by a command -->\n<!-- /agreement -->\n")
     paths = (tiny_checkpoint, tiny_artifact)
     config = AgreementConfig(paths, 0.2, 2, threads=1, publish=True, readme=readme)
-    eager, onnx = agreement.main(config).rows
+    eager, onnx = tool_agreement.main(config).rows
     assert eager.tool is not None and eager.tool.startswith("torch.utils.benchmark ")
     assert len(eager.ours_ms) == len(eager.theirs_ms) == 2 and min(eager.theirs_ms) > 0
     assert 0 < eager.overhead_ms < min(eager.ours_ms)
@@ -68,7 +68,7 @@ def test_a_tool_that_fails_leaves_our_time(
 
     tool = OtherTool("faller", "numpy", "", fail)
     monkeypatch.setitem(other_tools.TOOLS, "onnxruntime", tool)
-    (row,) = agreement.main(AgreementConfig((tiny_artifact,), 0.1, 2, threads=1)).rows
+    (row,) = tool_agreement.main(AgreementConfig((tiny_artifact,), 0.1, 2, threads=1)).rows
     assert row.why_not == "it fell over" and len(row.ours_ms) == 2
     assert row.verdict == "not compared"
 
@@ -83,5 +83,5 @@ def test_an_artifact_of_openvino_is_measured_with_benchmark_app(
     artifact = ov.main(
         OpenVinoConfig(checkpoint=tiny_checkpoint, precision="fp32", output=tmp_path / "artifact")
     )
-    (row,) = agreement.main(AgreementConfig((artifact,), 2.0, 2, threads=1)).rows
+    (row,) = tool_agreement.main(AgreementConfig((artifact,), 2.0, 2, threads=1)).rows
     assert row.why_not is None and len(row.theirs_ms) == 2 and min(row.theirs_ms) > 0

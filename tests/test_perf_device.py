@@ -18,6 +18,7 @@ from perf.device_parts import plan, runner, study
 from perf.device_parts.commands import OUTCOME
 from perf.device_parts.config import DeviceConfig, Part
 from perf.device_parts.gpu_watch import GpuWatch, parse
+from perf.device_parts.network_case import Scene, build_scene
 from perf.device_parts.networks import cases_of, known_best
 from perf.device_parts.plan import Job, plan_jobs, why_missing
 from perf.device_parts.records import (
@@ -35,7 +36,6 @@ from perf.device_parts.records import (
 )
 from perf.device_parts.report import document
 from perf.device_parts.runner import pending, run_jobs
-from perf.device_parts.scene import Scene, build_scene
 from perf.device_parts.study import DeviceError
 from perf.device_parts.turns import DRY_PACE, EAGER, Case, Contender, compare
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from facts import raises_naming
 from test_perf_report import CPU, make_accuracy
 
 from efficientnet.formats.records import pack_hits
@@ -125,7 +126,7 @@ def test_the_json_is_what_github_action_benchmark_reads():
 
 
 def test_a_revision_that_is_not_there_is_told(tmp_path: Path):
-    with pytest.raises(RevisionError, match=r"git rev-parse .*no-such-branch"):
+    with raises_naming(RevisionError, "git rev-parse", "no-such-branch"):
         extract("no-such-branch", tmp_path / "tree", ROOT)
     with pytest.raises(RevisionError, match="not a git repository"):
         extract("HEAD", tmp_path / "tree", tmp_path)

@@ -21,7 +21,7 @@ from facts import raises_naming, require_named
 from PIL import Image
 
 from efficientnet.images import fetching
-from efficientnet.images.braces import expand_braces
+from efficientnet.images.brace_expansion import expand_braces
 from efficientnet.images.datasets import (
     Dataset,
     DatasetError,

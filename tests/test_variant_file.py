@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from facts import raises_naming
 from small_trainings import small_run
 
 from efficientnet.formats.artifact import read_artifact
@@ -84,7 +85,7 @@ def changed(file: Path, *keys: object, value: object) -> Path:
 def test_a_file_that_cannot_be_built_is_refused_and_what_is_wrong_is_named(
     file: Path, keys: tuple[object, ...], value: object, said: str
 ):
-    with pytest.raises(VariantFileError, match=r"found\.json") as refused:
+    with raises_naming(VariantFileError, "found.json") as refused:
         read_variant_file(changed(file, *keys, value=value))
     assert said in str(refused.value)
 
@@ -106,11 +107,11 @@ def test_the_command_line_trains_a_file_by_every_recipe(file: Path):
     imagenet = parse(["found-1", "--variant-file", str(file), "--recipe", "imagenet"])
     assert isinstance(imagenet, TrainConfig)
     assert imagenet.architecture == FOUND
-    with pytest.raises(ValueError, match="'b0' was asked for"):
+    with raises_naming(ValueError, "b0"):
         parse(["b0", "--variant-file", str(file)])
-    with pytest.raises(ValueError, match="leave --variant-file out"):
+    with raises_naming(ValueError, "--variant-file"):
         parse(["--resume", "runs/x", "--variant-file", str(file)])
-    with pytest.raises(ValueError, match="unknown variant 'found-1'"):
+    with raises_naming(ValueError, "found-1"):
         parse(["found-1"])
 
 
@@ -126,10 +127,11 @@ def test_a_found_variant_goes_the_road_of_a_built_in_one(tmp_path: Path):
     artifact = ort.main(ExportConfig(checkpoint=checkpoint, output=tmp_path / "artifact"))
     manifest = read_artifact(artifact)
     assert (manifest.variant, manifest.architecture) == ("found-1", FOUND)
-    cost = network_cost(FOUND, 32, num_classes=10)
+    size = record.preprocess.image_size
+    cost = network_cost(FOUND, size, num_classes=10)
     assert manifest.flops_per_image == cost.flops
     assert read_program(artifact).spec == read_program(checkpoint).spec == FOUND
-    images = torch.rand(3, 3, 32, 32).numpy()
+    images = torch.rand(3, 3, size, size).numpy()
     expected = open_runtime(checkpoint).infer(images)
     assert abs(open_runtime(artifact).infer(images) - expected).max() < 1e-3
 
@@ -157,7 +159,7 @@ def test_an_interrupted_run_of_a_file_goes_on_without_the_file(tmp_path: Path):
     ]
     assert weights[0] == weights[1]
     other = replace(FOUND, head_channels=64)
-    with pytest.raises(CheckpointError, match="another network of the name found-1"):
+    with raises_naming(CheckpointError, "found-1"):
         begin_run.main(replace(config, name="new", architecture=other, weights=str(checkpoint)))
 
 
@@ -178,5 +180,5 @@ def test_a_variant_of_ones_own_is_not_called_like_a_built_in_one():
     with pytest.raises(ValueError, match="like a built-in variant"):
         TrainConfig(**vars(small_run(Path())) | {"architecture": VARIANTS["tiny"]})
     named = VariantSpec(**vars(FOUND) | {"name": "b0"})
-    with pytest.raises(ValueError, match="called 'b0', the variant 'tiny'"):
+    with raises_naming(ValueError, "b0", "tiny"):
         small_run(Path(), architecture=named)

@@ -1,6 +1,6 @@
 """A name, a folder or tar shards -> encoded images with their labels, split into train and val.
 
-Two names stand for what comes with a dependency, see embedded.py: `digits`, and `sample-photos`,
+Two names stand for what comes with a dependency (sample_images.py): `digits`, and `sample-photos`,
 which have no labels: enough to check and to time a network that was trained elsewhere.
 """
 
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from efficientnet.images.braces import expand_braces
-from efficientnet.images.embedded import CALIBRATION_SEED, digit_images, photo_crops
+from efficientnet.images.brace_expansion import expand_braces
 from efficientnet.images.fetching import is_remote, remote_path
 from efficientnet.images.preprocess import ImageError, decode_image
+from efficientnet.images.sample_images import CALIBRATION_SEED, digit_images, photo_crops
 from efficientnet.images.shards import LabelledMember, is_shard_source, load_shards, split_image_key
 from efficientnet.images.tar_index import IMAGE_SUFFIXES, DatasetError, TarMember, is_hidden
 from efficientnet.machine.environment import num_usable_cores

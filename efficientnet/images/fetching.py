@@ -24,7 +24,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from efficientnet.images.braces import expand_braces
+from efficientnet.images.brace_expansion import expand_braces
 from efficientnet.images.tar_index import DatasetError, walk_tar
 from efficientnet.machine.atomic import write_bytes
 

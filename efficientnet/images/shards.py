@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn
 
-from efficientnet.images.braces import expand_braces
+from efficientnet.images.brace_expansion import expand_braces
 from efficientnet.images.fetching import CLASSES_FILE, fetch_shards, is_remote
 from efficientnet.images.tar_index import (
     IMAGE_SUFFIXES,

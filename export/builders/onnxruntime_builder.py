@@ -12,8 +12,8 @@ from onnx import helper
 
 from efficientnet.machine.processor import has_vnni
 from efficientnet.runtimes.onnxruntime_sessions import PROVIDERS, require_provider
+from export.builders.batch_splitting import choose_streams
 from export.builders.search import fastest_within_drop
-from export.builders.streams import choose_streams
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
 from export.graphs.folding import count_ops, count_weight_bytes
 from export.graphs.precision import typed_graph

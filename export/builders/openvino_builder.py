@@ -31,8 +31,8 @@ from efficientnet.runtimes.openvino_runtime import (
     own_precision,
     require_capability,
 )
+from export.builders.batch_splitting import choose_streams
 from export.builders.search import fastest_within_drop
-from export.builders.streams import choose_streams
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
 from export.graphs.calibration import (
     METHOD,

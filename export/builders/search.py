@@ -22,8 +22,8 @@ from efficientnet.network.model import ConvNormAct, EfficientNet
 from efficientnet.reporting.tables import Table, format_ms
 from efficientnet.runtimes import open_runtime
 from export.builders.measuring import Infer, measure_callables, profile_modules
-from export.checks.agreement import ParityError
 from export.checks.gate import AccuracyDropError, require_gate_images
+from export.checks.logit_agreement import ParityError
 from export.checks.sensitivity import named_blocks
 from export.inputs.config import MixedConfig
 from export.inputs.reference import Reference

@@ -23,8 +23,13 @@ from efficientnet.formats.artifact import (
 from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.machine.environment import current_environment
 from efficientnet.runtimes.protocol import VNNI, open_program
-from export.checks.agreement import compare_logits, require_parity, run_in_batches, tolerances_for
 from export.checks.gate import Attempt, Gate, keep_within_drop
+from export.checks.logit_agreement import (
+    compare_logits,
+    require_parity,
+    run_in_batches,
+    tolerances_for,
+)
 from export.checks.sensitivity import rank_blocks
 from export.graphs.folding import INPUT_NAME, OUTPUT_NAME
 from export.inputs.config import ExportConfig

@@ -16,8 +16,8 @@ from efficientnet.formats.artifact import (
 from efficientnet.formats.checkpoint import RECORD_FILE, CheckpointError
 from efficientnet.machine.environment import EnvironmentRecord, current_environment
 from efficientnet.runtimes.protocol import open_program
-from export.checks.agreement import ParityError
 from export.checks.gate import Gate, describe, is_allowed
+from export.checks.logit_agreement import ParityError
 from export.checks.stepwise import StepwiseParity
 from export.checks.stepwise_record import StepwiseParityRecord, report_of
 from export.inputs.config import ExportConfig

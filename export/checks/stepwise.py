@@ -27,7 +27,7 @@ from efficientnet.formats.artifact import (
 from efficientnet.network.model import EfficientNet
 from efficientnet.precision import Precision
 from efficientnet.runtimes.protocol import open_program
-from export.checks import agreement, layers
+from export.checks import layers, logit_agreement
 from export.checks.stepwise_record import ParityStepRecord, StepwiseParityRecord
 from export.graphs.calibration import CALIBRATION_FILE, CalibrationError
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm
@@ -110,7 +110,7 @@ class StepwiseParity:
             f"{manifest.runtime}{provider} {manifest.precision}",
             manifest.precision,
             partial(
-                agreement.run_in_batches,
+                logit_agreement.run_in_batches,
                 runtime,
                 expected=reference.parity_logits,
                 sizes=manifest.prepared_sizes,
@@ -177,17 +177,17 @@ class StepwiseParity:
         show: layers.Show | None,
     ) -> ParityStep:
         logits = self._reference.parity_logits
-        tolerances = agreement.tolerances_for(precision, logits)
+        tolerances = logit_agreement.tolerances_for(precision, logits)
         images = self._reference.parity_images
         return ParityStep(name, precision, images, logits, tolerances, answer, show)
 
 
 def _compare(step: ParityStep) -> ComparedStep:
     found = step.answer(step.images)
-    parity = agreement.compare_logits(found, step.expected, step.tolerances)
-    problem = agreement.problem_of(parity)
+    parity = logit_agreement.compare_logits(found, step.expected, step.tolerances)
+    problem = logit_agreement.problem_of(parity)
     log.info("%s: %s", step.name, problem or "agrees")
-    errors = agreement.logit_errors(found, step.expected)
+    errors = logit_agreement.logit_errors(found, step.expected)
     worst = np.argsort(-errors.max(axis=1), kind="stable")
     return ComparedStep(
         ParityStepRecord(name=step.name, parity=parity, problem=problem), step, worst

@@ -13,11 +13,11 @@ import torch
 from efficientnet.formats.artifact import Binding, ProgramFile, StaticProgram
 from export.builders.writing import Builder, Built, write_checked_artifact
 from export.graphs.folding import OPSET, count_weight_bytes
-from export.graphs.forms import FORMS, Form, graph_in_form, model_in_form
-from export.graphs.parts import Executed, count_parts
+from export.graphs.fusable_parts import Executed, count_parts
+from export.graphs.fusion_forms import FORMS, Form, graph_in_form, model_in_form
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference
-from export.studies.executed import (
+from export.studies.executed_layers import (
     executed_by_inductor,
     executed_by_onnxruntime,
     executed_by_openvino,

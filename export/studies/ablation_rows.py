@@ -17,13 +17,13 @@ from efficientnet.machine.gpu import current_gpu, why_no_gpu
 from efficientnet.measuring.turns import turn_ratios
 from efficientnet.runtimes import names
 from export.builders.measuring import measure, measure_callables
-from export.graphs.forms import FORMS, EagerModel, Form, model_in_form, open_eager
-from export.graphs.parts import Executed, count_parts
+from export.graphs.fusable_parts import Executed, count_parts
+from export.graphs.fusion_forms import FORMS, EagerModel, Form, model_in_form, open_eager
 from export.inputs.config import ExportConfig
 from export.inputs.reference import BATCH_SIZE, Reference
 from export.inputs.study_config import RuntimeName
 from export.studies.ablation_artifacts import MAKERS
-from export.studies.executed import executed_by_torch
+from export.studies.executed_layers import executed_by_torch
 
 log = logging.getLogger(__name__)
 

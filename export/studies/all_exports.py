@@ -22,7 +22,7 @@ from export.checks.gate import Gate, GateError, is_labelled
 from export.inputs.candidates import CANDIDATES, Candidate
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import AllConfig
-from export.studies.summary import (
+from export.studies.export_table import (
     DEFAULT_LINK,
     PUBLISHED_WEIGHTS_SECTION,
     SECTION,

@@ -13,8 +13,8 @@ from efficientnet.images.datasets import data_name
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import Measured, find_section, publish_record
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_ratio
-from export.graphs.forms import FORMS
-from export.graphs.parts import FusedPart
+from export.graphs.fusable_parts import FusedPart
+from export.graphs.fusion_forms import FORMS
 from export.inputs.reference import load_reference
 from export.inputs.study_config import AblationConfig
 from export.studies.ablation_rows import FormRecord, measure_forms

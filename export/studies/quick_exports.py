@@ -22,7 +22,7 @@ from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.rebuild import rebuild_command
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import QuickConfig
-from export.studies.summary import DEFAULT_LINK, Line, choose_default, line_of, table_of
+from export.studies.export_table import DEFAULT_LINK, Line, choose_default, line_of, table_of
 
 # Half of what an export takes by itself: what it adds in accuracy is not worth ten seconds here.
 NUM_CALIBRATION_IMAGES = 128

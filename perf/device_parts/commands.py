@@ -11,7 +11,7 @@ from pathlib import Path
 
 from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
-from efficientnet.images.embedded import photo_crops
+from efficientnet.images.sample_images import photo_crops
 from efficientnet.machine.environment import num_usable_cores
 from perf.device_parts.plan import Order
 from perf.device_parts.records import LoaderMeasured, PytestMeasured, TrainingMeasured

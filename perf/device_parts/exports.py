@@ -23,9 +23,9 @@ from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
 from perf.device_parts import networks, turns
 from perf.device_parts.config import Part
 from perf.device_parts.gpu_watch import GpuWatch
+from perf.device_parts.network_case import NUM_PARITY_IMAGES, Scene
 from perf.device_parts.plan import Order
 from perf.device_parts.records import Line, Region
-from perf.device_parts.scene import NUM_PARITY_IMAGES, Scene
 
 HOST: Region = "host to host"
 

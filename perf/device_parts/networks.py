@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from perf.device_parts import turns
 from perf.device_parts.gpu_watch import GpuWatch
+from perf.device_parts.network_case import Scene
 from perf.device_parts.plan import Order
 from perf.device_parts.records import LatencyMeasured, Line, Region
-from perf.device_parts.scene import Scene
 
 GRAPH = "CUDA graph of eager"
 COMPILED = "torch.compile max-autotune"

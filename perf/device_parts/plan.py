@@ -91,7 +91,12 @@ def plan_jobs(config: DeviceConfig, output: Path, scratch: Path) -> list[Job]:
                 variant = "b0" if part in ("training", "loader") else DRY_VARIANT
             name = f"{part} {variant}".strip()
             order = Order(part, name, variant, str(output), str(scratch), config.dry_run)
-            command = (sys.executable, "-m", "perf.device_parts.work", json.dumps(asdict(order)))
+            command = (
+                sys.executable,
+                "-m",
+                "perf.device_parts.job_process",
+                json.dumps(asdict(order)),
+            )
             jobs.setdefault(name, Job(part, name, command, seconds, missing[part]))
     return list(jobs.values())
 

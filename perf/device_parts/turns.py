@@ -14,8 +14,8 @@ from torch import Tensor
 from efficientnet.measuring.clock import Turn, measure_turn, percentile, warm_up_until_stable
 from efficientnet.measuring.turns import TimeBudget, ratio, take_turns
 from perf.device_parts.gpu_watch import GpuWatch
+from perf.device_parts.network_case import Scene, exact
 from perf.device_parts.records import LatencyMeasured, Parity, Region, to_us
-from perf.device_parts.scene import Scene, exact
 
 EAGER = "eager"
 

@@ -19,7 +19,7 @@ from efficientnet.reporting.tables import format_ratio
 from efficientnet.runtimes import Runtime
 from efficientnet.runtimes.protocol import open_program
 from export.builders.writing import check_parity, log_line
-from export.checks.agreement import ParityError
+from export.checks.logit_agreement import ParityError
 from export.inputs.reference import Reference
 
 # Both ways take turns; what gains less is noise.

@@ -16,11 +16,11 @@ from perf.device_parts.commands import measure_loading, measure_training, run_te
 from perf.device_parts.exports import measure_exports
 from perf.device_parts.gpu_watch import GpuWatch, watch_gpu
 from perf.device_parts.limits import measure_limits
+from perf.device_parts.network_case import build_scene
 from perf.device_parts.networks import measure_compiled, measure_network
 from perf.device_parts.plan import Order
 from perf.device_parts.records import Line, PytestMeasured, append, read
 from perf.device_parts.runner import OUT_OF_TIME, SECONDS_VARIABLE
-from perf.device_parts.scene import build_scene
 
 
 def main(order: Order) -> int:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from export.builders.measuring import Infer
 from export.graphs.folding import INPUT_NAME
-from export.graphs.parts import (
+from export.graphs.fusable_parts import (
     GATE_MUL,
     GATE_SIGMOID,
     NOT_FOUND,

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.runtimes import open_runtime
+from export.builders import batch_splitting, search
 from export.builders import onnxruntime_builder as ort_build
 from export.builders import openvino_builder as ov_build
-from export.builders import search, streams
-from export.checks.agreement import ParityError
+from export.checks.logit_agreement import ParityError
 from export.inputs.config import OpenVinoConfig, OrtConfig
 from perf.pages.layers import read_profiled
 
@@ -46,7 +46,7 @@ def test_streams_answer_each_image_at_its_place(
     runtime: str, fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # Any ratio is a gain.
-    monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)
     directory = export(runtime, fitted_checkpoint, tmp_path / "artifact", (1, 7))
     assert read_artifact(directory).streamed_batches == (7,)
     images = random_images(directory, 7)
@@ -65,7 +65,7 @@ def test_what_gains_nothing_is_left_as_one_call(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
-    monkeypatch.setattr(streams, "LEAST_GAIN", 1.0)
+    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", 1.0)
     caplog.set_level(logging.INFO)
     directory = export(runtime, fitted_checkpoint, tmp_path / "artifact", (1, 4))
     assert read_artifact(directory).streamed_batches == ()
@@ -82,7 +82,7 @@ def test_streams_are_taken_by_the_median_of_the_turns(
     def next_seconds(*_: Any) -> float:
         return next(seconds)
 
-    monkeypatch.setattr(streams, "seconds_of_call", next_seconds)
+    monkeypatch.setattr(batch_splitting, "seconds_of_call", next_seconds)
     directory = export("openvino", fitted_checkpoint, tmp_path / "artifact", (2,))
     assert read_artifact(directory).streamed_batches == (2,)
 
@@ -90,14 +90,14 @@ def test_streams_are_taken_by_the_median_of_the_turns(
 def test_wrong_answers_in_streams_leave_an_artifact_that_had_passed_without_them(
     fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)
 
     def refuse(_: Any, hidden: Path, __: Any) -> None:
         # The new one is not at its place before it was compared.
         assert hidden.name.startswith(".artifact.new-")
         raise ParityError("its logits are off")
 
-    monkeypatch.setattr(streams, "check_parity", refuse)
+    monkeypatch.setattr(batch_splitting, "check_parity", refuse)
     directory = export("openvino", fitted_checkpoint, tmp_path / "artifact", (1, 5))
     manifest = read_artifact(directory)
     assert manifest.streamed_batches == () and manifest.parity is not None
@@ -112,7 +112,7 @@ def test_the_winner_of_a_search_gets_streams(
     monkeypatch.setattr(search, "SECONDS", 0.1)
     monkeypatch.setattr(search, "TURNS", 2)
     monkeypatch.setattr(search, "NUM_CALLS", 2)
-    monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)
     config = OrtConfig(
         fitted_checkpoint,
         tmp_path / "found",
@@ -134,7 +134,7 @@ def test_the_winner_of_a_search_gets_streams(
 def test_layers_of_a_streamed_size_are_refused(
     runtime: str, fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(streams, "LEAST_GAIN", -1e9)
+    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)
     directory = export(runtime, fitted_checkpoint, tmp_path / "artifact", (1, 4))
     assert read_profiled(directory, 1).path == directory
     with raises_naming(ValueError, "4 images", "--batch-size 1"):
