@@ -1,12 +1,15 @@
-"""What the service answers, as pydantic models: predictions, the model's facts, errors."""
+"""What the service answers, as pydantic models: predictions, facts, problems and their codes."""
 
 from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from efficientnet.errors import require_names
+from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.runtimes.probabilities import softmax, top_classes
 
 BAR_WIDTH = 40
@@ -14,6 +17,58 @@ BAR_WIDTH = 40
 
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Code = Literal[
+    "invalid_request",
+    "several_pictures",
+    "host_not_allowed",
+    "not_found",
+    "method_not_allowed",
+    "upload_too_slow",
+    "upload_too_large",
+    "picture_too_large",
+    "too_many_pictures",
+    "address_too_long",
+    "unsupported_type",
+    "no_picture",
+    "invalid_field",
+    "overloaded",
+    "client_gone",
+    "internal_error",
+    "stuck",
+    "no_model",
+    "timeout",
+    "disk_full",
+]
+
+# nginx's, which others have taken over.
+CLIENT_IS_GONE = 499
+
+# A code keeps its meaning and its status for ever; clients decide by it.
+PROBLEMS: dict[Code, tuple[int, str]] = {
+    "invalid_request": (400, "The form or the JSON cannot be read, or ends early"),
+    "several_pictures": (400, "The form holds several pictures where one is expected"),
+    "host_not_allowed": (400, "The Host header is no name of this service"),
+    "not_found": (404, "There is nothing at this address"),
+    "method_not_allowed": (405, "The address takes another method; Allow says which"),
+    "upload_too_slow": (408, "The body came too slowly"),
+    "upload_too_large": (413, "Too many bytes"),
+    "picture_too_large": (413, "Too many pixels, or a picture made of too many parts"),
+    "too_many_pictures": (413, "More pictures than a request may hold"),
+    "address_too_long": (414, "The address is too long"),
+    "unsupported_type": (415, "The body is of another type than the address takes"),
+    "no_picture": (422, "The file is no picture, or damaged"),
+    "invalid_field": (422, "A field is missing or wrong"),
+    "overloaded": (429, "Too much at once; Retry-After says when to send it again"),
+    "client_gone": (CLIENT_IS_GONE, "The client left before the answer; in metrics and log only"),
+    "internal_error": (500, "A fault of the service"),
+    "stuck": (503, "All threads are at pictures that take too long; Retry-After says when to ask"),
+    "no_model": (503, "The artifact cannot be served; Retry-After says when to ask again"),
+    "timeout": (504, "Not classified in time"),
+    "disk_full": (507, "The disk of the service is full"),
+}
+assert set(PROBLEMS) == set(get_args(Code))
 
 
 class Prediction(_Answer):
@@ -48,6 +103,8 @@ class RefusedPicture(_Answer):
 
     status: int
     """What it would have been answered with by itself, such as 422."""
+    code: Code
+    """What kind of problem it is; keeps its meaning."""
     error: str
     """One sentence."""
 
@@ -66,11 +123,73 @@ class ModelFacts(_Answer):
     """Largest picture file that the service takes."""
 
 
-class ErrorAnswer(_Answer):
-    """Why a request was refused, or failed."""
+class Limits(_Answer):
+    """What the service takes."""
 
+    max_upload_bytes: int
+    """Largest body, and largest picture file."""
+    max_pictures: int
+    """In a request to /classify/batch, or images in one to the open inference protocol."""
+    network_batch: int
+    """Most images in one call of the network."""
+    batch_wait_ms: int
+    """Longest time for which an image waits for others that are being decoded."""
+    max_concurrency: int
+    """Requests that are worked on or wait for it, in each worker."""
+    timeout_s: int
+    """Longest time for a request, upload included."""
+    default_top_k: int
+    """Classes in an answer when the request does not say."""
+
+
+class ServiceInfo(_Answer):
+    """What answers: the model, how its pictures are prepared, and what runs it."""
+
+    model: str
+    """Variant of the network, and name of the model in the open inference protocol."""
+    artifact_sha256: str
+    """Of manifest.json, which holds the hashes of the artifact's other files."""
+    program_sha256: str
+    checkpoint_sha256: str
+    """Of the weights that the program was made of."""
+    preprocess: PreprocessSpec
+    preprocess_sha256: str
+    runtime: str
+    precision: str
+    num_classes: int
+    trained_on: str
+    """Data set, or name of the folder."""
+    workers: int
+    """Processes, each with the network in memory."""
+    threads: int
+    """CPU threads of one call of the network, in each worker."""
+    limits: Limits
+    versions: dict[str, str]
+    """Of Python, of this program, and of the packages that a picture goes through."""
+
+
+class Problem(_Answer):
+    """Why a request was refused, or failed: problem details of RFC 9457."""
+
+    type: Literal["about:blank"] = "about:blank"
+    """No page describes the problem; the code tells what it is."""
+    title: str
+    """The status in words."""
+    status: int
+    """Of the answer."""
+    detail: str
+    """What was found, what was expected, what to do, in one sentence."""
+    code: Code
+    """What kind of problem it is; keeps its meaning when the sentence changes."""
     error: str
-    """One sentence."""
+    """The detail again, where clients of the open inference protocol look for it."""
+
+    @classmethod
+    def of(cls, code: Code, sentence: str) -> Self:
+        """Make the problem of a code."""
+        status = PROBLEMS[code][0]
+        title = "Client Closed Request" if status == CLIENT_IS_GONE else HTTPStatus(status).phrase
+        return cls(title=title, status=status, detail=sentence, code=code, error=sentence)
 
 
 def best_classes(

@@ -7,6 +7,7 @@ that nobody expected ends here, in one line of the log: a server that sees it cl
 
 import ipaddress
 import logging
+import re
 import secrets
 import socket
 import time
@@ -15,20 +16,22 @@ from collections.abc import Callable, Collection
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.refusals import Refusal, error_response, in_one_line, printable
+from serving.refusals import Refusal, in_one_line, printable, problem_response
 
 # A path and its question; no address of the service is longer than 100.
 MAX_ADDRESS_BYTES = 4000
 
 ELSEWHERE = "/elsewhere"
 PROBES = frozenset({"/livez", "/healthz", "/readyz", "/metrics"})
-# BentoML's own, beside the probes.
-BENTOML_PATHS = frozenset({"/schema.json"})
+# And BentoML's description of its own.
+OWN_PATHS = PROBES | {"/schema.json"}
 
 METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
 OTHER_METHOD = "OTHER"
 
 ANY_HOST = "*"
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -47,13 +50,13 @@ class Gate:
 
     - `path`, `method`: as sent where they exist, else ELSEWHERE and OTHER_METHOD;
     - `asked_path`, `asked_method`: as sent, safe to be quoted;
-    - `gate.request_id`: also in the log line and in the header X-Request-ID (BentoML has a key
-      `request_id` of its own);
+    - `gate.request_id`: also in the log line and in the header X-Request-ID, of the request if it
+      has one that is fit for a log (BentoML has a key `request_id` of its own);
     - `refusal`: a Refusal to answer with, or None.
 
     Args:
         app: what is guarded.
-        paths: those that exist beside BentoML's.
+        is_path: whether an address exists, beside BentoML's.
         allowed_hosts: names that the Host header may have, beside addresses in numbers, localhost
             and this machine's name; ANY_HOST allows all.
         is_draining: whether clients are told to open another connection, which another process
@@ -63,13 +66,13 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        paths: Collection[str],
+        is_path: Callable[[str], bool],
         allowed_hosts: Collection[str] = (),
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
         self._is_draining = is_draining
-        self._paths = frozenset(paths) | PROBES | BENTOML_PATHS
+        self._is_path = lambda path: path in OWN_PATHS or is_path(path)
         here = {"localhost", socket.gethostname().lower()}
         self._hosts = {host.lower() for host in allowed_hosts} | here
 
@@ -86,7 +89,7 @@ class Gate:
         path, method = scope["path"], scope["method"]
         refusal = self._refusal(scope)
         # With a slash too many, FastAPI redirects.
-        is_known = path in self._paths or (path.endswith("/") and path[:-1] in self._paths)
+        is_known = self._is_path(path) or (path.endswith("/") and self._is_path(path[:-1]))
         if refusal or not is_known:
             path = ELSEWHERE
         return {
@@ -96,7 +99,7 @@ class Gate:
             "method": method if method in METHODS else OTHER_METHOD,
             "asked_path": printable(scope["path"]),
             "asked_method": printable(method, 20),
-            "gate.request_id": secrets.token_hex(8),
+            "gate.request_id": _request_id(scope),
             "refusal": refusal,
         }
 
@@ -104,13 +107,14 @@ class Gate:
         num_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
         if num_bytes > MAX_ADDRESS_BYTES:
             return Refusal(
-                414, f"the address has {num_bytes} bytes, more than the {MAX_ADDRESS_BYTES} allowed"
+                "address_too_long",
+                f"the address has {num_bytes} bytes, more than the {MAX_ADDRESS_BYTES} allowed",
             )
         host = Headers(scope=scope).get("host", "")
         # Platforms ask by whatever name they like.
         if scope["path"] not in PROBES and not self._is_allowed(host):
             return Refusal(
-                400,
+                "host_not_allowed",
                 f"the Host header is '{printable(host)}', which is no name of this service; "
                 "if it is one, add it to CLASSIFIER_ALLOWED_HOSTS",
             )
@@ -149,7 +153,8 @@ class Gate:
             log.error("request %s failed: %s", scope["gate.request_id"], in_one_line(error))
             if not status:
                 sentence = "the service failed on this request; its log says why"
-                await error_response(500, sentence)(scope, receive, send_named)
+                response = problem_response("internal_error", sentence)
+                await response(scope, receive, send_named)
         if scope["path"] not in PROBES:
             log.info(
                 "%s %s %s %d %.0f ms, request %s",
@@ -160,3 +165,8 @@ class Gate:
                 1000 * (time.monotonic() - started),
                 scope["gate.request_id"],
             )
+
+
+def _request_id(scope: Scope) -> str:
+    asked = Headers(scope=scope).get("x-request-id", "")
+    return asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)

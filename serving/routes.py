@@ -1,54 +1,54 @@
-"""HTTP requests -> answers: pictures classified, the page, the model's facts, /docs."""
+"""HTTP requests -> answers: pictures classified, and what the service is."""
 
 import errno
 import logging
-import re
 import time
-from base64 import b64encode
-from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
 
-import bentoml
-from fastapi import FastAPI, File, Form, Query, Request, Response, UploadFile
-from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.staticfiles import StaticFiles
 
 from efficientnet.images.preprocess import ImageError, ImageTooLargeError
+from serving import open_inference
 from serving.answers import (
     ClassifiedPicture,
-    ErrorAnswer,
     ModelFacts,
     Prediction,
     RefusedPicture,
+    ServiceInfo,
 )
-from serving.refusals import Refusal, error_response, in_one_line, printable, too_large
-from serving.settings import Settings
+from serving.api_description import describe, problems
+from serving.batching import Images
+from serving.open_inference import ServedModel, TimedPiece
+from serving.pictures import DESCRIPTIONS, read_picture, read_pictures
+from serving.refusals import Refusal, in_one_line, problem_response, refusal_response, too_large
+from serving.settings import VERSION, Settings
 from serving.stages import HEADER, StageTimes
-from serving.uploads import CLASSIFY, CLASSIFY_BATCH, HOW_TO_SEND
-from serving.work import AbandonedError, IsWanted, WorkQueue
-
-PAGE = Path(__file__).with_name("page") / "index.html"
-
-# Swagger UI as BentoML bundles it: FastAPI's own /docs would load it from another host.
-SWAGGER_DIR = Path(bentoml.__file__).parent / "_internal" / "server" / "static_content"
-ASSETS = "/docs/assets"
-SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-light-32x32.png")
-
-# nginx's, which others have taken over.
-CLIENT_IS_GONE = 499
+from serving.uploads import CLASSIFY, CLASSIFY_BATCH, how_to_send
+from serving.website import ASSETS, SWAGGER_FILES, swagger_files, website
+from serving.work import AbandonedError, IsWanted, Piece, WorkQueue, require_wanted
 
 T = TypeVar("T")
 
-TopK = Annotated[int | None, Form(ge=1, description="Number of classes to return.")]
-TopKOfUrl = Annotated[
-    int | None, Query(alias="top_k", ge=1, description="The same, in the address.")
-]
+OF_CLASSIFICATION = problems(
+    "invalid_request",
+    "upload_too_slow",
+    "upload_too_large",
+    "unsupported_type",
+    "invalid_field",
+    "overloaded",
+    "stuck",
+    "no_model",
+    "timeout",
+    "disk_full",
+)
+OF_ONE = problems("several_pictures", "picture_too_large", "no_picture", also=OF_CLASSIFICATION)
+OF_BATCH = problems("too_many_pictures", also=OF_CLASSIFICATION)
 
 log = logging.getLogger("bentoml.service")
 
@@ -60,171 +60,89 @@ class PictureClassifier(Protocol):
     work: WorkQueue
     """Where decoding and the network run; its size bounds the memory of decoded pictures."""
     facts: ModelFacts
+    info: ServiceInfo
+    served: ServedModel
+    identity: dict[str, str]
+    """Headers of every classification: which model gave it."""
 
-    def classify(
-        self, data: bytes, top_k: int, is_wanted: IsWanted, times: StageTimes
-    ) -> list[Prediction]:
-        """Return the `top_k` best classes of an encoded picture."""
+    def prepare(self, data: bytes, times: StageTimes) -> Images:
+        """Return an encoded picture as the network's input."""
         ...
 
+    def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
+        """Return what becomes the logits of preprocessed images."""
+        ...
 
-def content_policy(html: str, *more: str) -> str:
-    """Allow a page what it holds itself, and nothing of another host."""
-    hashes = {
-        tag: " ".join(
-            f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
-            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.S)
-        )
-        for tag in ("script", "style")
-    }
-    return "; ".join(
-        (
-            "default-src 'none'",
-            "connect-src 'self'",
-            "img-src 'self' blob: data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-            f"script-src 'self' {hashes['script']}",
-            *(more or (f"style-src 'self' {hashes['style']}",)),
-        )
-    )
+    def predictions(self, logits: Images, top_k: int) -> list[Prediction]:
+        """Return the `top_k` best classes of one picture's logits."""
+        ...
 
-
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": description}
-    for status, description in {
-        400: "The form cannot be read, or holds several pictures; or the Host is not allowed",
-        408: "The upload came too slowly",
-        413: "Too many bytes or pixels, or a picture that takes too much work",
-        415: "The body is no form",
-        422: "No picture, or a wrong field",
-        429: "Too many pictures at once; Retry-After says when to send this one again",
-        500: "A fault of the service",
-        503: "The service is stuck or has no artifact; Retry-After says when to ask again",
-        504: "The picture was not classified in time",
-        507: "The disk of the service is full",
-    }.items()
-}
-
-
-PAGE_POLICY = content_policy(PAGE.read_text())
 
 app = FastAPI(
     title="EfficientNet image classifier",
     description="Send a picture, get its most probable classes.",
+    version=VERSION,
     docs_url=None,
     redoc_url=None,
 )
-app.mount(ASSETS, StaticFiles(directory=SWAGGER_DIR))
+app.mount(ASSETS, swagger_files)
+app.include_router(website)
 
 
-@app.post(CLASSIFY, responses=ERRORS)
-async def classify(
-    request: Request,
-    response: Response,
-    image: Annotated[UploadFile, File(description="A picture file, of any kind Pillow reads.")],
-    top_k: TopK = None,
-    top_k_of_url: TopKOfUrl = None,
-) -> list[Prediction]:
-    """Classify a picture: its best classes, the most probable first.
-
-    A `top_k` above the number of classes returns all of them.
-    """
+@app.post(CLASSIFY, responses=OF_ONE, openapi_extra=DESCRIPTIONS[CLASSIFY])
+async def classify(request: Request, response: Response) -> list[Prediction]:
+    """Classify a picture: its best classes, the most probable first."""
     classifier: PictureClassifier = request.app.state.classifier
-    num_pictures = len((await request.form()).getlist("image"))
-    if num_pictures > 1:
-        raise Refusal(
-            400,
-            f"the form holds {num_pictures} pictures, expected one; send several to "
-            f"{CLASSIFY_BATCH}",
-        )
-    number = top_k or top_k_of_url or classifier.settings.default_top_k
-
-    def work(is_wanted: IsWanted, times: StageTimes) -> list[Prediction]:
-        return _classify_file(classifier, image, number, is_wanted, times)
-
-    return await _run(work, request, response)
+    async with read_picture(request) as found:
+        (logits,) = await run([_piece(classifier, found.files[0])], request, response)
+    if isinstance(logits, BaseException):
+        raise logits
+    return classifier.predictions(logits, found.top_k or classifier.settings.default_top_k)
 
 
-@app.post(CLASSIFY_BATCH, responses=ERRORS)
+@app.post(CLASSIFY_BATCH, responses=OF_BATCH, openapi_extra=DESCRIPTIONS[CLASSIFY_BATCH])
 async def classify_batch(
-    request: Request,
-    response: Response,
-    images: Annotated[list[UploadFile], File(description="Picture files, of any kinds.")],
-    top_k: TopK = None,
-    top_k_of_url: TopKOfUrl = None,
+    request: Request, response: Response
 ) -> list[ClassifiedPicture | RefusedPicture]:
     """Classify several pictures: an answer for each, in their order.
 
     The limits are those of one picture: all of them together are no larger and take no longer.
     """
     classifier: PictureClassifier = request.app.state.classifier
-    settings = classifier.settings
-    if len(images) > settings.max_batch:
-        raise Refusal(
-            413,
-            f"the form holds {len(images)} pictures, expected at most {settings.max_batch}; "
-            "send the others in another request",
-        )
-    number = top_k or top_k_of_url or settings.default_top_k
+    async with read_pictures(request, classifier.settings.max_batch) as found:
+        pieces = [_piece(classifier, file) for file in found.files]
+        results = await run(pieces, request, response)
 
-    def work(is_wanted: IsWanted, times: StageTimes) -> list[ClassifiedPicture | RefusedPicture]:
-        answers: list[ClassifiedPicture | RefusedPicture] = []
-        for image in images:
-            try:
-                best = _classify_file(classifier, image, number, is_wanted, times)
-                answers.append(ClassifiedPicture(predictions=tuple(best)))
-            except HTTPException as error:
-                answers.append(RefusedPicture(status=error.status_code, error=str(error.detail)))
-            except AbandonedError:
-                raise
-            except Exception as error:
-                answers.append(RefusedPicture(status=500, error=_fault(request)))
-                log.error("request %s failed: %s", _number_of(request), in_one_line(error))
-        return answers
-
-    return await _run(work, request, response)
+    top_k = found.top_k or classifier.settings.default_top_k
+    answers: list[ClassifiedPicture | RefusedPicture] = []
+    for logits in results:
+        if not isinstance(logits, BaseException):
+            best = classifier.predictions(logits, top_k)
+            answers.append(ClassifiedPicture(predictions=tuple(best)))
+        elif isinstance(logits, Refusal):
+            answers.append(_refused(logits))
+        elif isinstance(logits, Exception) and not isinstance(logits, AbandonedError):
+            answers.append(_refused(Refusal("internal_error", _fault(request))))
+            log.error("request %s failed: %s", _number_of(request), in_one_line(logits))
+        else:
+            raise logits
+    return answers
 
 
-@app.get("/model")
+@app.get("/info", responses=problems("no_model"))
+async def info(request: Request) -> ServiceInfo:
+    """Say what answers: the model, how its pictures are prepared, and what runs it."""
+    classifier: PictureClassifier = request.app.state.classifier
+    classifier.work.require_no_problem()
+    return classifier.info
+
+
+@app.get("/model", responses=problems("no_model"))
 async def model(request: Request) -> ModelFacts:
-    """Say which model is served."""
+    """Say in short which model is served, as the web page shows it; /info says more."""
     classifier: PictureClassifier = request.app.state.classifier
     classifier.work.require_no_problem()
     return classifier.facts
-
-
-@app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-async def page() -> FileResponse:
-    """Return the web page."""
-    headers = {"Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
-    return FileResponse(PAGE, headers=headers)
-
-
-@app.get("/docs", include_in_schema=False)
-async def docs() -> HTMLResponse:
-    """Return Swagger UI, with assets of this service only."""
-    script, style, icon = (f"{ASSETS}/{name}" for name in SWAGGER_FILES)
-    html = get_swagger_ui_html(
-        openapi_url=str(app.openapi_url),
-        title=app.title,
-        swagger_js_url=script,
-        swagger_css_url=style,
-        swagger_favicon_url=icon,
-    )
-    # Swagger UI writes styles into its elements.
-    styles = "style-src 'self' 'unsafe-inline'"
-    html.headers["Content-Security-Policy"] = content_policy(bytes(html.body).decode(), styles)
-    return html
-
-
-@app.exception_handler(RequestValidationError)
-async def answer_wrong_field(request: Request, error: RequestValidationError) -> JSONResponse:
-    """Say in one sentence what is wrong with each field."""
-    how = _how_to_send(request.url.path)
-    sentences = dict.fromkeys(_what_is_wrong(problem, how) for problem in error.errors())
-    return error_response(422, "; ".join(sentences))
 
 
 @app.exception_handler(HTTPException)
@@ -232,49 +150,71 @@ async def answer_http_error(request: Request, error: HTTPException) -> JSONRespo
     """Give every refusal the same form."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-        # Uploads above 1 MB are buffered in the temporary folder while they arrive.
-        return error_response(507, "the disk of the service is full, so it cannot take the upload")
-    text = str(error.detail)
-    path = request.scope.get("asked_path", request.url.path)
+        return _disk_is_full()
     if isinstance(error, Refusal):
-        pass
-    elif error.status_code == 404:
-        text = f"there is nothing at {path}; see /docs"
-    elif error.status_code == 405:
+        return refusal_response(error)
+    path = request.scope.get("asked_path", request.url.path)
+    if error.status_code == 404:
+        sentence = f"there is nothing at {path}; see /docs"
+        return problem_response("not_found", sentence, error.headers)
+    if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        text = f"{path} does not take {request.scope.get('asked_method')}, use {allowed}"
-    elif error.status_code == 400:
-        text = f"the form cannot be read ({text}); {_how_to_send(path)}"
-    return error_response(error.status_code, text, error.headers)
+        sentence = f"{path} does not take {request.scope.get('asked_method')}, use {allowed}"
+        return problem_response("method_not_allowed", sentence, error.headers)
+    sentence = f"the form cannot be read ({error.detail}); {how_to_send(path)}"
+    return problem_response("invalid_request", sentence, error.headers)
+
+
+@app.exception_handler(OSError)
+async def answer_os_error(request: Request, error: OSError) -> JSONResponse:
+    """Answer a full disk in its own way."""
+    # Uploads above 1 MB are buffered in the temporary folder while they arrive.
+    if error.errno == errno.ENOSPC:
+        return _disk_is_full()
+    raise error
 
 
 @app.exception_handler(AbandonedError)
 async def answer_nobody(_: Request, __: AbandonedError) -> JSONResponse:
     """End a request whose client is gone; the status is for metrics and the log."""
-    return error_response(CLIENT_IS_GONE, "the client is gone")
+    return problem_response("client_gone", "the client is gone")
 
 
 @app.exception_handler(Exception)
 async def answer_bug(request: Request, _: Exception) -> JSONResponse:
     """Answer what nobody expected; the gate logs it."""
-    return error_response(500, _fault(request))
+    return problem_response("internal_error", _fault(request))
 
 
-async def _run(
-    work: Callable[[IsWanted, StageTimes], T], request: Request, response: Response
-) -> T:
-    """Work in the pool of threads, and say how long that took."""
-    times = StageTimes()
+async def run(
+    pieces: Sequence[TimedPiece[T]], request: Request, response: Response
+) -> list[T | BaseException]:
+    """Have the pieces done; say how long that took, and which model it was."""
+    all_times = [StageTimes() for _ in pieces]
 
-    def measured(is_wanted: IsWanted) -> T:
-        times.end("queue")
-        return work(is_wanted, times)
+    def timed(piece: TimedPiece[T], times: StageTimes) -> Piece[T]:
+        def begin(is_wanted: IsWanted) -> Future[T]:
+            times.end("queue")
+            return piece(is_wanted, times)
+
+        return begin
 
     started = request.scope.get("started", time.monotonic())
-    queue: WorkQueue = request.app.state.classifier.work
-    result = await queue.run(measured, request.receive, started)
-    response.headers[HEADER] = times.header()
-    return result
+    classifier: PictureClassifier = request.app.state.classifier
+    results = await classifier.work.run(
+        list(map(timed, pieces, all_times)), request.receive, started
+    )
+    for times in all_times[1:]:
+        all_times[0].add(times)
+    response.headers[HEADER] = all_times[0].header()
+    response.headers.update(classifier.identity)
+    return results
+
+
+def _disk_is_full() -> JSONResponse:
+    return problem_response(
+        "disk_full", "the disk of the service is full, so it cannot take the upload"
+    )
 
 
 def _number_of(request: Request) -> str:
@@ -285,43 +225,49 @@ def _fault(request: Request) -> str:
     return f"the service failed on this request; its log says why, at request {_number_of(request)}"
 
 
-def _classify_file(
-    classifier: PictureClassifier,
-    image: UploadFile,
-    top_k: int,
-    is_wanted: IsWanted,
-    times: StageTimes,
-) -> list[Prediction]:
+def _refused(refusal: Refusal) -> RefusedPicture:
+    return RefusedPicture(status=refusal.status_code, code=refusal.code, error=refusal.detail)
+
+
+def _piece(classifier: PictureClassifier, image: UploadFile) -> TimedPiece[Images]:
     max_bytes = classifier.settings.max_upload_bytes
-    if image.size is not None and image.size > max_bytes:
-        raise too_large(max_bytes)
-    try:
-        return classifier.classify(image.file.read(), top_k, is_wanted, times)
-    except ImageError as error:
-        status = 413 if isinstance(error, ImageTooLargeError) else 422
-        raise HTTPException(status, str(error)) from error
+
+    def begin(is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
+        if image.size is not None and image.size > max_bytes:
+            raise too_large(max_bytes)
+        try:
+            images = classifier.prepare(image.file.read(), times)
+        except ImageError as error:
+            code = "picture_too_large" if isinstance(error, ImageTooLargeError) else "no_picture"
+            raise Refusal(code, str(error)) from error
+        require_wanted(is_wanted)
+        return classifier.infer(images, is_wanted, times)
+
+    return begin
 
 
-def _how_to_send(path: str) -> str:
-    how = HOW_TO_SEND.get(path, HOW_TO_SEND[CLASSIFY])
-    return f"send it as a form field with a file, like: {how}"
-
-
-def _what_is_wrong(problem: dict[str, Any], how_to_send: str) -> str:
-    field = str(problem["loc"][1])  # after where it was looked for, before its place in a list
-    if problem["type"] == "missing":
-        return f"the field '{field}' is missing; {how_to_send}"
-    if field in ("image", "images"):
-        return f"the field '{field}' is text, expected a picture file; {how_to_send}"
-    found = printable(str(problem["input"]), 40)
-    return f"{field} is '{found}', expected a whole number of at least 1"
-
+tensor_routes = open_inference.routes(run)
+app.include_router(tensor_routes)
+describe(app)
 
 # The label of each in the metrics; all other paths have one label together.
-PATHS = frozenset(
+_PATHS = frozenset(
     {
-        *(route.path for route in app.routes if isinstance(route, APIRoute)),
+        *(
+            route.path
+            for route in (*app.routes, *website.routes, *tensor_routes.routes)
+            if isinstance(route, APIRoute) and "{" not in route.path
+        ),
         str(app.openapi_url),
         *(f"{ASSETS}/{name}" for name in SWAGGER_FILES),
     }
 )
+
+
+def is_path(path: str) -> bool:
+    """Whether an address exists; of the open inference protocol only those of the served model."""
+    if path in _PATHS:
+        return True
+    classifier = getattr(app.state, "classifier", None)
+    served: ServedModel | None = getattr(classifier, "served", None)
+    return served is not None and path in served.paths

@@ -9,36 +9,45 @@ an address, which the server then fetches, and its errors are lists.
 import io
 import logging
 import os
+import platform
 import shutil
 import sys
 import tempfile
-import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from importlib import metadata
+from pathlib import PurePath
 from typing import Any
 
 import bentoml
 from bentoml.exceptions import BentoMLException
 from PIL import Image
 
-from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_artifact
 from efficientnet.images.preprocess import preprocess
-from efficientnet.machine.environment import num_usable_cores
 from efficientnet.runtimes import open_runtime
-from serving.answers import ModelFacts, Prediction, best_classes
+from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
+from serving.batching import Batcher, Images
 from serving.gate import Gate
-from serving.routes import PATHS, app
+from serving.open_inference import Counters, ServedModel
+from serving.routes import app, is_path
 from serving.settings import (
     ARTIFACT_SHA256_VARIABLE,
     ARTIFACT_VARIABLE,
     DEFAULT_ARTIFACT,
     PROCESS_ENVIRONMENT,
+    VERSION,
     artifact_sha256,
     read_settings,
 )
 from serving.stages import StageTimes
 from serving.uploads import Uploads
-from serving.work import IsWanted, WorkQueue, require_wanted
+from serving.work import IsWanted, WorkQueue
 
 SETTINGS = read_settings(os.environ)
+
+# Packages that a picture goes through; no other is anybody's business.
+PACKAGES = ("bentoml", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "pillow", "tensorrt")
 
 # Backstop for what our own time limit does not reach.
 TIMEOUT_MARGIN_S = 30
@@ -71,7 +80,7 @@ class GatedService(bentoml.Service[Any]):
         """Make what the worker serves."""
         return Gate(
             super().to_asgi(is_main),
-            PATHS,
+            is_path,
             SETTINGS.allowed_hosts,
             lambda: app.state.classifier.is_draining,
         )
@@ -93,6 +102,47 @@ def _require_same(sha256: str) -> None:
             "CLASSIFIER_ARTIFACT_SHA256 names or the service was started with; put that one back, "
             "or start the service again to serve the new one"
         )
+
+
+def service_info(manifest: ArtifactManifest, sha256: str) -> ServiceInfo:
+    """Say what answers.
+
+    Args:
+        manifest: of the artifact.
+        sha256: of the manifest.
+    """
+    return ServiceInfo(
+        model=manifest.variant,
+        artifact_sha256=sha256,
+        program_sha256=manifest.program_sha256,
+        checkpoint_sha256=manifest.checkpoint_sha256,
+        preprocess=manifest.preprocess,
+        preprocess_sha256=manifest.preprocess.sha256,
+        runtime=manifest.runtime,
+        precision=manifest.precision,
+        num_classes=len(manifest.class_names),
+        trained_on=PurePath(manifest.data).name,
+        workers=SETTINGS.workers,
+        threads=SETTINGS.threads_per_worker,
+        limits=Limits(
+            max_upload_bytes=SETTINGS.max_upload_bytes,
+            max_pictures=SETTINGS.max_batch,
+            network_batch=SETTINGS.network_batch,
+            batch_wait_ms=SETTINGS.batch_wait_ms,
+            max_concurrency=SETTINGS.max_concurrency,
+            timeout_s=SETTINGS.timeout_s,
+            default_top_k=SETTINGS.default_top_k,
+        ),
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"efficientnet-pipeline": VERSION, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _close_control_ports() -> None:
@@ -136,7 +186,9 @@ class Classifier:
     def __init__(self) -> None:
         self.is_warm = self.is_draining = False
         self.settings = SETTINGS
-        self.work = WorkQueue(num_usable_cores(), SETTINGS.max_concurrency, SETTINGS.timeout_s)
+        self.work = WorkQueue(
+            SETTINGS.decoding_threads, SETTINGS.max_concurrency, SETTINGS.timeout_s
+        )
         app.state.classifier = self
         try:
             self._open()
@@ -147,12 +199,11 @@ class Classifier:
 
     def _open(self) -> None:
         # Read first: open_runtime takes checkpoints too, and would import torch for one.
-        read_artifact(SETTINGS.artifact)
+        manifest = read_artifact(SETTINGS.artifact)
         _require_same(SETTINGS.artifact_sha256)
-        self._runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker)
-        # One call at a time is what every runtime promises; a call uses all threads anyway.
-        self._runtime_lock = threading.Lock()
-        info = self._runtime.info
+        runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker)
+        info = runtime.info
+        self._spec, self._class_names = info.preprocess, info.class_names
         self.facts = ModelFacts(
             variant=info.variant,
             runtime=info.runtime,
@@ -162,7 +213,23 @@ class Classifier:
             program_sha256=info.program_sha256,
             max_upload_bytes=SETTINGS.max_upload_bytes,
         )
+        self.info = service_info(manifest, artifact_sha256(SETTINGS.artifact))
+        self.identity = {
+            "X-Model": self.info.model,
+            "X-Artifact-SHA256": self.info.artifact_sha256,
+            "X-Preprocess-SHA256": self.info.preprocess_sha256,
+        }
+        self._counters = Counters()
+        # One call at a time is what every runtime promises; a call uses all threads anyway.
+        self._batcher = Batcher(
+            runtime.infer,
+            min(SETTINGS.network_batch, info.max_batch_size or SETTINGS.network_batch),
+            SETTINGS.batch_wait_ms / 1000,
+            lambda num_images: self._counters.count_call(num_images),
+        )
+        self.work.is_stuck_beyond = lambda: self._batcher.is_stuck(SETTINGS.timeout_s)
         self._warm_up()
+        self.served = ServedModel.of(manifest, SETTINGS.max_batch, self._counters)
 
     @bentoml.on_deployment
     @staticmethod
@@ -179,52 +246,56 @@ class Classifier:
     def stop_pool(self) -> None:
         """Let go of the threads."""
         self.work.close()
+        if not self.work.problem:
+            self._batcher.close()
 
     # async: BentoML would call anything else in a thread of the pool that uploads use, too.
     async def __is_ready__(self) -> bool:
         return self.is_warm and not self.is_draining and not self.work.is_stuck
 
-    def classify(
-        self,
-        data: bytes,
-        top_k: int,
-        is_wanted: IsWanted = lambda: True,
-        times: StageTimes | None = None,
-    ) -> list[Prediction]:
-        """Return the `top_k` best classes of an encoded picture, the most probable first.
-
-        May be called from several threads at once.
-
-        Args:
-            data: a picture file.
-            top_k: number of classes.
-            is_wanted: asked between two steps.
-            times: told when a stage ends.
+    def prepare(self, data: bytes, times: StageTimes) -> Images:
+        """Return an encoded picture as the network's input [1, 3, H, W].
 
         Raises:
             ImageError: no picture, damaged, or too many pixels.
-            AbandonedError: between two steps, the answer was found to be wanted no more.
         """
-        info = self._runtime.info
-        times = times or StageTimes()
-        require_wanted(is_wanted)
-        images = preprocess(data, info.preprocess, lambda: times.end("decode"))[None]
+        with self._batcher.coming():
+            images = preprocess(data, self._spec, lambda: times.end("decode"))[None]
         times.end("preprocess")
-        with self._runtime_lock:
-            times.end("queue")
-            require_wanted(is_wanted)
-            logits = self._runtime.infer(images)
-            times.end("infer")
-        return best_classes(logits, info.class_names, top_k)
+        return images
+
+    def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
+        """Return what becomes the logits [N, classes] of preprocessed images [N, 3, H, W]."""
+        logits = self._batcher.submit(images, is_wanted, times)
+        logits.add_done_callback(
+            lambda done: None if done.exception() else self._counters.count_request(times)
+        )
+        return logits
+
+    def predictions(self, logits: Images, top_k: int) -> list[Prediction]:
+        """Return the `top_k` best classes of one picture's logits, the most probable first."""
+        return best_classes(logits, self._class_names, top_k)
+
+    def classify(self, data: bytes, top_k: int) -> list[Prediction]:
+        """Return the `top_k` best classes of an encoded picture.
+
+        Raises:
+            ImageError: see prepare.
+        """
+        times = StageTimes()
+        logits = self.infer(self.prepare(data, times), lambda: True, times)
+        return self.predictions(logits.result(), top_k)
 
     def _warm_up(self) -> None:
-        # The whole path with a batch of one, the only size the service runs. The first picture also
-        # makes Pillow load its decoders.
+        # Every size that a call may have; and the whole path, as the first picture also makes
+        # Pillow load its decoders.
         size = self.facts.image_size
         buffer = io.BytesIO()
         Image.new("RGB", (size, size)).save(buffer, format="PNG")
         try:
+            self._batcher.warm_up((3, size, size))
             self.classify(buffer.getvalue(), top_k=1)
         except ValueError as error:
             raise ArtifactError(f"the manifest does not fit its program: {error}") from None
+        self._counters = Counters()
         self.is_warm = True

@@ -11,6 +11,9 @@ from efficientnet import PROJECT_ROOT
 from efficientnet.formats.artifact import MANIFEST_FILE
 from efficientnet.machine.environment import num_usable_cores
 
+# pyproject.toml's, which is not there in a bento.
+VERSION = "0.1.0"
+
 PREFIX = "CLASSIFIER_"
 ARTIFACT_VARIABLE = f"{PREFIX}ARTIFACT"
 ARTIFACT_SHA256_VARIABLE = f"{PREFIX}ARTIFACT_SHA256"
@@ -65,6 +68,14 @@ class Settings:
     max_batch: int = 32
     """Pictures in one request to /classify/batch. CLASSIFIER_MAX_BATCH."""
 
+    network_batch: int = 8
+    """Most images in one call of the network, of as many requests; 1 = one after the other.
+    CLASSIFIER_NETWORK_BATCH."""
+
+    batch_wait_ms: int = 2
+    """Longest time for which an image waits for others that are being decoded.
+    CLASSIFIER_BATCH_WAIT_MS; 0 = it does not wait."""
+
     max_concurrency: int = 64
     """Pictures, or batches, that are classified or wait for it, in each worker; one more is
     answered with 429, before its body is read. CLASSIFIER_MAX_CONCURRENCY."""
@@ -76,6 +87,11 @@ class Settings:
     min_upload_bytes_per_s: int = 1000
     """Least rate of a body, after the first 5 s; then 408. CLASSIFIER_MIN_UPLOAD_BYTES_PER_S."""
 
+    max_connections_per_address: int = 256
+    """Connections of one address, in each worker; one more is answered with 429. Fewer than the
+    uploads that may be on their way, so that one client cannot take all of them.
+    CLASSIFIER_MAX_CONNECTIONS_PER_ADDRESS."""
+
     allowed_hosts: tuple[str, ...] = ()
     """Names by which the service may be asked, beside IP addresses, localhost and this machine's
     name; * = any. CLASSIFIER_ALLOWED_HOSTS, with commas between them."""
@@ -83,6 +99,12 @@ class Settings:
     num_threads: int | None = None
     """CPU threads of one call of the network; None = one per usable core, shared among the workers.
     CLASSIFIER_NUM_THREADS."""
+
+    @property
+    def decoding_threads(self) -> int:
+        """Threads that decode and preprocess in each process, beside the network."""
+        # Two at least, so that a costly picture does not hold up all others.
+        return max(2, num_usable_cores() // self.workers)
 
     @property
     def threads_per_worker(self) -> int:
@@ -113,7 +135,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         elif name == "allowed_hosts":
             values[name] = tuple(host.strip() for host in text.split(",") if host.strip())
         else:
-            values[name] = _positive_number(variable, text)
+            values[name] = _count(variable, text, least=0 if name == "batch_wait_ms" else 1)
     return Settings(**values)  # pyright: ignore[reportArgumentType]
 
 
@@ -133,13 +155,13 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
         )
 
 
-def _positive_number(variable: str, text: str) -> int:
+def _count(variable: str, text: str, least: int) -> int:
     try:
         number = int(text)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{variable} is '{text}', expected a whole number of at least 1")
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{variable} is '{text}', expected a whole number of at least {least}")
     return number
 
 

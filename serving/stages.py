@@ -9,18 +9,29 @@ HEADER = "Server-Timing"
 
 
 class StageTimes:
-    """A clock that starts now; the pictures of a batch are added up."""
+    """A clock that starts now, of one picture; those of a batch are added up."""
 
     def __init__(self) -> None:
-        self._seconds: dict[Stage, float] = dict.fromkeys(get_args(Stage), 0.0)
-        self._since = time.perf_counter()
+        self.seconds: dict[Stage, float] = dict.fromkeys(get_args(Stage), 0.0)
+        self._started = self._since = time.perf_counter()
 
     def end(self, stage: Stage) -> None:
         """Count the time since the last call, or the start, to this stage."""
         now = time.perf_counter()
-        self._seconds[stage] += now - self._since
+        self.seconds[stage] += now - self._since
         self._since = now
+
+    def add(self, other: "StageTimes") -> None:
+        """Count what another took as well."""
+        for stage, seconds in other.seconds.items():
+            self.seconds[stage] += seconds
+        self._since = max(self._since, other._since)
+
+    @property
+    def total_s(self) -> float:
+        """Time from the start to the last stage's end."""
+        return self._since - self._started
 
     def header(self) -> str:
         """Return the header's text, in milliseconds."""
-        return ", ".join(f"{name};dur={1000 * s:.2f}" for name, s in self._seconds.items())
+        return ", ".join(f"{name};dur={1000 * s:.2f}" for name, s in self.seconds.items())

@@ -234,7 +234,7 @@ def main(config: SupervisorConfig) -> None:
 
         def start_worker(number: int) -> tuple[BaseProcess, Connection]:
             ours, theirs = fork.Pipe(duplex=False)
-            arguments = (application, listener, theirs, number, settings.drain_s)
+            arguments = (application, listener, theirs, number, settings)
             process = fork.Process(target=worker.run_worker, args=arguments)
             process.start()
             theirs.close()

@@ -9,10 +9,9 @@ from collections.abc import Callable
 
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.refusals import Refusal, error_response, too_large
+from serving.refusals import Refusal, printable, refusal_response, too_large
 from serving.settings import Settings
 from serving.work import RETRY_AFTER_S, WorkQueue
 
@@ -21,6 +20,10 @@ HOW_TO_SEND = {
     CLASSIFY: "curl -F image=@picture.jpg .../classify",
     CLASSIFY_BATCH: "curl -F images=@one.jpg -F images=@two.jpg .../classify/batch",
 }
+
+# Clients of the open inference protocol send tensors in JSON, or JSON with bytes behind it, whose
+# type is either, or not given at all.
+TENSOR_TYPES = (b"application/json", b"application/octet-stream", b"")
 
 # Boundaries, part headers and the other fields of a form, beside the file itself.
 FORM_OVERHEAD_BYTES = 100_000
@@ -37,6 +40,31 @@ UPLOAD_GRACE_S = 5.0
 # Bodies on their way, for each place where work is done: each may hold 1 MB of memory and, above
 # that, a file in the temporary folder.
 UPLOADS_PER_PLACE = 8
+
+
+def is_infer(path: str) -> bool:
+    """Whether tensors are sent there."""
+    return path.startswith("/v2/") and path.endswith("/infer")
+
+
+def takes_body(path: str) -> bool:
+    """Whether an address classifies what is sent there."""
+    return path in HOW_TO_SEND or is_infer(path)
+
+
+def how_to_send(path: str) -> str:
+    """Say how a picture is sent to an address."""
+    how = HOW_TO_SEND.get(path, HOW_TO_SEND[CLASSIFY])
+    return f"send it as a form field with a file, like: {how}"
+
+
+def _expected(path: str) -> str:
+    if is_infer(path):
+        return (
+            "application/json, or application/octet-stream with an Inference-Header-Content-Length"
+        )
+    picture = ", or an image type with the picture as the body" if path == CLASSIFY else ""
+    return f"multipart/form-data with each picture as a file, like: {HOW_TO_SEND[path]}{picture}"
 
 
 class Uploads:
@@ -66,11 +94,10 @@ class Uploads:
         try:
             if scope.get("refusal"):
                 raise scope["refusal"]
-            if scope["path"] in HOW_TO_SEND and scope["method"] == "POST":
+            if scope["method"] == "POST" and takes_body(scope["path"]):
                 self._check_request(body)
-        except HTTPException as error:
-            response = error_response(error.status_code, error.detail, error.headers)
-            await response(scope, body.receive, body.send)
+        except Refusal as refusal:
+            await refusal_response(refusal)(scope, body.receive, body.send)
             return
         self._num_uploads += not body.is_complete
         body.on_complete = self._count_down
@@ -85,7 +112,7 @@ class Uploads:
         max_uploads = UPLOADS_PER_PLACE * self._settings.max_concurrency
         if not body.is_complete and self._num_uploads >= max_uploads:
             raise Refusal(
-                429,
+                "overloaded",
                 f"{max_uploads} pictures are on their way, and more are not taken; send this one "
                 "again in a moment",
                 {"Retry-After": str(RETRY_AFTER_S)},
@@ -102,6 +129,7 @@ class _Body:
         self._send = send
         self._settings = settings
         self._path: str = scope["path"]
+        self._encoding = headers.get("content-encoding", "").lower().replace("identity", "")
         self._declared_bytes = int(headers.get("content-length", "0"))
         self._content_type, options = parse_options_header(headers.get("content-type"))
         boundary = options.get(b"boundary", b"")
@@ -119,17 +147,28 @@ class _Body:
 
     def require_type_and_size(self) -> None:
         kind = self._content_type
-        if kind != b"multipart/form-data" and not kind.startswith(b"image/"):
-            if self.is_complete and not kind:
-                return
+        if not self._is_taken(kind):
             found = kind.decode(errors="replace") or "not given"
             raise Refusal(
-                415,
-                f"the Content-Type is {found}, expected multipart/form-data with each picture as "
-                f"a file, like: {HOW_TO_SEND[self._path]}",
+                "unsupported_type",
+                f"the Content-Type is {printable(found)}, expected {_expected(self._path)}",
+            )
+        if self._encoding:
+            raise Refusal(
+                "unsupported_type",
+                f"the Content-Encoding is {printable(self._encoding)}, expected none: send the "
+                "body as it is",
             )
         if self._declared_bytes > self._settings.max_upload_bytes + FORM_OVERHEAD_BYTES:
             raise too_large(self._settings.max_upload_bytes)
+
+    def _is_taken(self, kind: bytes) -> bool:
+        if not kind and self.is_complete:  # no body at all is told so later
+            return True
+        if is_infer(self._path):
+            return kind in TENSOR_TYPES
+        is_picture = kind.startswith(b"image/") and self._path == CLASSIFY
+        return kind == b"multipart/form-data" or is_picture
 
     def complete(self) -> None:
         if not self.is_complete:
@@ -150,7 +189,7 @@ class _Body:
             raise too_large(self._settings.max_upload_bytes)
         if self.is_complete and self._is_form and not self._has_end_mark:
             raise Refusal(
-                400,
+                "invalid_request",
                 f"the form cannot be read: the body ends early, after {self._received_bytes} "
                 "bytes and before the boundary that closes it; send the picture again",
             )
@@ -171,7 +210,7 @@ class _Body:
     def _too_slow(self) -> Refusal:
         seconds = time.monotonic() - self.started
         return Refusal(
-            408,
+            "upload_too_slow",
             f"the upload is too slow: {self._received_bytes} bytes came in {seconds:.0f} s, "
             f"expected {self._settings.min_upload_bytes_per_s} bytes a second and all of it within "
             f"{self._settings.timeout_s} s",

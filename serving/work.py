@@ -1,11 +1,11 @@
-"""Functions of requests -> their results, by a few threads; dropped when nobody waits any more."""
+"""Pieces of requests -> their results, by a few threads; dropped when nobody waits any more."""
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.types import Receive
 
@@ -14,6 +14,9 @@ from serving.refusals import Refusal, cannot_classify
 T = TypeVar("T")
 
 IsWanted = Callable[[], bool]
+
+# Takes a function that it asks, from time to time, whether to go on; what it gives comes later.
+Piece = Callable[[IsWanted], Future[T]]
 
 # In Retry-After. A picture takes a few hundredths of a second, so that even a long queue is short.
 RETRY_AFTER_S = 1
@@ -51,15 +54,17 @@ class WorkQueue:
         self._num_taken = 0
         self.problem = ""
         """What keeps all work from being done."""
+        self.is_stuck_beyond: Callable[[], bool] = lambda: False
+        """Whether nothing goes on behind the threads."""
         self._started: dict[int, float] = {}
 
     @property
     def is_stuck(self) -> bool:
-        """Whether every thread has been at the same piece of work for too long."""
+        """Whether every thread has been at the same piece of work for too long, or the network."""
         with self._lock:
             oldest_allowed = time.monotonic() - self._timeout_s
             late = [start for start in self._started.values() if start < oldest_allowed]
-        return len(late) >= self._num_threads
+        return len(late) >= self._num_threads or self.is_stuck_beyond()
 
     def require_no_problem(self) -> None:
         """Raise a Refusal, 503, when no work can be done at all."""
@@ -76,25 +81,30 @@ class WorkQueue:
         again = {"Retry-After": str(RETRY_AFTER_S)}
         if self.is_stuck:
             raise Refusal(
-                503, "all threads are busy with pictures that take too long; try later", again
+                "stuck", "all threads are busy with pictures that take too long; try later", again
             )
         with self._lock:
             is_full = self._num_taken >= self._max_places
         if is_full:
             raise Refusal(
-                429,
+                "overloaded",
                 f"{self._max_places} pictures are being classified or wait for it, and more are "
                 "not taken; send this one again in a moment",
                 again,
             )
 
-    async def run(self, function: Callable[[IsWanted], T], receive: Receive, started: float) -> T:
-        """Call a function in the pool, for a client that is listened to.
+    async def run(
+        self, pieces: Sequence[Piece[T]], receive: Receive, started: float
+    ) -> list[T | BaseException]:
+        """Do the pieces of a request, for a client that is listened to.
 
         Args:
-            function: takes a function that it asks, from time to time, whether to go on.
+            pieces: functions that are called in the pool.
             receive: ASGI's, after the whole body; tells when the client is gone.
             started: time.monotonic() when the request came.
+
+        Returns:
+            What each piece came to, or raised.
 
         Raises:
             Refusal: no place; 504, it took too long.
@@ -104,45 +114,95 @@ class WorkQueue:
         is_abandoned = threading.Event()
         with self._lock:
             self._num_taken += 1
-        future = self._pool.submit(self._work, function, lambda: not is_abandoned.is_set())
-        future.add_done_callback(self._give_place_back)
-        result = asyncio.ensure_future(asyncio.wrap_future(future))
+        begun = [self._begin(piece, lambda: not is_abandoned.is_set()) for piece in pieces]
+        answers = [answer for answer, _ in begun]
+        all_done = all_of(answers)
+        all_done.add_done_callback(lambda _: self._give_place_back())
+        results = asyncio.wrap_future(all_done)
         gone = asyncio.ensure_future(_wait_until_gone(receive))
         remaining = max(0.0, started + self._timeout_s - time.monotonic())
         try:
             done, _ = await asyncio.wait(
-                {result, gone}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED
+                {results, gone}, timeout=remaining, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             gone.cancel()
-            if not future.done():
+            if not results.done():
                 is_abandoned.set()
-                future.cancel()  # which it is if no thread is at it yet
-                result.cancel()
-        if result in done:
-            return result.result()
+                results.cancel()
+                for _, handle in begun:
+                    handle.cancel()  # which it is if no thread is at it yet
+        if results in done:
+            return [answer.exception() or answer.result() for answer in answers]
         if gone in done:
             raise AbandonedError
-        raise Refusal(504, f"the picture was not classified within {self._timeout_s:g} s")
+        raise Refusal("timeout", f"the picture was not classified within {self._timeout_s:g} s")
 
     def close(self) -> None:
         """Let go of the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _work(self, function: Callable[[IsWanted], T], is_wanted: IsWanted) -> T:
-        require_wanted(is_wanted)
-        thread = threading.get_ident()
-        with self._lock:
-            self._started[thread] = time.monotonic()
-        try:
-            return function(is_wanted)
-        finally:
-            with self._lock:
-                del self._started[thread]
+    def _begin(self, piece: Piece[T], is_wanted: IsWanted) -> tuple[Future[T], Future[None]]:
+        answer: Future[T] = Future()
 
-    def _give_place_back(self, _: Future[T]) -> None:
+        def work() -> None:
+            thread = threading.get_ident()
+            try:
+                require_wanted(is_wanted)
+                with self._lock:
+                    self._started[thread] = time.monotonic()
+                try:
+                    coming = piece(is_wanted)
+                finally:
+                    with self._lock:
+                        del self._started[thread]
+            except BaseException as error:
+                answer.set_exception(error)
+            else:
+                coming.add_done_callback(lambda done: _copy(done, answer))
+
+        # Nobody may cancel it: its place is given back when it is done.
+        answer.set_running_or_notify_cancel()
+        handle = self._pool.submit(work)
+
+        def drop(done: Future[None]) -> None:
+            if done.cancelled():
+                answer.set_exception(AbandonedError())
+
+        handle.add_done_callback(drop)
+        return answer, handle
+
+    def _give_place_back(self) -> None:
         with self._lock:
             self._num_taken -= 1
+
+
+def all_of(futures: Sequence[Future[Any]]) -> Future[None]:
+    """Return what is done when all of them are, with a result or an error; nobody may cancel it."""
+    all_done: Future[None] = Future()
+    all_done.set_running_or_notify_cancel()
+    lock = threading.Lock()
+    num_open = len(futures)
+
+    def count(_: Future[Any]) -> None:
+        nonlocal num_open
+        with lock:
+            num_open -= 1
+            is_last = not num_open
+        if is_last:
+            all_done.set_result(None)
+
+    for future in futures:
+        future.add_done_callback(count)
+    return all_done
+
+
+def _copy(done: Future[T], answer: Future[T]) -> None:
+    error = done.exception()
+    if error is None:
+        answer.set_result(done.result())
+    else:
+        answer.set_exception(error)
 
 
 async def _wait_until_gone(receive: Receive) -> None:

@@ -21,10 +21,11 @@ import uvicorn
 from bentoml._internal.context import server_context
 from starlette.types import Message, Receive, Scope, Send
 
+from serving.connections import SilentConnections, limited
 from serving.gate import Gate
-from serving.refusals import cannot_classify, error_response
-from serving.routes import PATHS, app
-from serving.settings import BACKLOG
+from serving.refusals import cannot_classify, refusal_response
+from serving.routes import app, is_path
+from serving.settings import BACKLOG, Settings
 
 # Requests that are not answered this long after the last connection was taken are cut off: a client
 # may be at its upload for CLASSIFIER_TIMEOUT_S.
@@ -50,6 +51,7 @@ class DrainingServer(uvicorn.Server):
         on_started: called after the application's start; returns whether to take connections.
         on_draining: called at the end's beginning; readiness goes down.
         drain_s: how long new connections come after that.
+        max_per_address: connections of one address.
     """
 
     def __init__(
@@ -59,8 +61,11 @@ class DrainingServer(uvicorn.Server):
         on_started: Callable[[], bool],
         on_draining: Callable[[], None],
         drain_s: float,
+        max_per_address: int,
     ) -> None:
         super().__init__(config)
+        self._max_per_address = max_per_address
+        self._silent = SilentConnections()
         self._listener = listener
         self._on_started = on_started
         self._on_draining = on_draining
@@ -69,6 +74,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, and listen if it can serve."""
         await super().startup(sockets=[])
+        protocol: Any = self.config.http_protocol_class
+        self._protocol_class = limited(protocol, self._max_per_address)
         if not self._on_started():
             self.should_exit = True
             return
@@ -79,6 +86,12 @@ class DrainingServer(uvicorn.Server):
         )
         self._listener.listen(BACKLOG)
         self.servers.append(server)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Do what is done ten times a second; return whether to end."""
+        if counter % 10 == 0:
+            self._silent.close(self.server_state.connections)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what has come, and end."""
@@ -97,8 +110,7 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(0.02)
 
     def _protocol(self) -> asyncio.Protocol:
-        protocol: Any = self.config.http_protocol_class
-        return protocol(
+        return self._protocol_class(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
 
@@ -117,7 +129,11 @@ def build_application() -> Any:
 
 
 def run_worker(
-    application: Any, listener: socket.socket, supervisor: Connection, number: int, drain_s: float
+    application: Any,
+    listener: socket.socket,
+    supervisor: Connection,
+    number: int,
+    settings: Settings,
 ) -> None:
     """Serve until SIGTERM.
 
@@ -126,7 +142,7 @@ def run_worker(
         listener: bound; shared with other workers.
         supervisor: is told what keeps the worker from serving: nothing, or else it ends.
         number: of this worker, from 1.
-        drain_s: see DrainingServer.
+        settings: of the service.
     """
     end_with_parent()
     server_context.worker_index = number
@@ -140,14 +156,15 @@ def run_worker(
         app.state.classifier.is_draining = True
 
     config = _config(application)
-    DrainingServer(config, listener, tell, drain, drain_s).run()
+    limits = settings.drain_s, settings.max_connections_per_address
+    DrainingServer(config, listener, tell, drain, *limits).run()
     os._exit(0)  # without waiting for a thread that is at a picture nobody waits for
 
 
 def run_stand_in(listener: socket.socket, reason: str, allowed_hosts: Collection[str]) -> None:
     """Answer for workers of which none can serve, until SIGTERM: not ready, and why."""
     end_with_parent()
-    config = _config(Gate(_unavailable(reason), PATHS, allowed_hosts))
+    config = _config(Gate(_unavailable(reason), is_path, allowed_hosts))
     config.lifespan = "off"
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -180,8 +197,8 @@ def _unavailable(reason: str) -> Callable[[Scope, Receive, Send], Awaitable[None
             await send({**message, "status": 200} if "status" in message else message)
 
         refusal = cannot_classify(reason, RETRY_AFTER_S)
-        headers = {**(refusal.headers or {}), "Connection": "close"}
-        response = error_response(refusal.status_code, refusal.detail, headers)
+        response = refusal_response(refusal)
+        response.headers["Connection"] = "close"
         is_alive = scope["path"] in ("/livez", "/healthz")
         await response(scope, receive, send_alive if is_alive else send)
 

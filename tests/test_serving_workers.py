@@ -1,5 +1,7 @@
 import asyncio
 import concurrent.futures
+import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from facts import require_named
 from processes import child_pids, listening_ports, process_exists, wait_until
 
 from efficientnet.images.datasets import load_dataset
+from serving.answers import Problem
 from serving.demo import free_port, stop, wait_until_ready
 from serving.supervisor import refuse_new_connections
 
@@ -228,7 +232,7 @@ def test_connections_that_nobody_has_accepted_are_served_before_the_end():
         return True
 
     config = uvicorn.Config(application, lifespan="off", log_config=None)
-    server = DrainingServer(config, listener, tell, connect, drain_s=0)
+    server = DrainingServer(config, listener, tell, connect, drain_s=0, max_per_address=30)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running_server = pool.submit(server.run)
         assert started.wait(30)
@@ -243,6 +247,71 @@ def test_connections_that_nobody_has_accepted_are_served_before_the_end():
         socket.create_connection(address, timeout=5)
     for client in early:
         client.close()
+
+
+@contextmanager
+def server_here(max_per_address: int) -> Iterator[tuple[str, int]]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    started = threading.Event()
+
+    def tell() -> bool:
+        started.set()
+        return True
+
+    config = uvicorn.Config(application, lifespan="off", log_config=None)
+    server = DrainingServer(config, listener, tell, lambda: None, 0, max_per_address)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        running_server = pool.submit(server.run)
+        assert started.wait(30)
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            running_server.result(30)
+
+
+def test_a_connection_on_which_no_request_comes_is_closed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("serving.connections.HEAD_S", 0.5)
+    with server_here(max_per_address=9) as address:
+        silent, half, used = (socket.create_connection(address, timeout=20) for _ in range(3))
+        half.sendall(REQUEST + REQUEST[:-2])
+        assert b"served" in answer_of(half)
+        # One that is used goes on, although it is without a request now and then.
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            used.sendall(REQUEST)
+            assert b"served" in answer_of(used)
+        for client in (silent, half):
+            assert client.recv(1000) == b""
+        used.sendall(REQUEST)
+        assert b"served" in answer_of(used)
+        for client in (silent, half, used):
+            client.close()
+
+
+def test_an_address_has_a_limited_number_of_connections():
+    with server_here(max_per_address=2) as address:
+        first, second, third = (socket.create_connection(address, timeout=20) for _ in range(3))
+        for client in (first, second):
+            client.sendall(REQUEST)
+            assert b"served" in answer_of(client)
+        refused = http.client.HTTPResponse(third)
+        refused.begin()
+        assert (refused.status, refused.headers["Retry-After"]) == (429, "1")
+        problem = Problem.model_validate_json(refused.read())
+        require_named(problem.detail, 2, "127.0.0.1")
+        first.close()
+        assert wait_until(lambda: is_answered(address))
+        for client in (second, third):
+            client.close()
+
+
+def is_answered(address: tuple[str, int]) -> bool:
+    with socket.create_connection(address, timeout=20) as client:
+        client.sendall(REQUEST)
+        with contextlib.suppress(ConnectionError):
+            return b"served" in answer_of(client)
+        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the filter is Linux's")

@@ -236,3 +236,67 @@ class ReportConfig:
 
     readme: Path = Path("docs/results.md")
     """File with the markers that the table is written between."""
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Settings of a load test."""
+
+    artifact: tyro.conf.Positional[Path]
+    """What is served."""
+
+    photos: Path
+    """Folder of pictures that are sent."""
+
+    seconds: float = 20.0
+    """Measured time of each row, above 0."""
+
+    turns: int = 2
+    """Turns that this time is split into, at least 1."""
+
+    rates: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
+    """Requests a second at planned times, in parts of what the best plain loop does; above 0."""
+
+    schedules: tuple[Literal["poisson", "fixed"], ...] = ("poisson", "fixed")
+    """poisson: each moment is as likely as any other; fixed: evenly spaced."""
+
+    batch: int = 8
+    """Most images in a call of the network, of the service with batching and of the plain loop;
+    above 1."""
+
+    clients: int = 32
+    """Clients that saturate the service, each of which waits for its answer."""
+
+    bound_ms: float | None = None
+    """Latency within which 99 of 100 requests are to be answered; None = 5 times the plain loop's
+    median."""
+
+    num_photos: int = 64
+    """Pictures that are sent, the first of the folder."""
+
+    seed: int = 0
+    """Of the Poisson schedule."""
+
+    output: Path = Path("reports/load.json")
+    """File that is written; the table and the picture stand beside it."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+
+    def __post_init__(self) -> None:
+        """Check the limits."""
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
+            raise ValueError(f"--rates is {list(self.rates)}, expected numbers above 0")
+        if not self.schedules:
+            raise ValueError("--schedules is empty, expected poisson, fixed or both")
+        if self.bound_ms is not None and not 0 < self.bound_ms < float("inf"):
+            raise ValueError(f"--bound-ms is {self.bound_ms:g}, expected more than 0")
+        least = {"--turns": 1, "--batch": 2, "--clients": 1, "--num-photos": 1}
+        values = (self.turns, self.batch, self.clients, self.num_photos)
+        for (flag, minimum), value in zip(least.items(), values, strict=True):
+            if value < minimum:
+                raise ValueError(f"{flag} is {value}, expected at least {minimum}")
