@@ -205,10 +205,22 @@ def test_a_scenario_that_picks_no_batch_size_is_measured_at_each(
     every_batch = dataclasses.replace(OFFLINE, name="every_batch", picks_fastest=False)
     monkeypatch.setitem(SCENARIOS, every_batch.name, every_batch)
     output = tmp_path / "latency.jsonl"
-    config = LatencyConfig((tiny_artifact,), 0.1, 2, 1, (1, 4), ("every_batch",), output)
+    scenarios = ("every_batch", "multi_stream", "batch16")
+    config = LatencyConfig((tiny_artifact,), 0.1, 2, 1, (8, 16), scenarios, output)
     latency.main(config)
-    found = read_records(output, LatencyRecord)
-    assert [(r.scenario, r.batch_size) for r in found] == [("every_batch", 1), ("every_batch", 4)]
+    found = [(r.scenario, r.batch_size) for r in read_records(output, LatencyRecord)]
+    every = [("every_batch", 8), ("every_batch", 16)]
+    assert found == [("multi_stream", 8), ("batch16", 16), *every]
+
+
+def test_a_batch_size_that_is_not_tried_or_not_taken_is_wrong_usage(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with raises_naming(ValueError, "--batches", "multi_stream", 8):
+        LatencyConfig(batches=(1, 16), scenarios=("multi_stream",))
+    monkeypatch.setattr(latency, "choose_batch_sizes", lambda program, asked: (1, 4))
+    with raises_naming(ValueError, "batch16", 16):
+        latency.main(LatencyConfig((tiny_artifact,), scenarios=("batch16",)))
 
 
 def test_without_paths_the_newest_checkpoint_and_its_artifacts_are_measured(

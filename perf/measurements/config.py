@@ -10,7 +10,7 @@ import tyro
 from efficientnet.command import JsonFlags, require_least, require_positive
 from efficientnet.network.architectures import peer_of
 from efficientnet.network.variants import Padding, get_variant
-from perf.measurements.scenarios import SCENARIOS, ScenarioName
+from perf.measurements.scenarios import OFFLINE, SCENARIOS, SINGLE_STREAM, ScenarioName
 
 MAX_CALLS = 200
 
@@ -76,8 +76,9 @@ class LatencyConfig:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Batch sizes that are tried for offline; those an artifact does not take are left out."""
 
-    scenarios: tuple[ScenarioName, ...] = tuple(SCENARIOS)
-    """What is measured of each path."""
+    scenarios: tuple[ScenarioName, ...] = (SINGLE_STREAM.name, OFFLINE.name)
+    """What is measured of each path: one image at a time; eight (multi_stream); sixteen (batch16);
+    the batch size of the most images a second (offline)."""
 
     output: Path = Path("reports/latency.jsonl")
     """File that the records are appended to."""
@@ -98,6 +99,12 @@ class LatencyConfig:
                 f"--scenarios is {list(self.scenarios)}, expected different ones of "
                 f"{', '.join(SCENARIOS)}"
             )
+        for name in self.scenarios:
+            if not SCENARIOS[name].batch_sizes(tuple(sorted(self.batches))):
+                raise ValueError(
+                    f"--batches is {list(self.batches)}, which has not the size that --scenarios "
+                    f"{name} measures {SCENARIOS[name].where}; add it, or leave {name} out"
+                )
         require_different_paths(self.paths)
 
 

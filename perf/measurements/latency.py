@@ -29,6 +29,13 @@ def main(config: LatencyConfig) -> Path:
     started_at = datetime.now(UTC)
     programs = read_programs(config.paths)
     batch_sizes = [choose_batch_sizes(program, config.batches) for program in programs]
+    scenarios = [scenario for name, scenario in SCENARIOS.items() if name in config.scenarios]
+    for scenario in scenarios:
+        if not any(map(scenario.batch_sizes, batch_sizes)):
+            raise ValueError(
+                f"--scenarios {scenario.name}: no program takes a call {scenario.where}; export "
+                "with a larger --batch, or leave it out"
+            )
     require_writable(config.output, "--output")
     num_threads = config.threads or num_usable_cores()
     budget = TimeBudget(config.seconds, config.turns)
@@ -44,7 +51,6 @@ def main(config: LatencyConfig) -> Path:
     )
     # Before the programs are opened: nothing else computes now.
     peaks = peaks_of(programs, num_threads)
-    scenarios = [scenario for name, scenario in SCENARIOS.items() if name in config.scenarios]
     with (
         open_programs(programs, batch_sizes, num_threads, config.data, config.seed) as opened,
         Progress(planned_s(opened, scenarios, budget)) as progress,

@@ -89,6 +89,30 @@ SINGLE_STREAM = Scenario(
     headline=say_time,
 )
 
+MULTI_STREAM = Scenario(
+    name="multi_stream",
+    title="Multi stream: eight images at a time",
+    where="at batch 8",
+    batch_sizes=lambda asked: tuple(size for size in asked if size == 8),
+    picks_fastest=False,
+    compares="time",
+    columns=(*PROGRAM, *SPEED, "time / eager", *WORTH),
+    order=fastest_first,
+    headline=say_time,
+)
+
+BATCH16 = Scenario(
+    name="batch16",
+    title="Batch 16, as the EfficientNetV2 paper measures",
+    where="at batch 16",
+    batch_sizes=lambda asked: tuple(size for size in asked if size == 16),
+    picks_fastest=False,
+    compares="time",
+    columns=(*PROGRAM, *SPEED, "time / eager", *WORTH),
+    order=fastest_first,
+    headline=say_time,
+)
+
 OFFLINE = Scenario(
     name="offline",
     title="Offline: the batch size of the most images a second",
@@ -102,7 +126,9 @@ OFFLINE = Scenario(
 )
 
 # In the order in which they are measured and shown.
-SCENARIOS = {scenario.name: scenario for scenario in (SINGLE_STREAM, OFFLINE)}
+SCENARIOS = {
+    scenario.name: scenario for scenario in (SINGLE_STREAM, MULTI_STREAM, BATCH16, OFFLINE)
+}
 
 if TYPE_CHECKING:
     ScenarioName = str
