@@ -12,7 +12,12 @@ from serving.tensors import InferRequest
 Responses = dict[int | str, dict[str, Any]]
 
 # What every address may answer.
-EVERYWHERE: tuple[Code, ...] = ("host_not_allowed", "address_too_long", "internal_error")
+EVERYWHERE: tuple[Code, ...] = (
+    "host_not_allowed",
+    "unauthorized",
+    "address_too_long",
+    "internal_error",
+)
 
 REFERENCE = "#/components/schemas/{model}"
 

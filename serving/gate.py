@@ -12,8 +12,10 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Collection
+from hmac import compare_digest
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.refusals import Refusal, in_one_line, printable, problem_response
@@ -59,6 +61,7 @@ class Gate:
         is_path: whether an address exists, beside BentoML's.
         allowed_hosts: names that the Host header may have, beside addresses in numbers, localhost
             and this machine's name; ANY_HOST allows all.
+        api_key: what all but the probes must be asked with; "" = nothing.
         is_draining: whether clients are told to open another connection, which another process
             will take.
     """
@@ -68,10 +71,12 @@ class Gate:
         app: ASGIApp,
         is_path: Callable[[str], bool],
         allowed_hosts: Collection[str] = (),
+        api_key: str = "",
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._app = app
         self._is_draining = is_draining
+        self._key = api_key.encode()
         self._is_path = lambda path: path in OWN_PATHS or is_path(path)
         here = {"localhost", socket.gethostname().lower()}
         self._hosts = {host.lower() for host in allowed_hosts} | here
@@ -118,7 +123,18 @@ class Gate:
                 f"the Host header is '{printable(host)}', which is no name of this service; "
                 "if it is one, add it to CLASSIFIER_ALLOWED_HOSTS",
             )
+        if self._key and scope["path"] not in PROBES and not self._has_key(scope):
+            return Refusal(
+                "unauthorized",
+                "the service has a key: send it in the header 'Authorization: Bearer KEY'",
+                {"WWW-Authenticate": "Bearer"},
+            )
         return None
+
+    def _has_key(self, scope: Scope) -> bool:
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        # In a time that does not tell how much of it is right.
+        return scheme.lower() == "bearer" and compare_digest(key.strip().encode(), self._key)
 
     def _is_allowed(self, host: str) -> bool:
         # A page of another site can reach the service under that site's name, if its name server
@@ -170,3 +186,16 @@ class Gate:
 def _request_id(scope: Scope) -> str:
     asked = Headers(scope=scope).get("x-request-id", "")
     return asked if REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
+
+
+def with_cors(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
+    """Let pages of other sites ask, if there are any: browsers ask before they send a picture."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+        expose_headers=["X-Request-ID", "Server-Timing", "Retry-After"],
+    )

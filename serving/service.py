@@ -28,7 +28,7 @@ from efficientnet.images.preprocess import preprocess
 from efficientnet.runtimes import open_runtime
 from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
 from serving.batching import Batcher, Images
-from serving.gate import Gate
+from serving.gate import Gate, with_cors
 from serving.open_inference import Counters, ServedModel
 from serving.routes import app, is_path
 from serving.settings import (
@@ -78,12 +78,14 @@ class GatedService(bentoml.Service[Any]):
 
     def to_asgi(self, is_main: bool = True) -> Any:
         """Make what the worker serves."""
-        return Gate(
+        gate = Gate(
             super().to_asgi(is_main),
             is_path,
             SETTINGS.allowed_hosts,
+            SETTINGS.api_key,
             lambda: app.state.classifier.is_draining,
         )
+        return with_cors(gate, SETTINGS.cors_origins)
 
 
 def _require_artifact() -> None:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from efficientnet import PROJECT_ROOT
@@ -96,6 +96,14 @@ class Settings:
     """Names by which the service may be asked, beside IP addresses, localhost and this machine's
     name; * = any. CLASSIFIER_ALLOWED_HOSTS, with commas between them."""
 
+    api_key: str = field(default="", repr=False)
+    """What requests must have in `Authorization: Bearer KEY`, all but probes and metrics; empty =
+    nothing. CLASSIFIER_API_KEY."""
+
+    cors_origins: tuple[str, ...] = ()
+    """Sites whose pages may ask the service, such as https://example.org; * = any.
+    CLASSIFIER_CORS_ORIGINS, with commas between them."""
+
     num_threads: int | None = None
     """CPU threads of one call of the network; None = one per usable core, shared among the workers.
     CLASSIFIER_NUM_THREADS."""
@@ -119,8 +127,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     """Fill the settings from environment variables; what is unset or empty keeps its default.
 
     Raises:
-        ValueError: a number is not a whole one of at least 1, a hash is none, or there is no such
-            setting.
+        ValueError: a number is not a whole one of at least 1, a hash is none, a key is too short,
+            or there is no such setting.
     """
     _refuse_unknown(environment)
     values: dict[str, int | str | Path | tuple[str, ...]] = {}
@@ -132,8 +140,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
             values[name] = PROJECT_ROOT / text
         elif name == "artifact_sha256":
             values[name] = _sha256(variable, text)
-        elif name == "allowed_hosts":
-            values[name] = tuple(host.strip() for host in text.split(",") if host.strip())
+        elif name == "api_key":
+            values[name] = _api_key(variable, text)
+        elif name in ("allowed_hosts", "cors_origins"):
+            values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
         else:
             values[name] = _count(variable, text, least=0 if name == "batch_wait_ms" else 1)
     return Settings(**values)  # pyright: ignore[reportArgumentType]
@@ -163,6 +173,15 @@ def _count(variable: str, text: str, least: int) -> int:
     if number < least:
         raise ValueError(f"{variable} is '{text}', expected a whole number of at least {least}")
     return number
+
+
+def _api_key(variable: str, text: str) -> str:
+    if not re.fullmatch(r"[!-~]{16,}", text):
+        raise ValueError(
+            f"{variable} has {len(text)} characters, expected at least 16 of ASCII without spaces; "
+            "'openssl rand -hex 32' makes one"
+        )
+    return text
 
 
 def _sha256(variable: str, text: str) -> str:

@@ -241,9 +241,7 @@ def main(config: SupervisorConfig) -> None:
             return process, ours
 
         def start_stand_in(reason: str) -> BaseProcess:
-            process = fork.Process(
-                target=worker.run_stand_in, args=(listener, reason, settings.allowed_hosts)
-            )
+            process = fork.Process(target=worker.run_stand_in, args=(listener, reason, settings))
             process.start()
             return process
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,7 +22,7 @@ from bentoml._internal.context import server_context
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.connections import SilentConnections, limited
-from serving.gate import Gate
+from serving.gate import Gate, with_cors
 from serving.refusals import cannot_classify, refusal_response
 from serving.routes import app, is_path
 from serving.settings import BACKLOG, Settings
@@ -161,10 +161,11 @@ def run_worker(
     os._exit(0)  # without waiting for a thread that is at a picture nobody waits for
 
 
-def run_stand_in(listener: socket.socket, reason: str, allowed_hosts: Collection[str]) -> None:
+def run_stand_in(listener: socket.socket, reason: str, settings: Settings) -> None:
     """Answer for workers of which none can serve, until SIGTERM: not ready, and why."""
     end_with_parent()
-    config = _config(Gate(_unavailable(reason), is_path, allowed_hosts))
+    gate = Gate(_unavailable(reason), is_path, settings.allowed_hosts, settings.api_key)
+    config = _config(with_cors(gate, settings.cors_origins))
     config.lifespan = "off"
     uvicorn.Server(config).run(sockets=[listener])
 

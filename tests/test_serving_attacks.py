@@ -18,13 +18,22 @@ import pytest
 from costly_pictures import ico_of, png_of_zeros, progressive_jpeg
 from facts import raises_naming
 from processes import wait_until
-from starlette.types import Message
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
 
 from efficientnet.images.datasets import load_dataset
 from serving.answers import PROBLEMS, Prediction, Problem
 from serving.demo import running_service
-from serving.gate import ELSEWHERE, MAX_ADDRESS_BYTES, SECURITY_HEADERS, Gate
-from serving.refusals import Refusal
+from serving.gate import (
+    ELSEWHERE,
+    MAX_ADDRESS_BYTES,
+    PROBES,
+    SECURITY_HEADERS,
+    Gate,
+    with_cors,
+)
+from serving.refusals import Refusal, refusal_response
 from serving.settings import PREFIX, VARIABLES, Settings, read_settings
 from serving.stages import StageTimes
 from serving.uploads import CLASSIFY_BATCH, UPLOADS_PER_PLACE, Uploads
@@ -300,6 +309,75 @@ def test_every_setting_stands_in_the_docs_with_its_default():
 def test_hosts_are_separated_by_commas():
     settings = read_settings({"CLASSIFIER_ALLOWED_HOSTS": " a.example ,b.example,"})
     assert settings.allowed_hosts == ("a.example", "b.example")
+
+
+KEY = "a-key-of-thirty-two-characters.."
+
+
+async def answer_or_refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """Stand in for the application behind the gate."""
+    refusal = scope["refusal"]
+    response = refusal_response(refusal) if refusal else PlainTextResponse("answered")
+    await response(scope, receive, send)
+
+
+@pytest.mark.parametrize("path", ["/", "/classify", "/v2/models/classifier/infer", "/docs", "/no"])
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [
+        (f"Bearer {KEY}", 200),
+        (f"bearer  {KEY}", 200),
+        (None, 401),
+        ("", 401),
+        ("Bearer", 401),
+        (f"Bearer {KEY[:-1]}", 401),
+        (f"Bearer {KEY}.", 401),
+        (f"Basic {KEY}", 401),
+        (KEY, 401),
+    ],
+)
+def test_a_service_with_a_key_answers_nobody_without_it(
+    path: str, authorization: str | None, status: int
+):
+    client = TestClient(Gate(answer_or_refuse, is_path, (), KEY), "http://localhost")
+    headers = {} if authorization is None else {"Authorization": authorization}
+    response = client.get(path, headers=headers)
+    assert response.status_code == status
+    if status == 401:
+        assert response.json()["code"] == "unauthorized" and KEY not in response.text
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", sorted(PROBES))
+def test_probes_need_no_key(path: str):
+    client = TestClient(Gate(answer_or_refuse, is_path, (), KEY), "http://localhost")
+    assert client.get(path).status_code == 200
+
+
+def test_a_key_is_long_enough_and_told_to_nobody():
+    settings = read_settings({"CLASSIFIER_API_KEY": "0123456789abcdef"})
+    assert settings.api_key == "0123456789abcdef" and settings.api_key not in repr(settings)
+    for short in ("0123456789abcde", "0123 456789 abcdef", "0123456789abcde\xe9"):
+        with raises_naming(ValueError, "CLASSIFIER_API_KEY", 16) as refused:
+            read_settings({"CLASSIFIER_API_KEY": short})
+        assert short not in str(refused.value)
+
+
+def test_pages_of_other_sites_may_ask_only_where_the_setting_names_them():
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    gate = Gate(answer_or_refuse, is_path, (), KEY)
+    closed = TestClient(with_cors(gate, ()), "http://localhost")
+    assert "Access-Control-Allow-Origin" not in closed.options("/classify", headers=asked).headers
+    settings = read_settings({"CLASSIFIER_CORS_ORIGINS": "https://a.example, https://b.example"})
+    open_to_a = TestClient(with_cors(gate, settings.cors_origins), "http://localhost")
+    allowed = "Access-Control-Allow-Origin"
+    # A browser asks without the key first.
+    response = open_to_a.options("/classify", headers=asked)
+    assert response.status_code == 200 and response.headers[allowed] == "https://a.example"
+    other = open_to_a.options("/classify", headers={**asked, "Origin": "https://c.example"})
+    assert allowed not in other.headers
+    answered = open_to_a.get("/", headers={"Origin": "https://a.example"})
+    assert answered.status_code == 401 and answered.headers[allowed] == "https://a.example"
 
 
 # Overload, clients that are gone, and slow ones: in this process, where a picture takes as long as
