@@ -29,6 +29,7 @@ from efficientnet.runtimes import open_runtime
 from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
 from serving.batching import Batcher, Images
 from serving.gate import Gate, with_cors
+from serving.metrics import of_this_process
 from serving.open_inference import Counters, ServedModel
 from serving.routes import app, is_path
 from serving.settings import (
@@ -188,8 +189,12 @@ class Classifier:
     def __init__(self) -> None:
         self.is_warm = self.is_draining = False
         self.settings = SETTINGS
+        self._metrics = of_this_process()
         self.work = WorkQueue(
-            SETTINGS.decoding_threads, SETTINGS.max_concurrency, SETTINGS.timeout_s
+            SETTINGS.decoding_threads,
+            SETTINGS.max_concurrency,
+            SETTINGS.timeout_s,
+            self._metrics.set_in_flight,
         )
         app.state.classifier = self
         try:
@@ -227,7 +232,7 @@ class Classifier:
             runtime.infer,
             min(SETTINGS.network_batch, info.max_batch_size or SETTINGS.network_batch),
             SETTINGS.batch_wait_ms / 1000,
-            lambda num_images: self._counters.count_call(num_images),
+            self._count_call,
         )
         self.work.is_stuck_beyond = lambda: self._batcher.is_stuck(SETTINGS.timeout_s)
         self._warm_up()
@@ -270,7 +275,7 @@ class Classifier:
         """Return what becomes the logits [N, classes] of preprocessed images [N, 3, H, W]."""
         logits = self._batcher.submit(images, is_wanted, times)
         logits.add_done_callback(
-            lambda done: None if done.exception() else self._counters.count_request(times)
+            lambda done: None if done.exception() else self._count_answer(times)
         )
         return logits
 
@@ -288,6 +293,16 @@ class Classifier:
         logits = self.infer(self.prepare(data, times), lambda: True, times)
         return self.predictions(logits.result(), top_k)
 
+    def _count_call(self, num_images: int) -> None:
+        self._counters.count_call(num_images)
+        if self.is_warm:
+            self._metrics.count_call(num_images)
+
+    def _count_answer(self, times: StageTimes) -> None:
+        self._counters.count_request(times)
+        if self.is_warm:
+            self._metrics.count_picture(times)
+
     def _warm_up(self) -> None:
         # Every size that a call may have; and the whole path, as the first picture also makes
         # Pillow load its decoders.
@@ -300,4 +315,5 @@ class Classifier:
         except ValueError as error:
             raise ArtifactError(f"the manifest does not fit its program: {error}") from None
         self._counters = Counters()
+        self._metrics.tell_model(self.info)
         self.is_warm = True

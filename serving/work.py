@@ -43,13 +43,21 @@ class WorkQueue:
         max_places: pieces that run and wait.
         timeout_s: after this time, from a request's arrival, its client is told that it took too
             long; a thread that is at one piece for longer is stuck.
+        on_change: told how many places are taken, whenever that changes.
     """
 
-    def __init__(self, num_threads: int, max_places: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        num_threads: int,
+        max_places: int,
+        timeout_s: float,
+        on_change: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="classify")
         self._num_threads = num_threads
         self._max_places = max_places
         self._timeout_s = timeout_s
+        self._on_change = on_change
         self._lock = threading.Lock()
         self._num_taken = 0
         self.problem = ""
@@ -112,12 +120,11 @@ class WorkQueue:
         """
         self.require_place()
         is_abandoned = threading.Event()
-        with self._lock:
-            self._num_taken += 1
+        self._take(1)
         begun = [self._begin(piece, lambda: not is_abandoned.is_set()) for piece in pieces]
         answers = [answer for answer, _ in begun]
         all_done = all_of(answers)
-        all_done.add_done_callback(lambda _: self._give_place_back())
+        all_done.add_done_callback(lambda _: self._take(-1))
         results = asyncio.wrap_future(all_done)
         gone = asyncio.ensure_future(_wait_until_gone(receive))
         remaining = max(0.0, started + self._timeout_s - time.monotonic())
@@ -172,9 +179,10 @@ class WorkQueue:
         handle.add_done_callback(drop)
         return answer, handle
 
-    def _give_place_back(self) -> None:
+    def _take(self, num_places: int) -> None:
         with self._lock:
-            self._num_taken -= 1
+            self._num_taken += num_places
+            self._on_change(self._num_taken)
 
 
 def all_of(futures: Sequence[Future[Any]]) -> Future[None]:

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
@@ -35,7 +35,7 @@ from serving.answers import ModelFacts, Prediction, Problem
 from serving.demo import free_port, running_service, stop, wait_until_ready
 from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
-from serving.stages import StageTimes
+from serving.stages import Stage, StageTimes
 from serving.work import WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -319,6 +319,40 @@ def test_health_metrics_and_model_are_answered(service: httpx.Client) -> None:
     assert "bentoml_service_request_total" in service.get("/metrics").text
     facts = ModelFacts.model_validate(service.get("/model").json())
     assert (facts.variant, facts.image_size, facts.num_classes) == ("tiny", 32, 10)
+
+
+def metric(text: str, name: str) -> float:
+    """Add up a metric's samples of all labels."""
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.M))
+
+
+def test_metrics_tell_stages_calls_places_and_the_artifact(service: httpx.Client) -> None:
+    before = service.get("/metrics").text
+    for index in range(3):
+        assert classify(service, digit(index)).status_code == 200
+    after = service.get("/metrics").text
+
+    def more(name: str) -> float:
+        return metric(after, name) - metric(before, name)
+
+    for stage in get_args(Stage):
+        label = f'{{stage="{stage}"}}'
+        assert more(re.escape(f"classifier_stage_seconds_count{label}")) == 3
+    assert 1 <= more("classifier_batch_images_count") <= 3
+    assert more("classifier_batch_images_sum") == 3
+    assert re.search(r"^classifier_in_flight 0\.0$", after, re.M)
+    sha256 = service.get("/info").json()["artifact_sha256"]
+    (model,) = re.findall(r"^classifier_model_info{(.*)} 1\.0$", after, re.M)
+    assert f'artifact_sha256="{sha256}"' in model and 'model="tiny"' in model
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(service: httpx.Client) -> None:
+    classify(service, digit(0))
+    names = set(re.findall(r"^(\w+?)(?:{.*})? ", service.get("/metrics").text, re.M))
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "classifier.json").read_text())
+    queries = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    asked = set(re.findall(r"\b(?:classifier|bentoml_service)_\w+", " ".join(queries)))
+    assert len(asked) > 5 and asked <= names
 
 
 def test_docs_and_page_need_no_other_host(service: httpx.Client) -> None:
