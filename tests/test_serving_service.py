@@ -39,6 +39,7 @@ from serving.stages import Stage, StageTimes
 from serving.work import WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCKERFILE = "env/docker/Dockerfile"
 BOUNDARY = "picture-boundary"
 
 # The service computes as the shared package does, with a batch of one; only the last digits of
@@ -598,8 +599,19 @@ def test_packed_bento_holds_the_artifact_and_serves_it(tiny_artifact: Path, tmp_
     assert built.returncode == 0, built.stderr
     tag = built.stdout.splitlines()[-1]
     assert f"bentoml serve {tag}" in built.stderr
+    bento = Path(environment["BENTOML_HOME"]) / "bentos" / tag.replace(":", "/")
+    # What `bentoml containerize` builds: nothing runs as root, no package is left to chance.
+    steps = re.findall(r"^(USER|ENTRYPOINT|RUN) (.*)$", (bento / DOCKERFILE).read_text(), re.M)
+    assert next(step for step in steps if step[0] != "RUN") == ("USER", "bentoml")
+    assert steps[-1][0] == "ENTRYPOINT"
+    (user,) = re.findall(r"^ARG BENTO_USER_UID=(\d+)$", (bento / DOCKERFILE).read_text(), re.M)
+    for flavor in ("cpu", "gpu"):
+        pod = (ROOT / "deploy" / "kubernetes" / f"{flavor}.yaml").read_text()
+        assert f"runAsUser: {user}\n" in pod
+    packages = (bento / "env" / "python" / "requirements.txt").read_text().split()
+    assert packages and all("==" in package for package in packages)
     # Its own copy of the code, and not the installed project, as on a machine without the project.
-    source = Path(environment["BENTOML_HOME"]) / "bentos" / tag.replace(":", "/") / "src"
+    source = bento / "src"
     environment["PYTHONPATH"] = str(source)
     for command in (["bentoml", "serve", tag], ["serving.run"]):
         port = free_port()
