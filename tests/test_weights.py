@@ -23,10 +23,10 @@ from efficientnet.network.weights import WeightsError, convert_weights, recogniz
 # layers; a wrong epsilon (1e-5 for 1e-3) or padding is 1e-4 and more.
 TOLERANCE = 1e-9
 
-# Side of the images. 48 and 64 are even and stay so for some layers, so that SAME and symmetric
-# padding differ; odd in one case. The networks are the same at every size.
-SIZE, LARGE_SIZE, ODD_SIZE = 64, 48, 63
-BATCH_SIZE, NUM_CLASSES = 3, 1000
+# Side of the images. 48 is even and stays so for some layers, so that SAME and symmetric padding
+# differ; odd in one case. The networks are the same at every size.
+SIZE, ODD_SIZE = 48, 47
+BATCH_SIZE, NUM_CLASSES = 2, 1000
 
 TIMM = [
     *(f"timm:tf_efficientnet_b{i}" for i in range(9)),
@@ -170,8 +170,7 @@ def compare(architecture: str, size: int) -> tuple[float, float, float]:
 def test_logits_loss_and_gradients_equal_the_peers(
     architecture: str, record_property: Callable[[str, object], None]
 ):
-    is_large = architecture.endswith(("_b6", "_b7", "_b8", "_m", "_l", "_xl"))
-    found = compare(architecture, LARGE_SIZE if is_large else SIZE)
+    found = compare(architecture, SIZE)
     record_property("disagreement", found)
     print(f"\n{architecture}: logits {found[0]:.1e}, loss {found[1]:.1e}, gradient {found[2]:.1e}")
     assert max(found) <= TOLERANCE
