@@ -140,7 +140,9 @@ def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_nothing_had_ha
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("--max-restarts", "2", str(script), "tiny", "--output", str(tmp_path)),
         *("--name", "run", "--epochs", "3", "--batch-size", "256", "--micro-batch-size", "64"),
-        *("--progressive.num-stages", "3"),
+        # The size of `alone`.
+        *("--progressive.num-stages", "3", "--progressive.image-size", "16", "24"),
+        *("--eval-image-size", "24"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     with (tmp_path / "log").open("w") as log:

@@ -487,9 +487,9 @@ def test_a_head_of_other_classes_gets_the_names_of_a_file_or_numbers(
 @pytest.mark.parametrize(
     ("text", "facts"),
     [
-        ("cat\ndog\n", ("2 names", "x.pth", "3 classes")),
-        ("cat\ndog\ncat\n", ("cat", "twice")),
-        ("cat\n\ndog\n", ("line 2",)),
+        ("cat\ndog\n", ("--class-names", "2 names", "x.pth", "3 classes")),
+        ("cat\ndog\ncat\n", ("names.txt", "cat", "twice")),
+        ("cat\n\ndog\n", ("names.txt", "line 2")),
     ],
 )
 def test_class_names_that_do_not_fit_are_refused(
@@ -500,7 +500,7 @@ def test_class_names_that_do_not_fit_are_refused(
     config = ImportConfig(
         "b0", fine_tuned, like="timm:tf_efficientnet_b0.in1k", class_names=names, output=tmp_path
     )
-    with raises_naming(WeightsError, names, *facts):
+    with raises_naming(WeightsError, *facts):
         import_weights.main(config)
 
 
