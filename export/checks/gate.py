@@ -20,12 +20,11 @@ from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import AccuracyGate, ArtifactManifest, BlockCost
 from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.images.datasets import SAMPLE_PHOTOS, Sample, sha256_of_samples
+from efficientnet.measuring.intervals import NORMAL_QUANTILE
 from efficientnet.runtimes import Runtime
 from export.checks.logit_agreement import QUANTIZED_FLIP_MARGIN, problem_of, usual_batch_size
 from export.inputs.config import MIN_GATE_IMAGES
 from export.inputs.reference import BATCH_SIZE, Reference, batches_of, spread
-
-Z_95 = 1.96
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ def paired_drop(
     num_images = len(eager_is_right)
     b, c, n = lost + 0.5, won + 0.5, num_images + 2
     center = (b - c) / n
-    half = Z_95 * math.sqrt(b + c - (b - c) ** 2 / n) / n
+    half = NORMAL_QUANTILE * math.sqrt(b + c - (b - c) ** 2 / n) / n
     return (lost - won) / num_images, center - half, center + half
 
 
