@@ -293,7 +293,7 @@ def test_another_scenario_is_one_object(monkeypatch: pytest.MonkeyPatch):
 def test_a_record_of_an_unknown_scenario_is_an_error(folder: Path):
     append_record(folder / "latency.jsonl", make_latency(scenario="at_night"))
 
-    with raises_naming(ReportError, "at_night", "single_stream, offline"):
+    with raises_naming(ReportError, "at_night", *SCENARIOS):
         report.main(config_of(folder))
 
 
