@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -88,6 +88,29 @@ def require_positive(config: object, *names: str) -> None:
             raise ValueError(
                 f"{flag_of(name)} is {getattr(config, name):g}, expected more than 0, and finite"
             )
+
+
+def require_only_publishing(config: Any, holds: str) -> None:
+    """Refuse flags beside --record, with which nothing is done but to write it again.
+
+    Args:
+        config: a dataclass with the fields record, publish and readme.
+        holds: what a record holds, for the message.
+
+    Raises:
+        ValueError: names all that are given.
+    """
+    values = {field: getattr(config, field.name) for field in fields(config)}
+    given = [
+        f"{flag_of(field.name)} {value}"
+        for field, value in values.items()
+        if field.name not in ("record", "publish", "readme") and value != field.default
+    ]
+    if config.record is not None and given:
+        raise ValueError(
+            f"{', '.join(given)} given with --record, which holds {holds}: "
+            "give none but --publish and --readme"
+        )
 
 
 def flag_of(name: str) -> str:

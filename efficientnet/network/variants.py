@@ -130,7 +130,6 @@ class VariantSpec:
     published: PublishedResult | None = None
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not NAME.fullmatch(self.name):
             raise ValueError(
                 f"name is {self.name!r}, expected up to 64 of a-z, 0-9, hyphens and dots, as "

@@ -293,17 +293,11 @@ class LoadConfig:
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
+        require_positive(self, "seconds")
         if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
             raise ValueError(f"--rates is {list(self.rates)}, expected numbers above 0")
         if not self.schedules:
             raise ValueError("--schedules is empty, expected poisson, fixed or both")
-        if self.bound_ms is not None and not 0 < self.bound_ms < float("inf"):
-            raise ValueError(f"--bound-ms is {self.bound_ms:g}, expected more than 0")
-        least = {"--turns": 1, "--batch": 2, "--clients": 1, "--num-photos": 1}
-        values = (self.turns, self.batch, self.clients, self.num_photos)
-        for (flag, minimum), value in zip(least.items(), values, strict=True):
-            if value < minimum:
-                raise ValueError(f"{flag} is {value}, expected at least {minimum}")
+        if self.bound_ms is not None:
+            require_positive(self, "bound_ms")
+        require_least(self, turns=1, batch=2, clients=1, num_photos=1)

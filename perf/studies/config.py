@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from efficientnet.command import JsonFlags
+from efficientnet.command import JsonFlags, require_least, require_positive
 from perf.studies.paper_tables import TableName
 
 QUICK_S = 10.0
@@ -47,9 +47,7 @@ class ChooseConfig(JsonFlags):
     """Folder of published records; those of this device count, too."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        if not 0 < self.budget_ms < float("inf"):
-            raise ValueError(f"--budget-ms is {self.budget_ms:g}, expected more than 0")
+        require_positive(self, "budget_ms")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise ValueError(
                 f"--min-top1 is {self.min_top1:g}, expected a share of 0 to 1: 0.9 is 90 %"
@@ -99,11 +97,8 @@ class PaperConfig:
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads is {self.threads}, expected at least 1")
+        require_positive(self, "seconds")
+        require_least(self, threads=1)
 
     @property
     def row_seconds(self) -> float:
@@ -140,13 +135,8 @@ class AgreementConfig(JsonFlags):
     readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
-        """Check the limits."""
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"--seconds is {self.seconds:g}, expected more than 0")
-        if self.rounds < 2:
-            raise ValueError(f"--rounds is {self.rounds}, expected at least 2")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"--threads is {self.threads}, expected at least 1")
+        require_positive(self, "seconds")
+        require_least(self, rounds=2, threads=1)
 
 
 @dataclass(frozen=True)
@@ -191,17 +181,9 @@ class RegressionConfig:
     """Folder of regression.json, summary.md and benchmark.json."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not 0 < self.max_slowdown < 1:
             raise ValueError(f"--max-slowdown is {self.max_slowdown:g}, expected between 0 and 1")
-        for flag, value, least in (
-            ("--processes", self.processes, 2),
-            ("--rounds", self.rounds, 2),
-            ("--threads", self.threads, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{flag} is {value}, expected at least {least}")
-        if not 0 < self.turn_seconds < float("inf"):
-            raise ValueError(f"--turn-seconds is {self.turn_seconds:g}, expected more than 0")
+        require_least(self, processes=2, rounds=2, threads=1)
+        require_positive(self, "turn_seconds")
         if not self.exports:
             raise ValueError("--exports names none, expected some of eager, ort, ov")

@@ -1,12 +1,13 @@
 """What can be set in a search: types, units and limits."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
+from efficientnet.command import require_least, require_only_publishing
 from efficientnet.errors import first_problem
 from efficientnet.images.datasets import data_name
 from efficientnet.network.scaling import V1_MIN_KEPT_CHANNELS
@@ -140,20 +141,15 @@ class SearchConfig:
     again, beside it; with --publish where published ones go, and into docs/results.md."""
 
     def __post_init__(self) -> None:
-        """Check the limits."""
         if not 0 <= self.trials <= MAX_TRIALS:
             raise ValueError(f"--trials is {self.trials}, expected 0 to {MAX_TRIALS:,}")
-        for name in ("epochs", "turns", "heartbeat"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
+        require_least(self, epochs=1, turns=1, heartbeat=1, seeds=0)
         for name in ("width", "turn_seconds", "wait_minutes"):
             if not getattr(self, name) > 0:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {getattr(self, name)}, expected more than 0")
         if self.hours is not None and not self.hours > 0:
             raise ValueError(f"--hours is {self.hours}, expected more than 0")
-        if self.seeds < 0:
-            raise ValueError(f"--seeds is {self.seeds}, expected at least 0")
         for name in ("w", "v", "u"):
             if not math.isfinite(getattr(self, name)) or abs(getattr(self, name)) > 10:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected -10 to 10")
@@ -167,18 +163,7 @@ class SearchConfig:
             self.space()
         if self.target_artifact is not None:
             target_of(self.target_artifact)
-        if self.record is not None:
-            kept = ("record", "publish", "readme")
-            given = [
-                f"--{field.name.replace('_', '-')}"
-                for field in fields(self)
-                if field.name not in kept and getattr(self, field.name) != field.default
-            ]
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)} given with --record, which holds what was searched: "
-                    "give none but --publish and --readme"
-                )
+        require_only_publishing(self, "what was searched")
 
     @property
     def title(self) -> str:

@@ -2,13 +2,13 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from efficientnet.command import flag_of, require_least
+from efficientnet.command import require_least, require_only_publishing
 from efficientnet.errors import PipelineError
 from efficientnet.images.datasets import data_name
 from efficientnet.network.variants import get_variant
@@ -93,17 +93,7 @@ class AblationConfig:
         require_least(self, seeds=1, jobs=1)
         if "/" in self.title:
             raise ValueError(f"name is {self.title!r}, expected a file name's part; give --name")
-        if self.record is not None:
-            others = [f for f in fields(self) if f.name not in ("record", "publish", "readme")]
-            values = {f.name: getattr(self, f.name) for f in others}
-            given = [
-                f"{flag_of(f.name)} {values[f.name]}" for f in others if values[f.name] != f.default
-            ]
-            if given:
-                raise ValueError(
-                    f"{', '.join(given)} given with --record, which holds what was trained: "
-                    "give none but --publish and --readme"
-                )
+        require_only_publishing(self, "what was trained")
 
     @property
     def title(self) -> str:
