@@ -290,13 +290,6 @@ def saved(content: object) -> bytes:
         ("x.pth", lambda t: saved(list(t.values())), "holds a list, expected names"),
         ("x.pth", lambda _: saved({}), "holds nothing, expected names"),
         ("x.h5", lambda t: saved(t), "expected it to end in .safetensors or one of .pth"),
-        ("x.pth", lambda t: saved({k: t[k] for k in t if k != "bn2.bias"}), "bn2.bias is missing"),
-        ("x.pth", lambda t: saved({**t, "head.bias": t["bn2.bias"]}), "head.bias [1280] is extra"),
-        (
-            "x.pth",
-            lambda t: saved({**t, "bn2.bias": t["bn2.bias"] / 0}),
-            "bn2.bias has 1280 of 128",
-        ),
         ("x.pth", lambda t: saved({**t, "bn1.bias": t["bn2.bias"]}), "shape [1280], expected [32]"),
     ],
 )

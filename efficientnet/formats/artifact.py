@@ -232,11 +232,7 @@ class ArtifactManifest(_Frozen):
 
 @contextmanager
 def new_artifact_directory(directory: Path) -> Generator[Path]:
-    """Give a directory to build in, which becomes `directory` when the block ends without an error.
-
-    Raises:
-        ArtifactError: something else than an artifact stands there, or the block wrote no manifest.
-    """
+    """Give a directory to build in, which becomes `directory` when the block ends well."""
     require_replaceable(directory)
     with replaced_directory(directory) as fresh:
         yield fresh
@@ -247,11 +243,7 @@ def new_artifact_directory(directory: Path) -> Generator[Path]:
 
 
 def require_replaceable(directory: Path) -> None:
-    """Check that an artifact may take this place: nothing is there, or an older one.
-
-    Raises:
-        ArtifactError: something else is there, which would be lost.
-    """
+    """Check that an artifact may take this place: nothing is there, or an older one."""
     manifest = directory / MANIFEST_FILE
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise ArtifactError(
@@ -299,9 +291,7 @@ class ProgramFile:
 def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactManifest:
     """Read manifest.json and check that the program is the one it speaks of.
 
-    Args:
-        directory: the artifact.
-        allow_unchecked: whether a program that was never compared with its model is accepted.
+    A program that was never compared with its model is accepted with `allow_unchecked` only.
 
     Raises:
         ArtifactError: no artifact there, another format, damaged, or not checked.
@@ -313,11 +303,7 @@ def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactMan
 
 
 def read_program(directory: Path, manifest: ArtifactManifest, name: str) -> ProgramFile:
-    """Read a file of the program, once: what was checked is what a runtime gets.
-
-    Raises:
-        ArtifactError: it is not there, or not the one that the manifest speaks of.
-    """
+    """Read a file of the program, once: what was checked is what a runtime gets."""
     file = ProgramFile.read(_file_of(directory, name))
     found = hashlib.sha256(file.data).hexdigest()
     _require_hash(file.path, found, _hashes(manifest)[name])
