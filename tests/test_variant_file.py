@@ -22,7 +22,7 @@ from efficientnet.network.variant_file import (
 from efficientnet.network.variants import VARIANTS, StageSpec, VariantSpec, scale_up
 from efficientnet.runtimes import open_runtime
 from export import ort
-from export.inputs.config import ExportConfig
+from export.inputs.config import OrtConfig
 from training.recipe.config import TrainConfig, config_from_json, config_to_json
 from training.running import begin_run
 from training.running.command_line import ResumeConfig, parse
@@ -125,7 +125,7 @@ def test_a_found_variant_goes_the_road_of_a_built_in_one(tmp_path: Path):
     assert record.spec == FOUND
     assert len(model.features) == len(FOUND.stages) + 2
 
-    artifact = ort.main(ExportConfig(checkpoint=checkpoint, output=tmp_path / "artifact"))
+    artifact = ort.main(OrtConfig(checkpoint=checkpoint, output=tmp_path / "artifact"))
     manifest = read_artifact(artifact)
     assert (manifest.variant, manifest.architecture) == ("found-1", FOUND)
     size = record.preprocess.image_size

@@ -26,25 +26,14 @@ from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.machine.processor import has_vnni
 from efficientnet.precision import Precision
-from efficientnet.runtimes.openvino_runtime import (
-    openvino_core,
-    own_precision,
-    require_capability,
-)
+from efficientnet.runtimes.openvino_runtime import openvino_core, own_precision, require_capability
 from export.builders.batch_splitting import choose_streams
 from export.builders.search import fastest_within_drop
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
-from export.graphs.calibration import (
-    METHOD,
-    choose_samples,
-    has_two_photographs_only,
-    images_of,
-    write_calibration,
-)
+from export.graphs import calibration
 from export.graphs.folding import INPUT_NAME, OPSET, count_weight_bytes
 from export.graphs.precision import graph_of
-from export.inputs.config import Activations, OpenVinoConfig
-from export.inputs.rebuild import rebuild_command
+from export.inputs.config import Activations, OpenVinoConfig, rebuild_command
 from export.inputs.reference import Reference, load_reference
 
 PROGRAM_FILE = "model.xml"
@@ -187,14 +176,15 @@ def quantize(
     directory: Path,
 ) -> tuple[ov.Model, QuantizationRecord]:
     """Quantise to int8 with NNCF, all but squeeze-excite, `kept` and the config's float layers."""
-    samples = choose_samples(reference, config)
+    samples = calibration.choose_samples(reference, config)
     activations = config.activations or "asymmetric"
-    method = f"nncf {nncf.__version__}, {activations} activations, {METHOD}"
-    sha256 = write_calibration(directory, samples, config, method)
+    method = f"nncf {nncf.__version__}, {activations} activations, {calibration.METHOD}"
+    record = calibration.record_calibration(
+        directory, samples, config, method, own_precision(), kept
+    )
     preset = "mixed" if activations == "asymmetric" else "performance"
-    in_float = (*kept, *config.float_layers)
-    patterns = [*ALWAYS_FLOAT, *map(pattern_of, in_float)]
-    batches = [{INPUT_NAME: images} for images in images_of(reference, samples)]
+    patterns = [*ALWAYS_FLOAT, *map(pattern_of, (*kept, *config.float_layers))]
+    batches = [{INPUT_NAME: images} for images in calibration.images_of(reference, samples)]
     quantized: Any = nncf.quantize(
         model,
         nncf.Dataset(batches),
@@ -205,19 +195,9 @@ def quantize(
             overflow_fix=nncf.OverflowFix.FIRST_LAYER if has_vnni() else nncf.OverflowFix.ENABLE,
             activations_range_estimator_params=BATCH_MEAN,
             activations_quantization_params=ONE_RANGE
-            if has_two_photographs_only(reference)
+            if calibration.has_two_photographs_only(reference)
             else None,
         ),
-        ignored_scope=nncf.IgnoredScope(
-            patterns=patterns,
-            validate=False,
-        ),
+        ignored_scope=nncf.IgnoredScope(patterns=patterns, validate=False),
     )
-    return quantized, QuantizationRecord(
-        method=method,
-        num_calibration_images=len(samples),
-        calibration_sha256=sha256,
-        kept_precision=own_precision(),
-        kept_blocks=tuple(kept),
-        float_layers=config.float_layers,
-    )
+    return quantized, record
