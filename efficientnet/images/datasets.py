@@ -200,7 +200,7 @@ def load_held_out(
     if indices is None:
         raise DatasetError(
             f"the classes of {dataset.source} are not those of the network: "
-            f"{_some(dataset.class_names)} against {_some(class_names)}; "
+            f"{_shorten(dataset.class_names, ', ')} against {_shorten(class_names, ', ')}; "
             "give the data it was trained for with --data"
         )
     train, val = (
@@ -444,13 +444,6 @@ def _require_no_class_lost(before: Dataset, after: Dataset) -> None:
             )
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{len(names)} ({shown}{', ...' if len(names) > 5 else ''})"
-
-
-def _shorten(items: list[str], limit: int = 5) -> str:
-    if not items:
-        return "none"
+def _shorten(items: Sequence[str], comma: str = "; ", limit: int = 5) -> str:
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return "; ".join(items[:limit]) + rest
+    return comma.join(items[:limit]) + rest

@@ -18,9 +18,8 @@ DEVICE = "CPU"
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 # Of the program for all batch sizes; OpenVINO's own default is 5,000. It keeps kernels for each
-# size that it has seen, with a copy of their weights: V2-S int8 at 64 px took 1,223 MB after all
-# sizes to 64, with 500 kernels (about three sizes) 435 MB. A call of another size than the last
-# ones makes its kernels anew: 155 ms in the place of 124 with all kept, both on 2 busy cores.
+# size that it has seen, with a copy of their weights: about three sizes of V2-S here. A call of
+# another size makes its kernels anew, a fourth of its time more (docs/export.md).
 NUM_KEPT_KERNELS = 500
 
 CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8"}

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
@@ -29,7 +28,7 @@ from export.graphs.calibration import CALIBRATION_FILE, CalibrationError
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig
-from export.inputs.reference import BATCH_SIZE, Reference
+from export.inputs.reference import BATCH_SIZE, Reference, answer_of
 
 # Of the logits' standard deviation, in float64 on both sides: what folding changes is the rounding
 # of weights to float32 (1.4e-7 of V2-B0), and the order of additions in float32 would hide it.
@@ -101,7 +100,7 @@ class StepwiseParity:
         reference = self._reference
         folded = fold_batch_norm(reference.model)
         show = partial(layers.show_model, folded)
-        answer = _answer_of_model(folded, reference.parity_images)
+        answer = answer_of(folded, reference.parity_images)
         # ONNX Runtime without its graph optimisations executes what is written, node by node: this
         # step is about the export alone. What an optimiser makes of it is the artifact's matter.
         graph = export_onnx(reference.model, reference.image_size)
@@ -168,7 +167,7 @@ def _compare_fold(reference: Reference, folded: EfficientNet) -> ComparedStep:
     step = max(1, len(reference.parity_images) // NUM_FOLD_IMAGES)
     images = reference.parity_images[::step][:NUM_FOLD_IMAGES]
     expected, found = (
-        _answer_of_model(copy.deepcopy(model).double(), images.astype(np.float64))
+        answer_of(copy.deepcopy(model).double(), images.astype(np.float64))
         for model in (reference.model, folded)
     )
     error = FOLD_TOLERANCE * float(expected.std())
@@ -231,9 +230,3 @@ def _show_of_artifact(directory: Path, manifest: ArtifactManifest) -> layers.Sho
     if manifest.runtime == "native":
         return partial(layers.show_native, program)
     return None
-
-
-def _answer_of_model(model: EfficientNet, images: Array) -> Array:
-    with torch.inference_mode():
-        batches = torch.from_numpy(images).split(BATCH_SIZE)
-        return torch.cat([model(batch) for batch in batches]).numpy()

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,9 +83,14 @@ class Reference:
 
     def answer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the eager model's logits for images [N, 3, H, W]."""
-        with torch.inference_mode():
-            batches = torch.from_numpy(images).split(BATCH_SIZE)
-            return torch.cat([self.model(batch) for batch in batches]).numpy()
+        return answer_of(self.model, images)
+
+
+def answer_of(model: EfficientNet, images: NDArray[Any]) -> NDArray[Any]:
+    """Return a model's logits for images [N, 3, H, W] of its own float type."""
+    with torch.inference_mode():
+        batches = torch.from_numpy(images).split(BATCH_SIZE)
+        return torch.cat([model(batch) for batch in batches]).numpy()
 
 
 def load_reference(config: ExportConfig, images_flag: str = "--num-parity-images") -> Reference:
