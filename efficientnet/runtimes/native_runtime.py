@@ -19,8 +19,7 @@ class NativeRuntime:
     def __init__(self, program: ProgramFile, info: ProgramInfo, num_threads: int) -> None:
         assert info.max_batch_size is not None
         self.info = info
-        with program.opened() as path:
-            self._engine = Engine(path, num_threads, info.max_batch_size)
+        self._engine = Engine(program.data, num_threads, info.max_batch_size)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""

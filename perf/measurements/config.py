@@ -148,6 +148,48 @@ class LayersConfig(JsonFlags):
 
 
 @dataclass(frozen=True)
+class ScalingConfig(JsonFlags):
+    """Settings of a measurement."""
+
+    result_file = Path("reports/scaling.json")
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Artifact and checkpoint directories of one network at one size."""
+
+    threads: tuple[int, ...] | None = None
+    """Numbers of threads, at least 1; None = 1, 2, 4, ... up to the usable cores."""
+
+    batch_size: int = 1
+    """Images in a call, at least 1."""
+
+    seconds: float = 10.0
+    """Measured time of each path on each number of threads, without warm-up, above 0."""
+
+    turns: int = 6
+    """Turns that this time is split into, at least 1."""
+
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what the first program was trained on."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and table and picture into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError(
+                "no artifact is named, expected at least one like artifacts/v2-s/native-int8"
+            )
+        require_positive(self, "seconds")
+        require_least(self, threads=1, batch_size=1, turns=1)
+        if self.threads is not None and len(set(self.threads)) < max(1, len(self.threads)):
+            raise ValueError(f"--threads is {list(self.threads)}, expected different numbers")
+        require_different_paths(self.paths)
+
+
+@dataclass(frozen=True)
 class NetworkConfig:
     """What to compare, and for how long."""
 
