@@ -5,7 +5,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
+from efficientnet.formats.artifact import (
+    ArtifactError,
+    ArtifactManifest,
+    ProgramFile,
+    checked_meanwhile,
+)
 from efficientnet.runtimes.native.engine import PORTABLE, Engine, levels
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 
@@ -54,5 +59,6 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
         ArtifactError: damaged, or the engine is not here or not fast on this processor.
     """
     require_kernels(directory, is_reference=manifest.binding is None)
-    program = read_program(directory, manifest, manifest.program_file)
-    return NativeRuntime(program, info_of_artifact(manifest), num_threads)
+    # Hashing takes as long as packing the weights does.
+    with checked_meanwhile(directory, manifest, manifest.program_file) as program:
+        return NativeRuntime(program, info_of_artifact(manifest), num_threads)

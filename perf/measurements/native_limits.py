@@ -22,7 +22,7 @@ Limit = Literal["products", "instructions", "bytes"]
 LIMITS: tuple[Limit, ...] = get_args(Limit)
 
 # Floats of a register, and whether products of u8 and bf16 maps go by tiles.
-LANES = {"amx": 16, "avx512_bf16": 16, "avx512_vnni": 16, "avx_vnni": 8}
+LANES = {"amx": 16, "avx512_bf16": 16, "avx512_vbmi": 16, "avx512_vnni": 16, "avx_vnni": 8}
 TILES = frozenset(("amx",))
 
 # One register of products of four bytes, or of two bf16, by 16 sums.
