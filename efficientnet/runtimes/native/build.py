@@ -34,8 +34,9 @@ COMMON_FLAGS = [
     "-ffp-contract=off",
 ]
 
-# The C++ library goes inside: images for serving may have none.
-LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
+# The C++ library goes inside: images for serving may have none. What nobody calls of it is left out,
+# and with it calls that only the newest C libraries have.
+LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections")
 
 # Source -> what its kernels may use beyond the processor's oldest instructions; only on x86-64.
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni"
