@@ -34,7 +34,7 @@ COMMON_FLAGS = [
     "-ffp-contract=off",
 ]
 
-# The C++ library goes inside: images for serving may have none. What nobody calls of it is left out,
+# The C++ library goes inside: images for serving may have none. What nobody calls is left out,
 # and with it calls that only the newest C libraries have.
 LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections")
 
