@@ -18,7 +18,7 @@ struct Products {
       int x = 0;
       for (int shares = (count + MOST_PIXELS - 1) / MOST_PIXELS; shares > 0; shares--) {
         const int n = (count - x + shares - 1) / shares;
-        PIXELS<IS_BF16>[n - 1](p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+        of_pixels<IS_BF16>(n, std::make_index_sequence<MOST_PIXELS>())(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
         x += n;
       }
     }
@@ -65,8 +65,9 @@ struct Products {
     }
   }
 
-  template <bool IS_BF16>
-  static constexpr Pixels PIXELS[12] = {pixels<1, IS_BF16>, pixels<2, IS_BF16>, pixels<3, IS_BF16>, pixels<4, IS_BF16>,
-                                        pixels<5, IS_BF16>, pixels<6, IS_BF16>, pixels<7, IS_BF16>, pixels<8, IS_BF16>,
-                                        pixels<9, IS_BF16>, pixels<10, IS_BF16>, pixels<11, IS_BF16>, pixels<12, IS_BF16>};
+  template <bool IS_BF16, size_t... LESS>
+  static Pixels of_pixels(int n, std::index_sequence<LESS...>) {
+    static constexpr Pixels all[] = {pixels<int(LESS) + 1, IS_BF16>...};
+    return all[n - 1];
+  }
 };
