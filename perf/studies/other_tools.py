@@ -52,11 +52,7 @@ def tool_of(program: Program) -> OtherTool | str:
 
 
 def benchmark_app(program: Program, folder: Path, seconds: float, num_threads: int) -> float:
-    """Run OpenVINO's own tool: synchronous calls, with the properties that our runtime sets.
-
-    Raises:
-        ToolError: it failed.
-    """
+    """Run OpenVINO's own tool: synchronous calls, with the properties that our runtime sets."""
     manifest = read_manifest(program.path)
     quantization = manifest.quantization
     precision = quantization.kept_precision if quantization else manifest.precision
@@ -82,11 +78,7 @@ def benchmark_app(program: Program, folder: Path, seconds: float, num_threads: i
 
 
 def torch_benchmark(program: Program, folder: Path, seconds: float, num_threads: int) -> float:
-    """Run torch.utils.benchmark on the eager model; see torch_timer.py.
-
-    Raises:
-        ToolError: it failed.
-    """
+    """Run torch.utils.benchmark on the eager model; see torch_timer.py."""
     arguments = [str(program.path), str(folder / IMAGES_FILE), str(seconds), str(num_threads)]
     command = [sys.executable, "-P", "-m", "perf.studies.torch_timer", *arguments]
     return float(_run(command, seconds).splitlines()[-1])

@@ -37,11 +37,7 @@ class Revision:
     tree: Path
 
     def run(self, command: list[str], cwd: Path) -> str:
-        """Run a command of this revision; return the last line of its stdout.
-
-        Raises:
-            RevisionError: it failed.
-        """
+        """Run a command of this revision; return the last line of its stdout."""
         try:
             done = subprocess.run(
                 [sys.executable, str(self.tree / command[0]), *command[1:]],
@@ -68,11 +64,7 @@ class Revision:
 
 
 def extract(name: str, folder: Path, repository: Path = PROJECT_ROOT) -> Revision:
-    """Write a revision's files to a folder.
-
-    Raises:
-        RevisionError: there is no such revision, or no git repository.
-    """
+    """Write a revision's files to a folder."""
     commit = _git(repository, "rev-parse", "--verify", f"{name}^{{commit}}").decode().strip()
     archive = _git(repository, "archive", "--format=tar", commit)
     folder.mkdir(parents=True)
