@@ -1,7 +1,6 @@
 """A variant -> artifacts of the export commands, measured beside the eager model."""
 
 import logging
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import read_artifact, read_program
 from efficientnet.formats.checkpoint import save_checkpoint
+from efficientnet.machine.children import output_of
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.aoti_runtime import load_package
 from efficientnet.runtimes.cuda_graphs import cudnn_as_compiled
@@ -72,7 +72,7 @@ def measure_exports(bench: turns.Bench) -> Iterator[LatencyMeasured]:
             try:
                 run_export(export, checkpoint, output, case)
             except ExportFailedError as error:
-                yield turns.unmeasured(bench, case, export.method, turns.HOST, str(error))
+                yield turns.unmeasured(bench, case, export.method, turns.HOST, str(error)[:400])
                 continue
             yield from turns.compare(bench, case, _contenders(bench, case, export.method, output))
             turns.free_memory()
@@ -84,18 +84,7 @@ def run_export(export: Export, checkpoint: Path, output: Path, case: turns.Case)
     command += ["--precision", case.precision, "--batches", str(case.batch_size)]
     command += ["--num-parity-images", str(NUM_PARITY_IMAGES)]
     log.info("%s", " ".join(command))
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=PROJECT_ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    sys.stderr.write(done.stderr)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ExportFailedError(f"{command[0]} failed: {lines[-1].removeprefix('error: ')[:400]}")
+    output_of(command[0], [sys.executable, *command], ExportFailedError, cwd=PROJECT_ROOT)
 
 
 def _contenders(

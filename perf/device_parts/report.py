@@ -200,8 +200,7 @@ def _paper(latencies: Sequence[LatencyMeasured]) -> str:
 def _variant(variant: str, latencies: Sequence[LatencyMeasured]) -> str:
     own = [x for x in latencies if x.variant == variant]
     own.sort(key=lambda x: (PRECISION_ORDER.index(x.precision), x.batch_size, x.region))
-    left_out = {"network", "px", "program (job)"}
-    left_out |= set() if variant in PAPER_VARIANTS else {PAPER_COLUMN}
+    left_out = {"network", "px", "program (job)", PAPER_COLUMN}
     cells = {column: cell for column, cell in CELLS.items() if column not in left_out}
     return f"## {variant}, {own[0].image_size} px\n\n{_table(own, cells)}"
 
