@@ -145,9 +145,9 @@ def _compare(opened: MeasuredProgram, config: AgreementConfig, num_threads: int)
             answer: ProgramTurn = process.ask("turn", 1, seconds)
             return answer.turn.median_ms
 
-        own: tuple[str, ...] = ("null", "ours")
+        own = ["null", "ours"]
         try:
-            medians = take_turns(own if why_not else (*own, "theirs"), config.rounds, turn)
+            medians = take_turns(own if why_not else [*own, "theirs"], config.rounds, turn)
         except ToolError as error:
             why_not = str(error)
             log.warning("%s", error)
