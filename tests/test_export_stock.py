@@ -57,6 +57,8 @@ def test_comparisons_are_published_side_by_side(tmp_path: Path, monkeypatch: pyt
 def test_a_batch_size_of_nothing_is_refused():
     with raises_naming(ValueError, "--batch-sizes", 0):
         StockConfig(batch_sizes=(0,))
+    with raises_naming(ValueError, "native-int8, native-int8"):
+        StockConfig(paths=(Path("a/native-int8"), Path("b/native-int8")))
 
 
 @pytest.mark.slow

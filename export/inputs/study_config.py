@@ -111,6 +111,12 @@ class StockConfig(MeasuredFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_least(self, batch_sizes=1)
+        names = [path.name for path in self.paths]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"the artifacts' folders are called {', '.join(names)}, by which the table names "
+                "programs; expected a name of its own for each"
+            )
         _ = self.export_config
 
     @property
