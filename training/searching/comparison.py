@@ -21,10 +21,11 @@ def contestants(worker: Worker) -> list[tuple[Role, VariantSpec]]:
     best = best_trial(worker.trials())
     if best is None:
         return []
-    backbone = worker.space.backbone
-    rivals = [get_variant(name) for name in worker.config.rivals if name != backbone.name]
-    found = worker.space.network(best.params)
-    return [("found", found), ("reference", backbone), *(("rival", spec) for spec in rivals)]
+    backbone, found = worker.space.backbone, worker.space.network(best.params)
+    rows: list[tuple[Role, VariantSpec]] = [("found", found), ("reference", backbone)]
+    rivals = (name for name in worker.config.rivals if name != backbone.name)
+    rows += [("rival", get_variant(name)) for name in rivals]
+    return rows
 
 
 def compare(worker: Worker) -> None:
