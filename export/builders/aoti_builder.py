@@ -226,12 +226,12 @@ def example_batch(
     batch: writing.Batch, opt: int, image_size: int, device: Device
 ) -> tuple[Tensor, Any]:
     """Return images and dynamic shapes for torch.export, of one batch size or of a range."""
-    num_images, shapes = batch, None
-    if not isinstance(batch, int):
-        # torch.export takes a batch of one for a constant, and a range from 1 for one from 2.
-        # The code takes one image nevertheless, as the parity check shows for each program.
-        num_images, shapes = max(2, opt), ({0: torch.export.Dim("batch", min=1, max=batch[1])},)
-    return torch.zeros(num_images, 3, image_size, image_size, device=device), shapes
+    if isinstance(batch, int):
+        return torch.zeros(batch, 3, image_size, image_size, device=device), None
+    # torch.export takes a batch of one for a constant, and a range from 1 for one from 2.
+    # The code takes one image nevertheless, as the parity check shows for each program.
+    images = torch.zeros(max(2, opt), 3, image_size, image_size, device=device)
+    return images, ({0: torch.export.Dim("batch", min=1, max=batch[1])},)
 
 
 @contextmanager

@@ -185,7 +185,7 @@ def show_model(
     network, wanted, found = copy.deepcopy(model), set(names), NamedActivations()
     use_convolutions_in_squeeze_excite(network)
 
-    def keep(name: str, value: Tensor) -> None:
+    def keep(name: str, value: Any) -> None:
         # The next layer may work in place.
         if name in wanted:
             found[name] = value.numpy().copy()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
@@ -33,7 +34,7 @@ NUM_TURNS = 6
 EAGER = "eager"
 
 # Command, kind of artifact, precision; those for the CPU first.
-CANDIDATES = tuple(
+CANDIDATES: tuple[tuple[str, names.Export, Precision], ...] = tuple(
     (row.command, kind, precision)
     for device in ("cpu", "cuda")
     for row in names.RUNTIMES.values()
@@ -105,7 +106,7 @@ def _export(
 ) -> Line:
     log.info("%s %s %s", place, kind.name, precision)
     output = _folder(reference) / f"{kind.name}-{precision}"
-    shared = {field.name: getattr(config, field.name) for field in fields(ExportConfig)}
+    shared: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ExportConfig)}
     made_of = ExportConfig(**shared | {"checkpoint": reference.checkpoint, "output": output})
     words = [
         *(sys.executable, str(PROJECT_ROOT / "export" / f"{command}.py"), *flags_of(made_of)),

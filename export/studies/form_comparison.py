@@ -190,8 +190,11 @@ def _measure_artifacts(runtime: RuntimeName, reference: Reference, config: Ablat
             parity = read_artifact(path).parity
             assert parity is not None
             errors[form] = parity.max_abs_logit_error
-        executed = dict(zip(FORMS, executed_by(runtime, paths, config.data), strict=True))
-    turns = {form: record.turn_p50_ms for form, record in zip(FORMS, records, strict=True)}
+        found = executed_by(runtime, paths, config.data)
+        executed = dict[Form, dict[str, int] | None](zip(FORMS, found, strict=True))
+    turns = dict[Form, tuple[float, ...]]()
+    for form, record in zip(FORMS, records, strict=True):
+        turns[form] = record.turn_p50_ms
     return turns, errors, executed
 
 

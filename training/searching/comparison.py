@@ -23,8 +23,9 @@ def contestants(worker: Worker) -> list[tuple[Role, VariantSpec]]:
         return []
     backbone, found = worker.space.backbone, worker.space.network(best.params)
     rows: list[tuple[Role, VariantSpec]] = [("found", found), ("reference", backbone)]
-    rivals = (name for name in worker.config.rivals if name != backbone.name)
-    rows += [("rival", get_variant(name)) for name in rivals]
+    for name in worker.config.rivals:
+        if name != backbone.name:
+            rows.append(("rival", get_variant(name)))
     return rows
 
 
