@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import AvifImagePlugin, ExifTags, Image
 
 from efficientnet.images.budget import (
     MAX_PIXELS,
@@ -53,8 +53,10 @@ TRANSPOSITIONS = {
 # Type of a TIFF value -> how struct names it; EXIF wants a SHORT, writers take other integers, too.
 INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 
-# Images are decoded by several threads at once; OpenCV's own would only compete with them.
+# Images are decoded by several threads or processes at once; those of OpenCV and of AVIF's decoder
+# would only compete with them.
 cv2.setNumThreads(1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def decode_jpeg(data: bytes, header: JpegHeader, reduction: int) -> NDArray[np.u
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError from None
         raise ImageError(f"the image is damaged or truncated: {error.err}") from None
     # OpenCV tells damage so, whatever its type annotations say.
     if pixels is None:  # pyright: ignore[reportUnnecessaryComparison]
