@@ -227,7 +227,7 @@ class Decoders:
                     return
             try:
                 decoder = self._start()
-            except (OSError, EOFError, DecoderError, ImageError, AbandonedError) as error:
+            except Exception as error:  # of whatever kind: this thread is the only one that starts
                 self._pause(error)
                 continue
             with self._changed:
@@ -240,7 +240,7 @@ class Decoders:
             self._forker = _Forker(self._command_line, self._job)
         try:
             decoder = self._forker.start()
-        except (OSError, EOFError):
+        except (ConnectionError, TimeoutError):  # it is at fault, and not what this process has
             self._forker.close()
             self._forker = None
             raise
@@ -252,7 +252,7 @@ class Decoders:
             raise
         return decoder
 
-    def _pause(self, error: BaseException) -> None:
+    def _pause(self, error: Exception) -> None:
         pause = min(LONGEST_PAUSE_S, 2.0**self._num_failures)
         how = str(error) or "it did not decode a picture of 32 pixels in time"
         log.error("no decoder could be started: %s; tried again in %.0f s", how, pause)
@@ -361,7 +361,13 @@ class _Forker:
         self._control.settimeout(ANSWER_S)
 
     def start(self) -> _Decoder:
-        """Fork a decoder."""
+        """Fork a decoder.
+
+        Raises:
+            ConnectionError, TimeoutError: this process has ended, or hangs.
+            OSError: there are not enough descriptors, processes or memory.
+            EOFError: the decoder ended at its start.
+        """
         ours, theirs = socket.socketpair()
         shared = _unnamed_file(self._job.shared_bytes)
         try:
@@ -371,6 +377,8 @@ class _Forker:
                     message = COMMAND.pack(FORK, 0)
                     socket.send_fds(self._control, [message], [theirs.fileno(), shared])
                     decoder.pid = self._result()
+            if decoder.pid < 0:
+                raise OSError(-decoder.pid, os.strerror(-decoder.pid))
             ours.settimeout(ANSWER_S)
             if ours.recv(1) != READY:
                 raise EOFError("a decoder ended at its start")

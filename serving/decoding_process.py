@@ -42,7 +42,8 @@ READY = b"\1"
 # To the process that forks: a command, and the process id that it is about.
 COMMAND = struct.Struct("<cI")
 FORK, END = b"F", b"E"
-# From it: the id of a forked decoder, or how an ended one ended, as subprocess tells it.
+# From it: the id of a forked decoder or an errno below 0; how an ended one ended, as subprocess tells
+# it.
 RESULT = struct.Struct("<i")
 
 # To a decoder: the bytes of the picture that lies in the shared memory.
@@ -118,13 +119,17 @@ def main() -> None:
             break
         command, pid = COMMAND.unpack(message)
         if command == FORK:
-            result = os.fork()
+            try:
+                result = os.fork()
+            except OSError as error:  # too many processes, or no memory
+                result = -(error.errno or 1)
             if not result:
                 control.close()
                 _decode_until_end(*descriptors, job)
             for descriptor in descriptors:
                 os.close(descriptor)
-            children.add(result)
+            if result > 0:
+                children.add(result)
         else:
             children.remove(pid)
             result = _end(pid)
@@ -170,6 +175,8 @@ def _decode_until_end(connection_fd: int, memory_fd: int, job: DecodingJob) -> N
             connection.sendall(reply)
             if reply[0] == Outcome.NO_MEMORY:  # what is left of it may be in pieces
                 break
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(0)  # nothing of the process that it was forked from is its to clean up
 

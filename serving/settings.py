@@ -88,7 +88,7 @@ class Settings:
     """Processor time that decoding a picture may take; then its decoder is ended.
     CLASSIFIER_DECODE_CPU_S."""
 
-    decode_memory_bytes: int = 2_000_000_000
+    decode_memory_bytes: int = 1_000_000_000
     """Memory that decoding a picture may take, on Linux. CLASSIFIER_DECODE_MEMORY_BYTES."""
 
     min_upload_bytes_per_s: int = 1000
