@@ -42,8 +42,8 @@ READY = b"\1"
 # To the process that forks: a command, and the process id that it is about.
 COMMAND = struct.Struct("<cI")
 FORK, END = b"F", b"E"
-# From it: the id of a forked decoder or an errno below 0; how an ended one ended, as subprocess tells
-# it.
+# From it: the id of a forked decoder, or an errno below 0; how an ended one ended, as subprocess
+# tells it.
 RESULT = struct.Struct("<i")
 
 # To a decoder: the bytes of the picture that lies in the shared memory.
