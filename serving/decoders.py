@@ -381,6 +381,7 @@ class _Forker:
                 raise OSError(-decoder.pid, os.strerror(-decoder.pid))
             ours.settimeout(ANSWER_S)
             if ours.recv(1) != READY:
+                self.end(decoder.pid)
                 raise EOFError("a decoder ended at its start")
         except BaseException:
             ours.close()
@@ -406,7 +407,12 @@ class _Forker:
             self._process.wait()
 
     def _result(self) -> int:
-        received = self._control.recv(RESULT.size)
+        try:
+            received = self._control.recv(RESULT.size)
+        except TimeoutError:
+            # An answer that comes late would be taken for that to the next command.
+            self._control.shutdown(socket.SHUT_RDWR)
+            raise
         if len(received) < RESULT.size:
             raise ConnectionError("the process that forks decoders has ended")
         return RESULT.unpack(received)[0]

@@ -193,6 +193,22 @@ def test_the_process_that_forks_is_replaced_with_all_its_decoders():
         assert np.array_equal(decode(pool, picture()), expected)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_process_that_forks_and_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch):
+    with decoders() as (pool, ended):
+        expected = decode(pool, picture())
+        monkeypatch.setattr(decoders_module, "ANSWER_S", 0.5)
+        assert pool._forker
+        forker, decoder = pool._forker, pool._idle[0]
+        forker._control.settimeout(0.5)
+        os.kill(forker._process.pid, signal.SIGSTOP)
+        os.kill(decoder.pid, signal.SIGKILL)
+        assert np.array_equal(decode(pool, picture()), expected)
+        assert pool._forker is not forker
+        assert not process_exists(forker._process.pid)
+        assert ended == ["killed"]
+
+
 def test_a_pool_whose_decoders_all_hang_is_stuck_until_they_are_ended():
     is_gone = threading.Event()
     with (
