@@ -31,6 +31,7 @@ from serving.decoding_process import (
     COMMAND,
     END,
     FORK,
+    MAX_SENTENCE_BYTES,
     READY,
     REPLY,
     REQUEST,
@@ -293,7 +294,9 @@ class _Decoder:
         try:
             self.connection.sendall(REQUEST.pack(len(picture)))
             outcome, resized_s, num_bytes = REPLY.unpack(self.receive(REPLY.size, is_wanted))
-            sentence = self.receive(num_bytes, is_wanted).decode(errors="replace")
+            # Believed no further than this: a picture may have taken it over.
+            length = min(num_bytes, MAX_SENTENCE_BYTES)
+            sentence = self.receive(length, is_wanted).decode(errors="replace")
         finally:
             if len(picture) > KEPT_BYTES and sys.platform == "linux":
                 self._memory.madvise(mmap.MADV_REMOVE, start, len(picture))
@@ -303,7 +306,7 @@ class _Decoder:
             raise ImageTooLargeError(sentence)
         if outcome == Outcome.NO_PICTURE:
             raise ImageError(sentence)
-        if outcome == Outcome.FAULT:
+        if outcome not in (Outcome.EXACT, Outcome.FAST):
             raise RuntimeError(f"a decoder failed: {sentence}")
         times.end("decode", resized_s)
         images = normalize_pixels(self._pixels, outcome == Outcome.FAST, self._job.spec)

@@ -227,7 +227,7 @@ class Classifier:
             self._metrics.count_ended_decoder,
         )
         self._at_end.callback(self._decoders.close)
-        runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker)
+        runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker, may_spin=False)
         info = runtime.info
         self._class_names = info.class_names
         self.facts = ModelFacts(

@@ -203,6 +203,7 @@ def test_a_process_that_forks_and_hangs_is_replaced(monkeypatch: pytest.MonkeyPa
         forker._control.settimeout(0.5)
         os.kill(forker._process.pid, signal.SIGSTOP)
         os.kill(decoder.pid, signal.SIGKILL)
+        assert wait_until(lambda: decoder.has_ended)
         assert np.array_equal(decode(pool, picture()), expected)
         assert pool._forker is not forker
         assert not process_exists(forker._process.pid)
