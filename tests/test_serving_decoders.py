@@ -83,7 +83,7 @@ def decode(pool: Decoders, data: bytes, is_wanted: Callable[[], bool] = lambda: 
 
 def texts() -> PngImagePlugin.PngInfo:
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("Title", "\u00e4\u4e16", "de", "Titel", zip=True)
+    info.add_itxt("Title", "\u00e4\u4e16", "de", "Katze", zip=True)
     info.add_text("Comment", "\xe4", zip=True)
     return info
 
