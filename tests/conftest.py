@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from networks import fit, images_of, random_network
@@ -18,7 +19,7 @@ from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding
 from export import ort
-from export.inputs.config import ExportConfig
+from export.inputs.config import OrtConfig
 
 # Tests run side by side, one process a core: more threads would only wait for each other. Commands
 # that tests start inherit it.
@@ -80,6 +81,11 @@ TINY_PREPROCESS = PreprocessSpec(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
+
+
+def digits(num_images: int) -> np.ndarray:
+    """Return held-out digits as the tiny networks want them, float32 [N, 3, 32, 32]."""
+    return images_of(list(load_dataset("digits").val[:num_images]), TINY_PREPROCESS).numpy()
 
 
 QUANTIZATION = QuantizationRecord(
@@ -150,7 +156,7 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     artifact = Path("tiny") / "onnxruntime-fp32"
 
     def make(folder: Path) -> None:
-        ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=folder / artifact))
+        ort.main(OrtConfig(checkpoint=tiny_checkpoint, output=folder / artifact))
 
     return made_once(tmp_path_factory, "tiny-artifacts", make) / artifact
 

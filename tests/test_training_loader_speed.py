@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from training.studies.loader_speed_study import (
     LoaderSpeedConfig,
     LoaderSpeedError,
     LoaderSubject,
-    describe_error,
     find_jpegs,
     main,
     to_table,
@@ -78,11 +75,6 @@ def test_a_damaged_photo_is_told_by_its_name(tmp_path: Path):
         row.ask("turn", (damaged,) * 4, 1, 32)
 
 
-def test_an_error_is_told_by_its_type_and_the_last_line_of_its_message():
-    assert describe_error(MemoryError()) == "MemoryError: (it has no message)"
-    assert describe_error(OSError("in a worker\nno space\n")) == "OSError: no space"
-
-
 def test_the_table_has_medians_and_ratios_within_turns():
     rates = {"timm": (100.0, 200.0, 150.0), "cpu": (150.0, 400.0, 300.0)}
     rates |= {"device": (300.0, 600.0, 450.0), "timm again": (100.0, 180.0, 150.0)}
@@ -135,10 +127,3 @@ def test_settings_outside_their_limits_are_refused(values: dict[str, object], fl
 def test_make_clean_removes_the_report():
     clean = (ROOT / "Makefile").read_text().partition("\nclean:")[2]
     assert str(LoaderSpeedConfig(Path()).output) in clean.split()
-
-
-def test_the_command_tells_a_missing_folder_in_one_line(tmp_path: Path):
-    command = [sys.executable, "training/loader_speed.py", str(tmp_path / "nowhere")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert ended.stderr.strip().splitlines()[-1].startswith("error: no folder")

@@ -60,17 +60,18 @@ class CheckpointRecord(BaseModel):
     data: str
     """What the network was trained on: `digits` or a folder; parity and accuracy take its val
     images."""
-    weights_sha256: str
-    epoch: int
+    weights_sha256: str = ""
+    """Filled in when it is written."""
+    epoch: int = 0
     """Epochs that were trained."""
-    step: int
+    step: int = 0
     """Optimizer steps that were trained."""
-    top1: float | None = Field(ge=0, le=1)
-    top5: float | None = Field(ge=0, le=1)
-    """Of the weights on held-out images; None when training was interrupted within an epoch."""
-    num_images_evaluated: int
+    top1: float | None = Field(default=None, ge=0, le=1)
+    top5: float | None = Field(default=None, ge=0, le=1)
+    """Of the weights on held-out images; None when it was not evaluated."""
+    num_images_evaluated: int = 0
     recipe: str
-    train_config: dict[str, Any]
+    train_config: dict[str, Any] = {}
     """For provenance only; nothing reads it but a resumed training."""
     environment: EnvironmentRecord
 
@@ -96,16 +97,10 @@ def save_checkpoint(
     record: CheckpointRecord,
     train_state: dict[str, Any] | None,
 ) -> CheckpointRecord:
-    """Write a checkpoint in the place of an older one, whole or not at all.
+    """Write a checkpoint in the place of an older one; return its record with the hashes filled in.
 
-    Args:
-        directory: the checkpoint's own directory.
-        weights: names as in model.py; written in float32.
-        record: its hashes are filled in here.
-        train_state: tensors and plain values only, so that weights_only loading takes it.
-
-    Returns:
-        The record with the hashes.
+    `weights` have the names of model.py and are written in float32; `train_state` holds tensors and
+    plain values only, so that weights_only loading takes it.
     """
     with replaced_directory(directory) as fresh:
         tensors = {
@@ -199,11 +194,7 @@ def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:
-    """Return the checkpoint of the newest complete run.
-
-    Raises:
-        CheckpointError: no run has been completed.
-    """
+    """Return the checkpoint of the newest complete run."""
     latest = runs / "latest"
     if not latest.exists():
         raise CheckpointError(

@@ -33,15 +33,9 @@ def open_session(
     batch_size: int | None = None,
     may_spin: bool = True,
 ) -> ort.InferenceSession:
-    """Open a program.
+    """Open a program on one provider, which executes all of it; `batch_size` None = any.
 
-    Args:
-        program: model.onnx.
-        provider: what executes all of it.
-        num_threads: of the CPU.
-        options: of the provider.
-        batch_size: that all calls have; None = any.
-        may_spin: see open_runtime.
+    `may_spin`: see open_runtime.
 
     Raises:
         ArtifactError: the provider is not in the package, does not start here, or has no kernel for

@@ -142,11 +142,7 @@ def open_program(
     num_threads: int | None = None,
     may_spin: bool = True,
 ) -> Runtime:
-    """Open the program that a manifest describes, whether or not it was checked; see open_runtime.
-
-    Raises:
-        ArtifactError: built for another machine, or its runtime is not installed.
-    """
+    """Open the program that a manifest describes, checked or not; see open_runtime."""
     name = manifest.runtime
     if name not in RUNTIMES:
         raise ArtifactError(

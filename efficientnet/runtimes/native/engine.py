@@ -27,11 +27,7 @@ _MAP_TYPES = {0: np.dtype(np.uint8), 1: np.dtype("<u2")}
 
 @cache
 def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
-    """Load the library.
-
-    Raises:
-        ArtifactError: it was not built, or not for this machine.
-    """
+    """Load the library."""
     hint = "'python -m efficientnet.runtimes.native.build' builds it with g++ (apt-get install g++)"
     if not path.is_file():
         raise ArtifactError(
@@ -46,7 +42,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
     error = (text, ctypes.c_size_t)
     for name, result, arguments in (
         ("levels", text, ()),
-        ("open", pointer, (text, text, number, number, number, *error)),
+        ("open", pointer, (text, ctypes.c_size_t, text, number, number, number, *error)),
         ("infer", number, (pointer, pointer, number, number, pointer, *error)),
         ("read_tensor", number, (pointer, number, pointer, ctypes.c_size_t, *error)),
         ("layer_times", number, (pointer, pointer, number)),
@@ -72,15 +68,8 @@ WORK: tuple[Work, ...] = get_args(Work)
 def peak_per_s(work: Work, num_threads: int, level: str, library: Path = LIBRARY) -> float:
     """Measure what a level's instructions do at most, from registers alone, in several threads.
 
-    Args:
-        work: multiply-adds of int8 or bf16, or vector instructions, which are counted.
-        num_threads: each does as much, and what they did together is divided by the longest time.
-        level: of levels() but the portable one.
-        library: the engine.
-
-    Raises:
-        ArtifactError: see load_library.
-        ValueError: no such level here.
+    `work`: multiply-adds of int8 or bf16, or vector instructions, which are counted. What the
+    threads did together is divided by the longest time.
     """
     measure = load_library(library).engine_peak
 
@@ -104,7 +93,7 @@ class Engine:
 
     def __init__(
         self,
-        path: str | Path,
+        program: str | Path | bytes,
         num_threads: int = 1,
         max_batch_size: int = 1,
         level: str | None = None,
@@ -115,7 +104,7 @@ class Engine:
         """Open a program.
 
         Args:
-            path: its file, which is not needed afterwards.
+            program: its file or the bytes of that, which are not needed afterwards.
             num_threads: of a call; more than 64 are not used.
             max_batch_size: most images of a call.
             level: of levels(); None = the first, even where that is the portable one.
@@ -124,14 +113,16 @@ class Engine:
             library: the engine.
 
         Raises:
-            ArtifactError: the file is damaged, or the level is not there.
+            ArtifactError: the file is damaged or not there, or the level is not there.
         """
         self._handle = None
         self._library: Any = load_library(library)
         self._process = os.getpid()
+        data = program if isinstance(program, bytes) else _read(Path(program))
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         self._handle = self._library.engine_open(
-            os.fsencode(path),
+            data,
+            len(data),
             (level or levels(library)[0]).encode(),
             min(num_threads, MAX_THREADS),
             max_batch_size,
@@ -149,14 +140,9 @@ class Engine:
         self.level: str = self._library.engine_level(self._handle).decode()
 
     def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Map images to logits [N, num_classes].
+        """Map float32 [N, 3, H, W], or pixels uint8 [N, H, W, 3], to logits [N, num_classes].
 
-        Args:
-            images: float32 [N, 3, H, W], or pixels uint8 [N, H, W, 3].
-
-        Raises:
-            ArtifactError: this process is a fork of the one that opened the program.
-            ValueError: another shape, or too many images.
+        Not in a fork of the process that opened the program.
         """
         is_pixels = images.dtype == np.uint8
         height, width = self.image_shape
@@ -174,9 +160,7 @@ class Engine:
     def read_tensor(self, index: int, tensor: Any) -> NDArray[Any]:
         """Return a map of the last image: uint8 or the bits of bfloat16, [H, W, C].
 
-        Args:
-            index: in the program's list of tensors.
-            tensor: its record there.
+        `index` is its place in the program's list of tensors, `tensor` its record there.
         """
         shape = tuple(int(tensor[side]) for side in ("height", "width", "channels"))
         values = np.empty(shape, _MAP_TYPES[int(tensor["dtype"])])
@@ -209,3 +193,10 @@ class Engine:
         if function(self._handle, *arguments, error, len(error)):
             text = error.value.decode(errors="replace")
             raise (ArtifactError if os.getpid() != self._process else ValueError)(text)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
