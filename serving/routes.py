@@ -65,8 +65,8 @@ class PictureClassifier(Protocol):
     identity: dict[str, str]
     """Headers of every classification: which model gave it."""
 
-    def prepare(self, data: bytes, times: StageTimes) -> Images:
-        """Return an encoded picture as the network's input."""
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Images:
+        """Return an encoded picture as the network's input; stop when it is not wanted."""
         ...
 
     def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
@@ -236,7 +236,7 @@ def _piece(classifier: PictureClassifier, image: UploadFile) -> TimedPiece[Image
         if image.size is not None and image.size > max_bytes:
             raise too_large(max_bytes)
         try:
-            images = classifier.prepare(image.file.read(), times)
+            images = classifier.prepare(image.file.read(), is_wanted, times)
         except ImageError as error:
             code = "picture_too_large" if isinstance(error, ImageTooLargeError) else "no_picture"
             raise Refusal(code, str(error)) from error

@@ -15,9 +15,14 @@ class StageTimes:
         self.seconds: dict[Stage, float] = dict.fromkeys(get_args(Stage), 0.0)
         self._started = self._since = time.perf_counter()
 
-    def end(self, stage: Stage) -> None:
-        """Count the time since the last call, or the start, to this stage."""
-        now = time.perf_counter()
+    def end(self, stage: Stage, ago_s: float = 0.0) -> None:
+        """Count the time since the last call, or the start, to this stage.
+
+        Args:
+            stage: which has ended.
+            ago_s: seconds for which the next one has been going on, as another process tells.
+        """
+        now = max(self._since, time.perf_counter() - ago_s)
         self.seconds[stage] += now - self._since
         self._since = now
 

@@ -12,6 +12,7 @@ from facts import raises_naming
 from efficientnet.formats.artifact import ArtifactError
 from efficientnet.runtimes import Runtime, open_runtime, openvino_runtime
 from efficientnet.runtimes.native.build import LIBRARY
+from efficientnet.runtimes.onnxruntime_runtime import OnnxRuntime
 from export import native, ov
 from export.inputs.config import NativeConfig, OpenVinoConfig
 from perf.measurements.program_subject import NullRuntime
@@ -157,6 +158,19 @@ def test_a_signal_is_handled_after_programs_were_closed_in_any_order(programs: d
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and done.stdout == "handled\n", done.stderr
+
+
+def test_threads_of_onnxruntime_wait_in_a_loop_unless_they_may_not(tiny_artifact: Path):
+    images = digits(3)
+    spinning, sleeping = (open_runtime(tiny_artifact, 2, may_spin=spins) for spins in (True, False))
+    assert isinstance(spinning, OnnxRuntime) and isinstance(sleeping, OnnxRuntime)
+    options = sleeping._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    with pytest.raises(RuntimeError):  # there is no such entry
+        spinning._session.get_session_options().get_session_config_entry(
+            "session.intra_op.allow_spinning"
+        )
+    assert np.array_equal(spinning.infer(images), sleeping.infer(images))
 
 
 def test_a_folder_that_is_neither_is_an_artifact_error(tmp_path: Path):

@@ -395,7 +395,7 @@ class HeldClassifier:
         self.finished: list[bytes] = []
         self.may_go_on = threading.Event()
 
-    def prepare(self, data: bytes, times: StageTimes) -> Any:
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Any:
         self.begun.append(data)
         self.may_go_on.wait(30)
         return data
@@ -411,7 +411,7 @@ class HeldClassifier:
 
 
 class BrokenClassifier(HeldClassifier):
-    def prepare(self, data: bytes, times: StageTimes) -> Any:
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Any:
         raise IndexError("list index\nout of \x1b[2Jrange")
 
 
@@ -690,7 +690,7 @@ def test_a_fault_is_one_line_of_the_log_with_the_number_of_its_request(
 
 def test_a_fault_at_one_picture_of_a_batch_harms_no_other(caplog: pytest.LogCaptureFixture):
     class SometimesBroken(HeldClassifier):
-        def prepare(self, data: bytes, times: StageTimes) -> Any:
+        def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Any:
             if data == b"2":
                 raise IndexError("list index")
             return data

@@ -36,7 +36,7 @@ from serving.demo import free_port, running_service, stop, wait_until_ready
 from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
 from serving.stages import Stage, StageTimes
-from serving.work import WorkQueue
+from serving.work import IsWanted, WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = "env/docker/Dockerfile"
@@ -411,7 +411,7 @@ class FailingClassifier:
     def __init__(self) -> None:
         self.work = WorkQueue(num_threads=1, max_places=1, timeout_s=60)
 
-    def prepare(self, data: bytes, times: StageTimes) -> None:
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> None:
         raise IndexError("list index out of\nrange")
 
 

@@ -27,13 +27,15 @@ class OnnxRuntime:
         info: protocol.ProgramInfo,
         streamed_batches: tuple[int, ...],
         num_threads: int,
+        may_spin: bool = True,
     ) -> None:
-        self._session = open_session(program, PROVIDERS["cpu"], num_threads)
+        cpu = PROVIDERS["cpu"]
+        self._session = open_session(program, cpu, num_threads, may_spin=may_spin)
         self._input_name = self._session.get_inputs()[0].name
         self._streamed_batches = streamed_batches
         self.info = info
         if streamed_batches:
-            self._stream = open_session(program, PROVIDERS["cpu"], 1)
+            self._stream = open_session(program, cpu, 1)
             self._threads = ThreadPoolExecutor(num_threads)
 
     @flushed_denormals()
@@ -53,7 +55,7 @@ class OnnxRuntime:
 
 
 def open_program(
-    directory: Path, manifest: ArtifactManifest, num_threads: int
+    directory: Path, manifest: ArtifactManifest, num_threads: int, may_spin: bool
 ) -> OnnxRuntime | OnnxGpuRuntime:
     """Open an ONNX Runtime artifact."""
     info = protocol.info_of_artifact(manifest)
@@ -61,4 +63,4 @@ def open_program(
     if manifest.provider is not None:
         return OnnxGpuRuntime(directory, manifest, info, num_threads)
     program = read_program(directory, manifest, manifest.program_file)
-    return OnnxRuntime(program, info, manifest.streamed_batches, num_threads)
+    return OnnxRuntime(program, info, manifest.streamed_batches, num_threads, may_spin)
