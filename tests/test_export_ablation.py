@@ -243,22 +243,14 @@ def test_a_runtime_without_its_device_or_library_gives_a_reason(monkeypatch: pyt
     assert why_not_here("onnxruntime") is None
 
 
-def test_impossible_settings_are_refused():
-    with raises_naming(ValueError, "--turns", 0):
-        AblationConfig(turns=0)
-    with raises_naming(ValueError, "--runtimes"):
-        AblationConfig(runtimes=("torch", "torch"))
-    with raises_naming(ValueError, "--num-parity-images", 3):
-        AblationConfig(num_parity_images=3)
-
-
-def test_eager_models_take_turns_in_processes_of_their_own(tiny_checkpoint: Path):
+def test_eager_models_take_turns(tiny_checkpoint: Path):
     openers = {form: partial(open_eager, tiny_checkpoint, form, "cpu") for form in FORMS}
     turns = measure_callables(openers, IMAGE, seconds=0.02, turns=2)
     assert list(turns) == list(FORMS)
     assert all(len(medians) == 2 and min(medians) > 0 for medians in turns.values())
 
 
+@pytest.mark.usefixtures("own_processes")
 def test_a_process_that_dies_is_named():
     with raises_naming(PipelineError, "broken", "exit code 1"):
         measure_callables({"broken": partial(sys.exit, 1)}, IMAGE, seconds=0.02, turns=1)

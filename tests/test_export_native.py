@@ -266,7 +266,3 @@ def _plain() -> ort.SessionOptions:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     return options
-
-
-def _num_activations(made: Made) -> int:
-    return sum(int(layer["activation"] > 0) for layer in made.program.layers)

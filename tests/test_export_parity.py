@@ -194,11 +194,6 @@ def test_int8_logits_of_another_size_are_refused(reference: Reference):
         require_parity(record)
 
 
-def test_fewer_than_64_parity_images_cannot_be_asked_for():
-    with raises_naming(ValueError, "--num-parity-images", 63, 64):
-        replace(ExportConfig(), num_parity_images=63)
-
-
 @pytest.mark.parametrize("config", [ExportConfig, AccuracyConfig, LatencyConfig])
 def test_data_may_be_addresses_and_commands_as_in_training(config: type[Any]):
     for source in ("https://host/train-{0..9}.tar", "pipe:cat //x/./train-0.tar"):

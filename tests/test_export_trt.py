@@ -313,19 +313,6 @@ def test_tensorrt_without_a_gpu_is_refused_before_any_work(no_gpu: None):
         trt.main(TrtConfig(checkpoint=Path("nowhere")))
 
 
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"compute_capability": ("8.6",)}, "--compute-capability"),
-        ({"optimization_level": 6}, "--optimization-level"),
-        ({"workspace_mib": 0}, "--workspace-mib"),
-    ],
-)
-def test_settings_that_cannot_be_are_wrong_usage(changes: Any, flag: str):
-    with raises_naming(ValueError, flag):
-        TrtConfig(**changes)
-
-
 def test_the_rebuild_command_has_the_same_settings():
     config = TrtConfig(
         checkpoint=Path("runs/a b/checkpoint"),
@@ -439,9 +426,8 @@ def test_an_interrupt_ends_a_build_at_its_next_step_and_is_not_lost_in_the_log(
     assert done.stdout.splitlines() == found
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
-def test_a_build_that_is_killed_leaves_no_artifact(
-    rtx: Any, tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path, ending: signal.Signals
+def test_an_interrupted_build_leaves_nothing(
+    rtx: Any, tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
 ):
     output = tmp_path / "artifact"
     batches = [str(2**n) for n in range(9)]
@@ -452,23 +438,9 @@ def test_a_build_that_is_killed_leaves_no_artifact(
         for line in process.stderr:
             said.append(line)
             if line.startswith("build model-b2.engine"):
-                process.send_signal(ending)
-    assert process.returncode in (-ending, 130), said
-    assert not output.exists()
-    if ending == signal.SIGINT:
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_two_builds_in_one_place_leave_one_whole_artifact(
-    rtx: Any, tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
-):
-    output = tmp_path / "artifact"
-    command = command_for(tiny_checkpoint, tiny_artifact, output)
-    builds = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [build.communicate(timeout=300)[1] for build in builds]
-    assert [build.returncode for build in builds] == [0, 0], said
-    assert read_artifact(output, allow_unchecked=True).variant == "tiny"
-    assert list(tmp_path.iterdir()) == [output]
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130, said
+    assert list(tmp_path.iterdir()) == []
 
 
 def command_for(checkpoint: Path, onnx_artifact: Path, output: Path) -> list[str | Path]:

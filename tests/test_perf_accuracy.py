@@ -1,13 +1,12 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from facts import raises_naming
 from numpy.typing import NDArray
 from PIL import Image
@@ -29,8 +28,6 @@ from perf.measurements.accuracy import (
     top_k_accuracy,
 )
 from perf.measurements.predictions import Predictions, predict
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SPEC = PreprocessSpec(
     image_size=4, interpolation="bilinear", crop_fraction=None, mean=(0, 0, 0), std=(1, 1, 1)
@@ -97,23 +94,19 @@ def test_top1_and_top5_of_known_probabilities():
         [0.07, 0.08, 0.1, 0.15, 0.2, 0.4],
     ]
     predictions = make_predictions(rows, [0, 4, 5, 5])
-
     assert top_k_accuracy(predictions, 1) == 0.5
     assert top_k_accuracy(predictions, 5) == 0.75
 
 
 def test_with_fewer_than_five_classes_top5_is_1():
     predictions = make_predictions([[0.9, 0.1, 0.0], [0.9, 0.1, 0.0]], [2, 1])
-
     assert top_k_accuracy(predictions, 5) == 1.0
 
 
 def test_predictions_keep_the_order_of_the_samples_over_batches():
     samples = [make_sample(f"{i}.png", label=i % 3) for i in range(11)]
     runtime = BrightnessRuntime(num_classes=3)
-
     predictions = predict(runtime, samples, batch_size=4)
-
     assert runtime.batch_sizes == [4, 4, 3]
     assert predictions.samples == tuple(samples)
     assert predictions.probabilities.argmax(axis=1).tolist() == [i % 3 for i in range(11)]
@@ -123,9 +116,7 @@ def test_predictions_keep_the_order_of_the_samples_over_batches():
 def test_a_few_broken_images_are_named_and_left_out():
     samples = [make_sample(f"{i}.png", label=i % 3) for i in range(201)]
     samples[7] = Sample("damaged.png", 1, b"not an image")
-
     predictions = predict(BrightnessRuntime(3), samples, batch_size=8)
-
     assert len(predictions.samples) == len(predictions.probabilities) == 200
     assert predictions.broken[0].startswith("damaged.png: ")
     assert top_k_accuracy(predictions, 1) == 1.0
@@ -215,7 +206,6 @@ def test_programs_are_compared_on_the_images_that_only_one_knows():
 def test_one_percent_of_broken_images_is_an_error():
     samples = [make_sample(f"{i}.png", label=i % 3) for i in range(100)]
     samples[99] = Sample("damaged.png", 1, b"not an image")
-
     with raises_naming(DatasetError, "1 of 100", "damaged.png"):
         predict(BrightnessRuntime(3), samples, batch_size=8)
 
@@ -223,7 +213,6 @@ def test_one_percent_of_broken_images_is_an_error():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_answer_that_is_no_number_is_an_error(value: float):
     samples = [make_sample(f"{i}.png", label=0) for i in range(3)]
-
     with raises_naming(ArtifactError, "NaN"):
         predict(BrightnessRuntime(3, value), samples, batch_size=8)
 
@@ -232,9 +221,7 @@ def test_the_command_measures_checkpoint_and_artifact_alike(
     tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
 ):
     output = tmp_path / "accuracy.jsonl"
-
     made = accuracy.main(AccuracyConfig((tiny_checkpoint, tiny_artifact), output=output))
-
     eager, onnx = read_records(made, AccuracyRecord)
     val = load_dataset("digits").val
     manifest = read_artifact(tiny_artifact)
@@ -251,12 +238,8 @@ def test_the_command_measures_checkpoint_and_artifact_alike(
 
 
 def test_the_predictions_are_the_softmax_of_the_runtime(tiny_artifact: Path, tmp_path: Path):
-    command = [sys.executable, str(ROOT / "perf" / "accuracy.py"), str(tiny_artifact)]
-    flags = ["--predictions", "predictions.jsonl", "--batch-size", "7"]
-    done = subprocess.run(
-        [*command, *flags], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-
+    flags = ("--predictions", "predictions.jsonl", "--batch-size", 7)
+    done = run("perf/accuracy.py", tiny_artifact, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "reports/accuracy.jsonl"
     text = (tmp_path / "predictions.jsonl").read_text()
@@ -277,9 +260,7 @@ def test_a_folder_of_the_same_classes_takes_the_place_of_the_data(
 ):
     folder = write_folder(tmp_path / "pictures", num_images=210, num_broken=1)
     output = tmp_path / "accuracy.jsonl"
-
     accuracy.main(AccuracyConfig((tiny_artifact,), data=str(folder), output=output))
-
     (record,) = read_records(output, AccuracyRecord)
     assert (record.data, record.num_images) == ("pictures", 209)
 
@@ -287,7 +268,6 @@ def test_a_folder_of_the_same_classes_takes_the_place_of_the_data(
 def test_too_many_broken_images_leave_nothing_behind(tiny_artifact: Path, tmp_path: Path):
     folder = write_folder(tmp_path / "pictures", num_images=100, num_broken=2)
     output, predictions = tmp_path / "accuracy.jsonl", tmp_path / "predictions.jsonl"
-
     with raises_naming(DatasetError, "held-out images", "1%"):
         accuracy.main(
             AccuracyConfig(
@@ -301,7 +281,6 @@ def test_other_classes_are_an_error_before_any_work(tiny_artifact: Path, tmp_pat
     folder = write_folder(tmp_path / "pictures", num_images=10, num_broken=0)
     for part in ("train", "val"):
         (folder / part / "9").rename(folder / part / "nine")
-
     with raises_naming(ValueError, folder, "--data"):
         accuracy.main(
             AccuracyConfig((tiny_artifact,), data=str(folder), output=tmp_path / "accuracy.jsonl")
@@ -318,7 +297,6 @@ def test_a_missing_folder_is_an_error_that_says_what_is_expected(
 def test_predictions_are_of_one_program(tiny_artifact: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_artifact, copy)
-
     with raises_naming(ValueError, "--predictions", "one"):
         AccuracyConfig((tiny_artifact, copy), predictions=tmp_path / "predictions.jsonl")
 

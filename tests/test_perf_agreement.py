@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from test_perf_report import CPU, STARTED
 
-from perf.studies import other_tools, tool_agreement
+from perf.studies import other_tools, tool_agreement, torch_timer
 from perf.studies.config import AgreementConfig
 from perf.studies.other_tools import OtherTool, ToolError
 from perf.studies.tool_agreement import Agreement, AgreementRow, section_of
@@ -51,6 +51,12 @@ def test_the_eager_model_is_compared_with_torchs_tool_and_others_say_why_not(
     readme = tmp_path / "results.md"
     readme.write_text("<!-- agreement: written by a command -->\n<!-- /agreement -->\n")
     paths = (tiny_checkpoint, tiny_artifact)
+
+    def run_here(command: list[str], _: float) -> str:
+        checkpoint, images, seconds, threads = command[-4:]
+        return str(torch_timer.main(Path(checkpoint), Path(images), float(seconds), int(threads)))
+
+    monkeypatch.setattr(other_tools, "_run", run_here)
     config = AgreementConfig(paths, 0.2, 2, threads=1, publish=True, readme=readme)
     eager, onnx = tool_agreement.main(config).rows
     assert eager.tool is not None and eager.tool.startswith("torch.utils.benchmark ")
@@ -74,14 +80,8 @@ def test_a_tool_that_fails_leaves_our_time(
 
 
 def test_an_artifact_of_openvino_is_measured_with_benchmark_app(
-    tiny_checkpoint: Path, tmp_path: Path
+    openvino_artifact: Path,
 ):
-    pytest.importorskip("openvino")
-    from export import ov
-    from export.inputs.config import OpenVinoConfig
-
-    artifact = ov.main(
-        OpenVinoConfig(checkpoint=tiny_checkpoint, precision="fp32", output=tmp_path / "artifact")
-    )
-    (row,) = tool_agreement.main(AgreementConfig((artifact,), 2.0, 2, threads=1)).rows
+    config = AgreementConfig((openvino_artifact,), 0.2, 2, threads=1)
+    (row,) = tool_agreement.main(config).rows
     assert row.why_not is None and len(row.theirs_ms) == 2 and min(row.theirs_ms) > 0

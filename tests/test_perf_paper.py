@@ -2,14 +2,15 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from commands import Done, run
 from facts import raises_naming
 from test_perf_report import CPU, make_latency
 
 from efficientnet.formats.records import append_record
 from efficientnet.machine.environment import current_environment
-from efficientnet.network.cost import DevicePeak
 from efficientnet.network.variants import VARIANTS
 from perf.studies import paper
 from perf.studies.config import PaperConfig
@@ -148,7 +149,12 @@ def test_a_table_is_measured_and_rows_that_fail_leave_the_others(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(TABLES, "10", SMALL)
-    monkeypatch.setattr(paper, "cpu_peaks", lambda *_: {"fp32": DevicePeak(1e11, 1e10, "told")})
+
+    def run_in_fork(command: list[str], **_: object) -> Done:
+        return run("perf/studies/paper_process.py", command[-1])
+
+    forks = SimpleNamespace(run=run_in_fork, TimeoutExpired=TimeoutError)
+    monkeypatch.setattr(paper, "subprocess", forks)
     here = current_environment()
     changes = {"environment": here, "scenario": "offline", "batch_size": 2}
     append_record(Path("reports/latency.jsonl"), make_latency("openvino", 0.5, **changes))
