@@ -1,5 +1,6 @@
 """What takes seconds and is tested once -> stand-ins that other tests take in its place."""
 
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -48,5 +49,6 @@ def hold_contenders_here(patch: Callable[[Any, str, Any], None] = setattr) -> No
 
 def take_back() -> None:
     """Take back what a contender has set for all its process."""
+    gc.enable()
     torch.set_flush_denormal(False)
     torch.set_num_threads(1)

@@ -59,6 +59,11 @@ REFUSED = [
     (StockConfig, {"size": 64}, "--size"),
     (StockConfig, {"batches": (1, 16)}, "--batches"),
     (StockConfig, {"batch_sizes": (0,)}, "--batch-sizes", 0),
+    (
+        StockConfig,
+        {"paths": (Path("a/native-int8"), Path("b/native-int8"))},
+        "native-int8, native-int8",
+    ),
     (TRT, {"compute_capability": ("8.6",)}, "--compute-capability"),
     (TRT, {"optimization_level": 6}, "--optimization-level"),
     (TRT, {"workspace_mib": 0}, "--workspace-mib"),

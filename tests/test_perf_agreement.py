@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from test_perf_report import CPU, STARTED
 
-from perf.studies import other_tools, tool_agreement, torch_timer
+from perf.studies import other_tools, tool_agreement
 from perf.studies.config import AgreementConfig
 from perf.studies.other_tools import OtherTool, ToolError
 from perf.studies.tool_agreement import Agreement, AgreementRow, section_of
@@ -51,12 +51,6 @@ def test_the_eager_model_is_compared_with_torchs_tool_and_others_say_why_not(
     readme = tmp_path / "results.md"
     readme.write_text("<!-- agreement: written by a command -->\n<!-- /agreement -->\n")
     paths = (tiny_checkpoint, tiny_artifact)
-
-    def run_here(command: list[str], _: float) -> str:
-        checkpoint, images, seconds, threads = command[-4:]
-        return str(torch_timer.main(Path(checkpoint), Path(images), float(seconds), int(threads)))
-
-    monkeypatch.setattr(other_tools, "_run", run_here)
     config = AgreementConfig(paths, 0.2, 2, threads=1, publish=True, readme=readme)
     eager, onnx = tool_agreement.main(config).rows
     assert eager.tool is not None and eager.tool.startswith("torch.utils.benchmark ")

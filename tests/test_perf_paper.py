@@ -2,10 +2,8 @@ import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from commands import Done, run
 from facts import raises_naming
 from test_perf_report import CPU, make_latency
 
@@ -14,8 +12,7 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import VARIANTS
 from perf.studies import paper
 from perf.studies.config import PaperConfig
-from perf.studies.paper import PaperRecord, RowRecord, run_job, section_of, verdict
-from perf.studies.paper_process import PaperJob, PaperTimes
+from perf.studies.paper import PaperRecord, PaperTimes, RowRecord, measure_row, section_of, verdict
 from perf.studies.paper_tables import NVIDIA_MS, TABLES, TIMM, PaperRow, PaperTable
 
 SMALL = PaperTable(
@@ -32,10 +29,6 @@ TIMES = PaperTimes(
     precision="fp16",
     samples_ms=((10.0, 12.0), (14.0,)),
     elapsed_s=0.036,
-    num_warm_up=3,
-    is_warm_up_stable=True,
-    num_parameters=1,
-    num_images=64,
 )
 V100 = CPU.model_copy(update={"gpus": ("Tesla V100-SXM2-16GB, 16160 MiB, 550.54",)})
 
@@ -67,7 +60,6 @@ def make_record(rows: tuple[RowRecord, ...], **changes: object) -> PaperRecord:
         "device": "Tesla V100-SXM2-16GB",
         "precision": "fp16",
         "num_threads": 2,
-        "is_quick": False,
         "rows": rows,
         **changes,
     }
@@ -128,33 +120,20 @@ def test_times_of_the_appendix_and_of_table_7_are_the_same():
             assert 16 / rate == pytest.approx(row.value / 1000, rel=0.01)
 
 
+@pytest.mark.usefixtures("own_processes")
 def test_a_row_is_measured_in_a_process_of_its_own():
-    job = PaperJob(
-        network="tiny",
-        image_size=32,
-        batch_size=4,
-        seconds=0.1,
-        num_turns=2,
-        num_threads=1,
-        num_images=16,
-    )
-    times = run_job(job)
+    row = PaperRow("Tiny", "tiny", 32, 5.0, 4)
+    times = measure_row(row, PaperConfig("10", seconds=0.1), 1)
     assert isinstance(times, PaperTimes), times
-    assert times.precision == "fp32" and len(times.samples_ms) == 2
-    assert times.num_images == 16 and times.num_parameters > 100_000
+    assert times.precision == "fp32" and len(times.samples_ms) == paper.TURNS
 
 
+@pytest.mark.usefixtures("own_processes")  # they limit their memory
 def test_a_table_is_measured_and_rows_that_fail_leave_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(TABLES, "10", SMALL)
-
-    def run_in_fork(command: list[str], **_: object) -> Done:
-        return run("perf/studies/paper_process.py", command[-1])
-
-    forks = SimpleNamespace(run=run_in_fork, TimeoutExpired=TimeoutError)
-    monkeypatch.setattr(paper, "subprocess", forks)
     here = current_environment()
     changes = {"environment": here, "scenario": "offline", "batch_size": 2}
     append_record(Path("reports/latency.jsonl"), make_latency("openvino", 0.5, **changes))
@@ -163,9 +142,7 @@ def test_a_table_is_measured_and_rows_that_fail_leave_the_others(
     )
     readme = tmp_path / "results.md"
     readme.write_text("<!-- paper: written by a command -->\n<!-- /paper -->\n")
-    config = PaperConfig(
-        "10", seconds=0.1, quick=True, projected=True, threads=1, publish=True, readme=readme
-    )
+    config = PaperConfig("10", seconds=0.1, projected=True, threads=1, publish=True, readme=readme)
     path = paper.main(config)
     rows = json.loads(path.with_suffix(".json").read_text())["rows"]
     assert [row["ours"] is not None for row in rows] == [True, True, False, False]
@@ -188,7 +165,7 @@ def test_rows_that_are_not_asked_for_are_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(paper, "run_job", lambda _: TIMES)
+    monkeypatch.setattr(paper, "measure_row", lambda *_: TIMES)
     record = json.loads(paper.main(PaperConfig("7", ("v2-s",))).with_suffix(".json").read_text())
     measured = [row["label"] for row in record["rows"] if row["ours"] is not None]
     assert measured == ["EfficientNetV2-S"]

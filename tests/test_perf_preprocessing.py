@@ -2,18 +2,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run
 from facts import raises_naming
 from PIL import Image
 
+from efficientnet.images.datasets import DatasetError
 from efficientnet.images.preprocess import PreprocessSpec
-from perf.measurements import photo_contenders as contenders
 from perf.measurements import preprocessing
-from perf.measurements.photo_contenders import PreprocessingError, measure
 from perf.measurements.preprocessing import (
     PreprocessingConfig,
     PreprocessingReport,
     describe,
+    measure,
     results_table,
 )
 
@@ -86,26 +85,10 @@ def test_every_contender_sees_every_photo_in_every_round():
 
 def test_a_photo_counts_with_the_median_of_its_rounds(monkeypatch: pytest.MonkeyPatch):
     clock = iter([0, 0.002, 10, 10.5, 20, 20.004])
-    monkeypatch.setattr(contenders.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(preprocessing.time, "perf_counter", lambda: next(clock))
     assert measure({"only": len}, [b"photo"], num_rounds=3) == {"only": pytest.approx(4.0)}
 
 
 def test_a_folder_without_photos_is_refused(tmp_path: Path):
-    with raises_naming(PreprocessingError, "no images", tmp_path):
+    with raises_naming(DatasetError, "no images", tmp_path):
         preprocessing.main(PreprocessingConfig(tmp_path))
-
-
-def test_without_timm_the_command_says_what_to_install(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(contenders, "MISSING", ImportError("No module named 'timm'"))
-    with raises_naming(PreprocessingError, "timm", "train"):
-        preprocessing.main(PreprocessingConfig(photos))
-
-
-def test_the_last_line_of_the_command_is_the_path_of_its_record(photos: Path, tmp_path: Path):
-    output = tmp_path / "preprocessing.json"
-    flags = ("--rounds", 1, "--size", 32, "--crop-fraction", None, "--output", output)
-    done = run("perf/preprocessing.py", photos, *flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(output) and output.is_file()

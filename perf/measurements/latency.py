@@ -52,7 +52,7 @@ def main(config: LatencyConfig) -> Path:
     # Before the programs are opened: nothing else computes now.
     peaks = peaks_of(programs, num_threads)
     with (
-        open_programs(programs, batch_sizes, num_threads, config.data, config.seed) as opened,
+        open_programs(programs, batch_sizes, num_threads, config.data) as opened,
         Progress(planned_s(opened, scenarios, budget)) as progress,
     ):
         rows = [
@@ -62,15 +62,7 @@ def main(config: LatencyConfig) -> Path:
         ]
     folder = config.output.parent
     records = [
-        make_record(
-            row,
-            scenario.name,
-            num_threads,
-            started_at,
-            config.seed,
-            folder,
-            peaks[row.program.program.path],
-        )
+        make_record(row, scenario.name, num_threads, started_at, folder, peaks)
         for scenario, row in rows
     ]
     for record in records:

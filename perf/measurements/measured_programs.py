@@ -26,6 +26,9 @@ from perf.measurements.scenarios import Scenario
 MAX_NULL_SECONDS = 1.0
 OVERHEAD = "harness overhead"
 
+# Draws the held-out images that are the input.
+SEED = 0
+
 # Share of a row's measured time that the sweep gives to each batch size. It comes round twice, so
 # that one slow moment of the machine does not choose the batch size.
 SWEEP_FRACTION = 0.2
@@ -112,7 +115,6 @@ def open_programs(
     batch_sizes: Sequence[tuple[int, ...]],
     num_threads: int,
     data: str | None,
-    seed: int,
 ) -> Generator[list[MeasuredProgram]]:
     """Prepare the inputs, start the processes and wait until all are ready; end them afterwards."""
     datasets = [images_for(program, data) for program in programs]
@@ -131,7 +133,7 @@ def open_programs(
         for program, dataset, sizes in zip(programs, datasets, batch_sizes, strict=True):
             seen = (dataset.source, program.preprocess)
             if seen not in inputs:
-                inputs[seen] = prepare_inputs(dataset.val, program.preprocess, largest, seed)
+                inputs[seen] = prepare_inputs(dataset.val, program.preprocess, largest, SEED)
                 stack.enter_context(inputs[seen].file)
             answered = (*seen, len(program.class_names))
             if answered not in nulls:
@@ -193,30 +195,6 @@ def measure_jobs(jobs: Sequence[Job], scenario: str, progress: Progress) -> dict
     return {job: Measured(job.batch_size, warm_ups[job], tuple(a)) for job, a in answers.items()}
 
 
-def sweep(
-    programs: Sequence[tuple[MeasuredProgram, tuple[int, ...]]],
-    scenario: str,
-    sweep_s: float,
-    progress: Progress,
-) -> list[dict[int, float]]:
-    """Measure each program at each of its batch sizes; return images/s by batch size."""
-
-    def visit(pair: tuple[MeasuredProgram, int], number: int) -> Turn:
-        program, size = pair
-        text = f"{scenario}: sweep {number + 1} of {NUM_SWEEPS}, {program.name}, batch {size}"
-        progress.begin(text)
-        answer: ProgramTurn = program.process.ask("turn", size, sweep_s)
-        progress.done(sweep_s)
-        return answer.turn
-
-    pairs = [(program, size) for program, sizes in programs for size in sizes]
-    visits = take_turns(pairs, NUM_SWEEPS, visit)
-    return [
-        {size: size * _calls_per_s(visits[program, size]) for size in sizes}
-        for program, sizes in programs
-    ]
-
-
 def planned_s(
     programs: Sequence[MeasuredProgram], scenarios: Sequence[Scenario], budget: TimeBudget
 ) -> float:
@@ -237,11 +215,8 @@ def sweep_table(programs: Sequence[MeasuredProgram], rates: Sequence[dict[int, f
     sizes = sorted({size for rate in rates for size in rate})
     columns = ("images/s at batch", *map(str, sizes))
     rows = tuple(
-        (
-            program.name,
-            *(format_rate(rate[size]) if size in rate else NOTHING for size in sizes),
-        )
-        for program, rate in zip(programs, rates, strict=True)
+        (p.name, *(format_rate(rate[size]) if size in rate else NOTHING for size in sizes))
+        for p, rate in zip(programs, rates, strict=True)
     )
     return Table(columns, rows, frozenset(columns[:1]))
 
@@ -256,8 +231,18 @@ def _fastest(
     # Of each program the size of the most images/s.
     if not _needs_sweep(sizes):
         return sizes
+
+    def visit(pair: tuple[MeasuredProgram, int], number: int) -> Turn:
+        program, size = pair
+        text = f"{scenario.name}: sweep {number + 1} of {NUM_SWEEPS}, {program.name}, batch {size}"
+        progress.begin(text)
+        answer: ProgramTurn = program.process.ask("turn", size, _sweep_s(budget))
+        progress.done(_sweep_s(budget))
+        return answer.turn
+
     pairs = list(zip(programs, sizes, strict=True))
-    rates = sweep(pairs, scenario.name, _sweep_s(budget), progress)
+    visits = take_turns(((p, size) for p, own in pairs for size in own), NUM_SWEEPS, visit)
+    rates = [{size: size * _calls_per_s(visits[p, size]) for size in own} for p, own in pairs]
     progress.write(sweep_table(programs, rates).aligned_text())
     return [(max(rate, key=lambda size, rate=rate: rate[size]),) for rate in rates]
 
