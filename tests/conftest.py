@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from commands import Done, run
@@ -25,7 +26,7 @@ from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding, VariantSpec
 from export import ort, ov
-from export.inputs.config import ExportConfig, OpenVinoConfig
+from export.inputs.config import OpenVinoConfig, OrtConfig
 
 # They are the same each time, and take half a second to make.
 datasets.digit_images = cache(datasets.digit_images)
@@ -123,6 +124,11 @@ TINY_PREPROCESS = PreprocessSpec(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
+
+
+def digits(num_images: int) -> np.ndarray:
+    """Return held-out digits as the tiny networks want them, float32 [N, 3, 32, 32]."""
+    return images_of(list(load_dataset("digits").val[:num_images]), TINY_PREPROCESS).numpy()
 
 
 QUANTIZATION = QuantizationRecord(
@@ -226,7 +232,7 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     artifact = Path("tiny") / "onnxruntime-fp32"
 
     def make(folder: Path) -> None:
-        ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=folder / artifact))
+        ort.main(OrtConfig(checkpoint=tiny_checkpoint, output=folder / artifact))
 
     return made_once(tmp_path_factory, "tiny-artifacts", make) / artifact
 

@@ -6,7 +6,6 @@ import pytest
 from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.machine.environment import current_environment
-from export.inputs.candidates import CANDIDATES
 from export.studies import all_exports
 from export.studies.all_exports import AllConfig, reason_of
 from export.studies.export_table import Line, Summary, choose_default, publish, table_of
@@ -115,7 +114,7 @@ def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
     # One that is refused stands for all that need a GPU; OpenVINO's is passed over by --only.
     tried = [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("onnxruntime-cuda", "fp16")]
     named = [*tried, ("openvino", "fp32")]
-    candidates = [one for one in CANDIDATES if (one.name, one.precision) in named]
+    candidates = [one for one in all_exports.CANDIDATES if (one[1].name, one[2]) in named]
     assert len(candidates) == len(named)
     monkeypatch.setattr(all_exports, "CANDIDATES", candidates)
     monkeypatch.chdir(tmp_path)

@@ -271,14 +271,3 @@ def test_a_killed_export_leaves_the_older_artifact_whole(
     assert read_artifact(output).build != before
     # Nor does what was half built stay for ever.
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
-
-
-def test_two_exports_into_one_place_end_with_one_whole_artifact(
-    tiny_checkpoint: Path, tmp_path: Path
-):
-    config = OrtConfig(tiny_checkpoint, tmp_path / "artifact", num_parity_images=64)
-    exports = [fork(ort_build.main, config) for _ in range(2)]
-    for export in exports:
-        export.join(240)
-    assert [export.exitcode for export in exports] == [0, 0]
-    assert read_artifact(tmp_path / "artifact").parity is not None

@@ -63,7 +63,6 @@ def test_the_stock_tools_take_turns_with_ours(fitted_checkpoint: Path, tmp_path:
         *("--checkpoint", str(fitted_checkpoint), "--num-parity-images", "64"),
         *("--num-calibration-images", "64", "--seconds", "0.5", "--turns", "2"),
         *("--batch-sizes", "1", "2", "--json"),
-        *("--output", str(tmp_path / "stock")),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

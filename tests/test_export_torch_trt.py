@@ -11,8 +11,8 @@ from efficientnet.formats.artifact import ArtifactError, BatchRange
 from efficientnet.machine.gpu import Gpu
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.torch_tensorrt_runtime import captured_sizes
-from export.builders import torch_tensorrt_export as torch_trt
-from export.builders.torch_tensorrt_export import TorchTensorRTError, TorchTrtConfig
+from export.builders import torch_tensorrt_builder as torch_trt
+from export.builders.torch_tensorrt_builder import TorchTensorRTError, TorchTrtConfig
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -34,13 +34,13 @@ def test_no_gpu_is_told_before_work_starts(tmp_path: Path):
 
 
 def test_a_v100_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch_trt, "current_gpu", lambda: Gpu("Tesla V100", "7.0"))
+    monkeypatch.setattr(torch_trt.gpus, "current_gpu", lambda: Gpu("Tesla V100", "7.0"))
     with raises_naming(TorchTensorRTError, "Tesla V100", "tensorrt-cu12==10.4.0"):
         torch_trt.find_gpu("fp16")
 
 
 def test_bf16_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch_trt, "current_gpu", lambda: Gpu("Tesla T4", "7.5"))
+    monkeypatch.setattr(torch_trt.gpus, "current_gpu", lambda: Gpu("Tesla T4", "7.5"))
     assert torch_trt.find_gpu("fp16").name == "Tesla T4"
     with raises_naming(TorchTensorRTError, "7.5", "bf16", "fp16"):
         torch_trt.find_gpu("bf16")

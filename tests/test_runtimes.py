@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
+from conftest import digits
 from facts import raises_naming
 
 from efficientnet.formats.artifact import ArtifactError
-from efficientnet.images.datasets import load_dataset
-from efficientnet.images.preprocess import preprocess
 from efficientnet.runtimes import Runtime, open_runtime, openvino_runtime
 from efficientnet.runtimes.native.build import LIBRARY
 from export import native
@@ -50,17 +49,6 @@ def runtime(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Runtim
     if request.param == "null":
         return NullRuntime(open_runtime(programs["onnxruntime"]).info)
     return open_runtime(programs[request.param])
-
-
-def digits(num_images: int) -> np.ndarray:
-    spec = open_spec()
-    return np.stack([preprocess(s.read(), spec) for s in load_dataset("digits").val[:num_images]])
-
-
-def open_spec():
-    from conftest import TINY_PREPROCESS
-
-    return TINY_PREPROCESS
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
@@ -113,11 +101,6 @@ def test_arrays_are_read_in_their_order_whatever_their_strides(runtime: Runtime)
     for view in (images[::-1], images[:, ::-1], images[..., ::-1], read_only, channels_last):
         expected = runtime.infer(np.array(view, order="C"))
         np.testing.assert_allclose(runtime.infer(view), expected, atol=1e-6)
-
-
-def test_a_batch_above_the_maximum_is_refused(tiny_artifact: Path):
-    with raises_naming(ValueError, 65, "1 to 64"):
-        open_runtime(tiny_artifact).infer(np.zeros((65, 3, 32, 32), np.float32))
 
 
 def test_the_artifact_answers_like_the_checkpoint(tiny_checkpoint: Path, tiny_artifact: Path):

@@ -260,13 +260,10 @@ def saved(content: object) -> bytes:
     ("name", "make", "expected"),
     [
         ("x.pth", lambda t: saved(t)[:-1000], "truncated, damaged or no PyTorch file"),
-        ("x.pth", lambda t: saved(t)[:50_000], "truncated, damaged or no PyTorch file"),
         ("x.safetensors", lambda t: safetensors.torch.save(t)[:-9], "truncated, damaged or no saf"),
         ("x.pth", lambda _: b"hello, these are words", "truncated, damaged or no PyTorch file"),
-        ("x.pth", lambda t: safetensors.torch.save(t), "truncated, damaged or no PyTorch file"),
         ("x.safetensors", lambda t: saved(t), "truncated, damaged or no safetensors file"),
         ("x.safetensors", lambda _: b"", "is empty (0 bytes)"),
-        ("x.pth", lambda _: b"", "is empty (0 bytes)"),
         ("x.pth", lambda t: saved({**t, "x": Code()}), "may run code when it is loaded (posix.mkd"),
         ("x.pth", lambda _: saved(nn.Linear(2, 2)), "(torch.nn.modules.linear.Linear), expected"),
         ("x.pth", lambda t: saved({"a": t, "b": t}), "holds 2 state dicts, a and b; say which"),
@@ -290,13 +287,6 @@ def saved(content: object) -> bytes:
         ("x.pth", lambda t: saved(list(t.values())), "holds a list, expected names"),
         ("x.pth", lambda _: saved({}), "holds nothing, expected names"),
         ("x.h5", lambda t: saved(t), "expected it to end in .safetensors or one of .pth"),
-        ("x.pth", lambda t: saved({k: t[k] for k in t if k != "bn2.bias"}), "bn2.bias is missing"),
-        ("x.pth", lambda t: saved({**t, "head.bias": t["bn2.bias"]}), "head.bias [1280] is extra"),
-        (
-            "x.pth",
-            lambda t: saved({**t, "bn2.bias": t["bn2.bias"] / 0}),
-            "bn2.bias has 1280 of 128",
-        ),
         ("x.pth", lambda t: saved({**t, "bn1.bias": t["bn2.bias"]}), "shape [1280], expected [32]"),
     ],
 )

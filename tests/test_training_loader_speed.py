@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, run
+from commands import ROOT
 from facts import raises_naming
 from PIL import Image
 
@@ -17,7 +17,6 @@ from training.studies.loader_speed_study import (
     LoaderSpeedConfig,
     LoaderSpeedError,
     LoaderSubject,
-    describe_error,
     find_jpegs,
     main,
     to_table,
@@ -75,11 +74,6 @@ def test_a_damaged_photo_is_told_by_its_name(tmp_path: Path):
         row.ask("turn", (damaged,) * 4, 1, 32)
 
 
-def test_an_error_is_told_by_its_type_and_the_last_line_of_its_message():
-    assert describe_error(MemoryError()) == "MemoryError: (it has no message)"
-    assert describe_error(OSError("in a worker\nno space\n")) == "OSError: no space"
-
-
 def test_the_table_has_medians_and_ratios_within_turns():
     rates = {"timm": (100.0, 200.0, 150.0), "cpu": (150.0, 400.0, 300.0)}
     rates |= {"device": (300.0, 600.0, 450.0), "timm again": (100.0, 180.0, 150.0)}
@@ -118,9 +112,3 @@ def test_a_folder_without_photos_is_told(tmp_path: Path):
 def test_make_clean_removes_the_report():
     clean = (ROOT / "Makefile").read_text().partition("\nclean:")[2]
     assert str(LoaderSpeedConfig(Path()).output) in clean.split()
-
-
-def test_the_command_tells_a_missing_folder_in_one_line(tmp_path: Path):
-    ended = run("training/loader_speed.py", tmp_path / "nowhere")
-    assert ended.returncode == 1
-    assert ended.stderr.strip().splitlines()[-1].startswith("error: no folder")

@@ -16,13 +16,7 @@ from efficientnet.formats.checkpoint import read_checkpoint
 from efficientnet.network.model import build_model
 from efficientnet.network.variants import VARIANTS, NetworkOptions
 from training.learning import memory
-from training.learning.memory import (
-    BatchTooLargeError,
-    MemoryModel,
-    plan_micro_batches,
-    require_batch_norm_fits,
-    saved_bytes,
-)
+from training.learning.memory import BatchTooLargeError, MemoryModel, require_batch_norm_fits
 from training.recipe.config import TrainConfig
 from training.recipe.recipes import digits_recipe, imagenet_recipe
 from training.recipe.stages import plan_stages
@@ -34,7 +28,7 @@ GIGABYTE = 1e9
 
 def plan(config: TrainConfig, limit_bytes: float, world_size: int = 1) -> tuple[int, ...]:
     stages = plan_stages(config.progressive)
-    return plan_micro_batches(config, OPTIONS, 1000, stages, world_size, limit_bytes)
+    return memory.plan_micro_batches(config, OPTIONS, 1000, stages, world_size, limit_bytes)
 
 
 @pytest.mark.parametrize(("variant", "size"), [("tiny", 32), ("b0", 64)])
@@ -54,7 +48,7 @@ def test_what_is_counted_without_computing_is_what_autograd_keeps(variant: str, 
     with torch.device("meta"):
         empty = build_model(VARIANTS[variant], 10, 0.2, OPTIONS).train()
     assert logits.shape == (4, 10)
-    counted = saved_bytes(empty, size, 4, torch.float32)
+    counted = memory.saved_bytes(empty, size, 4, torch.float32)
     assert counted == pytest.approx(sum(kept.values()), rel=0.05)
 
 
@@ -174,15 +168,9 @@ def test_a_run_with_a_memory_plan_keeps_batch_and_schedule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # As on a machine of 20 MB.
-    monkeypatch.setattr(command, "device_memory_bytes", lambda device: 20e6)
-    config = replace(
-        digits_recipe("tiny"),
-        epochs=4,
-        steps=4,
-        batch_size=128,
-        batch_plan="memory",
-        output=tmp_path,
-    )
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda device: 20e6)
+    config = replace(digits_recipe("tiny"), epochs=4, steps=4, batch_size=128, output=tmp_path)
+    config = replace(config, batch_plan="memory")
     checkpoint = command.main(config)
     assert checkpoint is not None and read_checkpoint(checkpoint).step == 4
     state = torch.load(checkpoint / "train_state.pt", weights_only=True)["state"]

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +23,11 @@ from efficientnet.network.variant_file import (
 from efficientnet.network.variants import VARIANTS, StageSpec, VariantSpec, scale_up
 from efficientnet.runtimes import open_runtime
 from export import ort
-from export.inputs.config import ExportConfig
+from export.inputs.config import OrtConfig
 from training.recipe.config import TrainConfig, config_from_json, config_to_json
 from training.running import begin_run
 from training.running.command_line import ResumeConfig, parse
-from training.running.progress import InterruptFlag
+from training.running.progress import StopFlag
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,7 +126,7 @@ def test_a_found_variant_goes_the_road_of_a_built_in_one(tmp_path: Path):
     assert record.spec == FOUND
     assert len(model.features) == len(FOUND.stages) + 2
 
-    artifact = ort.main(ExportConfig(checkpoint=checkpoint, output=tmp_path / "artifact"))
+    artifact = ort.main(OrtConfig(checkpoint=checkpoint, output=tmp_path / "artifact"))
     manifest = read_artifact(artifact)
     assert (manifest.variant, manifest.architecture) == ("found-1", FOUND)
     size = record.preprocess.image_size
@@ -137,19 +138,13 @@ def test_a_found_variant_goes_the_road_of_a_built_in_one(tmp_path: Path):
     assert abs(open_runtime(artifact).infer(images) - expected).max() < 1e-3
 
 
-class AtOnce(InterruptFlag):
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_set = True
-
-
 def test_an_interrupted_run_of_a_file_goes_on_without_the_file(tmp_path: Path):
     config = small_run(tmp_path, variant="found-1", architecture=FOUND, epochs=1, steps=3)
     config = replace(config, progressive=replace(config.progressive, num_stages=1))
     stopped = replace(config, name="stopped")
     begin_run.main(replace(config, name="whole"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.running.trainer.InterruptFlag", AtOnce)
+        patch.setattr("training.running.trainer.stop_flag", lambda: nullcontext(StopFlag(True)))
         with pytest.raises(KeyboardInterrupt):
             begin_run.main(stopped)
     checkpoint = begin_run.main(ResumeConfig(tmp_path / "stopped"))

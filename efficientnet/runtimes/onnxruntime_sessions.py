@@ -32,14 +32,7 @@ def open_session(
     options: dict[str, str] | None = None,
     batch_size: int | None = None,
 ) -> ort.InferenceSession:
-    """Open a program.
-
-    Args:
-        program: model.onnx.
-        provider: what executes all of it.
-        num_threads: of the CPU.
-        options: of the provider.
-        batch_size: that all calls have; None = any.
+    """Open a program on one provider, which executes all of it; `batch_size` None = any.
 
     Raises:
         ArtifactError: the provider is not in the package, does not start here, or has no kernel for

@@ -134,11 +134,7 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
 def open_program(
     directory: Path, manifest: ArtifactManifest, num_threads: int | None = None
 ) -> Runtime:
-    """Open the program that a manifest describes, whether or not it was checked.
-
-    Raises:
-        ArtifactError: built for another machine, or its runtime is not installed.
-    """
+    """Open the program that a manifest describes, whether or not it was checked."""
     name = manifest.runtime
     if name not in RUNTIMES:
         raise ArtifactError(
