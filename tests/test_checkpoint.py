@@ -123,7 +123,7 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(
         return original(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    with pytest.raises(OSError, match="space"):
+    with raises_naming(OSError, "No space left on device"):
         save_checkpoint(target, model.state_dict(), record, {"step": 2})
     assert torch.load(target / "train_state.pt", weights_only=True) == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

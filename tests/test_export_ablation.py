@@ -142,15 +142,7 @@ def test_a_runtime_without_its_device_or_library_gives_a_reason(monkeypatch: pyt
     assert why_not_here("onnxruntime") is None
 
 
-def test_impossible_settings_are_refused():
-    with raises_naming(ValueError, "--turns", 0):
-        AblationConfig(turns=0)
-    with raises_naming(ValueError, "--runtimes"):
-        AblationConfig(runtimes=("torch", "torch"))
-    with raises_naming(ValueError, "--num-parity-images", 3):
-        AblationConfig(num_parity_images=3)
-
-
+@pytest.mark.usefixtures("own_processes")
 def test_a_process_that_dies_is_named():
     with raises_naming(PipelineError, "broken", "exit code 1"):
         measure_callables({"broken": partial(sys.exit, 1)}, IMAGE, seconds=0.02, turns=1)

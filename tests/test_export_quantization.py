@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,8 +57,6 @@ from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.reference import Reference, load_reference
 
-BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
-
 
 @pytest.fixture(scope="module")
 def reference(fitted_checkpoint: Path) -> Reference:
@@ -85,9 +84,11 @@ def exported(reference: Reference) -> Exported:
     return copy_of
 
 
+@cache
 def quantized(
     reference: Reference, config: ExportConfig, scheme: str, kept: tuple[str, ...] = ()
 ) -> onnx.ModelProto:
+    """Return a graph in 8 bits, not to be changed."""
     with tempfile.TemporaryDirectory() as folder:
         return typed_graph(reference, config, kept, scheme, Path(folder)).model
 

@@ -1,4 +1,5 @@
 import logging
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ import openvino
 import pytest
 from facts import raises_naming
 
+from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact, write_manifest
 from efficientnet.network.model import EfficientNet
+from export.builders import batch_splitting, search
 from export.builders import onnxruntime_builder as ort_build
 from export.builders import openvino_builder as ov_build
-from export.builders import search
 from export.builders.search import faster_in_float, time_of
 from export.checks.gate import AccuracyDropError, GateError
 from export.checks.logit_agreement import ParityError
@@ -173,15 +175,23 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
     assert len(table.splitlines()) == 2 + 1 + 2 * 3 + 1
 
 
-def test_a_search_with_the_runtimes_own_profile(
-    fitted_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_search_by_the_runtimes_own_profile_and_its_winner_gets_streams(
+    fitted_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
+    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)  # any ratio is a gain
     caplog.set_level(logging.INFO)
-    config = OrtConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
-    best = ort_build.main(config)
-    assert read_artifact(best).precision == "int8"
+    output = tmp_path / "found"
+    config = OrtConfig(fitted_checkpoint, output, "int8", batches=(1, 4), search=True, **SMALL)
+    manifest = read_artifact(ort_build.main(config))
+    assert manifest.precision == "int8" and manifest.streamed_batches == (4,)
     assert "all layers in fp32, to compare with" in caplog.messages
     assert any("measured in turns, batch 1" in message for message in caplog.messages)
+    if manifest.binding is not None:
+        flags = shlex.split(manifest.binding.rebuild)[2:]
+        assert parse_flags(OrtConfig, None, flags) == config
 
 
 def test_nothing_is_written_when_every_mixture_loses_too_much(
@@ -210,30 +220,6 @@ def test_a_search_without_images_to_judge_by_builds_nothing(
     monkeypatch.setattr(ov_build, "write_openvino", lambda *_, **__: pytest.fail("it was built"))
     with raises_naming(GateError, 99, "held-out"):
         ov_build.main(config)
-
-
-@pytest.mark.parametrize(
-    ("kind", "flags", "facts"),
-    [
-        (OrtConfig, {"search": True}, ("--search", "--precision int8", "fp32")),
-        (OrtConfig, {"float_layers": (BLOCK,)}, ("--float-layers", "--precision int8")),
-        (
-            OpenVinoConfig,
-            {"precision": "int8", "search": True, "float_layers": (BLOCK,)},
-            ("--search", "--float-layers"),
-        ),
-        (
-            OrtConfig,
-            {"precision": "int8", "search": True, "provider": "tensorrt"},
-            ("--search", "--provider cpu"),
-        ),
-    ],
-)
-def test_settings_that_contradict_each_other(
-    kind: type[OrtConfig], flags: dict[str, Any], facts: tuple[str, ...]
-):
-    with raises_naming(ValueError, *facts):
-        kind(**flags)
 
 
 def test_a_layer_that_is_not_there_is_named_before_work_starts(

@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import numpy as np
 import onnx
 import openvino
 import pytest
+from commands import run
 from conftest import QUANTIZATION
 from facts import raises_naming, require_named
 from onnx import numpy_helper
@@ -24,7 +23,7 @@ from efficientnet.formats.checkpoint import CheckpointError
 from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.network.model import EfficientNet
 from efficientnet.runtimes import open_runtime
-from export import ort, ov
+from export import ort
 from export.builders import openvino_builder as ov_build
 from export.checks import parity, stepwise
 from export.checks.layers import first_above, layers_by_block, relative_error
@@ -34,8 +33,6 @@ from export.graphs.folding import fold_batch_norm
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference, batches_of, load_reference
-
-ROOT = Path(__file__).resolve().parent.parent
 
 CHANGED_BLOCK = "features.3.0"
 CHANGED_LAYER = "features.3.0.block.1.0/Conv"
@@ -48,15 +45,17 @@ def reference(tiny_checkpoint: Path) -> Reference:
 
 @pytest.fixture(scope="module")
 def artifacts(
-    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path,
+    tiny_artifact: Path,
+    openvino_artifact: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("artifacts")
     half = ort.OrtConfig(tiny_checkpoint, folder / "half", "fp16", num_parity_images=64)
-    other = ov.OpenVinoConfig(tiny_checkpoint, folder / "openvino", num_parity_images=64)
     return {
         "onnxruntime fp32": tiny_artifact,
         "onnxruntime fp16": ort.main(half),
-        "openvino fp32": ov.main(other),
+        "openvino fp32": openvino_artifact,
     }
 
 
@@ -73,9 +72,15 @@ def shared_steps(steps: StepwiseParity, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture(scope="module")
-def report(tiny_checkpoint: Path, artifacts: dict[str, Path]) -> ParityReport:
-    paths = tuple(artifacts.values())
-    return parity.main(ParityConfig(paths, checkpoint=tiny_checkpoint, num_images=64, layers=True))
+def report(
+    tiny_checkpoint: Path, artifacts: dict[str, Path], steps: StepwiseParity
+) -> ParityReport:
+    config = ParityConfig(
+        tuple(artifacts.values()), checkpoint=tiny_checkpoint, num_images=64, layers=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "StepwiseParity", lambda _: steps)
+        return parity.main(config)
 
 
 def test_every_step_of_a_faithful_artifact_agrees(report: ParityReport):
@@ -122,7 +127,8 @@ def test_the_command_names_the_broken_step_and_layer_and_prints_json_on_demand(
     tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path
 ):
     broken = perturbed(tiny_artifact, tmp_path / "broken")
-    done = run("--checkpoint", tiny_checkpoint, "--num-images", 64, "--layers", broken, "--json")
+    flags = ("--checkpoint", tiny_checkpoint, "--num-images", 64, "--layers", "--json")
+    done = run("export/parity.py", broken, *flags)
     assert done.returncode == 1
     require_named(done.stderr, "error: 1 of 1", broken, CHANGED_BLOCK, CHANGED_LAYER, "0.0001")
     assert "Traceback" not in done.stderr
@@ -286,11 +292,6 @@ def test_the_checkpoint_is_found_by_its_hash(tiny_checkpoint: Path, tmp_path: Pa
 def test_wrong_usage_is_told_before_any_work(arguments: list[str]):
     with pytest.raises((SystemExit, ValueError)):
         parse_flags(ParityConfig, None, arguments)
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "export/parity.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def perturbed(artifact: Path, directory: Path) -> Path:

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from facts import raises_naming
 
 from efficientnet.machine.environment import current_environment
 from export.inputs.config import OpenVinoConfig
@@ -14,7 +13,6 @@ from export.studies.stock_comparison import (
     Comparison,
     Comparisons,
     Ratio,
-    StockConfig,
     publish,
     section_of,
 )
@@ -52,13 +50,6 @@ def test_comparisons_are_published_side_by_side(tmp_path: Path, monkeypatch: pyt
     publish(comparison(1), readme)
     publish(comparison(16), readme)
     assert "batch 1**" in readme.read_text() and "batch 16**" in readme.read_text()
-
-
-def test_a_batch_size_of_nothing_is_refused():
-    with raises_naming(ValueError, "--batch-sizes", 0):
-        StockConfig(batch_sizes=(0,))
-    with raises_naming(ValueError, "native-int8, native-int8"):
-        StockConfig(paths=(Path("a/native-int8"), Path("b/native-int8")))
 
 
 @pytest.mark.slow

@@ -263,18 +263,6 @@ def test_tensorrt_without_a_gpu_is_refused_before_any_work(no_gpu: None):
         trt.main(TrtConfig(checkpoint=Path("nowhere")))
 
 
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [
-        ({"compute_capability": ("8.6",)}, "--compute-capability"),
-        ({"optimization_level": 6}, "--optimization-level"),
-    ],
-)
-def test_settings_that_cannot_be_are_wrong_usage(changes: Any, flag: str):
-    with raises_naming(ValueError, flag):
-        TrtConfig(**changes)
-
-
 def test_the_rebuild_command_has_the_same_settings():
     config = TrtConfig(
         checkpoint=Path("runs/a b/checkpoint"),

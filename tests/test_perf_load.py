@@ -175,22 +175,3 @@ def test_publishing_without_a_place_for_the_table_measures_nothing(
 def test_a_service_that_does_not_start_shows_its_log(tmp_path: Path):
     with raises_naming(LoadError, tmp_path / "none"), running_service(tmp_path / "none"):
         pass
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("seconds", 0),
-        ("rates", ()),
-        ("rates", (1, -1)),
-        ("schedules", ()),
-        ("bound_ms", 0),
-        ("turns", 0),
-        ("batch", 1),
-        ("clients", 0),
-        ("num_photos", 0),
-    ],
-)
-def test_a_setting_outside_its_limits_is_refused(setting: str, value: Any):
-    with raises_naming(ValueError, f"--{setting.replace('_', '-')}"):
-        LoadConfig(Path("artifact"), Path("photos"), **{setting: value})

@@ -13,8 +13,8 @@ from efficientnet.formats.artifact import ArtifactError
 from efficientnet.runtimes import Runtime, open_runtime, openvino_runtime
 from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.onnxruntime_runtime import OnnxRuntime
-from export import native, ov
-from export.inputs.config import NativeConfig, OpenVinoConfig
+from export import native
+from export.inputs.config import NativeConfig
 from perf.measurements.program_subject import NullRuntime
 
 NEEDS_ENGINE = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
@@ -24,12 +24,16 @@ PROGRAMS = ["torch", "onnxruntime", "openvino", pytest.param("native", marks=NEE
 
 @pytest.fixture(scope="module")
 def programs(
-    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path,
+    tiny_artifact: Path,
+    openvino_artifact: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
-    exported = ov.main(
-        OpenVinoConfig(tiny_checkpoint, tmp_path_factory.mktemp("openvino") / "artifact")
-    )
-    found = {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": exported}
+    found = {
+        "torch": tiny_checkpoint,
+        "onnxruntime": tiny_artifact,
+        "openvino": openvino_artifact,
+    }
     if LIBRARY.is_file():
         output = tmp_path_factory.mktemp("native") / "artifact"
         found["native"] = native.main(NativeConfig(tiny_checkpoint, output, reference=True))

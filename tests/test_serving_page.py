@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image
 
 from efficientnet.images.datasets import load_dataset
-from serving.demo import running_service
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
@@ -38,9 +36,8 @@ HAND_OVER = """
 
 
 @pytest.fixture(scope="module")
-def address(tiny_artifact: Path) -> Iterator[str]:
-    with running_service(tiny_artifact) as port:
-        yield f"http://127.0.0.1:{port}/"
+def address(service_port: int) -> str:
+    return f"http://127.0.0.1:{service_port}/"
 
 
 @pytest.fixture(scope="module")

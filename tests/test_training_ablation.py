@@ -1,12 +1,13 @@
 import json
-import subprocess
-import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
+from commands import run as run_command
 from facts import raises_naming, require_named
 from small_trainings import epoch_metrics
 
@@ -16,6 +17,7 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
 from training.recipe.config import config_to_json
 from training.recipe.stages import plan_stages
+from training.running.command_line import parse
 from training.running.metrics import write_metrics
 from training.studies.ablation_plan import (
     FIXED,
@@ -34,8 +36,6 @@ from training.studies.ablation_results import AblationRecord, gains, read_result
 from training.studies.ablation_study import main, train_all
 from training.studies.spread import Spread, spread
 
-ROOT = Path(__file__).resolve().parent.parent
-
 TOP1 = {
     PROGRESSIVE_ADAPTIVE: (0.97, 0.98, 0.96),
     PROGRESSIVE: (0.94, 0.95, 0.92),
@@ -44,6 +44,15 @@ TOP1 = {
     RANDOM_ADAPTIVE: (0.85, 0.87, 0.84),
 }
 IMAGES_PER_S = {FIXED: 100.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flags_are_read_once() -> Iterator[None]:
+    """Keep the recipes that flags stand for: 42 runs are asked for theirs again and again."""
+    kept = cache(lambda words: parse(list(words)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.studies.ablation_plan.parse", lambda words: kept(tuple(words)))
+        yield
 
 
 def tiny(output: Path, **changes: object) -> AblationConfig:
@@ -392,15 +401,15 @@ def test_a_planned_run_trains_for_real(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_command_trains_and_returns_at_once_when_started_again(tmp_path: Path):
-    command = [sys.executable, "training/ablation.py", "tiny", "--epochs", "1", "--seeds", "1"]
+    command = ["training/ablation.py", "tiny", "--epochs", "1", "--seeds", "1"]
     command += ["--image-sizes", "16", "20", "24", "--batch-size", "256", "--jobs", "2"]
     command += ["--experiments", "schedules", "--output", str(tmp_path)]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    first = run_command(*command)
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines() == [str(tmp_path / "ablation.md")]
     assert "5 of 5 runs" in first.stderr
     runs = json.loads((tmp_path / "ablation.json").read_text())["runs"]
     assert [run["row"] for run in runs] == list(TOP1)
     assert all(run["seconds"] > 0 and run["top1"] > 0 for run in runs)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = run_command(*command)
     assert again.returncode == 0 and "5 of them complete" in again.stderr

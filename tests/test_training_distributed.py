@@ -92,14 +92,10 @@ def die_at_step(rank: int, step: int) -> None:
     TrainStep.__call__ = dying
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 1)])
-def test_a_checkpoint_of_n_processes_resumes_on_m(
-    before: int, after: int, alone: Path, tmp_path: Path
-):
-    processes = start_ranks(config(tmp_path), before, die_at_step, 0, 7)
+def test_a_checkpoint_of_two_processes_resumes_on_one(alone: Path, tmp_path: Path):
+    processes = start_ranks(config(tmp_path), 2, die_at_step, 0, 7)
     assert end(*processes)[0] == -signal.SIGKILL
-    resumed = start_ranks(config(tmp_path), after) if after > 1 else [start(config(tmp_path))]
-    assert end(*resumed) == [0] * after
+    assert end(start(config(tmp_path))) == [0]
     require_same_curves(tmp_path / "run", alone)
 
 

@@ -107,7 +107,8 @@ def _export(
     log.info("%s %s %s", place, kind.name, precision)
     output = _folder(reference) / f"{kind.name}-{precision}"
     shared: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ExportConfig)}
-    made_of = ExportConfig(**shared | {"checkpoint": reference.checkpoint, "output": output})
+    shared |= {"checkpoint": reference.checkpoint, "output": output}
+    made_of = ExportConfig(**shared)
     words = [
         *(sys.executable, str(PROJECT_ROOT / "export" / f"{command}.py"), *flags_of(made_of)),
         *("--precision", precision, *kind.flags),
