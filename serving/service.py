@@ -57,6 +57,9 @@ TIMEOUT_MARGIN_S = 30
 
 log = logging.getLogger("bentoml.service")
 
+# What is wrong with a picture is answered; Pillow also writes some of it into the log, as an error.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
 
 class GatedService(bentoml.Service[Any]):
     """A service of BentoML behind the gate: BentoML's own middlewares see what it lets through."""

@@ -207,6 +207,17 @@ def test_a_client_that_leaves_within_its_upload_is_no_fault(service: RunningServ
     assert "/classify 499" in line and "ERROR" not in line
 
 
+def test_a_web_socket_is_not_opened_and_ends_no_worker(service: RunningService):
+    head = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    head += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        client.sendall(head.encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+        time.sleep(2)  # connections are looked at each second
+        assert service.client.get("/livez").status_code == 200
+    assert "another is started" not in service.log_path.read_text()
+
+
 def test_a_heic_picture_gets_what_to_do(service: RunningService):
     picture = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(1000)
     assert_refuses(classify(service.client, picture), 422, "HEIC picture, which is not read")

@@ -32,7 +32,7 @@ def test_memory_that_grows_to_the_end_is_told_from_what_warms_up():
 
 def test_every_kind_that_is_read_is_mutated_and_a_seed_gives_the_same_again():
     by_kind = pictures()
-    assert by_kind.keys() == set(IMAGE_FORMATS)
+    assert by_kind.keys() == set(IMAGE_FORMATS) and by_kind == pictures()
     for kind, made in by_kind.items():
         assert made, kind
     sources = by_kind["PNG"]
