@@ -5,7 +5,7 @@ PORT ?= 3000
 # The hardware extra follows from whether a GPU answers; ONNX Runtime's two packages exclude each other.
 HARDWARE := $(if $(shell nvidia-smi --list-gpus 2>/dev/null),gpu,cpu)
 OTHER_ORT := $(if $(filter gpu,$(HARDWARE)),onnxruntime,onnxruntime-gpu)
-EXTRAS := train,search,export,serve,dev,rtx,weights,$(HARDWARE)
+EXTRAS := train,search,export,serve,bulk,traces,dev,rtx,weights,$(HARDWARE)
 INSTALLED := .venv/.installed-$(HARDWARE)
 NATIVE := efficientnet/runtimes/native
 ENGINE := $(NATIVE)/_engine.so

@@ -25,6 +25,7 @@ from bentoml.exceptions import BentoMLException
 from PIL import Image
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_artifact
+from efficientnet.images.decoding import IMAGE_FORMATS, MAX_PIXELS
 from efficientnet.runtimes import open_runtime
 from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
 from serving.batching import Batcher, Images
@@ -44,6 +45,7 @@ from serving.settings import (
     read_settings,
 )
 from serving.stages import StageTimes
+from serving.tracing import traced
 from serving.uploads import Uploads
 from serving.work import AbandonedError, IsWanted, WorkQueue
 
@@ -59,6 +61,9 @@ TIMEOUT_MARGIN_S = 30
 LEAST_SHARED_BYTES = 1_000_000
 
 log = logging.getLogger("bentoml.service")
+
+# What is wrong with a picture is answered; Pillow also writes some of it into the log, as an error.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class GatedService(bentoml.Service[Any]):
@@ -85,7 +90,7 @@ class GatedService(bentoml.Service[Any]):
     def to_asgi(self, is_main: bool = True) -> Any:
         """Make what the worker serves."""
         gate = Gate(
-            super().to_asgi(is_main),
+            traced(super().to_asgi(is_main)),
             is_path,
             SETTINGS.allowed_hosts,
             SETTINGS.api_key,
@@ -129,11 +134,14 @@ def service_info(manifest: ArtifactManifest, sha256: str) -> ServiceInfo:
         runtime=manifest.runtime,
         precision=manifest.precision,
         num_classes=len(manifest.class_names),
+        class_names=manifest.class_names,
         trained_on=PurePath(manifest.data).name,
         workers=SETTINGS.workers,
         threads=SETTINGS.threads_per_worker,
         limits=Limits(
             max_upload_bytes=SETTINGS.max_upload_bytes,
+            max_pixels=MAX_PIXELS,
+            picture_kinds=IMAGE_FORMATS,
             max_pictures=SETTINGS.max_batch,
             network_batch=SETTINGS.network_batch,
             batch_wait_ms=SETTINGS.batch_wait_ms,

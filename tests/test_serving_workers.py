@@ -301,6 +301,21 @@ def test_an_address_has_a_limited_number_of_connections():
             client.close()
 
 
+def test_a_refused_connection_that_sends_a_picture_reads_the_refusal():
+    with server_here(max_per_address=1) as address:
+        first = socket.create_connection(address, timeout=20)
+        first.sendall(REQUEST)
+        assert b"served" in answer_of(first)
+        for _ in range(20):
+            with socket.create_connection(address, timeout=20) as refused:
+                for _ in range(20):  # closed with something unread, it would be reset
+                    refused.sendall(b"x" * 10_000)
+                answer = http.client.HTTPResponse(refused)
+                answer.begin()
+                assert answer.status == 429 and answer.read()
+        first.close()
+
+
 def is_answered(address: tuple[str, int]) -> bool:
     with socket.create_connection(address, timeout=20) as client:
         client.sendall(REQUEST)
