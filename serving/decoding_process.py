@@ -125,7 +125,7 @@ def main() -> None:
                 result = -(error.errno or 1)
             if not result:
                 control.close()
-                _decode_until_end(*descriptors, job)
+                _decode_until_end(descriptors[0], descriptors[1], job)
             for descriptor in descriptors:
                 os.close(descriptor)
             if result > 0:

@@ -21,12 +21,12 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from efficientnet.formats.artifact import MANIFEST_FILE, read_artifact
+from efficientnet.images.datasets import read_photos
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
 from efficientnet.reporting.tables import Table
 from perf.measurements.load_contenders import RunningService, running_service
-from perf.measurements.photo_contenders import read_photos
 from perf.studies.config import DrillName, DrillsConfig
 from perf.studies.drill_clients import (
     LOST,
