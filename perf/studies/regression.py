@@ -5,10 +5,11 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, RootModel
@@ -43,6 +44,8 @@ SUMMARY_FILE, RECORD_FILE, BENCHMARK_FILE = "summary.md", "regression.json", "be
 MAX_SUMMARY_BYTES = 1 << 20
 
 EXPORT_COMMANDS = {"ort": "export/ort.py", "ov": "export/ov.py"}
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -304,11 +307,12 @@ def _compare(
     num_threads: int,
     folder: Path,
 ) -> ProgramComparison:
-    programs = {r.tree: _build(r, export, checkpoint, folder) for r in (base, head)}
+    # Side by side, like the accuracies below: nothing is measured then.
+    programs = _of_both(base, head, lambda r: _build(r, export, checkpoint, folder))
     contenders = {
-        BASE: (base, programs[base.tree]),
-        HEAD: (head, programs[head.tree]),
-        AGAIN: (base, programs[base.tree]),
+        BASE: (base, programs[0]),
+        HEAD: (head, programs[1]),
+        AGAIN: (base, programs[0]),
     }
     generator = random.Random(config.seed)
     samples: dict[str, list[list[list[float]]]] = {name: [] for name in contenders}
@@ -321,10 +325,12 @@ def _compare(
             samples[name].append(own)
     ratio = bootstrap_ratio(_ratios(samples[HEAD], samples[BASE]), config.seed)
     noise = bootstrap_ratio(_ratios(samples[AGAIN], samples[BASE]), config.seed)
-    accuracies = [
-        _accuracy(r, programs[r.tree], folder / f"accuracy-{r.tree.name}-{export}.jsonl")
-        for r in (base, head)
-    ]
+    program_of = dict(zip((base, head), programs, strict=True))
+    accuracies = _of_both(
+        base,
+        head,
+        lambda r: _accuracy(r, program_of[r], folder / f"accuracy-{r.tree.name}-{export}.jsonl"),
+    )
     accuracy, p_value = judge_accuracy(*accuracies)
     return ProgramComparison(
         name=f"{accuracies[0].variant} {export}",
@@ -345,6 +351,12 @@ def _compare(
         p_value=p_value,
         accuracy=accuracy,
     )
+
+
+def _of_both(base: Revision, head: Revision, of: Callable[[Revision], T]) -> tuple[T, T]:
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(of, (base, head))
+    return first, second
 
 
 def _build(revision: Revision, export: str, checkpoint: Path, folder: Path) -> Path:
