@@ -78,6 +78,8 @@ def _ratio(row: Row, notes: _Notes) -> str:
             "no ratio: the eager model of the same weights was not measured in the same run, "
             "or its accuracy was not",
         )
+    if row.ratio is None and row.latency.server is not None:
+        return notes.noted(NOTHING, "no ratio: the eager model kept the bound at no rate")
     return format_ratio(row.ratio) if row.ratio is not None else notes.percentile(None)
 
 
