@@ -10,11 +10,7 @@ written as it comes, so that a call that is cut off loses no more than that. The
 same --output goes on: what is done is not done again. Without a GPU only --dry-run works, which
 walks all parts on the CPU with the smallest networks, and whose numbers mean nothing.
 
-Packages needed: torch, triton, torchvision, timm, numpy, opencv-python-headless, pillow,
-safetensors, scikit-learn, scipy, matplotlib, onnx, onnxscript, onnxruntime, tqdm, pytest,
-pytest-xdist; pydantic (with pydantic-core, annotated-types, typing-inspection); tyro (with
-docstring-parser, typeguard). AOTInductor takes a C++ compiler and the CUDA toolkit besides.
-TensorRT, TensorRT-RTX and ONNX Runtime's CUDA provider are measured where they are installed.
+Nothing need be installed where torch is: docs/measuring.md lists the packages that are needed.
 """
 
 from efficientnet.command import late, parse_flags, run_command

@@ -5,8 +5,8 @@ and image sizes, each in a process of its own. The tables are 1, 7, 10 and 11, t
 (--table batch), and 2 and 3, whose training steps training/speed.py measures.
 
     python perf/paper.py --table 7
-    python perf/paper.py --table 7 --rows b4 v2-s --quick --projected
-    python perf/paper.py --table batch --quick
+    python perf/paper.py --table 7 --rows b4 v2-s --seconds 10 --projected
+    python perf/paper.py --table batch --seconds 10
 """
 
 from efficientnet.command import late, parse_flags, run_command

@@ -12,7 +12,7 @@ its rounds, a contender's the mean over the photos.
 from efficientnet.command import late, parse_flags, run_command
 from perf.measurements.config import PreprocessingConfig
 
-main = late("perf.measurements.preprocessing")
+main = late("perf.measurements.preprocessing", needs=("timm",))
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(PreprocessingConfig, __doc__), main)

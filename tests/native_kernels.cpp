@@ -3,8 +3,6 @@
 //
 //     native_kernels NETWORKS SEED
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -199,20 +197,15 @@ Network random_network() {
   exit(1);
 }
 
-void write_file(const std::string& path, const std::vector<uint8_t>& bytes) {
-  FILE* file = fopen(path.c_str(), "wb");
-  if (!file || fwrite(bytes.data(), 1, bytes.size(), file) != bytes.size() || fclose(file)) fail("cannot write " + path);
-}
-
 struct Answers {
   std::vector<std::vector<uint8_t>> tensors;
   std::vector<float> logits;
 };
 
-Answers answers(const std::string& path, const std::string& level, int threads, int flags, const Network& n, const std::vector<float>& images,
+Answers answers(const std::vector<uint8_t>& file, const std::string& level, int threads, int flags, const Network& n, const std::vector<float>& images,
                 int batch) {
   char error[300] = "";
-  engine* opened = engine_open(path.c_str(), level.c_str(), threads, batch, flags, error, sizeof error);
+  engine* opened = engine_open(file.data(), file.size(), level.c_str(), threads, batch, flags, error, sizeof error);
   if (!opened) fail("refused at " + level + ": " + error);
   Answers a;
   a.logits.resize(size_t(batch * CLASSES));
@@ -246,29 +239,29 @@ std::string describe(const Network& n) {
   return text.str();
 }
 
-void check_levels(const std::string& path, const Network& n) {
+void check_levels(const std::vector<uint8_t>& file, const Network& n) {
   const Tensor& input = n.tensors[0];
   const int batch = pick(1, 3), pixels = input.height * input.width * 3;
   std::vector<float> images(size_t(batch * pixels));
   for (float& v : images) v = float(pick(-3000, 3000)) / 1000;
-  const Answers expected = answers(path, "portable", 1, ENGINE_KEEP_TENSORS, n, images, 1);
-  const Answers all = answers(path, "portable", pick(1, 3), 0, n, images, batch);
+  const Answers expected = answers(file, "portable", 1, ENGINE_KEEP_TENSORS, n, images, 1);
+  const Answers all = answers(file, "portable", pick(1, 3), 0, n, images, batch);
   std::istringstream levels(engine_levels());
   for (std::string level; levels >> level;) {
     if (level == "portable") continue;
     const int threads = pick(1, 5);
     const std::string where = level + ", " + std::to_string(threads) + " threads" + (n.is_bf16 ? ", bf16" : "");
-    const Answers found = answers(path, level, threads, ENGINE_KEEP_TENSORS, n, images, 1);
+    const Answers found = answers(file, level, threads, ENGINE_KEEP_TENSORS, n, images, 1);
     if (!n.is_bf16)
       for (size_t i = 0; i < n.tensors.size(); i++)
         if (expected.tensors[i] != found.tensors[i]) fail(where + ": tensor " + std::to_string(i) + " differs in" + describe(n));
     compare_logits(expected.logits, found.logits, n.is_bf16, where + ", by layers" + describe(n));
-    compare_logits(all.logits, answers(path, level, threads, 0, n, images, batch).logits, n.is_bf16, where + ", fused" + describe(n));
+    compare_logits(all.logits, answers(file, level, threads, 0, n, images, batch).logits, n.is_bf16, where + ", fused" + describe(n));
   }
 }
 
 // What a damaged file says must be refused, or be harmless.
-void check_damaged(const std::string& path, std::vector<uint8_t> bytes, const Network& n) {
+void check_damaged(std::vector<uint8_t> bytes, const Network& n) {
   const size_t tables = 64 + n.tensors.size() * 32 + n.layers.size() * 160;
   if (chance(30)) bytes.resize(size_t(pick(0, int(bytes.size()) - 1)));
   else
@@ -276,11 +269,11 @@ void check_damaged(const std::string& path, std::vector<uint8_t> bytes, const Ne
       const size_t at = size_t(pick(8, int(std::min(tables, bytes.size())) - 1));
       bytes[at] = chance(50) ? uint8_t(pick(0, 255)) : uint8_t(bytes[at] ^ (1 << pick(0, 7)));
     }
-  write_file(path, bytes);
+  bytes.shrink_to_fit();  // nothing lies behind its end
   std::istringstream levels(engine_levels());
   for (std::string level; levels >> level;) {
     char error[300] = "";
-    engine* opened = engine_open(path.c_str(), level.c_str(), 2, 1, 0, error, sizeof error);
+    engine* opened = engine_open(bytes.data(), bytes.size(), level.c_str(), 2, 1, 0, error, sizeof error);
     if (!opened) {
       if (!error[0]) fail("a damaged file was refused without a word");
       continue;
@@ -301,15 +294,12 @@ void check_damaged(const std::string& path, std::vector<uint8_t> bytes, const Ne
 
 int main(int count, char** arguments) {
   const int networks = count > 1 ? atoi(arguments[1]) : 50, seed = count > 2 ? atoi(arguments[2]) : 0;
-  const std::string path = "/tmp/native_kernels." + std::to_string(getpid());
   for (int i = 0; i < networks; i++) {
     generator.seed(unsigned(seed + i));
     Network n = random_network();
     const std::vector<uint8_t> bytes = n.file(CLASSES);
-    write_file(path, bytes);
-    check_levels(path, n);
-    for (int j = 0; j < 4; j++) check_damaged(path, bytes, n);
+    check_levels(bytes, n);
+    for (int j = 0; j < 4; j++) check_damaged(bytes, n);
   }
-  unlink(path.c_str());
   printf("%d networks at the levels: %s\n", networks, engine_levels());
 }

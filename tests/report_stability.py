@@ -3,9 +3,9 @@
     python tests/report_stability.py artifacts/lite0/openvino-int8 artifacts/lite0/native-int8
     python tests/report_stability.py A B --repeats 10 --data photos -- --seconds 10
 
-Each repeat is perf/latency.py as it comes, with fresh processes and inputs of another seed. The
-report has the ratio of the medians of all calls; beside it stands the median of those within the
-turns, of an image. Exit code 1 where the first strays by more than --most from its median.
+Each repeat is perf/latency.py as it comes, with fresh processes. The report has the ratio of the
+medians of all calls; beside it stands the median of those within the turns, of an image. Exit
+code 1 where the first strays by more than --most from its median.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     reports: dict[str, list[float]] = defaultdict(list)
     within: dict[str, list[float]] = defaultdict(list)
     for number in range(arguments.repeats):
-        for first, second in measure(arguments.paths, [*flags, "--seed", str(number)]):
+        for first, second in measure(arguments.paths, flags):
             name = first.scenario
             divide = time_ratio if SCENARIOS[name].compares == "time" else rate_ratio
             own = divide(first, second)

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from onnx.utils import Extractor
 
 from efficientnet.formats.artifact import ArtifactError, read_artifact
+from efficientnet.formats.checkpoint import CheckpointError
 from efficientnet.network.model import EfficientNet
 from efficientnet.network.variants import VARIANTS, Padding
 from efficientnet.runtimes import native_runtime, open_runtime
@@ -25,6 +26,7 @@ from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.native.engine import Engine, levels
 from efficientnet.runtimes.native.program_file import DType, Kind, read_program_file, real_values
 from export import native
+from export.builders import native_builder
 from export.builders.native_program import Made, activation_names, make_program
 from export.builders.native_quantization import MapScale, curve_to, relu6, silu
 from export.checks.layers import show_model
@@ -270,3 +272,12 @@ def _plain() -> ort.SessionOptions:
 
 def _num_activations(made: Made) -> int:
     return sum(int(layer["activation"] > 0) for layer in made.program.layers)
+
+
+def test_bf16_without_its_instructions_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(native_builder, "instruction_sets", lambda: ("avx512", "vnni"))
+    with pytest.raises(CheckpointError):
+        native.main(config(tmp_path, tmp_path / "artifact", "bf16"))
+    assert "bf16" in caplog.text and "export/ov.py" in caplog.text

@@ -61,6 +61,8 @@ def test_settings_that_would_not_be_used_are_refused():
         StockConfig(batches=(1, 16))
     with raises_naming(ValueError, "--batch-sizes", 0):
         StockConfig(batch_sizes=(0,))
+    with raises_naming(ValueError, "native-int8, native-int8"):
+        StockConfig(paths=(Path("a/native-int8"), Path("b/native-int8")))
 
 
 @pytest.mark.slow

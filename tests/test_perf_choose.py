@@ -6,17 +6,13 @@ import pytest
 from facts import raises_naming
 from test_perf_report import CPU, STARTED, make_accuracy, make_latency
 
-from efficientnet.formats.records import (
-    LatencyRecord,
-    append_record,
-    read_records,
-)
+from efficientnet.formats.records import LatencyRecord, append_record, read_records
 from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.intervals import wilson_interval
 from perf.measurements import accuracy, latency
 from perf.measurements.config import AccuracyConfig, LatencyConfig
 from perf.studies import choice
-from perf.studies.candidates import Candidate, ChoiceError, pareto_front
+from perf.studies.candidates import ChoiceError, make_candidate, pareto_front
 from perf.studies.config import ChooseConfig
 
 HERE = current_environment()
@@ -53,16 +49,13 @@ def choose(budget_ms: float, **flags: object) -> choice.Choice:
 )
 def test_the_most_accurate_within_the_budget_is_chosen(budget_ms: float, runtime: str):
     write(FRONT)
-    chosen = choose(budget_ms).chosen
-    assert chosen is not None
-    assert chosen.runtime == runtime
+    assert choose(budget_ms).chosen.runtime == runtime
     assert Path("reports/choice.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_of_equal_accuracy_the_faster_one_is_chosen():
     write({"native": (3.0, 0.9), "openvino": (2.0, 0.9), "onnxruntime": (4.0, 0.9)})
-    chosen = choose(10).chosen
-    assert chosen is not None and chosen.runtime == "openvino"
+    assert choose(10).chosen.runtime == "openvino"
 
 
 def test_the_percentile_that_is_asked_for_counts():
@@ -72,7 +65,7 @@ def test_the_percentile_that_is_asked_for_counts():
     append_record(Path("reports/latency.jsonl"), record)
     append_record(Path("reports/accuracy.jsonl"), make_accuracy("openvino", 0.95, environment=HERE))
     found = {p: choose(2, percentile=p).chosen for p in ("50", "90", "99")}
-    assert {p: row and row.runtime for p, row in found.items()} == {
+    assert {p: row.runtime for p, row in found.items()} == {
         "50": "openvino",
         "90": "native",
         "99": "native",
@@ -86,11 +79,10 @@ def test_what_is_unverified_is_chosen_only_when_it_is_asked_for():
     with raises_naming(ChoiceError, "unverified"):
         choose(10, include_unverified=True, min_top1=0.5)
     answer = choose(10, include_unverified=True)
-    assert answer.chosen is not None and answer.chosen.top1 is None
+    assert answer.chosen.top1 is None
     assert "unverified" in answer.verdict[0]
     write({"openvino": (9.0, 0.1)})
-    chosen = choose(10, include_unverified=True).chosen
-    assert chosen is not None and chosen.runtime == "openvino"
+    assert choose(10, include_unverified=True).chosen.runtime == "openvino"
 
 
 def test_nothing_within_the_limits_is_an_error_that_says_what_there_is():
@@ -111,8 +103,7 @@ def test_records_of_other_devices_do_not_count(caplog: pytest.LogCaptureFixture)
     with raises_naming(ChoiceError, 1, "example"):
         choose(10)
     write({"openvino": (2.0, 0.8)})
-    chosen = choose(10).chosen
-    assert chosen is not None and chosen.runtime == "openvino"
+    assert choose(10).chosen.runtime == "openvino"
     assert "left out, measured on other devices" in caplog.text
 
 
@@ -133,16 +124,14 @@ def test_records_of_another_format_are_an_error(caplog: pytest.LogCaptureFixture
 def test_published_records_of_this_device_count():
     folder = Path("reports/published/2026-11-22-here")
     write(FRONT, folder)
-    chosen = choose(100).chosen
-    assert chosen is not None and chosen.runtime == "onnxruntime"
+    assert choose(100).chosen.runtime == "onnxruntime"
 
 
 def test_the_newest_time_of_a_program_counts():
     write(FRONT)
     newer = {"environment": HERE, "started_at": STARTED + timedelta(days=1)}
     append_record(Path("reports/latency.jsonl"), make_latency("onnxruntime", 50.0, **newer))
-    chosen = choose(10).chosen
-    assert chosen is not None and chosen.runtime == "openvino"
+    assert choose(10).chosen.runtime == "openvino"
 
 
 def test_accuracies_of_different_images_do_not_compare():
@@ -153,20 +142,19 @@ def test_accuracies_of_different_images_do_not_compare():
     with raises_naming(ChoiceError, "digits", "ddddddd", "photos", "eeeeeee"):
         choose(10)
     for data in ("photos", "eee"):
-        chosen = choose(10, data=data).chosen
-        assert chosen is not None and chosen.runtime == "openvino"
+        assert choose(10, data=data).chosen.runtime == "openvino"
     with raises_naming(ChoiceError, "--data nowhere"):
         choose(10, data="nowhere")
 
 
 def test_the_front_leaves_out_what_another_beats_in_both():
     times = {"a": (1.0, 0.8), "b": (2.0, 0.7), "c": (2.0, 0.9), "d": (3.0, 0.9), "e": (4.0, 0.95)}
+    config = ChooseConfig(budget_ms=10, percentile="50")
     candidates = [
-        Candidate(make_latency(name, time_ms), make_accuracy(name, top1))
+        make_candidate(make_latency(name, time_ms), make_accuracy(name, top1), config, HERE)
         for name, (time_ms, top1) in times.items()
     ]
-    front = pareto_front(candidates, "50")
-    assert [candidate.latency.runtime for candidate in front] == ["a", "c", "e"]
+    assert [candidate.runtime for candidate in pareto_front(candidates)] == ["a", "c", "e"]
 
 
 def test_a_faster_program_of_about_the_same_accuracy_is_named():
@@ -188,7 +176,7 @@ def test_the_choice_is_verified_in_turns_with_the_eager_model(
     assert fresh.holds and fresh.fresh_ms and fresh.reference_ms
     records = read_records(Path("reports/latency.jsonl"), LatencyRecord)
     assert [record.runtime for record in records] == ["onnxruntime", "torch", "onnxruntime"]
-    assert answer.chosen is not None and answer.chosen.path == str(paths[0])
+    assert answer.chosen.path == str(paths[0])
 
 
 def test_what_does_not_hold_in_a_fresh_run_gives_way_to_the_next(

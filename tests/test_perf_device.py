@@ -14,34 +14,22 @@ from processes import process_exists, wait_until
 from torch import Tensor, nn
 
 from efficientnet.machine.environment import current_environment
-from perf.device_parts import plan, runner, study
+from perf.device_parts import jobs, records, study
 from perf.device_parts.commands import OUTCOME
 from perf.device_parts.config import DeviceConfig, Part
-from perf.device_parts.gpu_watch import GpuWatch, parse
+from perf.device_parts.gpu_watch import GpuWatch
+from perf.device_parts.jobs import Job, pending, plan_jobs, run_jobs, why_missing
 from perf.device_parts.network_case import Scene, build_scene
-from perf.device_parts.networks import cases_of, known_best
-from perf.device_parts.plan import Job, plan_jobs, why_missing
-from perf.device_parts.records import (
-    CallStart,
-    JobEnd,
-    LatencyMeasured,
-    LimitMeasured,
-    LoaderMeasured,
-    PytestMeasured,
-    RecordsError,
-    TrainingMeasured,
-    append,
-    ends_by_job,
-    read,
-)
+from perf.device_parts.networks import cases_of, is_done
+from perf.device_parts.order import DRY, Order
+from perf.device_parts.records import JobEnd, LatencyMeasured, append, ends_by_job, read
 from perf.device_parts.report import document
-from perf.device_parts.runner import pending, run_jobs
 from perf.device_parts.study import DeviceError
-from perf.device_parts.turns import DRY_PACE, EAGER, Case, Contender, compare
+from perf.device_parts.turns import EAGER, Bench, Case, Contender, compare
 
 ROOT = Path(__file__).resolve().parent.parent
 
-START = CallStart(
+START = records.CallStart(
     started_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     minutes=8,
     is_dry_run=True,
@@ -57,9 +45,14 @@ def job(name: str, program: str, seconds: float = 1.0, missing: str | None = Non
     return Job("limits", name, (sys.executable, "-c", program), seconds, missing)
 
 
-def run(jobs: list[Job], folder: Path, minutes: float = 0.2) -> dict[str, JobEnd]:
-    run_jobs(jobs, folder, minutes, is_dry_run=True, after_each=lambda: None)
+def run(planned: list[Job], folder: Path, minutes: float = 0.2) -> dict[str, JobEnd]:
+    run_jobs(planned, folder, minutes, is_dry_run=True, after_each=lambda: None)
     return ends_by_job(read(folder))
+
+
+def bench(scene: Scene, *earlier: records.Line, is_dry_run: bool = True) -> Bench:
+    order = Order("network", "network v2-s", scene.variant, "", "", is_dry_run)
+    return Bench(order, scene, GpuWatch(), earlier)
 
 
 def latency(**changes: object) -> LatencyMeasured:
@@ -97,7 +90,7 @@ def test_a_job_that_crashes_is_killed_or_hangs_leaves_the_others(tmp_path: Path)
             job("crashes", "raise RuntimeError('no such kernel')"),
             job("is killed", "import os; os.kill(os.getpid(), 9)"),
             job("hangs", hang, seconds=3),
-            job("says so", f"raise SystemExit({runner.OUT_OF_TIME})"),
+            job("says so", f"raise SystemExit({jobs.OUT_OF_TIME})"),
             job("last", "pass"),
         ],
         tmp_path,
@@ -136,20 +129,20 @@ def test_going_on_does_what_is_not_done_and_what_failed_last(tmp_path: Path):
 
 
 def test_what_the_time_does_not_reach_is_not_begun_and_comes_first_next_time(tmp_path: Path):
-    jobs = [job("long", "import time; time.sleep(99)", 480), job("late", "pass", 480)]
+    planned = [job("long", "import time; time.sleep(99)", 480), job("late", "pass", 480)]
     append(tmp_path, START)
-    ends = run(jobs, tmp_path, minutes=0.01)
+    ends = run(planned, tmp_path, minutes=0.01)
     assert ends["long"].status == "out of time" and ends["late"].status == "not begun"
-    assert [left.name for left in pending(jobs, ends)] == ["late", "long"]
+    assert [left.name for left in pending(planned, ends)] == ["late", "long"]
 
 
 def test_a_missing_library_is_a_skip_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(jobs, "find_spec", lambda name: None)
     config = DeviceConfig(parts=("training", "limits"), dry_run=True)
-    jobs = plan_jobs(config, tmp_path, tmp_path)
-    assert {job.name: job.missing for job in jobs} == {
+    planned = plan_jobs(config, tmp_path, tmp_path)
+    assert {job.name: job.missing for job in planned} == {
         "limits": None,
         "training b0": "timm is not installed",
     }
@@ -160,17 +153,17 @@ def test_onnxruntime_without_its_cuda_provider_is_a_skip(monkeypatch: pytest.Mon
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert "has CPUExecutionProvider and no CUDA" in str(why_missing("onnxruntime", False))
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [plan.CUDA_PROVIDER])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [jobs.CUDA_PROVIDER])
     assert why_missing("onnxruntime", False) is None
 
 
 def test_every_part_has_jobs_and_the_first_are_the_important_ones(tmp_path: Path):
-    jobs = plan_jobs(DeviceConfig(), tmp_path, tmp_path)
-    assert {job.part for job in jobs} == set(get_args(Part))
-    assert len({job.name for job in jobs}) == len(jobs)
-    names = [job.name for job in jobs]
+    planned = plan_jobs(DeviceConfig(), tmp_path, tmp_path)
+    assert {job.part for job in planned} == set(get_args(Part))
+    names = [job.name for job in planned]
+    assert len(set(names)) == len(names)
     assert names[:3] == ["tests", "limits", "network v2-s"]
-    assert json.loads(jobs[2].command[-1])["variant"] == "v2-s"
+    assert json.loads(planned[2].command[-1])["variant"] == "v2-s"
 
 
 def test_without_a_gpu_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -186,7 +179,7 @@ def test_a_folder_of_another_device_or_with_a_damaged_record_is_refused(tmp_path
         study.main(DeviceConfig(output=tmp_path, dry_run=True))
     with (tmp_path / "records.jsonl").open("a") as file:
         file.write('{"kind": "end"\n')
-    with raises_naming(RecordsError, "line 2"):
+    with raises_naming(records.RecordsError, "line 2"):
         read(tmp_path)
 
 
@@ -209,8 +202,7 @@ def test_programs_take_turns_and_one_that_fails_is_told(scene: Scene):
         raise torch.OutOfMemoryError("no room for 2 GiB. And so on")
 
     found = compare(
-        "a job",
-        scene,
+        bench(scene),
         Case("fp32", 2),
         [
             Contender(EAGER, "device to device", lambda: eager),
@@ -218,8 +210,6 @@ def test_programs_take_turns_and_one_that_fails_is_told(scene: Scene):
             Contender("upside down", "device to device", lambda: lambda x: -eager(x)),
             Contender("of arrays", "host to host", lambda: lambda x: eager(torch.from_numpy(x))),
         ],
-        DRY_PACE,
-        GpuWatch(),
     )
     by_method = {record.method: record for record in found}
     assert by_method["too large"].problem == "out of memory: no room for 2 GiB"
@@ -229,7 +219,7 @@ def test_programs_take_turns_and_one_that_fails_is_told(scene: Scene):
     assert wrong.parity and wrong.parity.top1_agreement < 0.1
     assert by_method["of arrays"].parity == good.parity
     assert good.of_eager == 1 and by_method["of arrays"].of_eager is None
-    assert len(good.turns_us) == DRY_PACE.num_turns
+    assert len(good.turns_us) == DRY.pace.num_turns
     assert good.num_calls == sum(map(len, good.turns_us))
 
 
@@ -247,12 +237,15 @@ def test_images_tell_the_random_network_apart(scene: Scene):
     assert not any(isinstance(m, nn.BatchNorm2d) and m.training for m in scene.network.modules())
 
 
-def test_other_jobs_measure_at_the_batch_size_that_the_network_job_found():
-    found = latency(batch_size=128, is_best_batch=True)
-    assert known_best([START, found], "v2-s", "fp16", False) == 128
-    assert known_best([START, found], "v2-s", "bf16", False) == 64
-    assert [case.batch_size for case in cases_of("fp16", 128, False)] == [16, 1, 128]
-    assert [case.is_best_batch for case in cases_of("fp16", 16, False)] == [True, False]
+def test_other_jobs_measure_at_the_batch_size_that_the_network_job_found(scene: Scene):
+    older, found = (
+        latency(batch_size=size, is_best_batch=True, variant="tiny") for size in (32, 128)
+    )
+    now = bench(scene, START, older, found, is_dry_run=False)
+    assert [case.batch_size for case in cases_of(now, "fp16")] == [16, 1, 128]
+    assert [case.batch_size for case in cases_of(now, "bf16")] == [16, 1, 64]
+    assert [case.is_best_batch for case in cases_of(now, "fp16", 16)] == [True, False]
+    assert is_done(now, Case("fp16", 128), EAGER) and not is_done(now, Case("fp16", 1), EAGER)
 
 
 def test_the_report_shows_the_papers_time_where_it_is_the_papers_case(tmp_path: Path):
@@ -268,7 +261,7 @@ def test_the_report_shows_the_papers_time_where_it_is_the_papers_case(tmp_path: 
     papers = text[text.index("## The V2 paper's case") : text.index("## v2-s")]
     assert "| v2-s | 384 | eager (network v2-s) | device to device | 5.00 | 24.0 |" in papers
     assert "b0" not in papers and "KeyError: no such layer" in text
-    assert text.count("| 24.0 |") == 4
+    assert text.count("| 24.0 |") == 2
 
 
 def test_a_measurement_that_was_repeated_counts_once(tmp_path: Path):
@@ -278,13 +271,12 @@ def test_a_measurement_that_was_repeated_counts_once(tmp_path: Path):
 
 def test_what_held_the_clocks_down_is_read_from_nvidia_smi():
     watch = GpuWatch()
-    watch.collect(iter(["1980, 1980, 61, 690.5, 0x0000000000000004\n"]))  # pyright: ignore[reportArgumentType]
-    watch.collect(iter(["345, 1980, 40, [N/A], 0x0000000000000001\n"]))  # pyright: ignore[reportArgumentType]
+    watch.collect(["1980, 61, 0x0000000000000004\n", "345, 40, 0x0000000000000001\n"])
+    watch.collect(["[N/A], [N/A], [N/A]\n", "an error\n"])
     state = watch.since(0.0)
     assert state is not None and state.slowed_by == ("power cap",)
-    assert state.sm_clock_mhz == (345, 1980) and state.max_power_w == 690.5
+    assert state.sm_clock_mhz == (345, 1980) and state.max_temperature_c == 61
     assert watch.since(1e12) is None
-    assert parse("[N/A], [N/A], 50, [N/A], [N/A]", 1.0).temperature_c == 50
 
 
 def test_outcomes_are_read_from_what_pytest_prints():
@@ -307,7 +299,7 @@ def test_a_dry_run_leaves_records_and_a_report(tmp_path: Path):
     lines = read(output)
     statuses = {end.job: end.status for end in ends_by_job(lines).values()}
     assert statuses == {"limits": "done", "network tiny": "done", "tensorrt tiny": "skipped"}
-    assert {line.unit for line in lines if isinstance(line, LimitMeasured)} == {
+    assert {line.unit for line in lines if isinstance(line, records.LimitMeasured)} == {
         "bytes/s",
         "operations/s",
     }
@@ -325,8 +317,8 @@ def test_a_dry_run_leaves_records_and_a_report(tmp_path: Path):
     # Once more: nothing is left to do.
     study.main(replace(config, parts=("limits", "network")))
     again = read(output)
-    assert [line for line in again if not isinstance(line, CallStart)] == [
-        line for line in lines if not isinstance(line, CallStart)
+    assert [line for line in again if not isinstance(line, records.CallStart)] == [
+        line for line in lines if not isinstance(line, records.CallStart)
     ]
 
 
@@ -353,9 +345,9 @@ def test_a_dry_run_of_all_parts_has_every_part(tmp_path: Path):
     assert not [x for x in lines if isinstance(x, LatencyMeasured) and x.problem]
     methods = {line.method for line in lines if isinstance(line, LatencyMeasured)}
     assert len(methods) >= 5
-    trained = [line.record for line in lines if isinstance(line, TrainingMeasured)]
+    trained = [line.record for line in lines if isinstance(line, records.TrainingMeasured)]
     assert {record["contender"] for record in trained} == {"ours", "timm", "timm again"}
     assert {record["is_loader_fed"] for record in trained} == {True, False}
-    assert [line for line in lines if isinstance(line, LoaderMeasured)]
-    (tests,) = [line for line in lines if isinstance(line, PytestMeasured)]
+    assert [line for line in lines if isinstance(line, records.LoaderMeasured)]
+    (tests,) = [line for line in lines if isinstance(line, records.PytestMeasured)]
     assert tests.is_complete and set(tests.outcomes.values()) == {"skipped"}

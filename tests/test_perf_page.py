@@ -3,7 +3,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from test_perf_report import CPU, STARTED, config_of, make_accuracy, make_latency
@@ -45,14 +45,18 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("page")
     for number in range(2):
         for runtime, (ms, precision, num_right) in PROGRAMS.items():
-            program = {
+            program: dict[str, Any] = {
                 "variant": f"net{number}",
                 "precision": precision,
                 "checkpoint_sha256": str(number) * 64,
                 "program_sha256": f"{number}{runtime}".encode().hex().ljust(64, "0"),
             }
             hits = pack_hits([True] * num_right + [False] * (NUM_IMAGES - num_right))
-            counts = {"num_images": NUM_IMAGES, "hits": hits, "top1": num_right / NUM_IMAGES}
+            counts: dict[str, Any] = {
+                "num_images": NUM_IMAGES,
+                "hits": hits,
+                "top1": num_right / NUM_IMAGES,
+            }
             append_record(folder / "accuracy.jsonl", make_accuracy(runtime, **program, **counts))
             for scenario, batch in (("single_stream", 1), ("batch16", 16)):
                 for age, commit in ((1, "older"), (0, "newer")):

@@ -13,8 +13,7 @@ from efficientnet.network.cost import DevicePeak
 from efficientnet.network.variants import VARIANTS
 from perf.studies import paper
 from perf.studies.config import PaperConfig
-from perf.studies.paper import PaperRecord, RowRecord, run_job, section_of, verdict
-from perf.studies.paper_process import PaperJob, PaperTimes
+from perf.studies.paper import PaperRecord, PaperTimes, RowRecord, measure_row, section_of, verdict
 from perf.studies.paper_tables import NVIDIA_MS, TABLES, TIMM, PaperRow, PaperTable
 
 SMALL = PaperTable(
@@ -31,10 +30,6 @@ TIMES = PaperTimes(
     precision="fp16",
     samples_ms=((10.0, 12.0), (14.0,)),
     elapsed_s=0.036,
-    num_warm_up=3,
-    is_warm_up_stable=True,
-    num_parameters=1,
-    num_images=64,
 )
 V100 = CPU.model_copy(update={"gpus": ("Tesla V100-SXM2-16GB, 16160 MiB, 550.54",)})
 
@@ -66,7 +61,6 @@ def make_record(rows: tuple[RowRecord, ...], **changes: object) -> PaperRecord:
         "device": "Tesla V100-SXM2-16GB",
         "precision": "fp16",
         "num_threads": 2,
-        "is_quick": False,
         "rows": rows,
         **changes,
     }
@@ -128,19 +122,10 @@ def test_times_of_the_appendix_and_of_table_7_are_the_same():
 
 
 def test_a_row_is_measured_in_a_process_of_its_own():
-    job = PaperJob(
-        network="tiny",
-        image_size=32,
-        batch_size=4,
-        seconds=0.1,
-        num_turns=2,
-        num_threads=1,
-        num_images=16,
-    )
-    times = run_job(job)
+    row = PaperRow("Tiny", "tiny", 32, 5.0, 4)
+    times = measure_row(row, PaperConfig("10", seconds=0.1), 1)
     assert isinstance(times, PaperTimes), times
-    assert times.precision == "fp32" and len(times.samples_ms) == 2
-    assert times.num_images == 16 and times.num_parameters > 100_000
+    assert times.precision == "fp32" and len(times.samples_ms) == paper.TURNS
 
 
 def test_a_table_is_measured_and_rows_that_fail_leave_the_others(
@@ -157,9 +142,7 @@ def test_a_table_is_measured_and_rows_that_fail_leave_the_others(
     )
     readme = tmp_path / "results.md"
     readme.write_text("<!-- paper: written by a command -->\n<!-- /paper -->\n")
-    config = PaperConfig(
-        "10", seconds=0.1, quick=True, projected=True, threads=1, publish=True, readme=readme
-    )
+    config = PaperConfig("10", seconds=0.1, projected=True, threads=1, publish=True, readme=readme)
     path = paper.main(config)
     rows = json.loads(path.with_suffix(".json").read_text())["rows"]
     assert [row["ours"] is not None for row in rows] == [True, True, False, False]
@@ -182,7 +165,7 @@ def test_rows_that_are_not_asked_for_are_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(paper, "run_job", lambda _: TIMES)
+    monkeypatch.setattr(paper, "measure_row", lambda *_: TIMES)
     record = json.loads(paper.main(PaperConfig("7", ("v2-s",))).with_suffix(".json").read_text())
     measured = [row["label"] for row in record["rows"] if row["ours"] is not None]
     assert measured == ["EfficientNetV2-S"]

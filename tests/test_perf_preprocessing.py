@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,18 +5,16 @@ import pytest
 from facts import raises_naming
 from PIL import Image
 
+from efficientnet.images.datasets import DatasetError
 from efficientnet.images.preprocess import PreprocessSpec
-from perf.measurements import photo_contenders as contenders
 from perf.measurements import preprocessing
-from perf.measurements.photo_contenders import PreprocessingError, measure
 from perf.measurements.preprocessing import (
     PreprocessingConfig,
     PreprocessingReport,
     describe,
+    measure,
     results_table,
 )
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -89,21 +85,13 @@ def test_every_contender_sees_every_photo_in_every_round():
 
 def test_a_photo_counts_with_the_median_of_its_rounds(monkeypatch: pytest.MonkeyPatch):
     clock = iter([0, 0.002, 10, 10.5, 20, 20.004])
-    monkeypatch.setattr(contenders.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(preprocessing.time, "perf_counter", lambda: next(clock))
     assert measure({"only": len}, [b"photo"], num_rounds=3) == {"only": pytest.approx(4.0)}
 
 
 def test_a_folder_without_photos_is_refused(tmp_path: Path):
-    with raises_naming(PreprocessingError, "no images", tmp_path):
+    with raises_naming(DatasetError, "no images", tmp_path):
         preprocessing.main(PreprocessingConfig(tmp_path))
-
-
-def test_without_timm_the_command_says_what_to_install(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(contenders, "MISSING", ImportError("No module named 'timm'"))
-    with raises_naming(PreprocessingError, "timm", "train"):
-        preprocessing.main(PreprocessingConfig(photos))
 
 
 @pytest.mark.parametrize(
@@ -117,17 +105,3 @@ def test_without_timm_the_command_says_what_to_install(
 def test_settings_outside_their_limits_are_refused(wrong: dict[str, float], flag: str):
     with raises_naming(ValueError, flag):
         PreprocessingConfig(Path("photos"), **wrong)  # pyright: ignore[reportArgumentType]
-
-
-def test_the_last_line_of_the_command_is_the_path_of_its_record(photos: Path, tmp_path: Path):
-    output = tmp_path / "preprocessing.json"
-    command = [sys.executable, "perf/preprocessing.py", photos, "--rounds", "1", "--size", "32"]
-    done = subprocess.run(
-        [*command, "--crop-fraction", "None", "--output", output],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(output) and output.is_file()

@@ -14,7 +14,6 @@ from efficientnet.measuring.intervals import RatioInterval, bootstrap_ratio
 from perf.studies import regression
 from perf.studies.config import RegressionConfig
 from perf.studies.regression import (
-    MAX_SUMMARY_BYTES,
     Finding,
     ProgramComparison,
     RegressionFoundError,
@@ -30,16 +29,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_program(
-    latency: Finding = "no regression", accuracy: Finding = "no regression", num_turns: int = 6
+    latency: Finding = "no regression", accuracy: Finding = "no regression"
 ) -> ProgramComparison:
-    turns = ((1.0, 2.0, 3.0),) * num_turns
+    turns = ((1.0, 2.0, 3.0),) * 6
     return ProgramComparison(
         name="tiny ort",
         samples_ms={name: (turns,) * 5 for name in ("base", "head", "base again")},
         ratio=1.2,
         low=1.15,
         high=1.25,
-        noise_ratio=1.0,
         noise_low=0.99,
         noise_high=1.01,
         latency=latency,
@@ -109,12 +107,10 @@ def test_fewer_images_classified_rightly_are_told_from_luck():
     assert judge_accuracy(of_before, much_worse) == ("inconclusive", None)
 
 
-def test_the_summary_begins_with_the_worst_and_is_small():
-    many = [make_program("faster", num_turns=500)] * 20
-    record = make_record(*many, make_program("regression"), make_program("inconclusive"))
-    text = summary_of(record)
+def test_the_summary_begins_with_the_worst():
+    programs = (make_program(finding) for finding in ("faster", "regression", "inconclusive"))
+    text = summary_of(make_record(*programs))
     assert text.startswith("## Latency: regression\n\n- tiny ort: 20.0% slower (ratio 1.200, 1.150")
-    assert len(text.encode()) < MAX_SUMMARY_BYTES
     lost = summary_of(make_record(make_program("faster", accuracy="regression")))
     assert lost.startswith("## Latency: regression\n\n- tiny ort: less accurate, top-1 80.0 %")
 

@@ -4,6 +4,7 @@ import re
 import statistics
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -706,7 +707,7 @@ def test_ten_thousand_records_are_a_page_whose_rows_the_script_shows_in_pages(tm
     ):
         for number in range(10_000):
             runtime = ("onnxruntime", "openvino", "native")[number % 3]
-            program = {"program_sha256": f"{number:064x}"}
+            program: dict[str, Any] = {"program_sha256": f"{number:064x}"}
             latency = make_latency(runtime, 1 + number / 1000, num_samples=20, **program)
             latencies.write(latency.model_dump_json() + "\n")
             accuracies.write(make_accuracy(runtime, **program).model_dump_json() + "\n")

@@ -22,8 +22,8 @@ from perf.measurements.server_load import (
 COMMAND = [
     sys.executable,
     str(Path(__file__).resolve().parent.parent / "perf" / "latency.py"),
-    *("--seconds", "0.2", "--turns", "2", "--threads", "1", "--scenarios", "server"),
 ]
+FLAGS = ["--seconds", "0.2", "--turns", "2", "--threads", "1", "--bound-ms", "2000"]
 
 
 class Machine:
@@ -142,7 +142,7 @@ def test_the_command_measures_all_programs_at_one_bound(tiny_artifact: Path, tmp
     other = shutil.copytree(tiny_artifact, tmp_path / "other")
     # A bound that holds whatever else runs meanwhile.
     done = subprocess.run(
-        [*COMMAND, str(tiny_artifact), str(other), "--bound-ms", "2000"],
+        [*COMMAND, str(tiny_artifact), str(other), *FLAGS, "--scenarios", "server"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

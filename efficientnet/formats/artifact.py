@@ -6,6 +6,7 @@ artifacts/<variant>/<runtime>-<precision>/
 import hashlib
 import os
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,10 +319,26 @@ def read_program(directory: Path, manifest: ArtifactManifest, name: str) -> Prog
     Raises:
         ArtifactError: it is not there, or not the one that the manifest speaks of.
     """
+    with checked_meanwhile(directory, manifest, name) as file:
+        return file
+
+
+@contextmanager
+def checked_meanwhile(
+    directory: Path, manifest: ArtifactManifest, name: str
+) -> Generator[ProgramFile]:
+    """Do as read_program, but check the file in another thread while the caller works with it.
+
+    Raises:
+        ArtifactError: at the end, whatever the caller found wrong: see read_program.
+    """
     file = ProgramFile.read(_file_of(directory, name))
-    found = hashlib.sha256(file.data).hexdigest()
-    _require_hash(file.path, found, _hashes(manifest)[name])
-    return file
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(lambda: hashlib.sha256(file.data).hexdigest())
+        try:
+            yield file
+        finally:
+            _require_hash(file.path, found.result(), _hashes(manifest)[name])
 
 
 def _hashes(manifest: ArtifactManifest) -> dict[str, str]:

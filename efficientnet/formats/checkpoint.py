@@ -60,17 +60,18 @@ class CheckpointRecord(BaseModel):
     data: str
     """What the network was trained on: `digits` or a folder; parity and accuracy take its val
     images."""
-    weights_sha256: str
-    epoch: int
+    weights_sha256: str = ""
+    """Filled in when it is written."""
+    epoch: int = 0
     """Epochs that were trained."""
-    step: int
+    step: int = 0
     """Optimizer steps that were trained."""
-    top1: float | None = Field(ge=0, le=1)
-    top5: float | None = Field(ge=0, le=1)
-    """Of the weights on held-out images; None when training was interrupted within an epoch."""
-    num_images_evaluated: int
+    top1: float | None = Field(default=None, ge=0, le=1)
+    top5: float | None = Field(default=None, ge=0, le=1)
+    """Of the weights on held-out images; None when it was not evaluated."""
+    num_images_evaluated: int = 0
     recipe: str
-    train_config: dict[str, Any]
+    train_config: dict[str, Any] = {}
     """For provenance only; nothing reads it but a resumed training."""
     environment: EnvironmentRecord
 

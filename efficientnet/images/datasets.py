@@ -116,6 +116,18 @@ def find_image_files(folder: Path) -> tuple[list[Path], int]:
     return found, len(paths) - len(found)
 
 
+def read_photos(folder: Path) -> list[bytes]:
+    """Read all images below a folder, in the order of their paths.
+
+    Raises:
+        DatasetError: there are none.
+    """
+    paths, _ = find_image_files(folder)
+    if not paths:
+        raise DatasetError(f"no images in {folder}; give a folder of JPEG files")
+    return [path.read_bytes() for path in paths]
+
+
 def choose_source(trained_on: str, data: str | Path | None) -> str:
     """Return `data`, or where there is none what a checkpoint or a manifest names.
 

@@ -7,7 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from multiprocessing.util import Finalize
+from typing import Any
+
+from efficientnet.errors import PipelineError
 
 # Of prctl.h.
 PR_SET_PDEATHSIG = 1
@@ -51,6 +55,29 @@ def _kill_children() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def output_of(
+    name: str,
+    command: Sequence[object],
+    error: type[PipelineError],
+    limit_s: float | None = None,
+    **options: Any,
+) -> str:
+    """Run a command; return its stdout. What went wrong is an `error` of one line."""
+    words = list(map(str, command))
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=limit_s, **options
+        )
+    except OSError as problem:
+        raise error(f"{name} cannot be run: {problem}") from None
+    except subprocess.TimeoutExpired:
+        raise error(f"{name} has not ended in {limit_s:.0f} s") from None
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        raise error(f"{name} failed: {said.splitlines()[-1].removeprefix('error: ')}")
+    return done.stdout
 
 
 def stop_command(process: "subprocess.Popen[str]") -> None:

@@ -94,13 +94,10 @@ def relative_spread(values: Sequence[float]) -> float:
 
 
 def measure_turn(call: Call, clock: Clock, seconds: float, settle: bool = True) -> Turn:
-    """Call again and again until `seconds` have passed, at least once.
+    """Call again and again until `seconds` have passed, which the last call may exceed.
 
-    Args:
-        call: returns when its result is there.
-        clock: nanoseconds, never backwards; time.perf_counter_ns outside tests.
-        seconds: length of the turn, which its last call may exceed.
-        settle: make calls that do not count first, for a twentieth of the turn, at least one.
+    To settle, calls that do not count come first, for a twentieth of the turn, at least one. The
+    clock gives nanoseconds, never backwards: time.perf_counter_ns outside tests.
     """
     num_settling_calls = 0
     if settle:
@@ -122,13 +119,7 @@ def measure_turn(call: Call, clock: Clock, seconds: float, settle: bool = True) 
     return Turn(samples_ms, (after - started) / 1e9, num_settling_calls)
 
 
-def warm_up_until_stable(
-    call: Call,
-    clock: Clock,
-    window_s: float = 1.0,
-    max_s: float = 30.0,
-    tolerance: float = WARM_UP_TOLERANCE,
-) -> WarmUp:
+def warm_up_until_stable(call: Call, clock: Clock, window_s: float, max_s: float) -> WarmUp:
     """Call in windows of time until the medians of the last two agree, at least three windows.
 
     A call that takes longer is a window by itself. But for the first, no window is begun that would
@@ -141,7 +132,8 @@ def warm_up_until_stable(
         window = measure_turn(call, clock, window_s, settle=False)
         num_calls += len(window.samples_ms)
         medians.append(window.median_ms)
-        is_stable = len(medians) > 1 and _agree(medians[-2], medians[-1], tolerance)
+        last = medians[-2:]
+        is_stable = len(last) > 1 and max(last) - min(last) <= WARM_UP_TOLERANCE * max(last)
         if clock() > last_begin or (is_stable and len(medians) >= MIN_WARM_UP_WINDOWS):
             return WarmUp(num_calls, is_stable)
 
@@ -162,7 +154,3 @@ class TimedCall:
         """See measure_turn."""
         gc.collect()
         return measure_turn(self._call, time.perf_counter_ns, seconds)
-
-
-def _agree(first: float, second: float, tolerance: float) -> bool:
-    return abs(first - second) <= tolerance * max(first, second)

@@ -63,11 +63,7 @@ class Contender:
         self._receive()
 
     def ask(self, method: str, *arguments: object) -> Any:
-        """Call a method of the subject; return its result.
-
-        Raises:
-            ContenderError: it has failed, or its process has died.
-        """
+        """Call a method of the subject; return its result."""
         self._send((method, arguments))
         return self._receive()
 

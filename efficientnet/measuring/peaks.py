@@ -11,55 +11,26 @@ from collections.abc import Iterable
 from efficientnet.network.cost import DevicePeak
 from efficientnet.precision import Precision
 
-# Words of the name that nvidia-smi gives, all of which must be in it -> bytes/s, and dense
-# operations/s by precision, from the data sheets. One chip is sold in several forms, whose clocks
-# and memories differ: a form that is not here has no peak. fp32 is the TF32 rate where the device
-# has it: what torch's convolutions may use.
-GPU_PEAKS: dict[str, tuple[float, dict[str, float]]] = {
-    "V100 SXM2": (900e9, {"fp32": 15.7e12, "fp16": 125e12}),
-    "V100 PCIE": (900e9, {"fp32": 14e12, "fp16": 112e12}),
-    "T4": (320e9, {"fp32": 8.1e12, "fp16": 65e12, "int8": 130e12}),
-    "A100 SXM4 40GB": (
-        1555e9,
-        {"fp32": 156e12, "fp16": 312e12, "bf16": 312e12, "int8": 624e12},
-    ),
-    "A100 SXM4 80GB": (
-        2039e9,
-        {"fp32": 156e12, "fp16": 312e12, "bf16": 312e12, "int8": 624e12},
-    ),
-    "A100 PCIE 40GB": (
-        1555e9,
-        {"fp32": 156e12, "fp16": 312e12, "bf16": 312e12, "int8": 624e12},
-    ),
-    "A100 PCIE 80GB": (
-        1935e9,
-        {"fp32": 156e12, "fp16": 312e12, "bf16": 312e12, "int8": 624e12},
-    ),
-    "L40S": (
-        864e9,
-        {"fp32": 183e12, "fp16": 362e12, "bf16": 362e12, "int8": 733e12, "fp8": 733e12},
-    ),
-    "L4": (300e9, {"fp32": 60e12, "fp16": 121e12, "bf16": 121e12, "int8": 242e12, "fp8": 242e12}),
-    "H100 80GB HBM3": (
-        3350e9,
-        {"fp32": 494e12, "fp16": 989e12, "bf16": 989e12, "int8": 1979e12, "fp8": 1979e12},
-    ),
-    "H100 PCIE": (
-        2000e9,
-        {"fp32": 378e12, "fp16": 756e12, "bf16": 756e12, "int8": 1513e12, "fp8": 1513e12},
-    ),
-    "H100 NVL": (
-        3900e9,
-        {"fp32": 417e12, "fp16": 835e12, "bf16": 835e12, "int8": 1671e12, "fp8": 1671e12},
-    ),
-    "H200": (
-        4800e9,
-        {"fp32": 494e12, "fp16": 989e12, "bf16": 989e12, "int8": 1979e12, "fp8": 1979e12},
-    ),
-    "H200 NVL": (
-        4800e9,
-        {"fp32": 417e12, "fp16": 835e12, "bf16": 835e12, "int8": 1671e12, "fp8": 1671e12},
-    ),
+# Words of the name that nvidia-smi gives, all of which must be in it -> GB/s, and dense TFLOP/s by
+# precision, from the data sheets. One chip is sold in several forms, whose clocks and memories
+# differ: a form that is not here has no peak. fp32 is the TF32 rate where the device has it: what
+# torch's convolutions may use.
+RATES: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "fp8")
+GPU_PEAKS: dict[str, tuple[float, tuple[float | None, ...]]] = {
+    "V100 SXM2": (900, (15.7, 125)),
+    "V100 PCIE": (900, (14, 112)),
+    "T4": (320, (8.1, 65, None, 130)),
+    "A100 SXM4 40GB": (1555, (156, 312, 312, 624)),
+    "A100 SXM4 80GB": (2039, (156, 312, 312, 624)),
+    "A100 PCIE 40GB": (1555, (156, 312, 312, 624)),
+    "A100 PCIE 80GB": (1935, (156, 312, 312, 624)),
+    "L40S": (864, (183, 362, 362, 733, 733)),
+    "L4": (300, (60, 121, 121, 242, 242)),
+    "H100 80GB HBM3": (3350, (494, 989, 989, 1979, 1979)),
+    "H100 PCIE": (2000, (378, 756, 756, 1513, 1513)),
+    "H100 NVL": (3900, (417, 835, 835, 1671, 1671)),
+    "H200": (4800, (494, 989, 989, 1979, 1979)),
+    "H200 NVL": (4800, (417, 835, 835, 1671, 1671)),
 }
 
 # A part of a GPU has a part of its peak.
@@ -98,10 +69,11 @@ def gpu_peak(name: str, precision: str) -> DevicePeak | None:
     if not matching or SLICE in words:
         return None
     model = max(matching, key=len)
-    bytes_per_s, rates = GPU_PEAKS[model]
-    if precision not in rates:
+    gb_per_s, rates = GPU_PEAKS[model]
+    tflop_per_s = dict(zip(RATES, rates, strict=False)).get(precision)
+    if tflop_per_s is None:
         return None
-    return DevicePeak(rates[precision], bytes_per_s, f"data sheet of the {model}")
+    return DevicePeak(1e12 * tflop_per_s, 1e9 * gb_per_s, f"data sheet of the {model}")
 
 
 def cpu_peaks(num_threads: int, precisions: Iterable[Precision]) -> dict[Precision, DevicePeak]:

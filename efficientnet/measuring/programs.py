@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -42,16 +43,24 @@ class Program:
         """The network's table of stages."""
         return spec_of(self.variant, self.architecture)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What LatencyRecord and AccuracyRecord have alike."""
+        return {
+            "program_sha256": self.program_sha256,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "variant": self.variant,
+            "runtime": self.runtime,
+            "precision": self.precision,
+            "image_size": self.preprocess.image_size,
+            "preprocess_sha256": self.preprocess.sha256,
+        }
+
 
 def read_programs(
     paths: Sequence[Path], runs: Path = Path("runs"), artifacts: Path = Path("artifacts")
 ) -> list[Program]:
-    """Read and check each path; without any, the newest checkpoint and its artifacts, logged.
-
-    Raises:
-        FileNotFoundError: no such path.
-        ArtifactError, CheckpointError: neither of the two, or damaged.
-    """
+    """Read and check each path; without any, the newest checkpoint and its artifacts, logged."""
     if paths:
         return [read_program(path) for path in paths]
     checkpoint = read_program(_relative(newest_checkpoint(runs)))
@@ -65,12 +74,7 @@ def read_programs(
 
 
 def read_program(path: Path) -> Program:
-    """Read an artifact or a checkpoint directory and check its hash.
-
-    Raises:
-        FileNotFoundError: no such path.
-        ArtifactError, CheckpointError: neither of the two, or damaged.
-    """
+    """Read an artifact or a checkpoint directory and check its hash."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; expected an artifact directory like artifacts/v2-s/"
@@ -136,11 +140,7 @@ def images_for(program: Program, data: str | None, needs_labels: bool = False) -
 
 
 def require_writable(path: Path, flag: str) -> None:
-    """Find out before the work, not after it, that a file cannot be written.
-
-    Raises:
-        OSError: it cannot; `flag` is what chooses another place.
-    """
+    """Find out before the work, not after it, that a file cannot be written."""
     was_there = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,13 +68,8 @@ def measure_calls(
 ) -> dict[str, tuple[float, ...]]:
     """Let calls take turns, each in a process of its own; return each turn's median in ms.
 
-    Args:
-        openers: what makes a call in its process, by name; are pickled.
-        budget: of each.
-        descriptors: of open files that the openers need.
-
-    Raises:
-        ContenderError: a process failed.
+    An opener, which is pickled, makes a call in its process; `descriptors` are of open files that
+    they need. A process that fails is a ContenderError.
     """
     contenders = {
         name: Contender(name, partial(_timed, opener), descriptors)

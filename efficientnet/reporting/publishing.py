@@ -48,11 +48,7 @@ def device_slug(environments: Iterable[EnvironmentRecord]) -> str:
 
 
 def find_section(readme: Path, name: str) -> tuple[str, str]:
-    """Return what stands before and after a section's text, with the lines that mark it.
-
-    Raises:
-        PublishError: the file or one of the marks is missing.
-    """
+    """Return what stands before and after a section's text, with the lines that mark it."""
     if not readme.is_file():
         raise PublishError(f"there is no {readme} to write the table into")
     text = readme.read_text(encoding="utf-8")

@@ -40,9 +40,9 @@ def format_ms(value: float | None) -> str:
     return NOTHING if value is None else _three_digits(value)
 
 
-def format_rate(value: float) -> str:
+def format_rate(value: float | None) -> str:
     """Write images a second with three digits."""
-    return _three_digits(value)
+    return NOTHING if value is None else _three_digits(value)
 
 
 def format_ratio(value: float | None) -> str:

@@ -5,7 +5,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
+from efficientnet.formats.artifact import (
+    ArtifactError,
+    ArtifactManifest,
+    ProgramFile,
+    checked_meanwhile,
+)
 from efficientnet.runtimes.native.engine import PORTABLE, Engine, levels
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
 
@@ -19,8 +24,7 @@ class NativeRuntime:
     def __init__(self, program: ProgramFile, info: ProgramInfo, num_threads: int) -> None:
         assert info.max_batch_size is not None
         self.info = info
-        with program.opened() as path:
-            self._engine = Engine(path, num_threads, info.max_batch_size)
+        self._engine = Engine(program.data, num_threads, info.max_batch_size)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
@@ -55,5 +59,6 @@ def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) 
         ArtifactError: damaged, or the engine is not here or not fast on this processor.
     """
     require_kernels(directory, is_reference=manifest.binding is None)
-    program = read_program(directory, manifest, manifest.program_file)
-    return NativeRuntime(program, info_of_artifact(manifest), num_threads)
+    # Hashing takes as long as packing the weights does.
+    with checked_meanwhile(directory, manifest, manifest.program_file) as program:
+        return NativeRuntime(program, info_of_artifact(manifest), num_threads)

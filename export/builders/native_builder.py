@@ -10,6 +10,7 @@ from typing import NamedTuple
 from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.images.datasets import Sample
 from efficientnet.machine.atomic import write_text
+from efficientnet.machine.processor import instruction_sets
 from efficientnet.runtimes.native_runtime import NAMES_FILE, require_kernels
 from export.builders.native_program import activation_names, make_program
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
@@ -36,6 +37,12 @@ log = logging.getLogger(__name__)
 def main(config: NativeConfig) -> Path:
     """Export, check and write the artifact; return its directory."""
     require_kernels("the artifact", config.reference)
+    if config.precision == "bf16" and "bf16" not in instruction_sets():
+        log.warning(
+            "this processor has no instructions for bf16, which the engine computes by float "
+            "products here; measure it beside OpenVINO in fp32 (python export/ov.py), or take "
+            "--precision int8"
+        )
     reference = load_reference(config)
     output = default_output(config, reference, "native")
     # Another machine may have to ask for the portable kernels.

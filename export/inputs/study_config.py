@@ -83,6 +83,12 @@ class StockConfig(ExportConfig, JsonFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_least(self, batch_sizes=1)
+        names = [path.name for path in self.paths]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"the artifacts' folders are called {', '.join(names)}, by which the table names "
+                "programs; expected a name of its own for each"
+            )
         for name in NOT_TAKEN:
             if getattr(self, name) != getattr(ExportConfig, name):
                 raise ValueError(

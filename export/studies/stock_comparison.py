@@ -12,7 +12,7 @@ from efficientnet.machine.environment import current_environment, num_usable_cor
 from efficientnet.machine.processor import cpu_features
 from efficientnet.measuring.turns import ratio
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
-from efficientnet.reporting.tables import Table, format_ms, format_ratio
+from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_ratio
 from export.builders.measuring import measure
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference, load_reference
@@ -89,15 +89,19 @@ def compare(
     started_at = datetime.now(UTC)
     paths = [reference.checkpoint, *stock, *config.paths]
     records = measure(paths, config.seconds, config.turns, batch_size, config.data)
-    names = ["eager", *(path.name for path in stock)]
-    others = dict(zip(names, records[: len(names)], strict=True))
+    # Ours are beside the stock ones, and beside each other.
+    names = ["eager", *(path.name for path in (*stock, *config.paths))]
+    others = dict(zip(names, records, strict=True))
     ratios: list[Ratio] = []
-    for path, own in zip(config.paths, records[len(names) :], strict=True):
+    for program in names[-len(config.paths) :]:
+        own = others[program]
         for name, other in others.items():
+            if name == program:
+                continue
             found = ratio(own.turn_p50_ms, other.turn_p50_ms)
             ratios.append(
                 Ratio(
-                    program=path.name,
+                    program=program,
                     # Too few calls for a percentile of all are enough for one of each turn.
                     p50_ms=statistics.median(own.turn_p50_ms),
                     other=name,
@@ -146,8 +150,10 @@ def table_of(comparison: Comparison) -> Table:
         own = {r.other: r for r in ratios if r.program == program}
         cells = [
             f"{format_ratio(r.ratio)} ({format_ratio(r.low)} to {format_ratio(r.high)})"
-            for r in (own[other] for other in others)
+            if (r := own.get(other))
+            else NOTHING
+            for other in others
         ]
-        rows.append((program, format_ms(own[others[0]].p50_ms), *cells))
+        rows.append((program, format_ms(next(iter(own.values())).p50_ms), *cells))
     columns = ("ours / theirs", "p50 ms", *others)
     return Table(columns, tuple(rows), frozenset(columns[:1]))

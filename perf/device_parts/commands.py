@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
 from efficientnet.images.sample_images import photo_crops
 from efficientnet.machine.environment import num_usable_cores
-from perf.device_parts.plan import Order
+from perf.device_parts.order import Order
 from perf.device_parts.records import LoaderMeasured, PytestMeasured, TrainingMeasured
 
 JUNIT_FILE = "tests.xml"
@@ -30,11 +31,6 @@ NUM_LAST_LINES = 60
 
 NO_TESTS = 5
 
-TRAIN_SIZE, TRAIN_BATCH = 300, 64
-DRY_TRAIN_SIZE, DRY_TRAIN_BATCH = 32, 2
-NUM_PHOTOS = 256
-DRY_NUM_PHOTOS = 32
-
 # Alike in all records of a call, and told at its start.
 LEFT_OUT = ("environment", "started_at", "format_version")
 
@@ -45,7 +41,7 @@ class CommandFailedError(PipelineError):
     """A command that has failed."""
 
 
-def run_tests(order: Order) -> PytestMeasured:
+def run_tests(order: Order, seconds: float) -> PytestMeasured:
     """Run the tests that need a GPU, as far as the time goes."""
     files = [
         str(path.relative_to(PROJECT_ROOT))
@@ -68,7 +64,7 @@ def run_tests(order: Order) -> PytestMeasured:
             stderr=subprocess.STDOUT,
         )
         try:
-            code = process.wait(order.seconds)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
@@ -87,26 +83,19 @@ def run_tests(order: Order) -> PytestMeasured:
 
 def measure_training(order: Order) -> Iterator[TrainingMeasured]:
     """Measure our training step, timm's, and timm's again, in turns."""
-    seconds, turns = ("0.1", "2") if order.is_dry_run else ("5", "5")
-    yield from _speed(order, "--peer", "timm", "--seconds", seconds, "--turns", turns)
+    yield from _speed(order, "--peer", "timm", "--turns", order.scale.pace.num_turns)
 
 
 def measure_loading(order: Order) -> Iterator[TrainingMeasured | LoaderMeasured]:
     """Measure the training step without and with the loader, then the loader beside timm's."""
-    folder = Path(order.scratch) / "photos"
-    write_photos(folder, DRY_NUM_PHOTOS if order.is_dry_run else NUM_PHOTOS)
-    workers = str(1 if order.is_dry_run else num_usable_cores())
-    seconds = "0.1" if order.is_dry_run else "5"
-    fed = ("--data", str(folder), "--num-workers", workers, "--seconds", seconds)
-    yield from _speed(order, *fed)
-    size, batch = _shape(order)
-    rounds, passes = ("1", "1") if order.is_dry_run else ("3", "2")
-    output = Path(order.scratch) / "loader.json"
-    command = ["training/loader_speed.py", str(folder), "--image-sizes", str(size)]
-    command += ["--num-workers", workers, "--batch-size", str(batch)]
-    _run([*command, "--rounds", rounds, "--passes", passes, "--output", str(output)])
-    record = json.loads(output.read_text(encoding="utf-8"))
-    yield LoaderMeasured(record=_without(record))
+    folder, scale = Path(order.scratch) / "photos", order.scale
+    write_photos(folder, scale.num_photos)
+    workers = 1 if order.is_dry_run else num_usable_cores()
+    yield from _speed(order, "--data", folder, "--num-workers", workers)
+    words = ("training/loader_speed.py", folder, "--image-sizes", scale.train_size)
+    words += ("--batch-size", scale.train_batch, "--num-workers", workers)
+    words += ("--rounds", scale.loader_rounds, "--passes", 2)
+    yield LoaderMeasured(record=_record(_run(order, *words)))
 
 
 def write_photos(folder: Path, count: int) -> None:
@@ -117,29 +106,25 @@ def write_photos(folder: Path, count: int) -> None:
         path.write_bytes(data)
 
 
-def _speed(order: Order, *flags: str) -> Iterator[TrainingMeasured]:
-    size, batch = _shape(order)
-    output = Path(order.scratch) / f"{order.part}.jsonl"
-    command = ["training/speed.py", order.variant, "--image-sizes", str(size)]
-    command += ["--batch-sizes", str(batch), "--output", str(output)]
-    command += ["--precision", "fp32" if order.is_dry_run else "bf16"]
-    _run([*command, *flags])
-    for line in output.read_text(encoding="utf-8").splitlines():
-        yield TrainingMeasured(job=order.job, record=_without(json.loads(line)))
+def _speed(order: Order, *flags: object) -> Iterator[TrainingMeasured]:
+    scale = order.scale
+    sizes = ("--image-sizes", scale.train_size, "--batch-sizes", scale.train_batch)
+    how = ("--precision", scale.train_precision, "--seconds", scale.train_s)
+    words = ("training/speed.py", order.variant, *sizes, *how, *flags)
+    for line in _run(order, *words).splitlines():
+        yield TrainingMeasured(job=order.job, record=_record(line))
 
 
-def _shape(order: Order) -> tuple[int, int]:
-    if order.is_dry_run:
-        return DRY_TRAIN_SIZE, DRY_TRAIN_BATCH
-    return TRAIN_SIZE, TRAIN_BATCH
-
-
-def _run(command: list[str]) -> None:
+def _run(order: Order, *words: object) -> str:
+    # Returns what a command of this project has written.
+    output = Path(order.scratch) / f"{order.job} {Path(str(words[0])).stem}"
+    command = [*map(str, words), "--output", str(output)]
     log.info("%s", " ".join(command))
     done = subprocess.run([sys.executable, *command], cwd=PROJECT_ROOT, check=False)
     if done.returncode != 0:
         raise CommandFailedError(f"{command[0]} ended with exit code {done.returncode}")
+    return output.read_text(encoding="utf-8")
 
 
-def _without(record: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in record.items() if name not in LEFT_OUT}
+def _record(text: str) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(text).items() if name not in LEFT_OUT}

@@ -5,24 +5,17 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from efficientnet.measuring.clock import measure_turn
 from efficientnet.measuring.peaks import gpu_peak
 from perf.device_parts.gpu_watch import GpuWatch
-from perf.device_parts.plan import Order
+from perf.device_parts.order import Order
 from perf.device_parts.records import LimitMeasured, to_us
-from perf.device_parts.turns import describe_error, free_memory, synchronize
+from perf.device_parts.turns import describe_error, free_memory, rotating
 
-COPY_BYTES = 2 * 2**30
-PRODUCT_SIZES = (4096, 8192)
-DRY_COPY_BYTES = 2**20
-DRY_PRODUCT_SIZES = (64,)
-
-TURN_S = 0.5
-DRY_TURN_S = 0.01
 MAX_SAMPLES = 200
 
 FP8_MIN_CAPABILITY = (8, 9)
@@ -30,65 +23,58 @@ FP8_MIN_CAPABILITY = (8, 9)
 log = logging.getLogger(__name__)
 
 
+class Limit(NamedTuple):
+    """What is measured."""
+
+    what: str
+    unit: Literal["bytes/s", "operations/s"]
+    amount: int
+    """Of a call, in the unit."""
+    data_sheet: float | None
+    make: Callable[[], Callable[[], object]]
+    """Returns the call."""
+
+
 def measure_limits(order: Order, watch: GpuWatch) -> Iterator[LimitMeasured]:
     """Measure copies and products; one that the device or torch refuses is told in the log."""
-    device = torch.device("cpu" if order.is_dry_run else "cuda")
-    seconds = DRY_TURN_S if order.is_dry_run else TURN_S
-    name = "" if order.is_dry_run else torch.cuda.get_device_name()
-    for what, num_bytes, make in _copies(device, order.is_dry_run):
-        begun = time.monotonic()
-        samples_ms = _measure(make, seconds)
-        free_memory()
-        peak = gpu_peak(name, "fp16")
-        sheet = peak.bytes_per_s if peak and what.startswith("copy on") else None
-        yield _record(what, "bytes/s", num_bytes, samples_ms, sheet, watch, begun)
-    sizes = DRY_PRODUCT_SIZES if order.is_dry_run else PRODUCT_SIZES
-    for kind, size in itertools.product(_kinds(device), sizes):
+    device, scale = torch.device(order.scale.device), order.scale
+    copies, products = _copies(device, scale.copy_bytes), _products(device, scale.product_sizes)
+    for limit in itertools.chain(copies, products):
         begun = time.monotonic()
         try:
-            samples_ms = _measure(
-                lambda kind=kind, size=size: _product(kind, size, device), seconds
-            )
+            samples_ms = _samples_ms(limit, scale.limit_s)
         # What an older device or another torch raises for a format that it has not got.
         except (RuntimeError, NotImplementedError, AttributeError) as error:
-            log.warning("%s products are left out: %s", kind, describe_error(error))
+            log.warning("%s is left out: %s", limit.what, describe_error(error))
             continue
         finally:
             free_memory()
-        peak = gpu_peak(name, {"fp32 as TF32": "fp32"}.get(kind, kind)) if kind != "fp32" else None
-        yield _record(
-            f"{kind} product of {size} x {size}",
-            "operations/s",
-            2 * size**3,
-            samples_ms,
-            peak.operations_per_s if peak else None,
-            watch,
-            begun,
+        yield LimitMeasured(
+            what=limit.what,
+            unit=limit.unit,
+            best=1e3 * limit.amount / min(samples_ms),
+            median=1e3 * limit.amount / statistics.median(samples_ms),
+            data_sheet=limit.data_sheet,
+            samples_us=to_us(samples_ms[:MAX_SAMPLES]),
+            gpu=watch.since(begun),
         )
 
 
-def _measure(make: Callable[[], Callable[[], object]], seconds: float) -> list[float]:
-    work = make()
-
-    def call() -> None:
-        work()
-        synchronize()
-
-    call()
-    return list(measure_turn(call, time.perf_counter_ns, seconds).samples_ms)
+def _samples_ms(limit: Limit, seconds: float) -> tuple[float, ...]:
+    work = limit.make()
+    call = rotating(lambda _: work(), [None])
+    return measure_turn(call, time.perf_counter_ns, seconds).samples_ms
 
 
-def _copies(
-    device: torch.device, is_dry_run: bool
-) -> Iterator[tuple[str, int, Callable[[], Callable[[], object]]]]:
-    count = DRY_COPY_BYTES if is_dry_run else COPY_BYTES
-
+def _copies(device: torch.device, count: int) -> Iterator[Limit]:
     def within() -> Callable[[], object]:
         source = torch.randint(256, (count,), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)
 
-    yield "copy on the device, bytes read and written", 2 * count, within
+    what = "copy on the device, bytes read and written"
+    peak = gpu_peak(_name(device), "fp16")
+    yield Limit(what, "bytes/s", 2 * count, peak.bytes_per_s if peak else None, within)
     if device.type != "cuda":
         return
     part = count // 8
@@ -99,19 +85,27 @@ def _copies(
         target, source = (near, host) if is_up else (host, near)
         return lambda: target.copy_(source, non_blocking=True)
 
-    yield "copy host to device, pinned", part, lambda: across(True)
-    yield "copy device to host, pinned", part, lambda: across(False)
+    yield Limit("copy host to device, pinned", "bytes/s", part, None, lambda: across(True))
+    yield Limit("copy device to host, pinned", "bytes/s", part, None, lambda: across(False))
 
 
-def _kinds(device: torch.device) -> list[str]:
-    kinds = ["bf16", "fp16", "fp32"]
+def _products(device: torch.device, sizes: tuple[int, ...]) -> Iterator[Limit]:
+    # Precision of the data sheet, where it has this kind.
+    kinds: dict[str, str | None] = {"bf16": "bf16", "fp16": "fp16", "fp32": None}
     if device.type == "cuda":
-        kinds.append("fp32 as TF32")
+        kinds["fp32 as TF32"] = "fp32"
         if torch.cuda.get_device_capability() >= FP8_MIN_CAPABILITY:
-            kinds.insert(2, "fp8")
+            kinds["fp8"] = "fp8"
         else:
             log.warning("fp8 products are left out: the device has none (below 8.9)")
-    return kinds
+    for (kind, precision), size in itertools.product(kinds.items(), sizes):
+        what = f"{kind} product of {size} x {size}"
+        peak = gpu_peak(_name(device), precision) if precision else None
+        sheet = peak.operations_per_s if peak else None
+        yield Limit(
+            *(what, "operations/s", 2 * size**3, sheet),
+            lambda kind=kind, size=size: _product(kind, size, device),
+        )
 
 
 def _product(kind: str, size: int, device: torch.device) -> Callable[[], object]:
@@ -132,21 +126,5 @@ def _product(kind: str, size: int, device: torch.device) -> Callable[[], object]
     return lambda: torch.mm(a, b, out=out)
 
 
-def _record(
-    what: str,
-    unit: str,
-    amount: int,
-    samples_ms: list[float],
-    data_sheet: float | None,
-    watch: GpuWatch,
-    begun: float,
-) -> LimitMeasured:
-    return LimitMeasured(
-        what=what,
-        unit=unit,  # pyright: ignore[reportArgumentType]
-        best=1e3 * amount / min(samples_ms),
-        median=1e3 * amount / statistics.median(samples_ms),
-        data_sheet=data_sheet,
-        samples_us=to_us(samples_ms[:MAX_SAMPLES]),
-        gpu=watch.since(begun),
-    )
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else ""

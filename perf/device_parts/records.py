@@ -62,13 +62,9 @@ class JobEnd(_Line):
 class GpuState(_Line):
     """What nvidia-smi told while something was measured."""
 
-    num_samples: int
     sm_clock_mhz: tuple[float, float] | None
     """Lowest and highest."""
-    max_sm_clock_mhz: float | None
-    """That the device knows."""
     max_temperature_c: float | None
-    max_power_w: float | None
     slowed_by: tuple[str, ...]
     """Reasons that clocks were held down by, while it was busy."""
 
@@ -93,7 +89,6 @@ class Parity(_Line):
     num_images: int
     max_relative_error: float
     """Largest error of a logit, in standard deviations of the reference's logits."""
-    mean_relative_error: float
     top1_agreement: float
 
 
@@ -173,11 +168,7 @@ def append(folder: Path, line: Line) -> None:
 
 
 def read(folder: Path) -> list[Line]:
-    """Read all lines, oldest first; a folder without records has none.
-
-    Raises:
-        RecordsError: a line is damaged or of another format.
-    """
+    """Read all lines, oldest first; a folder without records has none."""
     path = folder / RECORDS_FILE
     if not path.exists():
         return []

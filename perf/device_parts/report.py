@@ -5,28 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
+from efficientnet.measuring.turns import ratio
 from efficientnet.network.variants import get_variant
-from efficientnet.reporting.tables import (
-    NOTHING,
-    Table,
-    format_bytes,
-    format_ms,
-    format_percent,
-    format_rate,
-    format_ratio,
-)
-from perf.device_parts.records import (
-    CallStart,
-    GpuState,
-    JobEnd,
-    LatencyMeasured,
-    LimitMeasured,
-    Line,
-    LoaderMeasured,
-    PytestMeasured,
-    TrainingMeasured,
-    ends_by_job,
-)
+from efficientnet.reporting import tables
+from efficientnet.reporting.tables import NOTHING, Table, format_percent, format_ratio
+from perf.device_parts import records
+from perf.device_parts.records import LatencyMeasured, Line, TrainingMeasured, ends_by_job
 
 PAPER_VARIANTS = ("v2-s", "v2-m", "v2-l")
 PAPER_BATCH_SIZE, PAPER_PRECISION = 16, "fp16"
@@ -40,25 +24,26 @@ DRY_RUN = (
 )
 HOW = """## How the networks were measured
 
-- p50, p90: wall time of a call that waits for the device before and after, each with other images
-  than the one before; the programs of a job take turns. p90 only of 100 calls or more.
-- images/s: images by the time of all turns, at the same batch.
-- / eager: median of the turns' ratios to the time of the eager model that took turns with it, in
-  the same precision and region; below 1 is faster.
+- p50, p90: a call that waits for the device before and after, with other images than the one
+  before; the programs of a job take turns. p90 only of 100 calls or more.
+- / eager: median of the turns' ratios to the eager model that took turns with it, in the same
+  precision and region; below 1 is faster.
 - region: images and logits are float32, on the device or in host memory; changing the format is
   part of a call, and of a CUDA graph the copy of the images into it. fp32 is without TF32.
-- batch (best): the one of most images/s of the eager model, of each precision; 64 where the part
-  network has not told.
+- batch (best): of most images/s of the eager model; 64 where the part network has not told.
 - rel. error, top-1 alike: 64 images beside eager float32; the largest error of a logit, in standard
   deviations of all logits, and how many images have the same best class.
 - ready in s: building, compiling, capturing, and the first call; not the export of an artifact.
-- Weights are random, batch norm settled on real images. The classes are close to each other: top-1
-  differs sooner than of trained weights. An export is refused by the tolerances of trained ones."""
+- Weights are random, batch norm settled on real images: the classes are close to each other, and
+  top-1 differs sooner than of trained weights, whose tolerances refuse exports here, too."""
+
+Cells = dict[str, Callable[[Any], str]]
+"""A table's columns: what each tells of a record."""
 
 
 def document(lines: Sequence[Line]) -> str:
     """Write the report of all that is there so far."""
-    calls = [line for line in lines if isinstance(line, CallStart)]
+    calls = [line for line in lines if isinstance(line, records.CallStart)]
     parts = [_head(calls), _jobs(lines)]
     latencies = latest(line for line in lines if isinstance(line, LatencyMeasured))
     parts += [_tests(lines), _limits(lines), _paper(latencies)]
@@ -69,17 +54,17 @@ def document(lines: Sequence[Line]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def latest(records: Iterable[LatencyMeasured]) -> list[LatencyMeasured]:
+def latest(latencies: Iterable[LatencyMeasured]) -> list[LatencyMeasured]:
     """Keep the last of those that measure the same; one with times before one with a problem."""
     found: dict[tuple[object, ...], LatencyMeasured] = {}
-    for x in records:
+    for x in latencies:
         key = (x.job, x.variant, x.method, x.precision, x.batch_size, x.region)
         if key not in found or x.problem is None or found[key].problem is not None:
             found[key] = x
     return list(found.values())
 
 
-def _head(calls: Sequence[CallStart]) -> str:
+def _head(calls: Sequence[records.CallStart]) -> str:
     call = calls[-1]
     environment = call.environment
     versions = environment.libraries
@@ -102,28 +87,30 @@ def _head(calls: Sequence[CallStart]) -> str:
     return "\n".join([title, *([DRY_RUN, ""] if call.is_dry_run else []), table])
 
 
+JOB_CELLS: Cells = {
+    "job": lambda x: x.job,
+    "status": lambda x: x.status,
+    "why": lambda x: x.reason or NOTHING,
+    "s": lambda x: f"{x.seconds:.0f}",
+}
+
+
 def _jobs(lines: Sequence[Line]) -> str:
-    rows = [
-        (end.job, end.status, end.reason or NOTHING, f"{end.seconds:.0f}")
-        for end in ends_by_job(lines).values()
-    ]
-    if not rows:
+    ends = ends_by_job(lines).values()
+    if not ends:
         return "## Jobs\n\nNone has ended yet."
-    table = Table(("job", "status", "why", "s"), tuple(rows), frozenset(("job", "status", "why")))
-    counts = Counter(status for _, status, _, _ in rows)
+    counts = Counter(end.status for end in ends)
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    left = [end for end in ends_by_job(lines).values() if end.status not in ("done", "skipped")]
-    hint = ""
-    if left:
-        hint = (
-            "\n\nThe same call with this folder as --output does what is not done. What a job "
-            "measured before it ended is below."
+    if not counts.keys() <= set(records.FINAL):
+        summary += (
+            ". The same call with this folder as --output does what is not done. What a job "
+            "measured before it ended is below"
         )
-    return f"## Jobs\n\n{summary}.{hint}\n\n{table.markdown()}"
+    return f"## Jobs\n\n{summary}.\n\n{_table(ends, JOB_CELLS)}"
 
 
 def _tests(lines: Sequence[Line]) -> str:
-    tests = [line for line in lines if isinstance(line, PytestMeasured)]
+    tests = [line for line in lines if isinstance(line, records.PytestMeasured)]
     if not tests:
         return ""
     last = tests[-1]
@@ -139,33 +126,29 @@ def _tests(lines: Sequence[Line]) -> str:
     return text
 
 
+def _scaled(limit: records.LimitMeasured, value: float | None) -> str:
+    return f"{value / (1e9 if limit.unit == 'bytes/s' else 1e12):.4g}" if value else NOTHING
+
+
+LIMIT_CELLS: Cells = {
+    "what": lambda x: x.what,
+    "unit": lambda x: "GB/s" if x.unit == "bytes/s" else "TFLOP/s",
+    "best": lambda x: _scaled(x, x.best),
+    "median": lambda x: _scaled(x, x.median),
+    "data sheet": lambda x: _scaled(x, x.data_sheet),
+    "best / sheet": lambda x: format_percent(x.best / x.data_sheet) if x.data_sheet else NOTHING,
+    "runs": lambda x: str(len(x.samples_us)),
+    "GPU": lambda x: _slowed(x.gpu),
+}
+
+
 def _limits(lines: Sequence[Line]) -> str:
-    limits = {line.what: line for line in lines if isinstance(line, LimitMeasured)}
-    if not limits:
-        return ""
-    rows: list[tuple[str, ...]] = []
-    for limit in limits.values():
-        unit, scale = ("GB/s", 1e9) if limit.unit == "bytes/s" else ("TFLOP/s", 1e12)
-        sheet = limit.data_sheet
-        rows.append(
-            (
-                limit.what,
-                unit,
-                f"{limit.best / scale:.4g}",
-                f"{limit.median / scale:.4g}",
-                f"{sheet / scale:.4g}" if sheet else NOTHING,
-                format_percent(limit.best / sheet) if sheet else NOTHING,
-                str(len(limit.samples_us)),
-                _slowed(limit.gpu),
-            )
-        )
-    columns = ("what", "unit", "best", "median", "data sheet", "best / sheet", "runs", "GPU")
-    words = frozenset(("what", "unit", "GPU"))
-    return f"## Limits\n\n{Table(columns, tuple(rows), words).markdown()}"
+    limits = {line.what: line for line in lines if isinstance(line, records.LimitMeasured)}
+    return f"## Limits\n\n{_table(limits.values(), LIMIT_CELLS)}" if limits else ""
 
 
 # Columns of the networks' tables.
-CELLS: dict[str, Callable[[LatencyMeasured], str]] = {
+CELLS: Cells = {
     "network": lambda x: x.variant,
     "px": lambda x: str(x.image_size),
     "precision": lambda x: x.precision,
@@ -173,24 +156,28 @@ CELLS: dict[str, Callable[[LatencyMeasured], str]] = {
     "program": lambda x: f"{x.method} ({x.job})" if x.method == "eager" else x.method,
     "program (job)": lambda x: f"{x.method} ({x.job})",
     "region": lambda x: x.region,
-    "p50 ms": lambda x: format_ms(x.p50_ms),
-    "p90 ms": lambda x: format_ms(x.p90_ms),
+    "p50 ms": lambda x: tables.format_ms(x.p50_ms),
+    "p90 ms": lambda x: tables.format_ms(x.p90_ms),
     "calls": lambda x: str(x.num_calls or NOTHING),
-    "images/s": lambda x: NOTHING if x.images_per_s is None else format_rate(x.images_per_s),
+    "images/s": lambda x: tables.format_rate(x.images_per_s),
     "/ eager": lambda x: format_ratio(x.of_eager),
     "rel. error": lambda x: f"{x.parity.max_relative_error:.1e}" if x.parity else NOTHING,
     "top-1 alike": lambda x: format_percent(x.parity.top1_agreement) if x.parity else NOTHING,
     "ready in s": lambda x: NOTHING if x.prepare_s is None else f"{x.prepare_s:.1f}",
-    PAPER_COLUMN: lambda x: format_ms(_papers_ms(x)),
+    PAPER_COLUMN: lambda x: tables.format_ms(_papers_ms(x)),
     "GPU, or why not": lambda x: x.problem or _slowed(x.gpu),
 }
-WORDS = ("network", "precision", "program", "program (job)", "region", "GPU, or why not")
 PAPERS_CASE = ("network", "px", "program (job)", "region", "p50 ms", PAPER_COLUMN)
 
+# Columns whose cells are set flush left.
+WORDS = frozenset(
+    ("what", "unit", "GPU", "network", "precision", "program", "program (job)", "region", "job")
+) | {"GPU, or why not", "whose", "fed by", "status", "why", "images", "loader"}
 
-def _latency_table(latencies: Sequence[LatencyMeasured], columns: Sequence[str]) -> str:
-    rows = tuple(tuple(CELLS[column](x) for column in columns) for x in latencies)
-    return Table(tuple(columns), rows, frozenset(WORDS)).markdown()
+
+def _table(found: Iterable[Any], cells: Cells, notes: Iterable[str] = ()) -> str:
+    rows = tuple(tuple(cell(x) for cell in cells.values()) for x in found)
+    return Table(tuple(cells), rows, WORDS, tuple(notes)).markdown()
 
 
 def _papers_ms(x: LatencyMeasured) -> float | None:
@@ -206,16 +193,53 @@ def _paper(latencies: Sequence[LatencyMeasured]) -> str:
     if not papers:
         return ""
     papers.sort(key=lambda x: PAPER_VARIANTS.index(x.variant))
-    return f"## The V2 paper's case: fp16, 16 images\n\n{_latency_table(papers, PAPERS_CASE)}"
+    cells = {column: CELLS[column] for column in PAPERS_CASE}
+    return f"## The V2 paper's case: fp16, 16 images\n\n{_table(papers, cells)}"
 
 
 def _variant(variant: str, latencies: Sequence[LatencyMeasured]) -> str:
     own = [x for x in latencies if x.variant == variant]
     own.sort(key=lambda x: (PRECISION_ORDER.index(x.precision), x.batch_size, x.region))
-    left_out = {"network", "px", "program (job)"}
-    left_out |= set() if variant in PAPER_VARIANTS else {PAPER_COLUMN}
-    table = _latency_table(own, [column for column in CELLS if column not in left_out])
-    return f"## {variant}, {own[0].image_size} px\n\n{table}"
+    left_out = {"network", "px", "program (job)", PAPER_COLUMN}
+    cells = {column: cell for column, cell in CELLS.items() if column not in left_out}
+    return f"## {variant}, {own[0].image_size} px\n\n{_table(own, cells)}"
+
+
+def _fed_by(r: dict[str, Any]) -> str:
+    return f"loader, {r['num_workers']} workers" if r["is_loader_fed"] else "synthetic images"
+
+
+def _speed(r: dict[str, Any]) -> str:
+    return "out of memory" if r["images_per_s"] is None else tables.format_rate(r["images_per_s"])
+
+
+# Of a line and timm's record of the same job.
+TRAINING_CELLS: Cells = {
+    "job": lambda x: x[0].job,
+    "network": lambda x: x[0].record["variant"],
+    "px": lambda x: str(x[0].record["image_size"]),
+    "batch": lambda x: str(x[0].record["micro_batch_size"]),
+    "precision": lambda x: x[0].record["precision"],
+    "whose": lambda x: x[0].record["contender"],
+    "fed by": lambda x: _fed_by(x[0].record),
+    "images/s": lambda x: _speed(x[0].record),
+    "p50 ms": lambda x: tables.format_ms(x[0].record["step_p50_ms"]),
+    "/ timm's speed": lambda x: _of_timm(x[0].record, x[1]),
+    "steps": lambda x: str(x[0].record["num_steps"]),
+    "memory": lambda x: _or_nothing(tables.format_bytes, x[0].record["peak_memory_bytes"]),
+    "MFU": lambda x: _or_nothing(format_percent, x[0].record["mfu"]),
+}
+
+
+def _or_nothing(write: Callable[[Any], str], value: float | None) -> str:
+    return NOTHING if value is None else write(value)
+
+
+def _of_timm(own: dict[str, Any], timm: dict[str, Any] | None) -> str:
+    if not timm or not own["turn_p50_ms"] or not timm["turn_p50_ms"]:
+        return NOTHING
+    pairs = zip(timm["turn_p50_ms"], own["turn_p50_ms"], strict=False)
+    return format_ratio(median(theirs / mine for theirs, mine in pairs))
 
 
 def _training(lines: Sequence[Line]) -> str:
@@ -229,16 +253,13 @@ def _training(lines: Sequence[Line]) -> str:
     if not found:
         return ""
     timm = {x.job: x.record for x in found.values() if x.record["contender"] == "timm"}
-    rows = [_training_row(x, timm.get(x.job)) for x in found.values()]
-    columns = ("job", "network", "px", "batch", "precision", "whose", "fed by", "images/s")
-    columns += ("p50 ms", "/ timm's speed", "steps", "memory", "MFU")
-    words = frozenset(("job", "network", "precision", "whose", "fed by"))
     note = (
         "By training/speed.py: forward, backward, update and moving average. timm again: the same "
         "a second time, which is the noise."
     )
+    rows = [(line, timm.get(line.job)) for line in found.values()]
     notes = (*_fed_notes(list(found.values())), note)
-    return f"## Training step\n\n{Table(columns, tuple(rows), words, notes).markdown()}"
+    return f"## Training step\n\n{_table(rows, TRAINING_CELLS, notes)}"
 
 
 def _fed_notes(lines: Sequence[TrainingMeasured]) -> Iterator[str]:
@@ -250,66 +271,37 @@ def _fed_notes(lines: Sequence[TrainingMeasured]) -> Iterator[str]:
                 yield f"Fed by the loader the step has {share} of its speed on synthetic images."
 
 
-def _training_row(line: TrainingMeasured, timm: dict[str, Any] | None) -> tuple[str, ...]:
-    r = line.record
-    fed = f"loader, {r['num_workers']} workers" if r["is_loader_fed"] else "synthetic images"
-    speed, memory, mfu = r["images_per_s"], r["peak_memory_bytes"], r["mfu"]
-    ratio = NOTHING
-    if timm and r["turn_p50_ms"] and timm["turn_p50_ms"]:
-        pairs = zip(timm["turn_p50_ms"], r["turn_p50_ms"], strict=False)
-        ratio = format_ratio(median(theirs / own for theirs, own in pairs))
-    return (
-        line.job,
-        r["variant"],
-        str(r["image_size"]),
-        str(r["micro_batch_size"]),
-        r["precision"],
-        r["contender"],
-        fed,
-        "out of memory" if r["is_out_of_memory"] or speed is None else format_rate(speed),
-        format_ms(r["step_p50_ms"]),
-        ratio,
-        str(r["num_steps"]),
-        format_bytes(memory) if memory else NOTHING,
-        format_percent(mfu) if mfu is not None else NOTHING,
-    )
+# Of the name of a loader and all that was measured at one image size.
+LOADER_CELLS: Cells = {
+    "images": lambda x: f"{x[1]['image_size']} px",
+    "loader": lambda x: x[0],
+    "images/s": lambda x: tables.format_rate(median(x[1]["images_per_s"][x[0]])),
+    "/ timm's": lambda x: format_ratio(
+        ratio(x[1]["images_per_s"][x[0]], x[1]["images_per_s"]["timm"]).median
+    ),
+    "core ms an image": lambda x: tables.format_ms(median(x[1]["core_ms_per_image"][x[0]])),
+}
 
 
 def _loader(lines: Sequence[Line]) -> str:
-    reports = [line.record for line in lines if isinstance(line, LoaderMeasured)]
+    reports = [line.record for line in lines if isinstance(line, records.LoaderMeasured)]
     if not reports:
         return ""
     report = reports[-1]
-    rows = [
-        (
-            f"{case['image_size']} px",
-            name,
-            format_rate(median(rates)),
-            format_ratio(median(own / t for own, t in zip(rates, _timm(case), strict=True))),
-            format_ms(median(case["core_ms_per_image"][name])),
-        )
-        for case in report["cases"]
-        for name, rates in case["images_per_s"].items()
-    ]
-    columns = ("images", "loader", "images/s", "/ timm's", "core ms an image")
     note = (
         f"By training/loader_speed.py: {report['num_images']} JPEG files, {report['num_workers']} "
         f"workers, batches of {report['batch_size']}, no training. cpu, device: where RandAugment "
         "of ours runs."
     )
-    table = Table(columns, tuple(rows), frozenset(("images", "loader")), (note,))
-    return f"## Loader alone\n\n{table.markdown()}"
-
-
-def _timm(case: dict[str, Any]) -> list[float]:
-    return case["images_per_s"]["timm"]
+    rows = [(name, case) for case in report["cases"] for name in case["images_per_s"]]
+    return f"## Loader alone\n\n{_table(rows, LOADER_CELLS, [note])}"
 
 
 def _problems(lines: Sequence[Line]) -> str:
     parts = [
         f"### {end.job}: {end.status}\n\n{end.reason}\n\n{_verbatim(end.stderr)}"
         for end in ends_by_job(lines).values()
-        if isinstance(end, JobEnd) and end.stderr
+        if end.stderr
     ]
     return "\n\n".join(["## What jobs said that did not end well", *parts]) if parts else ""
 
@@ -318,7 +310,7 @@ def _verbatim(lines: Sequence[str]) -> str:
     return "```text\n" + "\n".join(line.replace("```", "'''") for line in lines) + "\n```"
 
 
-def _slowed(gpu: GpuState | None) -> str:
+def _slowed(gpu: records.GpuState | None) -> str:
     if gpu is None:
         return NOTHING
     words: list[str] = []

@@ -14,10 +14,9 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.machine.gpu import current_gpu, why_no_gpu
 from efficientnet.reporting.publishing import device_slug
 from perf.device_parts.config import DeviceConfig
-from perf.device_parts.plan import plan_jobs
+from perf.device_parts.jobs import plan_jobs, run_jobs
 from perf.device_parts.records import CallStart, Line, append, read
 from perf.device_parts.report import document
-from perf.device_parts.runner import run_jobs
 
 REPORT_FILE = "report.md"
 

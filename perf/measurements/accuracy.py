@@ -16,12 +16,7 @@ from efficientnet.formats.records import AccuracyRecord, append_record, pack_hit
 from efficientnet.images.datasets import Dataset, data_name, sha256_of_samples
 from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.intervals import mcnemar_p_value, wilson_interval
-from efficientnet.measuring.programs import (
-    Program,
-    images_for,
-    read_programs,
-    require_writable,
-)
+from efficientnet.measuring.programs import Program, images_for, read_programs, require_writable
 from efficientnet.reporting.class_table import class_table
 from efficientnet.reporting.tables import Table, format_percent
 from efficientnet.runtimes import open_runtime
@@ -169,40 +164,20 @@ def _batch_size(program: Program, asked: int | None) -> int:
 def _make_record(
     program: Program, dataset: Dataset, predictions: Predictions, started_at: datetime
 ) -> AccuracyRecord:
-    counted = count_classes(
-        [sample.label for sample in predictions.samples],
-        [int(guess) for guess in top_classes(predictions.probabilities, 1)[:, 0]],
-        len(dataset.class_names),
-    )
+    labels = [sample.label for sample in predictions.samples]
+    guesses = [int(guess) for guess in top_classes(predictions.probabilities, 1)[:, 0]]
+    names = dataset.class_names
+    counted = count_classes(labels, guesses, len(names))
     return AccuracyRecord(
-        program_sha256=program.program_sha256,
-        checkpoint_sha256=program.checkpoint_sha256,
-        variant=program.variant,
-        runtime=program.runtime,
-        precision=program.precision,
-        image_size=program.preprocess.image_size,
-        preprocess_sha256=program.preprocess.sha256,
+        **program.identity,
         data=data_name(dataset.source),
         environment=current_environment(),
         started_at=started_at,
         top1=top_k_accuracy(predictions, 1),
         top5=top_k_accuracy(predictions, 5),
-        num_images=len(predictions.samples),
-        classes=tuple(
-            counts
-            for counts in zip(dataset.class_names, counted.images, counted.hits, strict=True)
-            if counts[1]
-        ),
-        num_classes=len(dataset.class_names),
+        num_images=len(labels),
+        classes=tuple(c for c in zip(names, counted.images, counted.hits, strict=True) if c[1]),
+        num_classes=len(names),
         dataset_sha256=sha256_of_samples(predictions.samples),
-        hits=pack_hits(
-            [
-                int(guess) == sample.label
-                for guess, sample in zip(
-                    top_classes(predictions.probabilities, 1)[:, 0],
-                    predictions.samples,
-                    strict=True,
-                )
-            ]
-        ),
+        hits=pack_hits([guess == label for guess, label in zip(guesses, labels, strict=True)]),
     )

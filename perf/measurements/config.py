@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,6 +20,26 @@ from perf.measurements.scenarios import (
 
 MAX_CALLS = 200
 
+Paths = tyro.conf.Positional[
+    Annotated[
+        tuple[Path, ...],
+        tyro.conf.arg(
+            help="Artifact and checkpoint directories; none = the newest complete run's checkpoint "
+            "and the artifacts made of it."
+        ),
+    ]
+]
+Threads = Annotated[
+    int | None, tyro.conf.arg(help="CPU threads of a call; None = one per usable core.")
+]
+Data = Annotated[
+    str | None,
+    tyro.conf.arg(
+        help="Held-out images, where the training data has moved: a folder or tar shards, as in "
+        "training/run.py; None = what each program was trained on."
+    ),
+]
+
 
 def require_different_paths(paths: Sequence[Path]) -> None:
     """Raise a ValueError that names a path which is given twice, in whatever spelling."""
@@ -34,13 +54,8 @@ def require_different_paths(paths: Sequence[Path]) -> None:
 class AccuracyConfig:
     """Settings of an evaluation."""
 
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Artifact and checkpoint directories; none = the newest complete run's checkpoint and the
-    artifacts made of it."""
-
-    data: str | None = None
-    """Folder or tar shards, as in training/run.py, whose held-out images are classified; None =
-    what each program was trained on."""
+    paths: Paths = ()
+    data: Data = None
 
     batch_size: int | None = None
     """Images per call, at least 1; None = 32, or the most that an artifact takes."""
@@ -66,9 +81,7 @@ class AccuracyConfig:
 class LatencyConfig:
     """Settings of a measurement."""
 
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Artifact and checkpoint directories; none = the newest complete run's checkpoint and the
-    artifacts made of it."""
+    paths: Paths = ()
 
     seconds: float = 10.0
     """Measured time of each path in each scenario, without warm-up, above 0."""
@@ -76,8 +89,7 @@ class LatencyConfig:
     turns: int = 6
     """Turns that this time is split into, at least 1."""
 
-    threads: int | None = None
-    """CPU threads of a call; None = one per usable core."""
+    threads: Threads = None
 
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Batch sizes that are tried for offline; those an artifact does not take are left out."""
@@ -90,12 +102,7 @@ class LatencyConfig:
     output: Path = Path("reports/latency.jsonl")
     """File that the records are appended to."""
 
-    seed: int = 0
-    """Draws the held-out images that are the input."""
-
-    data: str | None = None
-    """Held-out images, where the training data has moved: a folder or tar shards, as in
-    training/run.py; None = what each program was trained on."""
+    data: Data = None
 
     bound_ms: float | None = None
     """Of the scenario server, from the planned time to the answer, above 0; None = 5 times a call
@@ -138,15 +145,12 @@ class LayersConfig(JsonFlags):
     calls: int = 20
     """Calls that are timed after the warm-up, 1 to 200; OpenVINO's profile takes rounds of 5."""
 
-    threads: int | None = None
-    """CPU threads of a call; None = one per usable core."""
+    threads: Threads = None
 
     batch_size: int = 1
     """Images in a call, at least 1."""
 
-    data: str | None = None
-    """Held-out images, where the training data has moved: a folder or tar shards, as in
-    training/run.py; None = what each program was trained on."""
+    data: Data = None
 
     publish: bool = False
     """Write the native engine's layers to reports/published/<date>-<device>/, and all tables there
@@ -166,6 +170,48 @@ class LayersConfig(JsonFlags):
 
 
 @dataclass(frozen=True)
+class ScalingConfig(JsonFlags):
+    """Settings of a measurement."""
+
+    result_file = Path("reports/scaling.json")
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Artifact and checkpoint directories of one network at one size."""
+
+    threads: tuple[int, ...] | None = None
+    """Numbers of threads, at least 1; None = 1, 2, 4, ... up to the usable cores."""
+
+    batch_size: int = 1
+    """Images in a call, at least 1."""
+
+    seconds: float = 10.0
+    """Measured time of each path on each number of threads, without warm-up, above 0."""
+
+    turns: int = 6
+    """Turns that this time is split into, at least 1."""
+
+    data: str | None = None
+    """Held-out images, where the training data has moved: a folder or tar shards, as in
+    training/run.py; None = what the first program was trained on."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and table and picture into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError(
+                "no artifact is named, expected at least one like artifacts/v2-s/native-int8"
+            )
+        require_positive(self, "seconds")
+        require_least(self, threads=1, batch_size=1, turns=1)
+        if self.threads is not None and len(set(self.threads)) < max(1, len(self.threads)):
+            raise ValueError(f"--threads is {list(self.threads)}, expected different numbers")
+        require_different_paths(self.paths)
+
+
+@dataclass(frozen=True)
 class NetworkConfig:
     """What to compare, and for how long."""
 
@@ -181,8 +227,7 @@ class NetworkConfig:
 
     train_batch_size: int = 2
 
-    threads: int | None = None
-    """CPU threads of each contender; None = one per usable core."""
+    threads: Threads = None
 
     output: Path = Path("reports/network.json")
     """Records; the table goes beside it as .md."""

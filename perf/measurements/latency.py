@@ -65,18 +65,14 @@ def main(config: LatencyConfig) -> Path:
     rows: list[tuple[Scenario, MeasuredRow]] = []
     failures: list[ContenderError] = []
     with (
-        open_programs(
-            programs, batch_sizes, num_threads, config.data, config.seed, failures
-        ) as opened,
+        open_programs(programs, batch_sizes, num_threads, config.data, failures) as opened,
         Progress(planned_s(opened, scenarios, budget)) as progress,
     ):
         for scenario in scenarios:
             while opened:
                 try:
                     own = (
-                        measure_planned(
-                            opened, scenario, budget, config.bound_ms, config.seed, progress
-                        )
+                        measure_planned(opened, scenario, budget, config.bound_ms, progress)
                         if scenario.is_planned
                         else measure(opened, scenario, budget, progress)
                     )
@@ -97,15 +93,7 @@ def main(config: LatencyConfig) -> Path:
         raise failures[0]
     folder = config.output.parent
     records = [
-        make_record(
-            row,
-            scenario.name,
-            num_threads,
-            started_at,
-            config.seed,
-            folder,
-            peaks[row.program.program.path],
-        )
+        make_record(row, scenario.name, num_threads, started_at, folder, peaks)
         for scenario, row in rows
     ]
     for record in records:

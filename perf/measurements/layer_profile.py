@@ -41,11 +41,7 @@ SQUEEZE_EXCITE = "squeeze-excite"
 CLASSIFIER = "classifier"
 OTHER = "other"
 
-KINDS_OF_OPERATORS = {
-    "add": ADDITION,
-    "squeeze-excite": SQUEEZE_EXCITE,
-    "linear": CLASSIFIER,
-}
+KINDS_OF_OPERATORS = {"add": ADDITION, "squeeze-excite": SQUEEZE_EXCITE, "linear": CLASSIFIER}
 
 MATRIX_OPERATORS = frozenset(
     ("Convolution", "GroupConvolution", "ConvInteger", "FullyConnected", "Gemm", "FusedGemm")
@@ -247,16 +243,10 @@ def layer_times(
     output_name: str,
     operations_per_s: float | None,
 ) -> tuple[LayerTime, ...]:
-    """Give each node its module, kind and operations.
+    """Give each node, in the order in which they run, its module, kind and operations.
 
     A layer's operations go to the convolutions and matrix products that do it, in equal parts where
-    there are several, as in squeeze-excite.
-
-    Args:
-        nodes: in the order in which they run.
-        costs: of the same network at the same size and batch size.
-        output_name: of the program's output, which names the last node in some runtimes.
-        operations_per_s: what the device can do at most; None = not known.
+    there are several, as in squeeze-excite. Some runtimes name the last node after the output.
     """
     layers = _Layers(costs)
     modules: list[str] = []

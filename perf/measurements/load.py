@@ -13,6 +13,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from efficientnet.formats.artifact import read_artifact
+from efficientnet.images.datasets import read_photos
 from efficientnet.machine.atomic import write_bytes, write_text
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.contender import Contender, running
@@ -38,7 +39,6 @@ from perf.measurements.load_record import (
     to_markdown,
     to_point,
 )
-from perf.measurements.photo_contenders import read_photos
 
 # Of a bound that is not given, in medians of the plain loop.
 BOUND_FACTOR = 5

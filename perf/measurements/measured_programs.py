@@ -34,6 +34,9 @@ from perf.measurements.server_load import (
 MAX_NULL_SECONDS = 1.0
 OVERHEAD = "harness overhead"
 
+# Draws the held-out images that are the input.
+SEED = 0
+
 # Share of a row's measured time that the sweep gives to each batch size. It comes round twice, so
 # that one slow moment of the machine does not choose the batch size.
 SWEEP_FRACTION = 0.2
@@ -122,7 +125,6 @@ def open_programs(
     batch_sizes: Sequence[tuple[int, ...]],
     num_threads: int,
     data: str | None,
-    seed: int,
     failures: list[ContenderError] | None = None,
 ) -> Generator[list[MeasuredProgram]]:
     """Prepare the inputs, start the processes and wait until all are ready; end them afterwards.
@@ -132,7 +134,6 @@ def open_programs(
         batch_sizes: of each.
         num_threads: of a call.
         data: see images_for.
-        seed: see prepare_inputs.
         failures: takes programs that cannot be opened, which are not given then; None = none may.
     """
     datasets = [images_for(program, data) for program in programs]
@@ -151,7 +152,7 @@ def open_programs(
         for program, dataset, sizes in zip(programs, datasets, batch_sizes, strict=True):
             seen = (dataset.source, program.preprocess)
             if seen not in inputs:
-                inputs[seen] = prepare_inputs(dataset.val, program.preprocess, largest, seed)
+                inputs[seen] = prepare_inputs(dataset.val, program.preprocess, largest, SEED)
                 stack.enter_context(inputs[seen].file)
             answered = (*seen, len(program.class_names))
             if answered not in nulls:
@@ -199,7 +200,6 @@ def measure_planned(
     scenario: Scenario,
     budget: TimeBudget,
     bound_ms: float | None,
-    seed: int,
     progress: Progress,
 ) -> list[MeasuredRow]:
     """Search for each program the highest rate of images at random times that keeps the bound.
@@ -212,7 +212,7 @@ def measure_planned(
         scenario.name,
         progress,
     )
-    alone = sweep([(p, (1,)) for p in programs], scenario.name, _sweep_s(budget), progress)
+    alone = _sweep([(p, (1,)) for p in programs], scenario, budget, progress)
     most = [rate[1] for rate in alone]
     bound_ms = bound_ms or float(f"{BOUND_FACTOR * 1e3 / min(most):.2g}")
     searches = {p: RateSearch(rate, bound_ms) for p, rate in zip(programs, most, strict=True)}
@@ -225,7 +225,7 @@ def measure_planned(
             assert rate is not None
             text = f"{scenario.name}: {format_rate(rate)} images a second, {program.name}"
             progress.begin(text)
-            times_s = poisson_times(rate, num_images_of(rate, budget.turn_s), seed + number)
+            times_s = poisson_times(rate, num_images_of(rate, budget.turn_s), SEED + number)
             answers[program] = program.process.ask("planned", times_s, bound_ms)
             search.note(rate, answers[program].turn, len(times_s))
             progress.done(budget.turn_s)
@@ -299,30 +299,6 @@ def _null_single(program: MeasuredProgram, budget: TimeBudget) -> Job:
     return Job(OVERHEAD, program.null, 1, _null_budget(budget))
 
 
-def sweep(
-    programs: Sequence[tuple[MeasuredProgram, tuple[int, ...]]],
-    scenario: str,
-    sweep_s: float,
-    progress: Progress,
-) -> list[dict[int, float]]:
-    """Measure each program at each of its batch sizes; return images/s by batch size."""
-
-    def visit(pair: tuple[MeasuredProgram, int], number: int) -> Turn:
-        program, size = pair
-        text = f"{scenario}: sweep {number + 1} of {NUM_SWEEPS}, {program.name}, batch {size}"
-        progress.begin(text)
-        answer: ProgramTurn = program.process.ask("turn", size, sweep_s)
-        progress.done(sweep_s)
-        return answer.turn
-
-    pairs = [(program, size) for program, sizes in programs for size in sizes]
-    visits = take_turns(pairs, NUM_SWEEPS, visit)
-    return [
-        {size: size * _calls_per_s(visits[program, size]) for size in sizes}
-        for program, sizes in programs
-    ]
-
-
 def planned_s(
     programs: Sequence[MeasuredProgram], scenarios: Sequence[Scenario], budget: TimeBudget
 ) -> float:
@@ -343,11 +319,8 @@ def sweep_table(programs: Sequence[MeasuredProgram], rates: Sequence[dict[int, f
     sizes = sorted({size for rate in rates for size in rate})
     columns = ("images/s at batch", *map(str, sizes))
     rows = tuple(
-        (
-            program.name,
-            *(format_rate(rate[size]) if size in rate else NOTHING for size in sizes),
-        )
-        for program, rate in zip(programs, rates, strict=True)
+        (p.name, *(format_rate(rate[size]) if size in rate else NOTHING for size in sizes))
+        for p, rate in zip(programs, rates, strict=True)
     )
     return Table(columns, rows, frozenset(columns[:1]))
 
@@ -362,10 +335,28 @@ def _fastest(
     # Of each program the size of the most images/s.
     if not _needs_sweep(sizes):
         return sizes
-    pairs = list(zip(programs, sizes, strict=True))
-    rates = sweep(pairs, scenario.name, _sweep_s(budget), progress)
+    rates = _sweep(list(zip(programs, sizes, strict=True)), scenario, budget, progress)
     progress.write(sweep_table(programs, rates).aligned_text())
     return [(max(rate, key=lambda size, rate=rate: rate[size]),) for rate in rates]
+
+
+def _sweep(
+    pairs: Sequence[tuple[MeasuredProgram, tuple[int, ...]]],
+    scenario: Scenario,
+    budget: TimeBudget,
+    progress: Progress,
+) -> list[dict[int, float]]:
+    # Of each program images/s by batch size.
+    def visit(pair: tuple[MeasuredProgram, int], number: int) -> Turn:
+        program, size = pair
+        text = f"{scenario.name}: sweep {number + 1} of {NUM_SWEEPS}, {program.name}, batch {size}"
+        progress.begin(text)
+        answer: ProgramTurn = program.process.ask("turn", size, _sweep_s(budget))
+        progress.done(_sweep_s(budget))
+        return answer.turn
+
+    visits = take_turns(((p, size) for p, own in pairs for size in own), NUM_SWEEPS, visit)
+    return [{size: size * _calls_per_s(visits[p, size]) for size in own} for p, own in pairs]
 
 
 def _sweep_s(budget: TimeBudget) -> float:

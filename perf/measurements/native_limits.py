@@ -22,7 +22,7 @@ Limit = Literal["products", "instructions", "bytes"]
 LIMITS: tuple[Limit, ...] = get_args(Limit)
 
 # Floats of a register, and whether products of u8 and bf16 maps go by tiles.
-LANES = {"amx": 16, "avx512_bf16": 16, "avx512_vnni": 16, "avx_vnni": 8}
+LANES = {"amx": 16, "avx512_bf16": 16, "avx512_vbmi": 16, "avx512_vnni": 16, "avx_vnni": 8}
 TILES = frozenset(("amx",))
 
 # One register of products of four bytes, or of two bf16, by 16 sums.
@@ -62,26 +62,14 @@ class Rates:
 
 
 def measure_rates(num_threads: int, level: str, memory_bytes_per_s: float) -> Rates:
-    """Measure what this processor does, some seconds.
-
-    Args:
-        num_threads: of a call.
-        level: the engine's instruction set, of LANES.
-        memory_bytes_per_s: of a copy in memory, which the processor's peaks tell.
-    """
+    """Measure what this processor does, some seconds."""
     int8, bf16, instructions = (peak_per_s(work, num_threads, level) for work in WORK)
     cache_bytes_per_s = cpu_cache_bytes_per_s(num_threads)
     return Rates({"int8": int8, "bf16": bf16}, instructions, memory_bytes_per_s, cache_bytes_per_s)
 
 
 def layer_limits(program: Path, level: str, rates: Rates) -> dict[str, dict[Limit, float]]:
-    """Return the least milliseconds of each layer of a program file, by its name, for one image.
-
-    Args:
-        program: model.native.
-        level: the engine's instruction set, of LANES.
-        rates: of this processor.
-    """
+    """Return the least milliseconds of each layer of a program file, by its name, for one image."""
     view = read_program_file(program)
     names = json.loads((program.parent / NAMES_FILE).read_text(encoding="utf-8"))["layers"]
     return {

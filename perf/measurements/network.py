@@ -1,9 +1,8 @@
 """The network against timm's same one, eager on the CPU -> a table of ratios."""
 
+import itertools
 import logging
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -37,19 +36,8 @@ TITLE = "The network beside timm's, eager"
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One row of the table, before it is measured."""
-
-    variant: str
-    padding: Padding
-    passes: Pass
-    image_size: int
-    batch_size: int
-
-
 class ComparisonRecord(BaseModel):
-    """What was measured for one row."""
+    """One row of the table."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,8 +46,8 @@ class ComparisonRecord(BaseModel):
     passes: Pass
     image_size: int
     batch_size: int
-    turn_p50_ms: dict[str, tuple[float, ...]]
-    """Of each contender, the median of a call in each turn."""
+    turn_p50_ms: dict[str, tuple[float, ...]] = {}
+    """Of each contender, the median of a call in each turn; empty before it is measured."""
 
     def ratio(self, contender: str) -> Ratio:
         """Return the contender's time over timm's."""
@@ -81,25 +69,14 @@ def main(config: NetworkConfig) -> Path:
     """Measure all rows; return the table's file."""
     if config.publish:
         find_section(config.readme, SECTION)
-    rows: list[Comparison] = []
-    for name in config.variants:
-        spec = get_variant(name)
-        for padding in config.paddings:
-            eval_size, train_size = spec.eval_image_size, spec.train_image_size
-            batch_size = config.train_batch_size
-            rows.append(Comparison(name, padding, "forward", eval_size, 1))
-            rows.append(Comparison(name, padding, "forward + backward", train_size, batch_size))
     started_at, num_threads = datetime.now(UTC), config.threads or num_usable_cores()
     measured: list[ComparisonRecord] = []
-    for row in tqdm(rows, "comparing", unit="row", disable=None):
+    for row in tqdm(rows_of(config), "comparing", unit="row", disable=None):
         measured.append(compare(row, config, num_threads))
         log.info(
             "%s, %s padding, %s: %.2f of timm's time (timm of its own: %.2f)",
-            row.variant,
-            row.padding,
-            row.passes,
-            measured[-1].ratio("ours").median,
-            measured[-1].ratio("timm again").median,
+            *(row.variant, row.padding, row.passes),
+            *(measured[-1].ratio(name).median for name in ("ours", "timm again")),
         )
     record = NetworkRecord(
         started_at=started_at,
@@ -117,11 +94,29 @@ def main(config: NetworkConfig) -> Path:
     return path
 
 
-def compare(row: Comparison, config: NetworkConfig, num_threads: int) -> ComparisonRecord:
+def rows_of(config: NetworkConfig) -> list[ComparisonRecord]:
+    """List the rows: each network and padding, forward and both passes."""
+    rows: list[ComparisonRecord] = []
+    for name, padding in itertools.product(config.variants, config.paddings):
+        spec = get_variant(name)
+        shapes: dict[Pass, tuple[int, int]] = {
+            "forward": (spec.eval_image_size, 1),
+            "forward + backward": (spec.train_image_size, config.train_batch_size),
+        }
+        rows += [
+            ComparisonRecord(
+                variant=name, padding=padding, passes=passes, image_size=size, batch_size=batch
+            )
+            for passes, (size, batch) in shapes.items()
+        ]
+    return rows
+
+
+def compare(row: ComparisonRecord, config: NetworkConfig, num_threads: int) -> ComparisonRecord:
     """Let the contenders of a row take turns."""
     openers = {name: partial(open_passes, name, row, num_threads) for name in CONTENDERS}
     turns = measure_calls(openers, TimeBudget(config.seconds, config.turns))
-    return ComparisonRecord(**vars(row), turn_p50_ms=turns)
+    return row.model_copy(update={"turn_p50_ms": turns})
 
 
 def to_markdown(record: NetworkRecord) -> str:
@@ -158,7 +153,7 @@ def to_markdown(record: NetworkRecord) -> str:
     )
 
 
-def open_passes(name: str, row: Comparison, num_threads: int) -> Call:
+def open_passes(name: str, row: ComparisonRecord, num_threads: int) -> Call:
     """Build a contender's network, in its own process, and what it does with it."""
     torch.set_num_threads(num_threads)
     torch.set_flush_denormal(True)  # noise may make them, and times would be of those
@@ -187,7 +182,7 @@ def _forward(model: nn.Module, images: Tensor) -> Call:
 def _both(model: nn.Module, images: Tensor) -> Call:
     model.train()
     labels = torch.arange(len(images))
-    parameters: Sequence[nn.Parameter] = list(model.parameters())
+    parameters = list(model.parameters())
 
     def call() -> None:
         cross_entropy(model(images), labels).backward()

@@ -33,12 +33,7 @@ class Predictions:
 
 
 def predict(runtime: Runtime, samples: Sequence[Sample], batch_size: int) -> Predictions:
-    """Classify all samples; images are decoded by threads while the program computes.
-
-    Raises:
-        DatasetError: 1 % or more of the images cannot be decoded.
-        ArtifactError: the program answers NaN or infinity.
-    """
+    """Classify all samples; images are decoded by threads while the program computes."""
     kept: list[Sample] = []
     broken: list[str] = []
     probabilities: list[NDArray[np.float64]] = []

@@ -41,14 +41,7 @@ class ProgramTurn:
 
 
 class ProgramSubject:
-    """A program and its inputs.
-
-    Args:
-        program: a directory for open_runtime, or what the null runtime pretends to be.
-        num_threads: of a call.
-        inputs_descriptor: of the file of prepare_inputs.
-        image_size: of the inputs, pixels.
-    """
+    """A directory for open_runtime, or what the null runtime pretends to be, and its inputs."""
 
     def __init__(
         self, program: Path | ProgramInfo, num_threads: int, inputs_descriptor: int, image_size: int

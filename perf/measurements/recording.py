@@ -1,6 +1,6 @@
 """What was measured -> LatencyRecords, and a table of those of one run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from efficientnet.measuring.clock import summarize
 from efficientnet.measuring.peaks import describe_peak
 from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
 from efficientnet.reporting.tables import Table, format_ms, format_rate, format_ratio
-from perf.measurements.measured_programs import MeasuredRow
+from perf.measurements.measured_programs import SEED, MeasuredRow
 from perf.measurements.scenarios import SCENARIOS, rate_ratio, time_ratio
 from perf.measurements.stability import eager_of, instabilities
 
@@ -25,13 +25,12 @@ def make_record(
     scenario: str,
     num_threads: int,
     started_at: datetime,
-    seed: int,
     folder: Path,
-    peak: DevicePeak | None,
+    peaks: Mapping[Path, DevicePeak | None],
 ) -> LatencyRecord:
     """Write down a measurement; many samples go to a file in `folder`, beside the records."""
     program, measured, samples = row.program.program, row.measured, row.measured.samples_ms
-    summary = summarize(samples)
+    summary, peak = summarize(samples), peaks[program.path]
     cost = network_cost(
         program.spec,
         program.preprocess.image_size,
@@ -46,13 +45,7 @@ def make_record(
         kept += f"-{program.runtime}-{scenario}-{measured.batch_size}.npy"
         np.save(folder / kept, np.asarray(samples, dtype=np.float32))
     return LatencyRecord(
-        program_sha256=program.program_sha256,
-        checkpoint_sha256=program.checkpoint_sha256,
-        variant=program.variant,
-        runtime=program.runtime,
-        precision=program.precision,
-        image_size=program.preprocess.image_size,
-        preprocess_sha256=program.preprocess.sha256,
+        **program.identity,
         data=row.program.data,
         environment=current_environment(),
         started_at=started_at,
@@ -66,15 +59,8 @@ def make_record(
         num_iterations=len(samples),
         num_turns=len(measured.turns),
         num_input_images=row.program.num_input_images,
-        seed=seed,
-        p50_ms=summary.p50_ms,
-        p90_ms=summary.p90_ms,
-        p95_ms=summary.p95_ms,
-        p99_ms=summary.p99_ms,
-        mean_ms=summary.mean_ms,
-        stdev_ms=summary.stdev_ms,
-        min_ms=summary.min_ms,
-        max_ms=summary.max_ms,
+        seed=SEED,
+        **vars(summary),
         turn_p50_ms=tuple(turn.median_ms for turn in measured.turns),
         samples_ms=kept,
         throughput_images_per_s=row.server.images_per_s if row.server else measured.images_per_s,

@@ -3,11 +3,11 @@
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -72,7 +72,7 @@ def draw_batches(group: Group) -> bytes | None:
             rate.plot(sizes, [own[size].throughput_images_per_s for size in sizes], **style)
         every = sorted({size for own in lines[:MAX_LINES] for size in own})
         for axes, text in ((time, "p50 of a call, ms (log)"), (rate, "images/s (log)")):
-            _set_log(axes.yaxis)
+            _set_log(axes, "y")
             axes.set(xscale="log", xticks=every, xticklabels=every)
             axes.xaxis.set_minor_locator(NullLocator())
             _finish(axes, text, "images in a call", _most(len(lines)))
@@ -86,17 +86,17 @@ def draw_samples(group: Group, folder: Path) -> bytes | None:
         (row for row in group.of(SINGLE_STREAM) if row.latency.p50_ms),
         key=lambda row: row.latency.p50_ms or 0,
     )[:MAX_LINES]
-    rows = [row for row in rows if _samples(row, folder) is not None]
-    if not rows:
+    samples_of = [(row, samples) for row in rows if (samples := _samples(row, folder)) is not None]
+    if not samples_of:
         return None
 
     def draw(figure: Figure) -> None:
         (axes,) = _panels(figure, 1)
-        for index, row in enumerate(rows):
-            samples = np.sort(_samples(row, folder))
+        for index, (row, own) in enumerate(samples_of):
+            samples = np.sort(own)
             shares = 100 * np.arange(1, len(samples) + 1) / len(samples)
             axes.step(samples, shares, where="post", color=COLORS[index], label=_name(row.latency))
-        _set_log(axes.xaxis)
+        _set_log(axes, "x")
         _finish(axes, "% of calls within", f"ms of a call {SINGLE_STREAM.where} (log)", "")
 
     return _picture(draw, 1)
@@ -174,12 +174,12 @@ def _tradeoff(axes: Axes, rows: Sequence[Row], scenario: Scenario) -> None:
         name = f"{row.label} {row.latency.precision}"
         axes.annotate(name, (time_ms, top1), (5, 5), textcoords="offset points", size=7.5)
     if scenario == BATCH16:
-        names, times_ms, top1s = zip(*PAPER, strict=True)
         text = "the paper, V100 fp16: another device, ImageNet"
+        times_ms, top1s = [ms for _, ms, _ in PAPER], [top1 for _, _, top1 in PAPER]
         axes.plot(times_ms, top1s, "D", mfc="none", color=LIGHT.muted, label=text)
-        for name, time_ms, top1 in zip(names, times_ms, top1s, strict=True):
+        for name, time_ms, top1 in PAPER:
             axes.annotate(name, (time_ms, top1), (5, -10), textcoords="offset points", size=7.5)
-    _set_log(axes.xaxis)
+    _set_log(axes, "x")
     _finish(axes, "top-1, % (bars: 95 % interval)", f"p50 of a call {scenario.where}, ms (log)", "")
 
 
@@ -205,7 +205,7 @@ def _most(count: int) -> str:
     return f"{MAX_LINES} of {count:,}" if count > MAX_LINES else ""
 
 
-def _style(index: int) -> dict[str, str]:
+def _style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
@@ -213,10 +213,11 @@ def _panels(figure: Figure, count: int) -> list[Axes]:
     return list(figure.subplots(count, 1, squeeze=False)[:, 0])
 
 
-def _set_log(axis: Axis) -> None:
+def _set_log(axes: Axes, which: Literal["x", "y"]) -> None:
     # Numbers as they are, and not as powers of ten.
+    axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_data_interval()
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axes.set(**{f"{which}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else range(1, 10)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_locator(NullLocator())

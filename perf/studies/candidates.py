@@ -3,17 +3,20 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from efficientnet.errors import PipelineError
 from efficientnet.formats.records import AccuracyRecord, LatencyRecord, Record, read_records
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.intervals import wilson_interval
-from efficientnet.reporting.publishing import device_slug
+from efficientnet.reporting.publishing import PUBLISHED, device_slug
 from efficientnet.runtimes.names import title
 from perf.measurements.scenarios import SINGLE_STREAM
-from perf.pages.rows import find_accuracy
+from perf.measurements.stability import instabilities
+from perf.pages.rows import find_accuracy, find_directory, is_same_machine
+from perf.studies.config import ChooseConfig
 
 log = logging.getLogger(__name__)
 
@@ -22,41 +25,131 @@ class ChoiceError(PipelineError):
     """The records hold no answer."""
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(BaseModel):
     """A program on this device, with the newest of its times."""
 
-    latency: LatencyRecord
-    accuracy: AccuracyRecord | None
-    """None: unverified."""
+    model_config = ConfigDict(frozen=True)
 
-    @property
-    def name(self) -> str:
-        """Variant, size, runtime and precision, and threads, as people write them."""
-        record = self.latency
-        program = title(record.runtime, record.precision)
-        threads = f"{record.num_threads} thread{'s' if record.num_threads > 1 else ''}"
-        return f"{record.variant} {record.image_size} px {program}, {threads}"
-
-    def percentile_ms(self, percent: str) -> float | None:
-        """Return a percentile of a call; None when it has too few calls."""
-        return getattr(self.latency, f"p{percent}_ms")
-
-    @property
-    def top1(self) -> float | None:
-        """Share of the images; None when unverified."""
-        return None if self.accuracy is None else self.accuracy.top1
-
-    @property
-    def top1_interval(self) -> tuple[float, float] | None:
-        """Where the share lies with 95 % confidence."""
-        if self.accuracy is None:
-            return None
-        count = self.accuracy.num_images
-        return wilson_interval(round(self.accuracy.top1 * count), count)
+    latency: LatencyRecord = Field(exclude=True)
+    accuracy: AccuracyRecord | None = Field(exclude=True)
+    """None: unverified, as all that is made of it."""
+    name: str
+    variant: str
+    image_size: int
+    runtime: str
+    precision: str
+    num_threads: int
+    program_sha256: str
+    path: str | None
+    """Its directory; None where commands put it by default it is not."""
+    latency_ms: float | None
+    """The percentile that was asked for; None with too few calls."""
+    top1: float | None
+    top1_interval: tuple[float, float] | None
+    """Of 95 % confidence (Wilson)."""
+    num_images: int | None
+    is_on_front: bool = False
+    """No other program is faster and as accurate, or more accurate and as fast."""
+    excluded: tuple[str, ...]
+    """Why it cannot be chosen; empty when it can."""
+    notes: tuple[str, ...]
+    measured_at: AwareDatetime
 
 
-def read_all(path: Path, published: Path, kind: type[Record]) -> list[Record]:
+def read_candidates(config: ChooseConfig, here: EnvironmentRecord) -> list[Candidate]:
+    """Read the programs of this device that can be compared, the most accurate first.
+
+    Raises:
+        ChoiceError: none, or accuracies of different images.
+        ValueError: a record is damaged or of another format.
+    """
+    latencies = read_all(config.latency, LatencyRecord)
+    if not latencies:
+        raise ChoiceError(
+            f"no latency in {config.latency} or {PUBLISHED}: run 'python perf/latency.py' "
+            "and 'python perf/accuracy.py' first"
+        )
+    accuracies = read_all(config.accuracy, AccuracyRecord)
+    # Oldest first: the newest time of a program counts.
+    newest = {
+        (r.program_sha256, r.runtime, r.precision, r.preprocess_sha256, r.num_threads): r
+        for r in _of_device(latencies, here)
+        if r.scenario == SINGLE_STREAM.name and r.batch_size == 1
+    }
+    if not newest:
+        raise ChoiceError(
+            f"no record of this device is of the scenario {SINGLE_STREAM.name}: run "
+            "'python perf/latency.py'"
+        )
+    pairs = [(record, find_accuracy(record, accuracies)) for record in newest.values()]
+    found = [make_candidate(*pair, config, here) for pair in _of_images(pairs, config.data)]
+    front = pareto_front(found)
+    found = [c.model_copy(update={"is_on_front": c in front}) for c in found]
+    return sorted(found, key=_preference)
+
+
+def _preference(candidate: Candidate) -> tuple[bool, float, float]:
+    return candidate.top1 is None, -(candidate.top1 or 0), candidate.latency_ms or float("inf")
+
+
+def make_candidate(
+    record: LatencyRecord,
+    accuracy: AccuracyRecord | None,
+    config: ChooseConfig,
+    here: EnvironmentRecord,
+) -> Candidate:
+    """Put a program's time and accuracy beside what is asked for."""
+    latency_ms = getattr(record, f"p{config.percentile}_ms")
+    excluded: list[str] = []
+    if latency_ms is None:
+        excluded.append(f"too few calls for p{config.percentile}")
+    elif latency_ms > config.budget_ms:
+        excluded.append("over the budget")
+    if accuracy is None:
+        if config.min_top1 is not None or not config.include_unverified:
+            excluded.append("unverified")
+    elif config.min_top1 is not None and accuracy.top1 < config.min_top1:
+        excluded.append("top-1 too low")
+    notes = instabilities(record)
+    if record.environment.libraries != here.libraries:
+        notes.append("its time was measured with other versions than those installed now")
+    if accuracy is not None and not is_same_machine(accuracy.environment, record.environment):
+        notes.append("its accuracy was measured on another machine or with other versions")
+    path, program = find_directory(record), title(record.runtime, record.precision)
+    threads = f"{record.num_threads} thread{'s' if record.num_threads > 1 else ''}"
+    return Candidate(
+        latency=record,
+        accuracy=accuracy,
+        name=f"{record.variant} {record.image_size} px {program}, {threads}",
+        variant=record.variant,
+        image_size=record.image_size,
+        runtime=record.runtime,
+        precision=record.precision,
+        num_threads=record.num_threads,
+        program_sha256=record.program_sha256,
+        path=str(path) if path else None,
+        latency_ms=latency_ms,
+        top1=accuracy and accuracy.top1,
+        top1_interval=accuracy
+        and wilson_interval(round(accuracy.top1 * accuracy.num_images), accuracy.num_images),
+        num_images=accuracy and accuracy.num_images,
+        excluded=tuple(excluded),
+        notes=tuple(notes),
+        measured_at=record.started_at,
+    )
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return those that no other beats in time and top-1 at once, the fastest first."""
+    known = [c for c in candidates if c.latency_ms is not None and c.top1 is not None]
+    front: list[Candidate] = []
+    for c in sorted(known, key=lambda c: (c.latency_ms or 0, -(c.top1 or 0))):
+        if not front or (c.top1 or 0) > (front[-1].top1 or 0):
+            front.append(c)
+    return front
+
+
+def read_all(path: Path, kind: type[Record]) -> list[Record]:
     """Read a file of records and those that are published under the same name, oldest first.
 
     Raises:
@@ -64,7 +157,7 @@ def read_all(path: Path, published: Path, kind: type[Record]) -> list[Record]:
             and that is logged.
     """
     records = read_records(path, kind)
-    for file in sorted(published.glob(f"*/{path.name}")):
+    for file in sorted(PUBLISHED.glob(f"*/{path.name}")):
         try:
             records += read_records(file, kind)
         except ValueError as error:
@@ -74,18 +167,13 @@ def read_all(path: Path, published: Path, kind: type[Record]) -> list[Record]:
     return sorted(different.values(), key=lambda record: record.started_at)
 
 
-def of_device(records: Sequence[Record], here: EnvironmentRecord) -> list[Record]:
-    """Keep the records of a device; whatever else is there is logged.
-
-    Raises:
-        ChoiceError: none is of it.
-    """
+def _of_device(records: Sequence[LatencyRecord], here: EnvironmentRecord) -> list[LatencyRecord]:
     own = device_slug([here])
     places = [device_slug([record.environment]) for record in records]
     others = Counter(place for place in places if place != own)
     told = ", ".join(f"{count} of {place}" for place, count in others.items())
     kept = [record for record, place in zip(records, places, strict=True) if place == own]
-    if records and not kept:
+    if not kept:
         raise ChoiceError(
             f"no record is of this device ({own}): there are {told}, and times of one device say "
             "nothing of another; measure here: python perf/latency.py, python perf/accuracy.py"
@@ -95,44 +183,17 @@ def of_device(records: Sequence[Record], here: EnvironmentRecord) -> list[Record
     return kept
 
 
-def find_candidates(
-    latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord]
-) -> list[Candidate]:
-    """Put the newest time of each program beside its accuracy.
-
-    Args:
-        latencies: of one device, oldest first.
-        accuracies: oldest first.
-    """
-    newest = {
-        (
-            record.program_sha256,
-            record.runtime,
-            record.precision,
-            record.preprocess_sha256,
-            record.num_threads,
-        ): record
-        for record in latencies
-        if record.scenario == SINGLE_STREAM.name and record.batch_size == 1
-    }
-    return [Candidate(record, find_accuracy(record, accuracies)) for record in newest.values()]
+Pair = tuple[LatencyRecord, AccuracyRecord | None]
 
 
-def of_images(candidates: Sequence[Candidate], data: str | None) -> list[Candidate]:
-    """Keep what can be compared: accuracies of the same images, and the unverified.
-
-    Raises:
-        ChoiceError: accuracies of several sets of images, or none of those asked for.
-    """
-    known = [c.accuracy for c in candidates if c.accuracy is not None]
-    sets = Counter((record.data, record.dataset_sha256) for record in known)
-    asked = {
-        own for own in sets if data is None or own[0] == data or (data and own[1].startswith(data))
-    }
+def _of_images(pairs: Sequence[Pair], data: str | None) -> list[Pair]:
+    # Accuracies of the same images, and the unverified.
+    sets = Counter((own.data, own.dataset_sha256) for _, own in pairs if own is not None)
+    asked = {own for own in sets if not data or own[0] == data or own[1].startswith(data)}
     told = "; ".join(
         f"'{name}' {sha[:7]} of {count} programs" for (name, sha), count in sets.items()
     )
-    if data is not None and not asked:
+    if data and not asked:
         raise ChoiceError(
             f"no accuracy is of --data {data}; there are: {told or 'none'}; measure it: "
             f"python perf/accuracy.py --data {data}"
@@ -142,24 +203,4 @@ def of_images(candidates: Sequence[Candidate], data: str | None) -> list[Candida
             f"the accuracies are of different images, and do not compare: {told}; choose with "
             "--data NAME, or the first digits of the SHA-256"
         )
-    return [
-        c
-        for c in candidates
-        if c.accuracy is None or (c.accuracy.data, c.accuracy.dataset_sha256) in asked
-    ]
-
-
-def pareto_front(candidates: Sequence[Candidate], percent: str) -> list[Candidate]:
-    """Return those that no other beats in time and top-1 at once, the fastest first."""
-    known = [
-        (time, -c.top1, index)
-        for index, c in enumerate(candidates)
-        if (time := c.percentile_ms(percent)) is not None and c.top1 is not None
-    ]
-    front: list[Candidate] = []
-    best = 1.0
-    for _, negative_top1, index in sorted(known):
-        if negative_top1 < best:
-            best = negative_top1
-            front.append(candidates[index])
-    return front
+    return [p for p in pairs if p[1] is None or (p[1].data, p[1].dataset_sha256) in asked]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from efficientnet.runtimes.names import RUNTIMES
-from perf.pages.plots import LIGHT, Palette
+from perf.pages.plots import LIGHT
 from perf.studies.candidates import Candidate
 from perf.studies.config import ChooseConfig
 
@@ -22,20 +22,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw_choice(
-    candidates: Sequence[Candidate],
-    front: Sequence[Candidate],
-    chosen: Candidate,
-    config: ChooseConfig,
-    title: str,
-    palette: Palette = LIGHT,
+    candidates: Sequence[Candidate], chosen: Candidate, config: ChooseConfig, title: str
 ) -> bytes:
     """Draw those that have both a time and an accuracy, and return a PNG."""
     shown = [
-        (candidate, time_ms, candidate.accuracy.top1, candidate.top1_interval)
-        for candidate in candidates
-        if (time_ms := candidate.percentile_ms(config.percentile)) is not None
-        and candidate.accuracy is not None
+        (c, c.latency_ms, 100 * c.top1, [100 * end for end in c.top1_interval])
+        for c in candidates
+        if c.latency_ms is not None and c.top1 is not None and c.top1_interval is not None
     ]
+    palette = LIGHT
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9.5}):
         figure = Figure(SIZE_INCHES, DOTS_PER_INCH, facecolor=palette.page, layout="constrained")
         FigureCanvasAgg(figure)
@@ -54,16 +49,12 @@ def draw_choice(
         )
         if config.min_top1 is not None:
             axes.axhline(100 * config.min_top1, color=palette.muted, lw=1, ls=":")
-        runtimes = list(dict.fromkeys(c.latency.runtime for c, *_ in shown))
-        for index, runtime in enumerate(runtimes):
-            own = [entry for entry in shown if entry[0].latency.runtime == runtime]
+        for index, runtime in enumerate(dict.fromkeys(c.runtime for c, *_ in shown)):
+            own = [entry for entry in shown if entry[0].runtime == runtime]
             axes.errorbar(
                 [time_ms for _, time_ms, _, _ in own],
-                [100 * top1 for _, _, top1, _ in own],
-                yerr=[
-                    [100 * (t - i[0]) if i else 0 for _, _, t, i in own],
-                    [100 * (i[1] - t) if i else 0 for _, _, t, i in own],
-                ],
+                [top1 for _, _, top1, _ in own],
+                yerr=[[t - i[0] for _, _, t, i in own], [i[1] - t for _, _, t, i in own]],
                 fmt=MARKERS[index % len(MARKERS)],
                 color=COLORS[index % len(COLORS)],
                 ecolor=palette.line,
@@ -71,23 +62,14 @@ def draw_choice(
                 ms=6,
                 label=RUNTIMES[runtime].title if runtime in RUNTIMES else runtime,
             )
-        points = [(time_ms, 100 * t) for c, time_ms, t, _ in shown if c in front]
-        points.sort()
-        axes.step(
-            [x for x, _ in points],
-            [y for _, y in points],
-            where="post",
-            color=palette.text,
-            lw=1.2,
-            label="Pareto front",
-            zorder=4,
-        )
+        points = sorted((time_ms, top1) for c, time_ms, top1, _ in shown if c.is_on_front)
+        xs, ys = zip(*points, strict=True) if points else ((), ())
+        axes.step(xs, ys, where="post", color=palette.text, lw=1.2, label="Pareto front", zorder=4)
         for candidate, time_ms, top1, _ in shown:
-            if candidate in front or candidate is chosen:
-                record = candidate.latency
+            if candidate.is_on_front or candidate is chosen:
                 axes.annotate(
-                    f"{record.variant} {record.precision}",
-                    (time_ms, 100 * top1),
+                    f"{candidate.variant} {candidate.precision}",
+                    (time_ms, top1),
                     (6, 6),
                     textcoords="offset points",
                     color=palette.text,
@@ -97,7 +79,7 @@ def draw_choice(
                 )
             if candidate is chosen:
                 axes.plot(
-                    [time_ms], [100 * top1], "o", ms=14, mfc="none", mec=palette.text, mew=1.6,
+                    [time_ms], [top1], "o", ms=14, mfc="none", mec=palette.text, mew=1.6,
                     label="chosen",
                 )  # fmt: skip
         axes.set_xscale("log")

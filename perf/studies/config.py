@@ -4,12 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from efficientnet.command import JsonFlags, require_least, require_positive
+from perf.measurements.config import Data, Paths, Threads
 from perf.studies.paper_tables import TableName
-
-QUICK_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,6 @@ class ChooseConfig(JsonFlags):
     accuracy: Path = Path("reports/accuracy.jsonl")
     """Records of perf/accuracy.py."""
 
-    published: Path = Path("reports/published")
-    """Folder of published records; those of this device count, too."""
-
     def __post_init__(self) -> None:
         require_positive(self, "budget_ms")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
@@ -70,14 +64,10 @@ class PaperConfig:
     seconds: float = 60.0
     """Measured time of each row, without warm-up, above 0."""
 
-    quick: bool = False
-    """10 seconds for each row, and 64 different images in the place of 256."""
-
     projected: bool = False
     """Add a column: what the cost model makes of our time on the paper's device, and its error."""
 
-    threads: int | None = None
-    """CPU threads of a call; None = one per usable core."""
+    threads: Threads = None
 
     output: Path = Path("reports/paper")
     """Folder of table-<number>.json and table-<number>.md."""
@@ -88,9 +78,6 @@ class PaperConfig:
     training_speed: Path = Path("reports/training-speed.jsonl")
     """Records of training/speed.py, which tables 2 and 3 are made of."""
 
-    published: Path = Path("reports/published")
-    """Folder of published records; those of this device count, too."""
-
     publish: bool = False
     """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
 
@@ -100,11 +87,6 @@ class PaperConfig:
         require_positive(self, "seconds")
         require_least(self, threads=1)
 
-    @property
-    def row_seconds(self) -> float:
-        """Measured time of each row."""
-        return min(self.seconds, QUICK_S) if self.quick else self.seconds
-
 
 @dataclass(frozen=True)
 class AgreementConfig(JsonFlags):
@@ -112,9 +94,7 @@ class AgreementConfig(JsonFlags):
 
     result_file = Path("reports/agreement.json")
 
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Artifact and checkpoint directories; none = the newest complete run's checkpoint and the
-    artifacts made of it."""
+    paths: Paths = ()
 
     seconds: float = 30.0
     """Measured time of each program and of each tool, without warm-up, above 0."""
@@ -122,12 +102,8 @@ class AgreementConfig(JsonFlags):
     rounds: int = 5
     """That this time is split into, at least 2: our harness and the other tool take turns."""
 
-    threads: int | None = None
-    """CPU threads of a call; None = one per usable core."""
-
-    data: str | None = None
-    """Held-out images, where the training data has moved: a folder or tar shards, as in
-    training/run.py; None = what each program was trained on."""
+    threads: Threads = None
+    data: Data = None
 
     publish: bool = False
     """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
@@ -171,11 +147,7 @@ class RegressionConfig:
     turn_seconds: float = 0.3
     """Length of a turn, above 0."""
 
-    threads: int | None = None
-    """CPU threads of a call; None = one per usable core."""
-
-    seed: int = 0
-    """Of the order of the turns and of the bootstrap."""
+    threads: Threads = None
 
     output: Path = Path("reports/latency-ci")
     """Folder of regression.json, summary.md and benchmark.json."""

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import read_manifest
+from efficientnet.machine.children import output_of
 from efficientnet.measuring.programs import Program
 from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES
 from efficientnet.runtimes.openvino_runtime import compile_properties
@@ -52,11 +52,7 @@ def tool_of(program: Program) -> OtherTool | str:
 
 
 def benchmark_app(program: Program, folder: Path, seconds: float, num_threads: int) -> float:
-    """Run OpenVINO's own tool: synchronous calls, with the properties that our runtime sets.
-
-    Raises:
-        ToolError: it failed.
-    """
+    """Run OpenVINO's own tool: synchronous calls, with the properties that our runtime sets."""
     manifest = read_manifest(program.path)
     quantization = manifest.quantization
     precision = quantization.kept_precision if quantization else manifest.precision
@@ -73,7 +69,7 @@ def benchmark_app(program: Program, folder: Path, seconds: float, num_threads: i
         *("-hint", "none", "-load_config", str(config), "-t", str(max(1, round(seconds)))),
         *("-i", str(folder / IMAGES_FOLDER), "-ip", "f32", "-inference_only", "False"),
     ]
-    text = _run(command, seconds)
+    text = output_of("benchmark_app", command, ToolError, 3 * seconds + MAX_REST_S)
     # Only one number is kept of what it prints, short times of which are in microseconds.
     found = re.search(r"Median:\s*([\d.]+) ([mu])s", text)
     if found is None:
@@ -82,28 +78,11 @@ def benchmark_app(program: Program, folder: Path, seconds: float, num_threads: i
 
 
 def torch_benchmark(program: Program, folder: Path, seconds: float, num_threads: int) -> float:
-    """Run torch.utils.benchmark on the eager model; see torch_timer.py.
-
-    Raises:
-        ToolError: it failed.
-    """
+    """Run torch.utils.benchmark on the eager model; see torch_timer.py."""
     arguments = [str(program.path), str(folder / IMAGES_FILE), str(seconds), str(num_threads)]
     command = [sys.executable, "-P", "-m", "perf.studies.torch_timer", *arguments]
-    return float(_run(command, seconds).splitlines()[-1])
-
-
-def _run(command: list[str], seconds: float) -> str:
-    limit_s = 3 * seconds + MAX_REST_S
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
-    except OSError as error:
-        raise ToolError(f"{Path(command[0]).name} cannot be run: {error}") from None
-    except subprocess.TimeoutExpired:
-        raise ToolError(f"{Path(command[0]).name} has not ended in {limit_s:.0f} s") from None
-    if done.returncode != 0:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise ToolError(f"{Path(command[0]).name} failed: {''.join(last) or done.returncode}")
-    return done.stdout
+    text = output_of("torch.utils.benchmark", command, ToolError, 3 * seconds + MAX_REST_S)
+    return float(text.splitlines()[-1])
 
 
 TOOLS = {

@@ -2,64 +2,52 @@
 
 import logging
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from efficientnet.formats.records import LatencyRecord, TrainingSpeedRecord
+from efficientnet.formats.records import LatencyRecord, Record, TrainingSpeedRecord
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.measuring.clock import Turn
+from efficientnet.measuring.contender import Contender, ContenderError, running
 from efficientnet.measuring.peaks import cpu_peaks, gpu_peak
+from efficientnet.measuring.turns import TimeBudget
 from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
 from efficientnet.network.variants import get_variant
-from efficientnet.reporting.publishing import (
-    Measured,
-    device_slug,
-    find_section,
-    publish_part,
-)
-from efficientnet.reporting.tables import (
-    NOTHING,
-    Table,
-    format_ms,
-    format_percent,
-    format_rate,
-)
+from efficientnet.reporting.publishing import Measured, device_slug, find_section, publish_part
+from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_rate
 from efficientnet.runtimes.names import EAGER_RUNTIME, title
+from perf.studies import paper_tables
 from perf.studies.candidates import read_all
 from perf.studies.config import PaperConfig
-from perf.studies.paper_process import PaperJob, PaperTimes
-from perf.studies.paper_tables import (
-    DEVICE_CLASS,
-    NVIDIA_BATCH_SIZE,
-    NVIDIA_COLUMNS,
-    NVIDIA_MS,
-    PRECISION,
-    TABLES,
-    TIMM,
-    PaperRow,
-    PaperTable,
-    TableName,
-)
+from perf.studies.paper_network import open_row
+from perf.studies.paper_tables import DEVICE_CLASS, PRECISION, TABLES, TIMM, PaperRow, PaperTable
 
 SECTION = "paper"
 
 TURNS = 5
-QUICK_IMAGES, ALL_IMAGES = 64, 256
 
 # NVIDIA's own run on the paper's device was 3 to 9 % slower than the paper.
 BAND = 0.10
 
-# Building, reading images and warming up come on top.
-MAX_TIMES_SECONDS, MAX_REST_S = 20, 600
-
 PAPER_GPU = "V100 SXM2"
 
 log = logging.getLogger(__name__)
+
+
+class PaperTimes(BaseModel):
+    """What was measured of a row."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    precision: str
+    samples_ms: tuple[tuple[float, ...], ...]
+    """Of each turn, every call."""
+    elapsed_s: float
 
 
 class RowRecord(BaseModel):
@@ -88,22 +76,16 @@ class RowRecord(BaseModel):
 class PaperRecord(Measured):
     """A table of the paper and what stands beside it."""
 
-    table: TableName
+    table: paper_tables.TableName
     unit: str
     device: str
     precision: str
     num_threads: int
-    is_quick: bool
     rows: tuple[RowRecord, ...]
 
 
 def main(config: PaperConfig) -> Path:
-    """Measure the rows one after the other; return the path of the table as Markdown.
-
-    Raises:
-        ValueError: --rows names none, or records are damaged or of another format.
-        PublishError: docs/results.md has no place for the table; nothing is measured then.
-    """
+    """Measure the rows one after the other; return the path of the table as Markdown."""
     if config.publish:
         find_section(config.readme, SECTION)
     table = TABLES[config.table]
@@ -120,26 +102,16 @@ def main(config: PaperConfig) -> Path:
         )
     if not on_gpu:
         log.warning("%s", _no_v100(device))
-    slug = device_slug([here])
-    latencies = [
-        record
-        for record in read_all(config.latency, config.published, LatencyRecord)
-        if device_slug([record.environment]) == slug
-    ]
-    trainings = [
-        record
-        for record in read_all(config.training_speed, config.published, TrainingSpeedRecord)
-        if device_slug([record.environment]) == slug and record.contender == "ours"
-    ]
+    latencies = _of_this_device(config.latency, LatencyRecord)
+    trainings = _of_this_device(config.training_speed, TrainingSpeedRecord)
     peaks = _peaks(config, table, on_gpu, device, num_threads)
     rows: list[RowRecord] = []
     for row in table.rows:
         if table.is_training:
             rows.append(_of_training(row, config, trainings))
-        elif row not in asked:
-            rows.append(_record(row, None, "not asked for", latencies, table))
         else:
-            rows.append(_measured(row, config, num_threads, latencies, table))
+            found = measure_row(row, config, num_threads) if row in asked else "not asked for"
+            rows.append(_record(row, found, table, latencies))
         rows[-1] = _with_projection(rows[-1], table, peaks)
         log.info("%s: %s", row.label, _say(rows[-1], table))
     record = PaperRecord(
@@ -150,7 +122,6 @@ def main(config: PaperConfig) -> Path:
         device=device,
         precision=next((row.times.precision for row in rows if row.times), expected),
         num_threads=num_threads,
-        is_quick=config.quick,
         rows=tuple(rows),
     )
     name = f"table-{config.table}"
@@ -181,46 +152,35 @@ def verdict(row: RowRecord, record: PaperRecord) -> str:
 
 def section_of(record: PaperRecord) -> str:
     """Write a table and how it was measured as Markdown."""
-    table = TABLES[record.table]
-    is_training = table.is_training
-    notes = [
-        f"Paper: {DEVICE_CLASS}, {PRECISION}, timm's PyTorch code."
-        if not is_training
-        else f"Paper: {DEVICE_CLASS}; its precision is not printed.",
-    ]
-    if not record.environment.gpus:
-        notes.append(_no_v100(record.device))
-    if is_training:
-        notes.append("Here: training/speed.py, whose own table says how it measures.")
-    else:
-        notes.append(
-            f"Here: eager PyTorch {record.environment.libraries.get('torch')}, "
-            f"{record.precision}, channels_last, random weights (time only), images on the "
-            f"device, each call waited for, {record.num_threads} threads, each row in a process of "
-            f"its own; the median call{', quick' if record.is_quick else ''}."
-        )
-    notes.append(
+    table, libraries = TABLES[record.table], record.environment.libraries
+    nvidia = (paper_tables.NVIDIA_BATCH_SIZE, paper_tables.NVIDIA_MS)
+    notes = {
+        f"Paper: {DEVICE_CLASS}; its precision is not printed. Here: training/speed.py, whose own "
+        "table says how it measures.": table.is_training,
+        f"Paper: {DEVICE_CLASS}, {PRECISION}, timm's PyTorch code. Here: eager PyTorch "
+        f"{libraries.get('torch')}, {record.precision}, channels_last, random weights (time only), "
+        f"images on the device, each call waited for, {record.num_threads} threads, each row in a "
+        "process of its own; the median call.": not table.is_training,
+        _no_v100(record.device): not record.environment.gpus,
         f"'Reproduced' is within {format_percent(BAND, 0)}, between the same class of device, "
-        "precision and batch size only."
-    )
-    if any(row.artifact for row in record.rows):
-        notes.append(
-            "Best artifact: the fastest of the same variant, image and batch size in the records "
-            "of this device, host memory to host memory, of whatever weights and accuracy."
-        )
-    if any(row.batch_size == NVIDIA_BATCH_SIZE and row.network in NVIDIA_MS for row in record.rows):
-        notes.append(
-            "NVIDIA: its own runs, V100-SXM3-32GB and A100-SXM-80GB, TensorRT 8.0, CUDA graphs, "
-            "no transfers: another kind of measurement, which has no verdict."
-        )
-    if any(row.projected is not None for row in record.rows):
-        notes.append(
-            f"Projected: no measurement. Our time, times the cost model's floor on a {PAPER_GPU} "
-            "over that on this device; in brackets how far it is from the paper's."
-        )
+        "precision and batch size only.": True,
+        "Best artifact: the fastest of the same variant, image and batch size in the records of "
+        "this device, host memory to host memory, of whatever weights and accuracy.": any(
+            row.artifact for row in record.rows
+        ),
+        "NVIDIA: its own runs, V100-SXM3-32GB and A100-SXM-80GB, TensorRT 8.0, CUDA graphs, no "
+        "transfers: another kind of measurement, which has no verdict.": any(
+            row.batch_size == nvidia[0] and row.network in nvidia[1] for row in record.rows
+        ),
+        f"Projected: no measurement. Our time, times the cost model's floor on a {PAPER_GPU} over "
+        "that on this device; in brackets how far it is from the paper's.": any(
+            row.projected is not None for row in record.rows
+        ),
+    }
+    said = " ".join(note for note, is_said in notes.items() if is_said)
     return (
         f"**{table.title}, {record.unit}, on {record.device}**\n\n"
-        f"{_table(record).markdown()}\n\n{' '.join(notes)} {record.started_at:%Y-%m-%d} UTC."
+        f"{_table(record).markdown()}\n\n{said} {record.started_at:%Y-%m-%d} UTC."
     )
 
 
@@ -238,68 +198,46 @@ def _is_asked(row: PaperRow, patterns: Sequence[str]) -> bool:
     return any(p.removeprefix(TIMM) == network or p.lower() in row.label.lower() for p in patterns)
 
 
-def _measured(
-    row: PaperRow,
-    config: PaperConfig,
-    num_threads: int,
-    latencies: Sequence[LatencyRecord],
-    table: PaperTable,
-) -> RowRecord:
-    if row.network is None:
-        return _record(row, None, "neither this project nor timm has it", latencies, table)
-    assert row.batch_size is not None
-    job = PaperJob(
-        network=row.network,
-        image_size=row.image_size,
-        batch_size=row.batch_size,
-        seconds=config.row_seconds,
-        num_turns=TURNS,
-        num_threads=num_threads,
-        num_images=QUICK_IMAGES if config.quick else ALL_IMAGES,
-    )
-    found = run_job(job)
-    times, why_not = (None, found) if isinstance(found, str) else (found, None)
-    return _record(row, times, why_not, latencies, table)
+def _of_this_device(path: Path, kind: type[Record]) -> list[Record]:
+    slug = device_slug([current_environment()])
+    records = read_all(path, kind)
+    return [record for record in records if device_slug([record.environment]) == slug]
 
 
-def run_job(job: PaperJob) -> PaperTimes | str:
+def measure_row(row: PaperRow, config: PaperConfig, num_threads: int) -> PaperTimes | str:
     """Measure in a process of its own; return why not when it fails."""
-    command = [sys.executable, "-P", "-m", "perf.studies.paper_process", job.model_dump_json()]
-    limit_s = MAX_TIMES_SECONDS * job.seconds + MAX_REST_S
+    if row.network is None or row.batch_size is None:
+        return "neither this project nor timm has it"
+    budget = TimeBudget(config.seconds, TURNS)
+    opener = partial(open_row, row.network, row.image_size, row.batch_size, num_threads)
+    process = Contender(row.label, opener)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        return f"not done after {limit_s:.0f} s"
-    if done.returncode < 0:
-        hint = "; the machine may be out of memory" if done.returncode == -9 else ""
-        return f"its process was ended by signal {-done.returncode}{hint}"
-    if done.returncode > 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        last = lines[-1].strip()[:200] if lines else f"exit code {done.returncode}"
-        is_memory = any(w in done.stderr for w in ("allocate memory", "OutOfMemory", "MemoryError"))
-        return f"out of memory ({last})" if is_memory else f"failed: {last}"
-    try:
-        return PaperTimes.model_validate_json(done.stdout.splitlines()[-1])
-    except (ValidationError, IndexError) as error:
-        return f"failed: its answer cannot be read ({str(error).partition(chr(10))[0]})"
+        with running([process]):
+            process.ask("warm_up", budget.window_s, budget.warm_up_s)
+            turns: list[Turn] = [process.ask("turn", budget.turn_s) for _ in range(TURNS)]
+    except ContenderError as error:
+        return str(error)
+    return PaperTimes(
+        precision="fp16" if current_environment().gpus else "fp32",
+        samples_ms=tuple(turn.samples_ms for turn in turns),
+        elapsed_s=sum(turn.elapsed_s for turn in turns),
+    )
 
 
 def _record(
     row: PaperRow,
-    times: PaperTimes | None,
-    why_not: str | None,
-    latencies: Sequence[LatencyRecord],
+    found: PaperTimes | TrainingSpeedRecord | str,
     table: PaperTable,
+    latencies: Sequence[LatencyRecord] = (),
 ) -> RowRecord:
-    ours = None
+    # What was found, or why nothing was.
+    times = found if isinstance(found, PaperTimes) else None
+    ours = found.images_per_s if isinstance(found, TrainingSpeedRecord) else None
     if times is not None:
         samples = [sample for turn in times.samples_ms for sample in turn]
-        assert row.batch_size is not None
-        ours = (
-            statistics.median(samples)
-            if table.unit == "ms"
-            else row.batch_size * len(samples) / times.elapsed_s
-        )
+        ours = statistics.median(samples)
+        if table.unit == "images/s":
+            ours = (row.batch_size or 0) * len(samples) / times.elapsed_s
     artifact = _best_artifact(row, latencies, table)
     return RowRecord(
         label=row.label,
@@ -309,7 +247,7 @@ def _record(
         paper=row.value,
         ours=ours,
         times=times,
-        why_not=why_not,
+        why_not=found if isinstance(found, str) else None,
         artifact=title(artifact.runtime, artifact.precision) if artifact else None,
         artifact_value=_value(artifact, table) if artifact else None,
         projected=None,
@@ -340,33 +278,19 @@ def _value(record: LatencyRecord, table: PaperTable) -> float:
 def _of_training(
     row: PaperRow, config: PaperConfig, trainings: Sequence[TrainingSpeedRecord]
 ) -> RowRecord:
+    # Table 3 prints no batch size: any of ours stands beside it, without a verdict.
     found = [
         record
         for record in trainings
         if (record.variant, record.image_size) == (row.network, row.image_size)
         and row.batch_size in (None, record.micro_batch_size)
+        and record.contender == "ours"
         and not record.is_loader_fed
     ]
-    newest = found[-1] if found else None
-    why_not = None
-    if newest is None:
-        why_not = f"run python training/speed.py --table {config.table}"
-    elif newest.images_per_s is None:
-        why_not = "out of memory"
-    return RowRecord(
-        label=row.label,
-        network=row.network,
-        image_size=row.image_size,
-        # Table 3 prints none: ours is no answer to it.
-        batch_size=row.batch_size,
-        paper=row.value,
-        ours=newest.images_per_s if newest else None,
-        times=None,
-        why_not=why_not,
-        artifact=None,
-        artifact_value=None,
-        projected=None,
-    )
+    table = TABLES[config.table]
+    if not found:
+        return _record(row, f"run python training/speed.py --table {config.table}", table)
+    return _record(row, "out of memory" if found[-1].images_per_s is None else found[-1], table)
 
 
 def _peaks(
@@ -402,15 +326,16 @@ def _with_projection(
 
 def _table(record: PaperRecord) -> Table:
     table = TABLES[record.table]
-    write = format_ms if record.unit == "ms" else _rate
-    has_nvidia = record.unit == "ms" and any(row.network in NVIDIA_MS for row in record.rows)
-    nvidia = NVIDIA_COLUMNS if has_nvidia else ()
+    write = format_ms if record.unit == "ms" else format_rate
+    nvidia_ms, nvidia = paper_tables.NVIDIA_MS, paper_tables.NVIDIA_COLUMNS
+    if record.unit != "ms" or not any(row.network in nvidia_ms for row in record.rows):
+        nvidia = ()
     has_projection = any(row.projected is not None for row in record.rows)
     columns = ("row", "px", "batch", "paper", *nvidia, "ours eager", "calls", "best artifact")
     columns += (*(("projected",) if has_projection else ()), "verdict")
     rows: list[tuple[str, ...]] = []
     for printed, row in zip(table.rows, record.rows, strict=True):
-        theirs = NVIDIA_MS.get(row.network or "", (None,) * len(NVIDIA_COLUMNS))
+        theirs = nvidia_ms.get(row.network or "", (None,) * len(nvidia))
         artifact = NOTHING
         if row.artifact is not None:
             artifact = f"{write(row.artifact_value)} ({row.artifact})"
@@ -434,10 +359,6 @@ def _table(record: PaperRecord) -> Table:
             )
         )
     return Table(columns, tuple(rows), frozenset(("row", "verdict")))
-
-
-def _rate(value: float | None) -> str:
-    return NOTHING if value is None else format_rate(value)
 
 
 def _say(row: RowRecord, table: PaperTable) -> str:

@@ -1,7 +1,6 @@
 """Revisions -> their files, the programs that they build of a checkpoint, and their turns."""
 
 import contextlib
-import io
 import json
 import os
 import random
@@ -15,6 +14,7 @@ from typing import Self
 
 from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
+from efficientnet.machine.children import output_of
 
 # Of one command that builds or evaluates.
 MAX_BUILD_S = 1800
@@ -37,29 +37,11 @@ class Revision:
     tree: Path
 
     def run(self, command: list[str], cwd: Path) -> str:
-        """Run a command of this revision; return the last line of its stdout.
-
-        Raises:
-            RevisionError: it failed.
-        """
-        try:
-            done = subprocess.run(
-                [sys.executable, str(self.tree / command[0]), *command[1:]],
-                cwd=cwd,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=MAX_BUILD_S,
-            )
-        except subprocess.TimeoutExpired:
-            raise RevisionError(
-                f"{self.name}: {command[0]} has not ended in {MAX_BUILD_S} s"
-            ) from None
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            raise RevisionError(f"{self.name}: {command[0]} failed: {last[0]}")
-        return done.stdout.strip().splitlines()[-1]
+        """Run a command of this revision; return the last line of its stdout."""
+        name, words = f"{self.name}: {command[0]}", [self.tree / command[0], *command[1:]]
+        options = {"cwd": cwd, "env": self.environment}
+        told = output_of(name, [sys.executable, *words], RevisionError, MAX_BUILD_S, **options)
+        return told.strip().splitlines()[-1]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -68,16 +50,17 @@ class Revision:
 
 
 def extract(name: str, folder: Path, repository: Path = PROJECT_ROOT) -> Revision:
-    """Write a revision's files to a folder.
-
-    Raises:
-        RevisionError: there is no such revision, or no git repository.
-    """
-    commit = _git(repository, "rev-parse", "--verify", f"{name}^{{commit}}").decode().strip()
-    archive = _git(repository, "archive", "--format=tar", commit)
+    """Write a revision's files to a folder."""
+    git = ("git", "-C", repository)
+    words = (*git, "rev-parse", "--verify", f"{name}^{{commit}}")
+    commit = output_of(f"git rev-parse {name}", words, RevisionError).strip()
     folder.mkdir(parents=True)
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+    archive = folder.with_suffix(".tar")
+    words = (*git, "archive", "--format=tar", f"--output={archive}", commit)
+    output_of("git archive", words, RevisionError)
+    with tarfile.open(archive) as files:
         files.extractall(folder, filter="data")
+    archive.unlink()
     return Revision(name, commit, folder)
 
 
@@ -157,16 +140,3 @@ def take_turns(
             for name in names:
                 samples[name].append(running[name].take_turn(turn_s))
     return samples
-
-
-def _git(repository: Path, *arguments: str) -> bytes:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(repository), *arguments], capture_output=True, check=False
-        )
-    except OSError as error:
-        raise RevisionError(f"git cannot be run: {error}") from None
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise RevisionError(f"git {' '.join(arguments)} failed: {''.join(said)}")
-    return done.stdout

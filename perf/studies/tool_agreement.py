@@ -3,7 +3,6 @@
 import logging
 import statistics
 import tempfile
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from efficientnet.images.preprocess import preprocess
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.clock import relative_spread
 from efficientnet.measuring.programs import Program, images_for, read_programs
-from efficientnet.measuring.turns import TimeBudget
+from efficientnet.measuring.turns import TimeBudget, take_turns
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_ratio
 from efficientnet.runtimes.names import title
@@ -79,19 +78,13 @@ class Agreement(Measured):
 
 
 def main(config: AgreementConfig) -> Agreement:
-    """Measure each program with our harness and the other tool in turns.
-
-    Raises:
-        PublishError: docs/results.md has no place for the table; nothing is measured then.
-        FileNotFoundError, ArtifactError, CheckpointError: a path is not what it should be.
-        ContenderError: a process of our harness failed.
-    """
+    """Measure each program with our harness and the other tool in turns."""
     if config.publish:
         find_section(config.readme, SECTION)
     started_at, num_threads = datetime.now(UTC), config.threads or num_usable_cores()
     rows: list[AgreementRow] = []
     for program in read_programs(config.paths):
-        with open_programs([program], [(1,)], num_threads, config.data, 0) as (opened,):
+        with open_programs([program], [(1,)], num_threads, config.data) as (opened,):
             rows.append(_compare(opened, config, num_threads))
         log.info("%s: %s", rows[-1].name, rows[-1].verdict)
     record = Agreement(
@@ -138,35 +131,35 @@ def _compare(opened: MeasuredProgram, config: AgreementConfig, num_threads: int)
     budget = TimeBudget(config.seconds, config.rounds)
     for process in (opened.null, opened.process):
         process.ask("warm_up", 1, budget.window_s, budget.warm_up_s)
-    ours: list[float] = []
-    theirs: list[float] = []
-    overheads: list[float] = []
     why_not = tool if isinstance(tool, str) else None
     with tempfile.TemporaryDirectory(prefix="agreement-") as name:
         folder = Path(name)
         _write_images(folder, program, config.data)
-        for number in range(config.rounds):
-            null: ProgramTurn = opened.null.ask("turn", 1, min(1.0, budget.turn_s))
-            overheads.append(null.turn.median_ms)
-            # There and back: a machine that gets slower or faster meanwhile favors nobody.
-            for is_ours in (True, False) if number % 2 == 0 else (False, True):
-                if is_ours:
-                    own: ProgramTurn = opened.process.ask("turn", 1, budget.turn_s)
-                    ours.append(own.turn.median_ms)
-                elif isinstance(tool, OtherTool) and why_not is None:
-                    try:
-                        theirs.append(tool.median_ms(program, folder, budget.turn_s, num_threads))
-                    except ToolError as error:
-                        why_not, theirs = str(error), []
-                        log.warning("%s", error)
+
+        def turn(contender: str, _: int) -> float:
+            if isinstance(tool, OtherTool) and contender == "theirs":
+                return tool.median_ms(program, folder, budget.turn_s, num_threads)
+            process, seconds = opened.process, budget.turn_s
+            if contender == "null":
+                process, seconds = opened.null, min(1.0, budget.turn_s)
+            answer: ProgramTurn = process.ask("turn", 1, seconds)
+            return answer.turn.median_ms
+
+        own = ["null", "ours"]
+        try:
+            medians = take_turns(own if why_not else [*own, "theirs"], config.rounds, turn)
+        except ToolError as error:
+            why_not = str(error)
+            log.warning("%s", error)
+            medians = take_turns(own, config.rounds, turn)
     return AgreementRow(
         name=f"{program.variant} {title(program.runtime, program.precision)}",
         program_sha256=program.program_sha256,
         tool=f"{tool.name} {tool.version}" if isinstance(tool, OtherTool) else None,
         scope=tool.scope if isinstance(tool, OtherTool) else None,
-        ours_ms=tuple(ours),
-        theirs_ms=tuple(theirs),
-        overhead_ms=statistics.median(overheads),
+        ours_ms=tuple(medians["ours"]),
+        theirs_ms=tuple(medians.get("theirs", ())),
+        overhead_ms=statistics.median(medians["null"]),
         why_not=why_not,
     )
 
@@ -181,15 +174,13 @@ def _write_images(folder: Path, program: Program, data: str | None) -> None:
 
 
 def _cells(row: AgreementRow) -> tuple[str, ...]:
-    ratios: Sequence[float] = row.ratios
-    has_ratio = bool(row.theirs_ms)
+    theirs, ratio, rounds = (NOTHING,) * 3
+    if ratios := row.ratios:
+        theirs = format_ms(statistics.median(row.theirs_ms))
+        ratio = format_ratio(statistics.median(ratios))
+        rounds = f"{format_ratio(min(ratios))} to {format_ratio(max(ratios))}"
     return (
-        row.name,
-        row.tool or NOTHING,
-        format_ms(statistics.median(row.ours_ms)),
-        format_ms(statistics.median(row.theirs_ms)) if has_ratio else NOTHING,
-        format_ratio(statistics.median(ratios)) if has_ratio else NOTHING,
-        f"{format_ratio(min(ratios))} to {format_ratio(max(ratios))}" if has_ratio else NOTHING,
-        f"{1000 * row.overhead_ms:.1f}",
+        *(row.name, row.tool or NOTHING, format_ms(statistics.median(row.ours_ms))),
+        *(theirs, ratio, rounds, f"{1000 * row.overhead_ms:.1f}"),
         row.verdict if row.why_not is None else f"not compared: {row.why_not}",
     )

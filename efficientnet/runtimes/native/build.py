@@ -34,15 +34,18 @@ COMMON_FLAGS = [
     "-ffp-contract=off",
 ]
 
-# The C++ library goes inside: images for serving may have none.
-LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL")
+# The C++ library goes inside: images for serving may have none. What nobody calls is left out,
+# and with it calls that only the newest C libraries have.
+LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections")
 
 # Source -> what its kernels may use beyond the processor's oldest instructions; only on x86-64.
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512vnni"
-AVX512_BF16 = f"{AVX512} -mavx512bf16 -mavx512vbmi"
+AVX512_VBMI = f"{AVX512} -mavx512vbmi"
+AVX512_BF16 = f"{AVX512_VBMI} -mavx512bf16"
 X86_KERNELS = {
     "amx.cpp": f"{AVX512_BF16} -mamx-tile -mamx-int8 -mamx-bf16",
     "avx512_bf16.cpp": AVX512_BF16,
+    "avx512_vbmi.cpp": AVX512_VBMI,
     "avx512_vnni.cpp": AVX512,
     "avx_vnni.cpp": "-mavx2 -mfma -mavxvnni",
 }

@@ -1,10 +1,10 @@
 // Sums by vpdpbusd (four products and their sum in each lane of 32 bits). Included inside each file's own namespace.
 //
-// A step takes one word of four values from each of PIXELS pixels, by broadcast, and two registers of weights: 2 * PIXELS sums are enough
-// in flight to hide the instruction's latency (4 or 5 cycles, two a cycle), and the loads stay below two a cycle.
+// A step takes one word of four values from each of N pixels, by broadcast, and two registers of weights. 2 N sums are in flight, which
+// hides the instruction's latency (4 or 5 cycles, two a cycle) from N = 5 on; the more pixels, the fewer loads a product.
 
 struct Products {
-  static constexpr int PIXELS = Lanes::BYTES == 64 ? 8 : 6;
+  static constexpr int MOST_PIXELS = Lanes::BYTES == 64 ? 12 : 6;
 
   static int steps(const Packed&) { return 1; }
 
@@ -14,23 +14,28 @@ struct Products {
     pending.prefetch.take(8 * p.row_blocks * p.layer->kernel);
     // AVX2 takes one tile at a time.
     for (int tile = 0; tile < (Lanes::BYTES == 64 ? 1 : 2); tile++, weights += 1024, bias += 16, sums += 16) {
+      // In shares as equal as they can be: a last one of a pixel or two would wait for its own sums.
       int x = 0;
-      for (; x + PIXELS <= count; x += PIXELS)
-        pixels<PIXELS, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
-      for (; x + 2 <= count; x += 2) pixels<2, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
-      for (; x < count; x++) pixels<1, IS_BF16>(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+      for (int shares = (count + MOST_PIXELS - 1) / MOST_PIXELS; shares > 0; shares--) {
+        const int n = (count - x + shares - 1) / shares;
+        of_pixels<IS_BF16>(n, std::make_index_sequence<MOST_PIXELS>())(p, from + x * pixel, pixel, kernel_row, weights, bias, sums + x * CONV_GROUP);
+        x += n;
+      }
     }
   }
 
  private:
+  using Pixels = void (*)(const Packed&, const uint8_t*, int64_t, int64_t, const uint8_t*, const int32_t*, int32_t*);
+
   template <bool IS_BF16>
   static inline __attribute__((always_inline)) Lanes::V dot(Lanes::V acc, Lanes::V q, Lanes::V w) {
     return IS_BF16 ? Lanes::bits(Lanes::dot_bf16(Lanes::floats(acc), q, w)) : Lanes::dot(acc, q, w);
   }
 
+  // Never inlined: beside an epilogue's constants, compilers keep a sum in memory, and each step waits for it.
   template <int N, bool IS_BF16>
-  static void pixels(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, const uint8_t* weights, const int32_t* bias,
-                     int32_t* sums) {
+  static __attribute__((noinline)) void pixels(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, const uint8_t* weights,
+                                               const int32_t* bias, int32_t* sums) {
     using V = Lanes::V;
     constexpr int NEXT = Lanes::BYTES == 64 ? 1024 : 32;  // from a register of weights to the one beside it
     V a[N], b[N];
@@ -38,8 +43,9 @@ struct Products {
       a[i] = Lanes::load(bias);
       b[i] = Lanes::load(bias + Lanes::WORDS);
     }
-    const int words = p.row_words;
-    for (int ky = 0; ky < p.layer->kernel; ky++, from += kernel_row, weights += p.row_blocks * 2048) {
+    const int words = p.row_words, rows = p.layer->kernel;
+    const int64_t blocks_bytes = int64_t(p.row_blocks) * 2048;
+    for (int ky = 0; ky < rows; ky++, from += kernel_row, weights += blocks_bytes) {
       for (int w = 0; w < words; w += 16) {
         const uint8_t* block = weights + w * 128;
         const uint8_t* in = from + w * 4;
@@ -57,5 +63,11 @@ struct Products {
       Lanes::store(sums + i * CONV_GROUP, a[i]);
       Lanes::store(sums + i * CONV_GROUP + Lanes::WORDS, b[i]);
     }
+  }
+
+  template <bool IS_BF16, size_t... LESS>
+  static Pixels of_pixels(int n, std::index_sequence<LESS...>) {
+    static constexpr Pixels all[] = {pixels<int(LESS) + 1, IS_BF16>...};
+    return all[n - 1];
   }
 };

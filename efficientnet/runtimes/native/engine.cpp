@@ -81,7 +81,7 @@ struct Team {
 };
 
 struct engine {
-  engine(const char* path, const Kernels& chosen, int threads, int max_batch, int flags);
+  engine(const void* file, size_t file_bytes, const Kernels& chosen, int threads, int max_batch, int flags);
   void run_image(Team& team, int thread, int image, int part, int parts);
   void run_part(int part);
   size_t image_bytes(bool is_pixels) const;
@@ -106,10 +106,9 @@ struct engine {
   Pool pool;  // last: its threads end before what they use
 };
 
-engine::engine(const char* path, const Kernels& chosen, int threads, int max_batch_, int flags_)
-    : program(path), kernels(chosen), flags(flags_), max_batch(max_batch_),
+engine::engine(const void* file, size_t file_bytes, const Kernels& chosen, int threads, int max_batch_, int flags_)
+    : program(file, file_bytes, !chosen.fuses), kernels(chosen), flags(flags_), max_batch(max_batch_),
       plan(program, chosen, (flags_ & ENGINE_KEEP_TENSORS) != 0), pool(threads) {
-  if (chosen.fuses) program.unmap();
   sums_stride = size_t(plan.most_channels + GROUP - 1) / GROUP * GROUP + GROUP;
   const size_t shared_bytes = size_t(threads) * sums_stride * 8 + 4096 * 4;
   const int num_teams = max_batch >= threads ? threads : 1;
@@ -205,10 +204,10 @@ double engine_peak(const char* level, int what, double* seconds) {
   return -1;
 }
 
-engine* engine_open(const char* path, const char* level, int threads, int max_batch, int flags, char* error,
+engine* engine_open(const void* file, size_t file_bytes, const char* level, int threads, int max_batch, int flags, char* error,
                     size_t error_bytes) {
   try {
-    if (!path) throw Error("no path of a program file was given");
+    if (!file) throw Error("no program was given");
     if (threads < 1 || threads > MAX_THREADS)
       throw Error(std::to_string(threads) + " threads, expected 1 to " + std::to_string(MAX_THREADS));
     if (max_batch < 1 || max_batch > MAX_BATCH)
@@ -221,7 +220,7 @@ engine* engine_open(const char* path, const char* level, int threads, int max_ba
     if (!level && chosen == &PORTABLE)
       throw Error("this processor has neither AMX nor VNNI, which the native engine's fast kernels need; export for another "
                   "runtime, or ask for the level 'portable', which is slow");
-    return new engine(path, *chosen, threads, max_batch, flags);
+    return new engine(file, file_bytes, *chosen, threads, max_batch, flags);
   } catch (const std::exception& caught) {
     refuse(error, error_bytes, caught.what());
     return nullptr;

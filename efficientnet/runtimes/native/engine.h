@@ -17,8 +17,9 @@ ENGINE_API const char* engine_levels(void);
    the seconds: multiply-adds of u8 (what = 0) or bf16 (1), or vector instructions (2). -1: no such
    level here. */
 ENGINE_API double engine_peak(const char* level, int what, double* seconds);
-ENGINE_API engine* engine_open(const char* path, const char* level, int threads, int max_batch,
-                               int flags, char* error, size_t error_bytes);
+ENGINE_API engine* engine_open(const void* program, size_t program_bytes, const char* level,
+                               int threads, int max_batch, int flags, char* error,
+                               size_t error_bytes);
 ENGINE_API int engine_infer(engine* self, const void* images, int is_pixels, int batch,
                             float* logits, char* error, size_t error_bytes);
 ENGINE_API int engine_read_tensor(engine* self, int tensor, void* to, size_t bytes, char* error,

@@ -46,7 +46,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
     error = (text, ctypes.c_size_t)
     for name, result, arguments in (
         ("levels", text, ()),
-        ("open", pointer, (text, text, number, number, number, *error)),
+        ("open", pointer, (text, ctypes.c_size_t, text, number, number, number, *error)),
         ("infer", number, (pointer, pointer, number, number, pointer, *error)),
         ("read_tensor", number, (pointer, number, pointer, ctypes.c_size_t, *error)),
         ("layer_times", number, (pointer, pointer, number)),
@@ -104,7 +104,7 @@ class Engine:
 
     def __init__(
         self,
-        path: str | Path,
+        program: str | Path | bytes,
         num_threads: int = 1,
         max_batch_size: int = 1,
         level: str | None = None,
@@ -115,7 +115,7 @@ class Engine:
         """Open a program.
 
         Args:
-            path: its file, which is not needed afterwards.
+            program: its file or the bytes of that, which are not needed afterwards.
             num_threads: of a call; more than 64 are not used.
             max_batch_size: most images of a call.
             level: of levels(); None = the first, even where that is the portable one.
@@ -124,14 +124,16 @@ class Engine:
             library: the engine.
 
         Raises:
-            ArtifactError: the file is damaged, or the level is not there.
+            ArtifactError: the file is damaged or not there, or the level is not there.
         """
         self._handle = None
         self._library: Any = load_library(library)
         self._process = os.getpid()
+        data = program if isinstance(program, bytes) else _read(Path(program))
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         self._handle = self._library.engine_open(
-            os.fsencode(path),
+            data,
+            len(data),
             (level or levels(library)[0]).encode(),
             min(num_threads, MAX_THREADS),
             max_batch_size,
@@ -209,3 +211,10 @@ class Engine:
         if function(self._handle, *arguments, error, len(error)):
             text = error.value.decode(errors="replace")
             raise (ArtifactError if os.getpid() != self._process else ValueError)(text)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error

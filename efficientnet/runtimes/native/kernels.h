@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "program.h"
 
@@ -122,7 +123,7 @@ constexpr int RUN = 32;
 
 extern const Kernels PORTABLE;
 #ifdef __x86_64__
-extern const Kernels AMX, AVX512_BF16, AVX512_VNNI, AVX_VNNI;
+extern const Kernels AMX, AVX512_BF16, AVX512_VBMI, AVX512_VNNI, AVX_VNNI;
 #endif
 
 }  // namespace native

@@ -13,7 +13,7 @@ namespace native {
 namespace {
 
 struct Features {
-  bool avx2 = false, avx_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, amx = false;
+  bool avx2 = false, avx_vnni = false, avx512 = false, avx512_vnni = false, avx512_vbmi = false, avx512_bf16 = false, amx = false;
   Features();
 };
 
@@ -37,7 +37,8 @@ Features::Features() {
   // F, DQ, BW and VL.
   avx512 = avx2 && saves_512 && bit(b7, 16) && bit(b7, 17) && bit(b7, 30) && bit(b7, 31);
   avx512_vnni = avx512 && bit(c7, 11);
-  avx512_bf16 = avx512_vnni && bit(a71, 5) && bit(c7, 1);  // with VBMI
+  avx512_vbmi = avx512_vnni && bit(c7, 1);
+  avx512_bf16 = avx512_vbmi && bit(a71, 5);
   amx = avx512_bf16 && saves_tiles && bit(d7, 22) && bit(d7, 24) && bit(d7, 25) && ask_for_tiles();
 }
 
@@ -55,6 +56,7 @@ const std::vector<const Kernels*>& levels() {
 #ifdef __x86_64__
     if (features().amx) list.push_back(&AMX);
     if (features().avx512_bf16) list.push_back(&AVX512_BF16);
+    if (features().avx512_vbmi) list.push_back(&AVX512_VBMI);
     if (features().avx512_vnni) list.push_back(&AVX512_VNNI);
     if (features().avx_vnni) list.push_back(&AVX_VNNI);
 #endif

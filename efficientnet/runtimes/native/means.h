@@ -96,8 +96,11 @@ static void scale_pixels(const Step& step, const Call& call, int group, int64_t 
     for (int64_t y = first; y < end; y++) {
       const uint8_t* from = pixel_of(in, call, y, 0) + channel;
       uint8_t* to = pixel_of(out, call, y, 0) + channel;
-      for (int x = 0; x < in.width; x++, from += in.pixel_bytes, to += out.pixel_bytes) {
-        const V q = Lanes::load(from, mask);
+      V next = Lanes::load(from, mask);
+      for (int x = 0; x < in.width; x++, to += out.pixel_bytes) {
+        // A pixel is read before the one in front of it is written: a masked load whose unused bytes lie where a store is under way waits for it.
+        const V q = next;
+        next = Lanes::load(from += in.pixel_bytes, mask);
         const V a = Lanes::mulhrs16(shift.left(Lanes::sub16(Lanes::low8(q, Lanes::zero()), zero_in)), m0);
         const V b = Lanes::mulhrs16(shift.left(Lanes::sub16(Lanes::high8(q, Lanes::zero()), zero_in)), m1);
         Lanes::store(to, mask, Lanes::pack16(Lanes::add16(a, zero_out), Lanes::add16(b, zero_out)));

@@ -1,10 +1,5 @@
-// Reads and checks a program file; see program.h. Sizes are computed in 64 bits from fields that were bounded first.
+// Checks a program file; see program.h. Sizes are computed in 64 bits from fields that were bounded first.
 #include "program.h"
-
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
@@ -46,39 +41,21 @@ void require_positive(int index, const char* name, float value) {
 
 }  // namespace
 
-Program::Program(const std::string& path) {
-  int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  struct stat status;
-  if (file < 0 || fstat(file, &status) != 0 || !S_ISREG(status.st_mode)) {
-    if (file >= 0) close(file);
-    throw Error("cannot read " + path + ": not a readable file");
+Program::Program(const void* file, size_t file_bytes, bool keeps) : file_(static_cast<const char*>(file)), file_bytes_(file_bytes) {
+  if (keeps) {
+    own_.assign(file_, file_ + file_bytes);
+    file_ = own_.data();
   }
-  file_bytes_ = size_t(status.st_size);
-  void* map = file_bytes_ ? mmap(nullptr, file_bytes_, PROT_READ, MAP_PRIVATE | MAP_POPULATE, file, 0) : MAP_FAILED;
-  close(file);
-  if (map == MAP_FAILED) throw Error("cannot read " + path + ": it is empty or cannot be mapped");
-  file_ = static_cast<const char*>(map);
-  try {
-    read_tables();
-    for (int i = 0; i < int(tensors.size()); i++) check_tensor(i);
-    std::vector<char> is_written(tensors.size(), 0);
-    for (int i = 0; i < int(layers.size()); i++) check_layer(i, is_written);
-  } catch (...) {
-    unmap();
-    throw;
-  }
-}
-
-Program::~Program() { unmap(); }
-
-void Program::unmap() {
-  if (file_) munmap(const_cast<char*>(file_), file_bytes_);
-  file_ = blob_ = nullptr;
+  read_tables();
+  for (int i = 0; i < int(tensors.size()); i++) check_tensor(i);
+  std::vector<char> is_written(tensors.size(), 0);
+  for (int i = 0; i < int(layers.size()); i++) check_layer(i, is_written);
 }
 
 void Program::read_tables() {
   Header header;
   if (file_bytes_ < sizeof header) fail("it has " + text(int64_t(file_bytes_)) + " bytes, a header has 64");
+  if (reinterpret_cast<uintptr_t>(file_) % 16) throw Error("the program's bytes do not start at a multiple of 16");
   std::memcpy(&header, file_, sizeof header);
   if (std::memcmp(header.magic, "EFFNATIV", 8) != 0) fail("it does not start with EFFNATIV");
   if (header.version != 1) fail("version " + text(header.version) + ", this engine reads 1");

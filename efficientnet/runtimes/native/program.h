@@ -1,4 +1,4 @@
-// A program file -> its tables, checked: every offset, shape, range and order that the kernels rely on.
+// The bytes of a program file -> its tables, checked: every offset, shape, range and order that the kernels rely on.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -42,9 +42,8 @@ static_assert(sizeof(Layer) == 160);
 
 class Program {
  public:
-  // Maps and checks a file; throws Error before any of it is used.
-  explicit Program(const std::string& path);
-  ~Program();
+  // Checks a file's bytes; throws Error before any of them is used. They are the caller's, and copied if they are to be kept.
+  Program(const void* file, size_t file_bytes, bool keeps);
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
@@ -52,9 +51,6 @@ class Program {
   const T* blob(int64_t offset) const {
     return reinterpret_cast<const T*>(blob_ + offset);
   }
-  // Gives the file's pages back, once the weights are packed.
-  void unmap();
-
   std::vector<Tensor> tensors;
   std::vector<Layer> layers;
   int num_classes = 0;
@@ -67,8 +63,9 @@ class Program {
   void check_sums(int index) const;
   void check_array(int index, const char* name, int64_t offset, uint64_t bytes) const;
 
-  const char* file_ = nullptr;
-  size_t file_bytes_ = 0;
+  std::vector<char> own_;
+  const char* file_;
+  size_t file_bytes_;
   const char* blob_ = nullptr;
   uint64_t blob_bytes_ = 0;
 };
