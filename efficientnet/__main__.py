@@ -13,17 +13,10 @@ from itertools import groupby
 from pathlib import Path
 
 from efficientnet.command import parse_flags, run_command
+from efficientnet.network import variants
 from efficientnet.network.cost import Cost, layer_costs, network_cost, total_cost
 from efficientnet.network.scaling import compound_scale
 from efficientnet.network.variant_file import read_variant_file, write_variant_file
-from efficientnet.network.variants import (
-    VARIANTS,
-    PublishedResult,
-    ScalingRule,
-    VariantSpec,
-    get_variant,
-    scale_up,
-)
 from efficientnet.reporting.tables import NOTHING, Table, format_percent
 
 
@@ -40,7 +33,7 @@ class FamilyConfig:
     phi: float | None = None
     """Make it larger: 2^phi times its cost, about."""
 
-    rule: ScalingRule = "v2"
+    rule: variants.ScalingRule = "v2"
     """v2: evaluation at 480 px at most, and more layers in the late stages instead. v1: all alike.
     With --phi."""
 
@@ -66,14 +59,14 @@ def main(config: FamilyConfig) -> str:
     if config.variant_file is not None:
         spec = read_variant_file(config.variant_file)
     elif config.layers is not None:
-        spec = get_variant(config.layers)
+        spec = variants.get_variant(config.layers)
     else:
         return family_table(config.image_size)
     if config.phi is not None:
         name = f"{spec.name}-phi-{config.phi:g}"
         scale = compound_scale(config.phi)
         origin = {"scaled from": spec.name, "phi": config.phi, "rule": config.rule}
-        spec = scale_up(spec, scale, config.rule, name)
+        spec = variants.scale_up(spec, scale, config.rule, name)
         if config.save is not None:
             write_variant_file(config.save, spec, origin)
     return stage_table(spec, config.image_size or spec.eval_image_size)
@@ -82,9 +75,9 @@ def main(config: FamilyConfig) -> str:
 def family_table(image_size: int | None) -> str:
     """Lay out one row per variant; 1,000 classes."""
     rows: list[dict[str, str]] = []
-    for spec in VARIANTS.values():
+    for spec in variants.VARIANTS.values():
         cost = network_cost(spec, image_size or spec.eval_image_size)
-        published = spec.published or PublishedResult("", top1=0.0)
+        published = spec.published or variants.PublishedResult("", top1=0.0)
         rows.append(
             {
                 "variant": spec.name,
@@ -110,7 +103,7 @@ def family_table(image_size: int | None) -> str:
     return "\n".join((_text(rows, {"variant", "source"}), "", *notes))
 
 
-def stage_table(spec: VariantSpec, image_size: int) -> str:
+def stage_table(spec: variants.VariantSpec, image_size: int) -> str:
     """Lay out one row per stage, from the stem to the classifier; 1,000 classes, one image."""
     rows: list[dict[str, str]] = []
     layers = layer_costs(spec, image_size)
@@ -146,7 +139,7 @@ def _cost_cells(cost: Cost, total: Cost) -> dict[str, str]:
     }
 
 
-def _describe(spec: VariantSpec, stage: int) -> dict[str, str]:
+def _describe(spec: variants.VariantSpec, stage: int) -> dict[str, str]:
     columns = ("stage", "operator", "kernel", "stride", "expand", "squeeze", "blocks")
     if stage == 0:
         cells = ("Conv (stem)", 3, 2, NOTHING, NOTHING, NOTHING)

@@ -51,10 +51,7 @@ def parse_flags(
     checks.
     """
     return tyro.cli(
-        config_class,
-        args=args,
-        description=describe(doc),
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config_class, args=args, description=describe(doc), config=(tyro.conf.FlagCreatePairsOff,)
     )
 
 
@@ -64,11 +61,7 @@ def describe(doc: str | None) -> str | None:
 
 
 def require_least(config: object, **least: int) -> None:
-    """Refuse flags below the least that they may be; of several values all count, None does not.
-
-    Raises:
-        ValueError: names the first that is.
-    """
+    """Refuse flags below the least that they may be; of several values all count, None does not."""
     for name, low in least.items():
         value = getattr(config, name)
         each = value if isinstance(value, tuple) else (value,)
@@ -78,11 +71,7 @@ def require_least(config: object, **least: int) -> None:
 
 
 def require_positive(config: object, *names: str) -> None:
-    """Refuse flags that are not more than 0, or not finite.
-
-    Raises:
-        ValueError: names the first that is.
-    """
+    """Refuse flags that are not more than 0, or not finite."""
     for name in names:
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(
@@ -91,14 +80,9 @@ def require_positive(config: object, *names: str) -> None:
 
 
 def require_only_publishing(config: Any, holds: str) -> None:
-    """Refuse flags beside --record, with which nothing is done but to write it again.
+    """Raise a ValueError that names the flags beside --record: with it nothing else is done.
 
-    Args:
-        config: a dataclass with the fields record, publish and readme.
-        holds: what a record holds, for the message.
-
-    Raises:
-        ValueError: names all that are given.
+    `config` has the fields record, publish and readme; `holds` says what a record holds.
     """
     values = {field: getattr(config, field.name) for field in fields(config)}
     given = [
@@ -121,11 +105,8 @@ def flag_of(name: str) -> str:
 def late(module: str, needs: Sequence[str] = ()) -> Callable[[Any], Any]:
     """Return the `main` of a module that is imported when it is called.
 
-    So that --help and wrong flags are answered before torch is loaded.
-
-    Args:
-        module: its name.
-        needs: packages that may be missing, whose absence is told in one line.
+    So that --help and wrong flags are answered before torch is loaded. `needs`: packages that may
+    be missing, whose absence is told in one line.
     """
 
     def main(config: Any) -> Any:

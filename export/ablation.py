@@ -5,8 +5,8 @@
 
 Three forms of the same network: as it is written; with batch norm folded into the convolutions;
 and with squeeze-excite in the form that export_onnx gives it as well. For each: latency, agreement
-with the eager model, and how many nodes or kernels the runtime executes. A gain of nothing is
-printed as that.
+with the eager model, and how many layers or operators are executed, where the runtime tells. A gain
+of nothing is printed as that.
 
 The rows of CUDA and TensorRT have not run so far, for lack of a GPU.
 """

@@ -11,7 +11,7 @@ that compiled it, on a processor with the same instructions or a GPU of the same
 from efficientnet.command import late, parse_flags, run_command
 from export.inputs.config import AotiConfig
 
-main = late("export.builders.aoti_export")
+main = late("export.builders.aoti_builder")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(AotiConfig, __doc__), main)

@@ -10,7 +10,7 @@ A program runs on the GPU and the versions that built it, so this command is run
 from efficientnet.command import late, parse_flags, run_command
 from export.inputs.config import TorchTrtConfig
 
-main = late("export.builders.torch_tensorrt_export")
+main = late("export.builders.torch_tensorrt_builder")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(TorchTrtConfig, __doc__), main)

@@ -130,6 +130,10 @@ class Limits(_Answer):
 
     max_upload_bytes: int
     """Largest body, and largest picture file."""
+    max_pixels: int
+    """Of a picture, height times width."""
+    picture_kinds: tuple[str, ...]
+    """That are read."""
     max_pictures: int
     """In a request to /classify/batch, or images in one to the open inference protocol."""
     network_batch: int
@@ -159,6 +163,8 @@ class ServiceInfo(_Answer):
     runtime: str
     precision: str
     num_classes: int
+    class_names: tuple[str, ...]
+    """In the order of the network's outputs."""
     trained_on: str
     """Data set, or name of the folder."""
     workers: int

@@ -10,11 +10,17 @@ from serving.refusals import PROBLEM_TYPE
 # In which a request's head, its first line and its headers, must have come.
 HEAD_S = 10.0
 
+# What a refused client is still sending is read for so long: closed before, the connection would
+# be reset, and the refusal lost on its way.
+LINGER_S = 1.0
+
 
 def limited(protocol_class: type[Any], max_per_address: int) -> type[Any]:
     """Return a protocol that answers 429 to more connections of an address than that."""
 
     class Limited(protocol_class):
+        _is_refused = False
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if self.client is None:  # a Unix socket's
@@ -24,8 +30,15 @@ def limited(protocol_class: type[Any], max_per_address: int) -> type[Any]:
             if sum(c.client is not None and c.client[0] == address for c in self.connections) > (
                 max_per_address
             ):
+                self._is_refused = True
+                self.connections.discard(self)
                 transport.write(_refusal(address, max_per_address))
-                transport.close()
+                transport.write_eof()
+                self.loop.call_later(LINGER_S, transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            if not self._is_refused:
+                super().data_received(data)
 
     return Limited
 

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 from serving.answers import ServiceInfo
+from serving.decoders import EndReason
 from serving.stages import StageTimes
 
 # Decoding a small picture takes a millisecond, a call of the network 5 to 500; beyond are queues.
@@ -19,7 +20,7 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        from prometheus_client import Gauge, Histogram
+        from prometheus_client import Counter, Gauge, Histogram
 
         self._stages = Histogram(
             "classifier_stage_seconds",
@@ -34,6 +35,12 @@ class Metrics:
             "classifier_in_flight",
             "Requests that are worked on or wait for it.",
             multiprocess_mode="livesum",
+        )
+        self._ended_decoders = Counter(
+            "classifier_decoders_ended",
+            "Processes that decoded a picture and were ended, or ended, by why: time, memory, "
+            "unwanted, killed, crash.",
+            ["reason"],
         )
         self._model = Gauge(
             "classifier_model_info",
@@ -54,6 +61,10 @@ class Metrics:
     def count_call(self, num_images: int) -> None:
         """Count a call of the network."""
         self._calls.observe(num_images)
+
+    def count_ended_decoder(self, reason: EndReason) -> None:
+        """Count a process that decodes and has ended."""
+        self._ended_decoders.labels(reason).inc()
 
     def set_in_flight(self, num_requests: int) -> None:
         """Tell how many places are taken."""

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from efficientnet.images.preprocess import ImageError, ImageTooLargeError
 from serving import open_inference
@@ -24,13 +25,15 @@ from serving.answers import (
 )
 from serving.api_description import describe, problems
 from serving.batching import Images
+from serving.gate import OWN_PATHS
 from serving.open_inference import ServedModel, TimedPiece
 from serving.pictures import DESCRIPTIONS, read_picture, read_pictures
 from serving.refusals import Refusal, in_one_line, problem_response, refusal_response, too_large
 from serving.settings import VERSION, Settings
 from serving.stages import HEADER, StageTimes
+from serving.tracing import SPAN
 from serving.uploads import CLASSIFY, CLASSIFY_BATCH, how_to_send
-from serving.website import ASSETS, SWAGGER_FILES, swagger_files, website
+from serving.website import ASSETS, SAMPLE_NAMES, SWAGGER_FILES, swagger_files, website
 from serving.work import AbandonedError, IsWanted, Piece, WorkQueue, require_wanted
 
 T = TypeVar("T")
@@ -65,8 +68,8 @@ class PictureClassifier(Protocol):
     identity: dict[str, str]
     """Headers of every classification: which model gave it."""
 
-    def prepare(self, data: bytes, times: StageTimes) -> Images:
-        """Return an encoded picture as the network's input."""
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Images:
+        """Return an encoded picture as the network's input; stop when it is not wanted."""
         ...
 
     def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
@@ -154,13 +157,16 @@ async def answer_http_error(request: Request, error: HTTPException) -> JSONRespo
     if isinstance(error, Refusal):
         return refusal_response(error)
     path = request.scope.get("asked_path", request.url.path)
-    if error.status_code == 404:
+    headers, status = error.headers, error.status_code
+    if status == 404 and path in OWN_PATHS:  # of BentoML, which passes other methods on
+        headers, status = {"Allow": "GET, HEAD"}, 405
+    if status == 404:
         sentence = f"there is nothing at {path}; see /docs"
         return problem_response("not_found", sentence, error.headers)
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+    if status == 405:
+        allowed = (headers or {}).get("Allow", "another method")
         sentence = f"{path} does not take {request.scope.get('asked_method')}, use {allowed}"
-        return problem_response("method_not_allowed", sentence, error.headers)
+        return problem_response("method_not_allowed", sentence, headers)
     sentence = f"the form cannot be read ({error.detail}); {how_to_send(path)}"
     return problem_response("invalid_request", sentence, error.headers)
 
@@ -175,7 +181,8 @@ async def answer_os_error(request: Request, error: OSError) -> JSONResponse:
 
 
 @app.exception_handler(AbandonedError)
-async def answer_nobody(_: Request, __: AbandonedError) -> JSONResponse:
+@app.exception_handler(ClientDisconnect)
+async def answer_nobody(_: Request, __: AbandonedError | ClientDisconnect) -> JSONResponse:
     """End a request whose client is gone; the status is for metrics and the log."""
     return problem_response("client_gone", "the client is gone")
 
@@ -204,6 +211,8 @@ async def run(
     results = await classifier.work.run(
         list(map(timed, pieces, all_times)), request.receive, started
     )
+    if span := request.scope.get(SPAN):
+        span.add(all_times)
     for times in all_times[1:]:
         all_times[0].add(times)
     response.headers[HEADER] = all_times[0].header()
@@ -236,7 +245,7 @@ def _piece(classifier: PictureClassifier, image: UploadFile) -> TimedPiece[Image
         if image.size is not None and image.size > max_bytes:
             raise too_large(max_bytes)
         try:
-            images = classifier.prepare(image.file.read(), times)
+            images = classifier.prepare(image.file.read(), is_wanted, times)
         except ImageError as error:
             code = "picture_too_large" if isinstance(error, ImageTooLargeError) else "no_picture"
             raise Refusal(code, str(error)) from error
@@ -260,6 +269,7 @@ _PATHS = frozenset(
         ),
         str(app.openapi_url),
         *(f"{ASSETS}/{name}" for name in SWAGGER_FILES),
+        *(f"/samples/{name}" for name in SAMPLE_NAMES),
     }
 )
 

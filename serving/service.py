@@ -13,8 +13,9 @@ import platform
 import shutil
 import sys
 import tempfile
+import time
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import PurePath
 from typing import Any
@@ -24,10 +25,12 @@ from bentoml.exceptions import BentoMLException
 from PIL import Image
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_artifact
-from efficientnet.images.preprocess import preprocess
+from efficientnet.images.decoding import IMAGE_FORMATS, MAX_PIXELS
 from efficientnet.runtimes import open_runtime
 from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
 from serving.batching import Batcher, Images
+from serving.decoders import DecoderError, Decoders
+from serving.decoding_process import DecodingJob
 from serving.gate import Gate, with_cors
 from serving.metrics import of_this_process
 from serving.open_inference import Counters, ServedModel
@@ -42,8 +45,9 @@ from serving.settings import (
     read_settings,
 )
 from serving.stages import StageTimes
+from serving.tracing import traced
 from serving.uploads import Uploads
-from serving.work import IsWanted, WorkQueue
+from serving.work import AbandonedError, IsWanted, WorkQueue
 
 SETTINGS = read_settings(os.environ)
 
@@ -53,7 +57,13 @@ PACKAGES = ("bentoml", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "p
 # Backstop for what our own time limit does not reach.
 TIMEOUT_MARGIN_S = 30
 
+# Room for a picture of our own, where hardly any bytes may be sent.
+LEAST_SHARED_BYTES = 1_000_000
+
 log = logging.getLogger("bentoml.service")
+
+# What is wrong with a picture is answered; Pillow also writes some of it into the log, as an error.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class GatedService(bentoml.Service[Any]):
@@ -80,7 +90,7 @@ class GatedService(bentoml.Service[Any]):
     def to_asgi(self, is_main: bool = True) -> Any:
         """Make what the worker serves."""
         gate = Gate(
-            super().to_asgi(is_main),
+            traced(super().to_asgi(is_main)),
             is_path,
             SETTINGS.allowed_hosts,
             SETTINGS.api_key,
@@ -124,11 +134,14 @@ def service_info(manifest: ArtifactManifest, sha256: str) -> ServiceInfo:
         runtime=manifest.runtime,
         precision=manifest.precision,
         num_classes=len(manifest.class_names),
+        class_names=manifest.class_names,
         trained_on=PurePath(manifest.data).name,
         workers=SETTINGS.workers,
         threads=SETTINGS.threads_per_worker,
         limits=Limits(
             max_upload_bytes=SETTINGS.max_upload_bytes,
+            max_pixels=MAX_PIXELS,
+            picture_kinds=IMAGE_FORMATS,
             max_pictures=SETTINGS.max_batch,
             network_batch=SETTINGS.network_batch,
             batch_wait_ms=SETTINGS.batch_wait_ms,
@@ -191,15 +204,17 @@ class Classifier:
         self.settings = SETTINGS
         self._metrics = of_this_process()
         self.work = WorkQueue(
-            SETTINGS.decoding_threads,
+            SETTINGS.num_decoders,
             SETTINGS.max_concurrency,
             SETTINGS.timeout_s,
             self._metrics.set_in_flight,
         )
+        self._at_end = ExitStack()
+        self._at_end.callback(self.work.close)
         app.state.classifier = self
         try:
             self._open()
-        except ArtifactError as error:
+        except (ArtifactError, DecoderError) as error:
             # A worker that fails here would be started again and again by BentoML's master.
             self.work.problem = str(error)
             log.error("no picture can be classified: %s", error)
@@ -208,9 +223,21 @@ class Classifier:
         # Read first: open_runtime takes checkpoints too, and would import torch for one.
         manifest = read_artifact(SETTINGS.artifact)
         _require_same(SETTINGS.artifact_sha256)
-        runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker)
+        # They get ready while the network does.
+        self._decoders = Decoders(
+            DecodingJob(
+                spec=manifest.preprocess,
+                max_cpu_s=SETTINGS.decode_cpu_s,
+                max_memory_bytes=SETTINGS.decode_memory_bytes,
+                max_picture_bytes=max(SETTINGS.max_upload_bytes, LEAST_SHARED_BYTES),
+            ),
+            SETTINGS.num_decoders,
+            self._metrics.count_ended_decoder,
+        )
+        self._at_end.callback(self._decoders.close)
+        runtime = open_runtime(SETTINGS.artifact, SETTINGS.threads_per_worker, may_spin=False)
         info = runtime.info
-        self._spec, self._class_names = info.preprocess, info.class_names
+        self._class_names = info.class_names
         self.facts = ModelFacts(
             variant=info.variant,
             runtime=info.runtime,
@@ -234,7 +261,10 @@ class Classifier:
             SETTINGS.batch_wait_ms / 1000,
             self._count_call,
         )
-        self.work.is_stuck_beyond = lambda: self._batcher.is_stuck(SETTINGS.timeout_s)
+        self._at_end.callback(self._batcher.close)
+        self.work.is_stuck_beyond = lambda: (
+            self._decoders.is_stuck or self._batcher.is_stuck(SETTINGS.timeout_s)
+        )
         self._warm_up()
         self.served = ServedModel.of(manifest, SETTINGS.max_batch, self._counters)
 
@@ -251,25 +281,21 @@ class Classifier:
 
     @bentoml.on_shutdown
     def stop_pool(self) -> None:
-        """Let go of the threads."""
-        self.work.close()
-        if not self.work.problem:
-            self._batcher.close()
+        """Let go of the threads, and end the decoders."""
+        self._at_end.close()
 
     # async: BentoML would call anything else in a thread of the pool that uploads use, too.
     async def __is_ready__(self) -> bool:
         return self.is_warm and not self.is_draining and not self.work.is_stuck
 
-    def prepare(self, data: bytes, times: StageTimes) -> Images:
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Images:
         """Return an encoded picture as the network's input [1, 3, H, W].
 
         Raises:
-            ImageError: no picture, damaged, or too many pixels.
+            ImageError, AbandonedError: see Decoders.preprocess.
         """
         with self._batcher.coming():
-            images = preprocess(data, self._spec, lambda: times.end("decode"))[None]
-        times.end("preprocess")
-        return images
+            return self._decoders.preprocess(data, is_wanted, times)[None]
 
     def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
         """Return what becomes the logits [N, classes] of preprocessed images [N, 3, H, W]."""
@@ -287,10 +313,14 @@ class Classifier:
         """Return the `top_k` best classes of an encoded picture.
 
         Raises:
-            ImageError: see prepare.
+            ImageError, AbandonedError: see prepare; it took longer than a request may.
         """
-        times = StageTimes()
-        logits = self.infer(self.prepare(data, times), lambda: True, times)
+        times, deadline = StageTimes(), time.monotonic() + SETTINGS.timeout_s
+
+        def is_wanted() -> bool:
+            return time.monotonic() < deadline
+
+        logits = self.infer(self.prepare(data, is_wanted, times), is_wanted, times)
         return self.predictions(logits.result(), top_k)
 
     def _count_call(self, num_images: int) -> None:
@@ -314,6 +344,10 @@ class Classifier:
             self.classify(buffer.getvalue(), top_k=1)
         except ValueError as error:
             raise ArtifactError(f"the manifest does not fit its program: {error}") from None
+        except AbandonedError:
+            raise DecoderError(
+                f"no picture could be decoded within {SETTINGS.timeout_s} s; the log says why"
+            ) from None
         self._counters = Counters()
         self._metrics.tell_model(self.info)
         self.is_warm = True

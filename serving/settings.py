@@ -84,6 +84,13 @@ class Settings:
     """Longest time for a request: 408 if its body has not come by then, else 504.
     CLASSIFIER_TIMEOUT_S."""
 
+    decode_cpu_s: int = 10
+    """Processor time that decoding a picture may take; then its decoder is ended.
+    CLASSIFIER_DECODE_CPU_S."""
+
+    decode_memory_bytes: int = 1_000_000_000
+    """Memory that decoding a picture may take, on Linux. CLASSIFIER_DECODE_MEMORY_BYTES."""
+
     min_upload_bytes_per_s: int = 1000
     """Least rate of a body, after the first 5 s; then 408. CLASSIFIER_MIN_UPLOAD_BYTES_PER_S."""
 
@@ -109,8 +116,8 @@ class Settings:
     CLASSIFIER_NUM_THREADS."""
 
     @property
-    def decoding_threads(self) -> int:
-        """Threads that decode and preprocess in each process, beside the network."""
+    def num_decoders(self) -> int:
+        """Pictures that each worker decodes at once, each in a process, beside the network."""
         # Two at least, so that a costly picture does not hold up all others.
         return max(2, num_usable_cores() // self.workers)
 

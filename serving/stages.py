@@ -13,12 +13,20 @@ class StageTimes:
 
     def __init__(self) -> None:
         self.seconds: dict[Stage, float] = dict.fromkeys(get_args(Stage), 0.0)
+        self.laps: list[tuple[Stage, float, float]] = []
+        """Stages as they came, with start and end by time.perf_counter."""
         self._started = self._since = time.perf_counter()
 
-    def end(self, stage: Stage) -> None:
-        """Count the time since the last call, or the start, to this stage."""
-        now = time.perf_counter()
+    def end(self, stage: Stage, ago_s: float = 0.0) -> None:
+        """Count the time since the last call, or the start, to this stage.
+
+        Args:
+            stage: which has ended.
+            ago_s: seconds for which the next one has been going on, as another process tells.
+        """
+        now = max(self._since, time.perf_counter() - ago_s)
         self.seconds[stage] += now - self._since
+        self.laps.append((stage, self._since, now))
         self._since = now
 
     def add(self, other: "StageTimes") -> None:

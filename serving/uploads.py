@@ -41,6 +41,9 @@ UPLOAD_GRACE_S = 5.0
 # that, a file in the temporary folder.
 UPLOADS_PER_PLACE = 8
 
+# When all are taken, one that is so far behind the least rate gives way to the next.
+BEHIND_S = 0.5
+
 
 def is_infer(path: str) -> bool:
     """Whether tensors are sent there."""
@@ -83,7 +86,7 @@ class Uploads:
         self._app = app
         self._settings = settings
         self._work = work
-        self._num_uploads = 0
+        self._uploads = set[_Body]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
@@ -99,8 +102,9 @@ class Uploads:
         except Refusal as refusal:
             await refusal_response(refusal)(scope, body.receive, body.send)
             return
-        self._num_uploads += not body.is_complete
-        body.on_complete = self._count_down
+        if not body.is_complete:
+            self._uploads.add(body)
+        body.on_complete = lambda: self._uploads.discard(body)
         try:
             await self._app({**scope, "started": body.started}, body.receive, body.send)
         finally:
@@ -110,7 +114,8 @@ class Uploads:
         body.require_type_and_size()
         self._work().require_place()
         max_uploads = UPLOADS_PER_PLACE * self._settings.max_concurrency
-        if not body.is_complete and self._num_uploads >= max_uploads:
+        is_full = not body.is_complete and len(self._uploads) >= max_uploads
+        if is_full and not self._cut_off_slowest():
             raise Refusal(
                 "overloaded",
                 f"{max_uploads} pictures are on their way, and more are not taken; send this one "
@@ -118,8 +123,13 @@ class Uploads:
                 {"Retry-After": str(RETRY_AFTER_S)},
             )
 
-    def _count_down(self) -> None:
-        self._num_uploads -= 1
+    def _cut_off_slowest(self) -> bool:
+        slowest = max(self._uploads, key=lambda body: body.seconds_behind)
+        if slowest.seconds_behind < BEHIND_S:
+            return False
+        self._uploads.remove(slowest)
+        slowest.cut_off()
+        return True
 
 
 class _Body:
@@ -139,6 +149,9 @@ class _Body:
         self._tail = b""
         self._received_bytes = 0
         self._is_discarded = True
+        self._is_cut_off = False
+        self._deadline: asyncio.Timeout | None = None
+        """Of the receiving that is under way."""
         # Such a client sends nothing before it is asked to, and takes an early answer.
         self._waits_to_be_asked = headers.get("expect", "").lower() == "100-continue"
         self.started = time.monotonic()
@@ -170,6 +183,18 @@ class _Body:
         is_picture = kind.startswith(b"image/") and self._path == CLASSIFY
         return kind == b"multipart/form-data" or is_picture
 
+    @property
+    def seconds_behind(self) -> float:
+        """How much longer it has taken than at the least rate."""
+        at_rate = self._received_bytes / self._settings.min_upload_bytes_per_s
+        return time.monotonic() - self.started - at_rate
+
+    def cut_off(self) -> None:
+        """Have it answered as one that is too slow, now."""
+        self._is_cut_off = True
+        if self._deadline is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time())
+
     def complete(self) -> None:
         if not self.is_complete:
             self.is_complete = True
@@ -179,11 +204,14 @@ class _Body:
         if self.is_complete:
             return await self._receive()
         try:
-            async with asyncio.timeout(self._next_deadline() - time.monotonic()):
+            remaining = self._next_deadline() - time.monotonic()
+            async with asyncio.timeout(remaining) as self._deadline:
                 message = await self._receive_counted()
         except TimeoutError:
             self._is_discarded = False
             raise self._too_slow() from None
+        finally:
+            self._deadline = None
         limit = self._settings.max_upload_bytes + FORM_OVERHEAD_BYTES
         if max(self._received_bytes, self._declared_bytes) > limit:
             raise too_large(self._settings.max_upload_bytes)
@@ -204,6 +232,8 @@ class _Body:
         await self._send(message)
 
     def _next_deadline(self) -> float:
+        if self._is_cut_off:
+            return 0.0
         at_rate = UPLOAD_GRACE_S + self._received_bytes / self._settings.min_upload_bytes_per_s
         return self.started + min(at_rate, self._settings.timeout_s)
 

@@ -9,6 +9,7 @@ import bentoml
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse
+from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 PAGE = Path(__file__).with_name("page") / "index.html"
@@ -17,6 +18,10 @@ PAGE = Path(__file__).with_name("page") / "index.html"
 SWAGGER_DIR = Path(bentoml.__file__).parent / "_internal" / "server" / "static_content"
 ASSETS = "/docs/assets"
 SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-light-32x32.png")
+
+# Pictures to try; where they come from stands beside them.
+SAMPLES = PAGE.parent / "samples"
+SAMPLE_NAMES = tuple(sorted(path.name for path in SAMPLES.glob("*.*g")))
 
 website = APIRouter(include_in_schema=False)
 swagger_files = StaticFiles(directory=SWAGGER_DIR)
@@ -53,6 +58,14 @@ async def page() -> FileResponse:
     """Return the web page."""
     headers = {"Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
     return FileResponse(PAGE, headers=headers)
+
+
+@website.get("/samples/{name}")
+async def sample(name: str) -> FileResponse:
+    """Return a picture to try."""
+    if name not in SAMPLE_NAMES:
+        raise HTTPException(404)
+    return FileResponse(SAMPLES / name, headers={"Cache-Control": "max-age=86400"})
 
 
 @website.get("/docs")

@@ -188,6 +188,8 @@ def _config(application: Any) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        # No address takes web sockets; uvicorn's protocol for them has none of the limits.
+        ws="none",
         timeout_graceful_shutdown=GRACE_S,
     )
 

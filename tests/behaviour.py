@@ -15,9 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from test_commands import COMMANDS
+from commands import COMMANDS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 TRAINING = [
     *("tiny", "--steps", "20", "--progressive.num-stages", "1", "--num-workers", "0"),
     *("--name", "lock", "--output"),

@@ -1,24 +1,35 @@
-"""A `tiny` checkpoint and its artifact, made once per test session: one worker makes it for all."""
+"""What many tests start from, made once per test session: one worker makes it for all."""
 
 import fcntl
+import hashlib
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
+from commands import Done, run
 from networks import fit, images_of, random_network
+from quick import hold_contenders_here, take_back, tell_peaks
 
 from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
+from efficientnet.images import datasets
 from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.machine.environment import current_environment
-from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding
-from export import ort
-from export.inputs.config import ExportConfig
+from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding, VariantSpec
+from export import ort, ov
+from export.inputs.config import OpenVinoConfig, OrtConfig
+
+# They are the same each time, and take half a second to make.
+datasets.digit_images = cache(datasets.digit_images)
 
 # Tests run side by side, one process a core: more threads would only wait for each other. Commands
 # that tests start inherit it.
@@ -28,6 +39,10 @@ torch.set_num_threads(1)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from all tests but those of `pytest -m gpu`, and let Ctrl-C be heard."""
+    # A core for each worker, and what it starts: threads of two of them would wait for each other.
+    if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # A shell's job in the background ignores Ctrl-C, and so would the commands that tests start.
@@ -36,34 +51,63 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Take back the threads that a runtime opened by an earlier test left to torch.
+def known_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure no peaks of this processor but where they are tested."""
+    tell_peaks(monkeypatch.setattr)
 
-    More of them sum in another order, and a training is no longer that of a process of its own.
-    """
-    torch.set_num_threads(1)
+
+@pytest.fixture
+def own_processes() -> None:
+    """Let contenders have the processes that they have outside of tests."""
+
+
+@pytest.fixture(autouse=True)
+def contenders_here(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Start no process for a contender but for `own_processes`."""
+    if "own_processes" not in request.fixturenames:
+        hold_contenders_here(monkeypatch.setattr)
+        if measuring := sys.modules.get("export.builders.measuring"):
+
+            def run_fork(command: list[str], **_: object) -> Done:
+                return run(*command[1:], cwd=Path.cwd())
+
+            forks = SimpleNamespace(PIPE=None, run=run_fork)
+            monkeypatch.setattr(measuring, "subprocess", forks)
+    # More threads, which an earlier test's runtime may have opened, sum in another order.
+    take_back()
+    yield
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw none of a training, which takes longer than an epoch, but where they are looked at."""
+    if "training.running.report" in sys.modules:
+        monkeypatch.setattr("training.running.run_folder.draw_curves", lambda *_: Path())
+        monkeypatch.setattr("training.running.report.draw_confusion", lambda *_: b"")
 
 
 # With --dist loadfile a file is one worker's: one that takes long and begins last leaves the others
 # without work.
 LONG_FILES = (
-    "test_export_matrix.py",
-    "test_export_search.py",
-    "test_pipeline.py",
-    "test_export_stepwise.py",
-    "test_weights.py",
-    "test_perf_latency.py",
-    "test_export_ablation.py",
-    "test_perf_network.py",
-    "test_training_search.py",
-    "test_export_batch_splitting.py",
-    "test_export_quantization.py",
-    "test_commands.py",
-    "test_export_all.py",
-    "test_training_resume.py",
-    "test_training_loop.py",
-    "test_training_speed.py",
     "test_training_distributed.py",
+    "test_training_resume.py",
+    "test_serving_service.py",
+    "test_training_import_weights.py",
+    "test_training_loop.py",
+    "test_export_matrix.py",
+    "test_serving_workers.py",
+    "test_export_search.py",
+    "test_perf_regression.py",
+    "test_training_compile.py",
+    "test_training_ablation.py",
+    "test_training_search.py",
+    "test_export_aoti.py",
+    "test_pipeline.py",
+    "test_perf_latency.py",
+    "test_export_all.py",
+    "test_export_batch_splitting.py",
 )
 
 
@@ -82,6 +126,11 @@ TINY_PREPROCESS = PreprocessSpec(
 )
 
 
+def digits(num_images: int) -> np.ndarray:
+    """Return held-out digits as the tiny networks want them, float32 [N, 3, 32, 32]."""
+    return images_of(list(load_dataset("digits").val[:num_images]), TINY_PREPROCESS).numpy()
+
+
 QUANTIZATION = QuantizationRecord(
     method="",
     num_calibration_images=64,
@@ -92,17 +141,21 @@ QUANTIZATION = QuantizationRecord(
 
 
 def write_tiny_checkpoint(
-    directory: Path, padding: Padding = "symmetric", is_fitted: bool = False
+    directory: Path,
+    padding: Padding = "symmetric",
+    is_fitted: bool = False,
+    spec: VariantSpec = VARIANTS["tiny"],
 ) -> Path:
     """Write a random `tiny` network for the digits; fitted, it knows nine of ten."""
     torch.manual_seed(0)
     samples = list(load_dataset("digits").train)
     images = images_of(samples if is_fitted else samples[:64], TINY_PREPROCESS)
-    model = random_network(VARIANTS["tiny"], 10, images[:64], padding)
+    model = random_network(spec, 10, images[:64], padding)
     if is_fitted:
         fit(model, images, torch.tensor([sample.label for sample in samples]))
     record = CheckpointRecord(
-        variant="tiny",
+        variant=spec.name,
+        architecture=None if spec.name in VARIANTS else spec,
         num_classes=10,
         class_names=tuple("0123456789"),
         network=NetworkOptions(padding=padding),
@@ -131,10 +184,39 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not mark.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             make(folder)
             mark.touch()
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graphs_are_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let all tests share what torch's exporter makes of a network: it takes seconds each time."""
+    export = torch.onnx.export
+
+    def export_once(network: torch.nn.Module, images: Any, *file: Any, **settings: Any) -> Any:
+        import onnx
+        import onnx_ir
+
+        if file:
+            return export(network, images, *file, **settings)
+        key = hashlib.sha256(f"{network} {images[0].shape} {settings}".encode())
+        for name, tensor in network.state_dict().items():
+            key.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            key.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+        def make(folder: Path) -> None:
+            program = export(network, images, **settings)
+            assert program is not None
+            onnx.save(program.model_proto, folder / "graph.onnx")
+
+        folder = made_once(tmp_path_factory, f"graph-{key.hexdigest()}", make)
+        return torch.onnx.ONNXProgram(onnx_ir.load(folder / "graph.onnx"), None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", export_once)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -150,9 +232,28 @@ def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     artifact = Path("tiny") / "onnxruntime-fp32"
 
     def make(folder: Path) -> None:
-        ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=folder / artifact))
+        ort.main(OrtConfig(checkpoint=tiny_checkpoint, output=folder / artifact))
 
     return made_once(tmp_path_factory, "tiny-artifacts", make) / artifact
+
+
+@pytest.fixture(scope="session")
+def openvino_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    artifact = Path("tiny") / "openvino-fp32"
+
+    def make(folder: Path) -> None:
+        ov.main(OpenVinoConfig(tiny_checkpoint, folder / artifact, num_parity_images=64))
+
+    return made_once(tmp_path_factory, "tiny-openvino", make) / artifact
+
+
+@pytest.fixture(scope="session")
+def service_port(tiny_artifact: Path) -> Iterator[int]:
+    """A running service, of which tests may ask what they want, but not that it ends."""
+    from serving.demo import running_service
+
+    with running_service(tiny_artifact) as port:
+        yield port
 
 
 @pytest.fixture(scope="session")

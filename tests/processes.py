@@ -1,10 +1,35 @@
-"""Looking after processes that tests start."""
+"""Processes that tests start: forks of one that has the libraries loaded, and how they do."""
 
+import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import psutil
+import pytest
+
+
+@cache
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        # The server does not get pytest's path, and passes over a name that it does not find.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
+
+
+def fork(target: Callable[..., object], *args: object) -> BaseProcess:
+    """Call a function in a fork of a process that has loaded the libraries, and has no threads."""
+    process = _server().Process(target=target, args=args)
+    process.start()
+    return process
 
 
 def process_exists(pid: int) -> bool:
@@ -40,6 +65,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
 
 def listening_ports(pid: int) -> set[int]:
     """List the TCP ports that a process and all that it started listen on."""
+    import psutil
+
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     return {
         connection.laddr.port

@@ -1,5 +1,6 @@
 """Searches that are over in a second: two stages, two steps, the digits loaded once a process."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,11 @@ def searched(config: SearchConfig) -> SearchRecord:
     worker = worker_of(config)
     worker.run()
     return collect(config, worker.study, worker.space, len(worker.experiment.held_out))
+
+
+def outcomes(record: SearchRecord) -> Counter[str]:
+    """Count the trials by what came of them."""
+    return Counter(trial.outcome for trial in record.trials)
 
 
 def _experiment_of(config: SearchConfig) -> Experiment:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from efficientnet.images.preprocess import PreprocessSpec
-from efficientnet.network.variants import NetworkOptions
+from efficientnet.network.variants import VARIANTS, NetworkOptions
 from training.learning.distributed import Ranks
 from training.learning.state import TrainState, new_state
 from training.learning.step import TrainStep
@@ -20,6 +20,12 @@ SPEC = PreprocessSpec(
     crop_fraction=None,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
+)
+
+TINY = VARIANTS["tiny"]
+# A block of each kind.
+SMALLEST = replace(
+    TINY, name="smallest", stages=(TINY.stages[0], replace(TINY.stages[2], num_layers=1))
 )
 
 

@@ -84,7 +84,7 @@ def end_at_step(ending: str, pids: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["exception", "worker", "killed"])
 def test_a_training_ends_with_its_workers(ending: str, tmp_path: Path):
-    config = small_run(tmp_path, num_workers=2)
+    config = small_run(tmp_path, num_workers=2, batch_size=64)
     code = end(start(config, end_at_step, ending, tmp_path / "pids"), timeout=60)
     assert code == [-signal.SIGKILL if ending == "killed" else 1]
     workers = list(map(int, (tmp_path / "pids").read_text().split()))

@@ -5,44 +5,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import COMMANDS, ROOT, help_of_all, run
 from facts import require_named
 
-ROOT = Path(__file__).resolve().parent.parent
-# What serving/run.py becomes is no command of its own.
-COMMANDS = [
-    f"{path.parent.name}/{path.name}"
-    for stage in ("training", "export", "perf", "serving")
-    for path in sorted((ROOT / stage).glob("*.py"))
-    if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.stem != "supervisor"
-]
 
-# Runs a command, and tells whether it has loaded torch.
-RUN_AND_TELL = """
-import runpy, sys
-command, sys.argv = sys.argv[1], sys.argv[1:]
-sys.path[0] = command.rpartition("/")[0]
-try:
-    runpy.run_path(command, run_name="__main__")
-finally:
-    print("torch" in sys.modules, file=sys.stderr)
-"""
-
-
-def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *map(str, arguments)]
+def run_program(program: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_examples_line_by_line_without_loading_torch(command: str):
-    done = run("-c", RUN_AND_TELL, command, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "->" in done.stdout
-    lines = [line.strip() for line in done.stdout.splitlines()]
+    text, has_torch = help_of_all()[command]
+    assert "->" in text
+    lines = [line.strip() for line in text.splitlines()]
     doc = (ROOT / command).read_text(encoding="utf-8").split('"""')[1]
     examples = [line.strip() for line in doc.splitlines() if f"python {command}" in line]
     assert examples and set(examples) <= set(lines)
-    assert done.stderr.splitlines()[-1] == "False"
+    assert not has_torch
 
 
 @pytest.mark.parametrize("command", ["perf/report.py", "serving/run.py"])
@@ -85,7 +65,7 @@ def test_resuming_what_is_no_run_is_an_error(tmp_path: Path):
 
 
 def test_exporting_without_a_run_says_how_to_make_one(tmp_path: Path):
-    done = run(ROOT / "export/ort.py", cwd=tmp_path)
+    done = run("export/ort.py", cwd=tmp_path)
     assert done.returncode == 1
     assert "python training/run.py v2-s" in done.stderr
 
@@ -115,7 +95,7 @@ def test_a_full_disk_is_said_plainly_and_leaves_the_older_artifact(tiny_checkpoi
         "        file.write('x')\n"
         "run_command(lambda: None, main)\n"
     )
-    done = run("-c", program)
+    done = run_program(program)
     assert done.returncode == 1
     assert "error: the disk is full" in done.stderr and "Traceback" not in done.stderr
 
@@ -130,7 +110,7 @@ def test_a_long_result_goes_to_a_file_unless_json_is_asked_for(tmp_path: Path, p
         "    result_file = Path('reports/numbers.json')\n"
         f"run_command(lambda: Config(json={prints_json}), lambda _: RootModel[list[int]]([1, 2]))\n"
     )
-    done = run("-c", program, cwd=tmp_path)
+    done = run_program(program, cwd=tmp_path)
     written = tmp_path / "reports" / "numbers.json"
     assert done.returncode == 0, done.stderr
     assert done.stdout == ("[1,2]\n" if prints_json else "reports/numbers.json\n")
@@ -144,7 +124,7 @@ def test_a_bug_keeps_its_traceback():
         "from efficientnet.command import run_command\n"
         "run_command(lambda: None, lambda _: json.loads('{'))\n"
     )
-    done = run("-c", program)
+    done = run_program(program)
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 

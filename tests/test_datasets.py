@@ -206,11 +206,6 @@ def test_train_without_val_is_an_error(tmp_path: Path):
         load_dataset(tmp_path)
 
 
-def test_a_missing_folder_says_what_is_expected(tmp_path: Path):
-    with raises_naming(FileNotFoundError, tmp_path / "nowhere"):
-        load_dataset(tmp_path / "nowhere")
-
-
 def test_one_broken_image_in_more_than_a_hundred_is_named_and_left_out(tmp_path: Path):
     fill(tmp_path / "cat", 60)
     fill(tmp_path / "dog", 60)
@@ -251,12 +246,8 @@ def test_a_part_of_train_held_out_is_stratified_and_the_same_each_time():
     assert (len(first.train), len(first.val)) == (1293, 144)
     counts = np.bincount([sample.label for sample in first.val])
     assert counts.min() >= 14 and counts.max() <= 15
-
-
-def test_what_is_held_out_comes_from_train_and_never_from_val():
-    dataset = load_dataset("digits")
-    held = hold_out(dataset, 0.2)
-    names = sorted(sample.name for sample in (*held.train, *held.val))
+    # Nothing comes from val.
+    names = sorted(sample.name for sample in (*first.train, *first.val))
     assert names == sorted(sample.name for sample in dataset.train)
 
 

@@ -1,5 +1,3 @@
-import json
-import os
 import re
 import shlex
 import subprocess
@@ -8,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import ROOT, help_of_all
 
 from efficientnet.network.variants import VARIANTS
 from efficientnet.reporting.publishing import find_section
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((ROOT / "docs").glob("*.md")),
@@ -60,7 +58,7 @@ def test_commands_parse():
     assert not wrong
 
 
-def test_the_results_page_has_a_place_for_what_each_command_publishes():
+def test_a_page_has_a_place_for_what_each_command_publishes():
     sources = "".join(
         path.read_text()
         for stage in ("training", "export", "perf")
@@ -68,9 +66,10 @@ def test_the_results_page_has_a_place_for_what_each_command_publishes():
     )
     defaults = set(re.findall(r'readme: Path = Path\("(.*)"\)', sources))
     sections = re.findall(r'^(?:\w*SECTION|RESULTS) = "([\w-]+)"$', sources, re.M)
-    assert defaults == {"docs/results.md"} and len(sections) > 8
+    assert defaults == {"docs/results.md", "docs/serving.md"} and len(sections) > 8
     for section in sections:
-        find_section(ROOT / "docs/results.md", section)
+        (page,) = (ROOT / p for p in defaults if f"<!-- {section}: " in (ROOT / p).read_text())
+        find_section(page, section)
 
 
 def test_the_commands_that_take_no_time_run():
@@ -128,29 +127,6 @@ def commands_of(page: Path) -> Iterator[list[str]]:
             yield words[scripts[0] :]
 
 
-# All in one process: what they share is imported once.
-SHOW_ALL = """
-import contextlib, io, json, runpy, sys
-texts = {}
-for script in sys.argv[1:]:
-    sys.path[0] = script.rpartition("/")[0]
-    for words in [["v2-s"], []] if script == "training/run.py" else [[]]:
-        sys.argv = [script, *words, "--help"]
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-            runpy.run_path(script, run_name="__main__")
-        texts[script] = texts.get(script, "") + out.getvalue()
-print(json.dumps(texts))
-"""
-
-
 def known_flags(scripts: list[str]) -> dict[str, set[str]]:
-    done = subprocess.run(
-        [sys.executable, "-c", SHOW_ALL, *scripts],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    texts = json.loads(done.stdout)
-    return {script: set(re.findall(r"--[a-z][\w.-]*", texts[script])) for script in scripts}
+    helps = help_of_all()
+    return {script: set(re.findall(r"--[a-z][\w.-]*", helps[script].text)) for script in scripts}

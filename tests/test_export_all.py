@@ -2,12 +2,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from facts import raises_naming
 
 from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.machine.environment import current_environment
-from export.inputs.candidates import CANDIDATES
 from export.studies import all_exports
 from export.studies.all_exports import AllConfig, reason_of
 from export.studies.export_table import Line, Summary, choose_default, publish, table_of
@@ -100,11 +98,6 @@ def test_a_published_table_stands_in_the_readme(tmp_path: Path, monkeypatch: pyt
     assert len(list(tmp_path.glob("reports/published/*/exports-*.json"))) == 2
 
 
-def test_an_unknown_command_is_refused():
-    with raises_naming(ValueError, "--only", "tflite", "ort, ov"):
-        AllConfig(only=("tflite",))
-
-
 def test_what_belongs_to_one_artifact_is_not_offered_for_all_of_them(
     capsys: pytest.CaptureFixture[str],
 ):
@@ -115,19 +108,13 @@ def test_what_belongs_to_one_artifact_is_not_offered_for_all_of_them(
     assert "--precision" not in text and "--output" not in text
 
 
-def test_one_precision_is_not_taken():
-    with raises_naming(ValueError, "--precision", "int8"):
-        AllConfig(precision="int8")
-
-
 def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
     fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # One that is refused stands for all that need a GPU; OpenVINO's is passed over by --only.
-    tried = [("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("onnxruntime", "int8")]
-    tried.append(("onnxruntime-cuda", "fp16"))
+    tried = [("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("onnxruntime-cuda", "fp16")]
     named = [*tried, ("openvino", "fp32")]
-    candidates = [one for one in CANDIDATES if (one.name, one.precision) in named]
+    candidates = [one for one in all_exports.CANDIDATES if (one[1].name, one[2]) in named]
     assert len(candidates) == len(named)
     monkeypatch.setattr(all_exports, "CANDIDATES", candidates)
     monkeypatch.chdir(tmp_path)
@@ -135,7 +122,7 @@ def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
         AllConfig(
             checkpoint=fitted_checkpoint,
             only=("ort",),
-            seconds=0.5,
+            seconds=0.2,
             num_parity_images=64,
             num_calibration_images=64,
             max_drop=2,
@@ -143,7 +130,7 @@ def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
     )
     by_name = {(one.name, one.precision): one for one in summary.lines}
     assert list(by_name) == [("eager", "fp32"), *tried]
-    for precision in ("fp32", "fp16", "int8"):
+    for precision in ("fp32", "int8"):
         one = by_name["onnxruntime", precision]
         assert one.p50_ms is not None and one.top1 is not None and one.left_out is None
     assert by_name["onnxruntime", "fp32"].drop == 0.0

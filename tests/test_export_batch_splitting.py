@@ -1,7 +1,6 @@
 """Batch sizes that are answered image by image, in streams of one thread."""
 
 import logging
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import pytest
 from facts import raises_naming
 from numpy.typing import NDArray
 
-from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.runtimes import open_runtime
-from export.builders import batch_splitting, search
+from export.builders import batch_splitting
 from export.builders import onnxruntime_builder as ort_build
 from export.builders import openvino_builder as ov_build
 from export.checks.logit_agreement import ParityError
@@ -26,9 +24,20 @@ EXPORTS = {
 }
 
 
-@pytest.fixture(params=EXPORTS)
+@pytest.fixture(params=EXPORTS, scope="module")
 def runtime(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="module")
+def streamed(
+    runtime: str, fitted_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An artifact that answers seven images in streams."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_splitting, "LEAST_GAIN", -1e9)  # any ratio is a gain
+        folder = tmp_path_factory.mktemp("streamed")
+        return export(runtime, fitted_checkpoint, folder / "artifact", (1, 7))
 
 
 def export(runtime: str, checkpoint: Path, output: Path, batches: tuple[int, ...]) -> Path:
@@ -42,15 +51,10 @@ def random_images(directory: Path, count: int) -> NDArray[np.float32]:
     return generator.standard_normal((count, 3, size, size), dtype=np.float32)
 
 
-def test_streams_answer_each_image_at_its_place(
-    runtime: str, fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    # Any ratio is a gain.
-    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)
-    directory = export(runtime, fitted_checkpoint, tmp_path / "artifact", (1, 7))
-    assert read_artifact(directory).streamed_batches == (7,)
-    images = random_images(directory, 7)
-    opened = open_runtime(directory, num_threads=3)
+def test_streams_answer_each_image_at_its_place(streamed: Path):
+    assert read_artifact(streamed).streamed_batches == (7,)
+    images = random_images(streamed, 7)
+    opened = open_runtime(streamed, num_threads=3)
     alone = np.concatenate([opened.infer(images[i : i + 1]) for i in range(7)])
     assert np.abs(alone - alone[::-1]).max() > 0.1
     for _ in range(3):
@@ -106,36 +110,7 @@ def test_wrong_answers_in_streams_leave_an_artifact_that_had_passed_without_them
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
-def test_the_winner_of_a_search_gets_streams(
-    fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(search, "SECONDS", 0.1)
-    monkeypatch.setattr(search, "TURNS", 2)
-    monkeypatch.setattr(search, "NUM_CALLS", 2)
-    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)
-    config = OrtConfig(
-        fitted_checkpoint,
-        tmp_path / "found",
-        "int8",
-        batches=(1, 4),
-        num_parity_images=64,
-        num_calibration_images=64,
-        max_drop=100,
-        search=True,
-    )
-    manifest = read_artifact(ort_build.main(config))
-    assert manifest.streamed_batches == (4,)
-    if manifest.binding is not None:
-        flags = shlex.split(manifest.binding.rebuild)[2:]
-        rebuilt = parse_flags(OrtConfig, None, flags)
-        assert rebuilt == config
-
-
-def test_layers_of_a_streamed_size_are_refused(
-    runtime: str, fitted_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)
-    directory = export(runtime, fitted_checkpoint, tmp_path / "artifact", (1, 4))
-    assert read_profiled(directory, 1).path == directory
-    with raises_naming(ValueError, "4 images", "--batch-size 1"):
-        read_profiled(directory, 4)
+def test_layers_of_a_streamed_size_are_refused(streamed: Path):
+    assert read_profiled(streamed, 1).path == streamed
+    with raises_naming(ValueError, "7 images", "--batch-size 1"):
+        read_profiled(streamed, 7)

@@ -270,10 +270,6 @@ def _plain() -> ort.SessionOptions:
     return options
 
 
-def _num_activations(made: Made) -> int:
-    return sum(int(layer["activation"] > 0) for layer in made.program.layers)
-
-
 def test_bf16_without_its_instructions_is_told_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from facts import raises_naming
 
 from efficientnet.command import parse_flags
@@ -22,7 +21,7 @@ from export.checks.logit_agreement import (
     run_in_batches,
     tolerances_for,
 )
-from export.inputs.config import ExportConfig
+from export.inputs.config import ExportConfig, OrtConfig
 from export.inputs.reference import Reference, load_reference
 from perf.measurements.accuracy import AccuracyConfig
 from perf.measurements.latency import LatencyConfig
@@ -122,7 +121,7 @@ def test_a_refused_artifact_leaves_nothing_behind(
     monkeypatch.setitem(logit_agreement.RELATIVE_TOLERANCE, "fp32", 0.0)
     output = tmp_path / "artifacts" / "onnxruntime-fp32"
     with pytest.raises(ParityError):
-        ort.main(ExportConfig(checkpoint=tiny_checkpoint, output=output))
+        ort.main(OrtConfig(checkpoint=tiny_checkpoint, output=output))
     assert list((tmp_path / "artifacts").iterdir()) == []
 
 
@@ -134,7 +133,7 @@ def test_an_eager_network_that_answers_with_infinity_is_named_before_anything_is
     model.classifier[1].weight.data.fill_(3e38)
     save_checkpoint(tmp_path / "checkpoint", model.state_dict(), record, None)
     monkeypatch.setattr(ort_build, "typed_graph", lambda *_: pytest.fail("it was built"))
-    config = ExportConfig(checkpoint=tmp_path / "checkpoint", output=tmp_path / "artifacts" / "a")
+    config = OrtConfig(checkpoint=tmp_path / "checkpoint", output=tmp_path / "artifacts" / "a")
     with raises_naming(CheckpointError, config.checkpoint, "before any export"):
         ort.main(config)
     assert not list((tmp_path / "artifacts").glob("*"))
@@ -194,18 +193,7 @@ def test_int8_logits_of_another_size_are_refused(reference: Reference):
         require_parity(record)
 
 
-def test_fewer_than_64_parity_images_cannot_be_asked_for():
-    with raises_naming(ValueError, "--num-parity-images", 63, 64):
-        replace(ExportConfig(), num_parity_images=63)
-
-
 @pytest.mark.parametrize("config", [ExportConfig, AccuracyConfig, LatencyConfig])
 def test_data_may_be_addresses_and_commands_as_in_training(config: type[Any]):
     for source in ("https://host/train-{0..9}.tar", "pipe:cat //x/./train-0.tar"):
         assert parse_flags(config, None, ["--data", source]).data == source
-
-
-def test_the_eager_model_is_compared_in_evaluation_mode(tiny_checkpoint: Path):
-    model, _ = load_checkpoint(tiny_checkpoint)
-    assert not any(module.training for module in model.modules())
-    assert all(p.dtype == torch.float32 for p in model.parameters())

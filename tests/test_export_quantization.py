@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,21 +49,13 @@ from export.graphs.calibration import (
     CalibrationError,
     choose_samples,
     collect_ranges,
-    write_calibration,
+    record_calibration,
 )
-from export.graphs.folding import (
-    FloatPrecision,
-    count_ops,
-    export_onnx,
-    fold_batch_norm,
-    is_within,
-)
+from export.graphs.folding import FloatPrecision, count_ops, export_onnx, fold_batch_norm, is_within
 from export.graphs.precision import graph_of, typed_graph
 from export.graphs.quantization import SCHEMES, insert_quantization, tensors_to_quantize
 from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
 from export.inputs.reference import Reference, load_reference
-
-BLOCKS = ("features.1.0", "features.2.0", "features.3.0")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +84,11 @@ def exported(reference: Reference) -> Exported:
     return copy_of
 
 
+@cache
 def quantized(
     reference: Reference, config: ExportConfig, scheme: str, kept: tuple[str, ...] = ()
 ) -> onnx.ModelProto:
+    """Return a graph in 8 bits, not to be changed."""
     with tempfile.TemporaryDirectory() as folder:
         return typed_graph(reference, config, kept, scheme, Path(folder)).model
 
@@ -282,11 +277,6 @@ def test_activations_that_16_bits_do_not_hold_are_an_error(exported: Exported):
         insert_quantization(graph, ranges, (), SCHEMES["tensorrt"])
 
 
-def test_with_all_blocks_kept_nothing_is_quantised(reference: Reference, config: ExportConfig):
-    every = tuple(name for name, _ in named_blocks(reference.model))
-    assert count_ops(quantized(reference, config, "onnxruntime", every))["QuantizeLinear"] == 0
-
-
 def test_a_pattern_takes_the_nodes_of_one_module_only():
     # NNCF matches from the start of a name only.
     def takes(name: str, node: str) -> bool:
@@ -296,6 +286,9 @@ def test_a_pattern_takes_the_nodes_of_one_module_only():
     assert takes("features.6.1", "features.6.1/Add") and takes("features.6.1", "features.6.1")
     assert not takes("features.6.1", "features.6.10.block.0.0/Conv")
     assert not takes("features.6.1", "features.6.14/Add")
+    assert is_within("features.1.1.block.0/Conv", "features.1.1")
+    assert is_within("features.1.1/Add", "features.1.1")
+    assert not is_within("features.1.10.block.0/Conv", "features.1.1")
 
 
 def test_squeeze_excites_own_layers_have_no_part_in_the_ranking(
@@ -314,12 +307,6 @@ def test_squeeze_excites_own_layers_have_no_part_in_the_ranking(
     assert len(shapes) == len(layers) * 64 // 16
 
 
-def test_a_block_is_not_taken_for_one_whose_name_starts_alike():
-    assert is_within("features.1.1.block.0/Conv", "features.1.1")
-    assert is_within("features.1.1/Add", "features.1.1")
-    assert not is_within("features.1.10.block.0/Conv", "features.1.1")
-
-
 def test_calibration_takes_training_images_only_and_names_them(
     reference: Reference, config: ExportConfig, tmp_path: Path
 ):
@@ -328,22 +315,11 @@ def test_calibration_takes_training_images_only_and_names_them(
     assert len(samples) == 64 and not held_out & {sample.name for sample in samples}
     assert samples == choose_samples(reference, config)
     assert samples != choose_samples(reference, replace(config, seed=1))
-    write_calibration(tmp_path, samples, config, "a method")
+    record_calibration(tmp_path, samples, config, "a method", "fp32")
     content = json.loads((tmp_path / CALIBRATION_FILE).read_text())
     assert content["num_images"] == 64 and content["seed"] == 0
     assert set(content["images"]) == {sample.name for sample in samples}
     assert all(len(sha256) == 64 for sha256 in content["images"].values())
-
-
-def test_too_few_training_images_are_an_error(reference: Reference, config: ExportConfig):
-    few = replace(reference, dataset=replace(reference.dataset, train=reference.dataset.train[:63]))
-    with raises_naming(CalibrationError, "63 training images", "--num-calibration-images"):
-        choose_samples(few, config)
-
-
-def test_fewer_than_64_calibration_images_cannot_be_asked_for():
-    with raises_naming(ValueError, "--num-calibration-images", 63, 64):
-        ExportConfig(num_calibration_images=63)
 
 
 def test_ranges_that_are_no_numbers_are_an_error(exported: Exported):
@@ -376,16 +352,6 @@ def test_a_drop_is_that_of_the_images_that_changed():
     assert drop == pytest.approx(0.02)
     assert low < 0.02 < high
     assert paired_drop(before, before)[0] == 0.0
-
-
-def test_more_images_narrow_the_interval():
-    before = np.ones(100, bool)
-    after = before.copy()
-    after[:2] = False
-    _, low, high = paired_drop(before, after)
-    _, low_many, high_many = paired_drop(np.tile(before, 100), np.tile(after, 100))
-    assert high_many - low_many < (high - low) / 5
-    assert 0 < low_many < 0.02 < high_many
 
 
 def test_every_block_is_ranked_by_what_it_does_to_the_logits(
@@ -469,9 +435,7 @@ def test_as_few_blocks_as_will_do_are_kept(
         return judged(tried, drop=0.02) if is_lost else judged(tried, drop=0.0, mean_error=1.0)
 
     found = keep_within_drop(
-        attempt,
-        judge,
-        lambda: [BlockCost(block=name, logit_error=1.0) for name in names],
+        attempt, judge, lambda: [BlockCost(block=name, logit_error=1.0) for name in names]
     )
     assert int(found.directory.name) == needed
     assert found.manifest.gate is not None and found.manifest.gate.drop == 0.0

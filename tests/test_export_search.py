@@ -1,4 +1,5 @@
 import logging
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ import openvino
 import pytest
 from facts import raises_naming
 
+from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact, write_manifest
 from efficientnet.network.model import EfficientNet
+from export.builders import batch_splitting, search
 from export.builders import onnxruntime_builder as ort_build
 from export.builders import openvino_builder as ov_build
-from export.builders import search
 from export.builders.search import faster_in_float, time_of
 from export.checks.gate import AccuracyDropError, GateError
 from export.checks.logit_agreement import ParityError
@@ -44,38 +46,31 @@ def quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(search, "NUM_CALLS", 2)
 
 
-def times(model: EfficientNet, **other: float) -> dict[str, float]:
+def times(model: EfficientNet, **other: float) -> list[tuple[str, float]]:
     modules = [name for name, _ in model.named_modules() if name.endswith(".0") and "block" in name]
-    return dict.fromkeys(modules, 1.0) | {
-        name.replace("_", "."): value for name, value in other.items()
-    }
+    named = {name.replace("_", "."): ms for name, ms in other.items()}
+    return list((dict.fromkeys(modules, 1.0) | named).items())
 
 
 def test_a_layer_is_timed_with_its_silu_and_a_block_with_all_in_it():
-    ms = {"features.1.0.block.0.0": 2.0, "features.1.0.block.0.2": 1.0, "features.1.0": 0.5}
+    ms = [("features.1.0.block.0.0", 2.0), ("features.1.0.block.0.2", 1.0), ("features.1.0", 0.5)]
     assert time_of("features.1.0.block.0", ms) == 3.0
     assert time_of("features.1.0", ms) == 3.5
-    assert time_of("features.1.0.block", {"features.1.0.blocks": 1.0}) == 0
+    assert time_of("features.1.0.block", [("features.1.0.blocks", 1.0)]) == 0
 
 
 def test_layers_and_blocks_are_chosen_that_gain_more_than_noise(reference: Reference):
-    in_int8 = times(reference.model)
-    layer = f"{DEPTHWISE}.0"
-    assert layer in in_int8
-    assert faster_in_float(reference.model, in_int8, in_int8) == {}
-    assert faster_in_float(reference.model, in_int8 | {layer: 0.96}, in_int8) == {}
+    model, in_int8 = reference.model, times(reference.model)
+    assert faster_in_float(model, in_int8, in_int8) == {}
+    assert faster_in_float(model, times(model, features_3_0_block_1_0=0.96), in_int8) == {}
     # Of its block it is too small a part.
-    assert faster_in_float(reference.model, in_int8 | {layer: 0.9}, in_int8) == {
-        "layers": (DEPTHWISE,)
-    }
-    found = faster_in_float(reference.model, in_int8 | {layer: 0.1}, in_int8)
+    found = faster_in_float(model, times(model, features_3_0_block_1_0=0.9), in_int8)
+    assert found == {"layers": (DEPTHWISE,)}
+    found = faster_in_float(model, times(model, features_3_0_block_1_0=0.1), in_int8)
     assert found == {"layers": (DEPTHWISE,), "blocks": ("features.3.0",)}
-
-
-def test_the_same_choice_by_layer_and_by_block_is_built_once(reference: Reference):
-    in_int8 = times(reference.model, features_0_0=1.0)
-    in_float = in_int8 | {"features.0.0": 0.5}
-    assert faster_in_float(reference.model, in_float, in_int8) == {"layers": ("features.0",)}
+    # The stem is a layer and a block, and is built once.
+    stem = times(model, features_0_0=0.5), times(model, features_0_0=1.0)
+    assert faster_in_float(model, *stem) == {"layers": ("features.0",)}
 
 
 def test_layers_in_float_have_float_weights_in_openvino(fitted_checkpoint: Path, tmp_path: Path):
@@ -129,14 +124,17 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ):
-    in_int8 = times(reference.model)
     profiled: list[tuple[Path, ...]] = []
 
-    def profile(paths: tuple[Path, ...], *_: object) -> list[dict[str, float]]:
+    def profile(paths: tuple[Path, ...], *_: object) -> list[dict[str, Any]]:
         profiled.append(paths)
         for path in paths:
             read_artifact(path)
-        return [in_int8 | {f"{DEPTHWISE}.0": 0.1}, in_int8]
+        in_float = times(reference.model, features_3_0_block_1_0=0.1)
+        return [
+            {"layers": [{"module": module, "ms": ms} for module, ms in found]}
+            for found in (in_float, times(reference.model))
+        ]
 
     wanted = "symmetric int8, layers in "
 
@@ -162,7 +160,7 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
         return config.output
 
     monkeypatch.setattr(ov_build, "write_openvino", write_or_copy)
-    monkeypatch.setattr(search, "profile_modules", profile)
+    monkeypatch.setattr(search, "profile", profile)
     monkeypatch.setattr(search, "measure_callables", measure)
     caplog.set_level(logging.INFO)
     config = OpenVinoConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
@@ -177,15 +175,23 @@ def test_a_search_measures_every_mixture_and_keeps_the_fastest(
     assert len(table.splitlines()) == 2 + 1 + 2 * 3 + 1
 
 
-def test_a_search_with_the_runtimes_own_profile(
-    fitted_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_search_by_the_runtimes_own_profile_and_its_winner_gets_streams(
+    fitted_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
+    monkeypatch.setattr(batch_splitting, "LEAST_GAIN", -1e9)  # any ratio is a gain
     caplog.set_level(logging.INFO)
-    config = OrtConfig(fitted_checkpoint, tmp_path / "found", "int8", search=True, **SMALL)
-    best = ort_build.main(config)
-    assert read_artifact(best).precision == "int8"
+    output = tmp_path / "found"
+    config = OrtConfig(fitted_checkpoint, output, "int8", batches=(1, 4), search=True, **SMALL)
+    manifest = read_artifact(ort_build.main(config))
+    assert manifest.precision == "int8" and manifest.streamed_batches == (4,)
     assert "all layers in fp32, to compare with" in caplog.messages
     assert any("measured in turns, batch 1" in message for message in caplog.messages)
+    if manifest.binding is not None:
+        flags = shlex.split(manifest.binding.rebuild)[2:]
+        assert parse_flags(OrtConfig, None, flags) == config
 
 
 def test_nothing_is_written_when_every_mixture_loses_too_much(
@@ -214,30 +220,6 @@ def test_a_search_without_images_to_judge_by_builds_nothing(
     monkeypatch.setattr(ov_build, "write_openvino", lambda *_, **__: pytest.fail("it was built"))
     with raises_naming(GateError, 99, "held-out"):
         ov_build.main(config)
-
-
-@pytest.mark.parametrize(
-    ("kind", "flags", "facts"),
-    [
-        (OrtConfig, {"search": True}, ("--search", "--precision int8", "fp32")),
-        (OrtConfig, {"float_layers": (BLOCK,)}, ("--float-layers", "--precision int8")),
-        (
-            OpenVinoConfig,
-            {"precision": "int8", "search": True, "float_layers": (BLOCK,)},
-            ("--search", "--float-layers"),
-        ),
-        (
-            OrtConfig,
-            {"precision": "int8", "search": True, "provider": "tensorrt"},
-            ("--search", "--provider cpu"),
-        ),
-    ],
-)
-def test_settings_that_contradict_each_other(
-    kind: type[OrtConfig], flags: dict[str, Any], facts: tuple[str, ...]
-):
-    with raises_naming(ValueError, *facts):
-        kind(**flags)
 
 
 def test_a_layer_that_is_not_there_is_named_before_work_starts(

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from facts import raises_naming
 
 from efficientnet.machine.environment import current_environment
 from export.inputs.config import OpenVinoConfig
@@ -14,7 +13,6 @@ from export.studies.stock_comparison import (
     Comparison,
     Comparisons,
     Ratio,
-    StockConfig,
     publish,
     section_of,
 )
@@ -54,17 +52,6 @@ def test_comparisons_are_published_side_by_side(tmp_path: Path, monkeypatch: pyt
     assert "batch 1**" in readme.read_text() and "batch 16**" in readme.read_text()
 
 
-def test_settings_that_would_not_be_used_are_refused():
-    with raises_naming(ValueError, "--size"):
-        StockConfig(size=64)
-    with raises_naming(ValueError, "--batches"):
-        StockConfig(batches=(1, 16))
-    with raises_naming(ValueError, "--batch-sizes", 0):
-        StockConfig(batch_sizes=(0,))
-    with raises_naming(ValueError, "native-int8, native-int8"):
-        StockConfig(paths=(Path("a/native-int8"), Path("b/native-int8")))
-
-
 @pytest.mark.slow
 def test_the_stock_tools_take_turns_with_ours(fitted_checkpoint: Path, tmp_path: Path):
     few = {"num_parity_images": 64, "num_calibration_images": 64}
@@ -76,7 +63,6 @@ def test_the_stock_tools_take_turns_with_ours(fitted_checkpoint: Path, tmp_path:
         *("--checkpoint", str(fitted_checkpoint), "--num-parity-images", "64"),
         *("--num-calibration-images", "64", "--seconds", "0.5", "--turns", "2"),
         *("--batch-sizes", "1", "2", "--json"),
-        *("--output", str(tmp_path / "stock")),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

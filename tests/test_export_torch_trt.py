@@ -11,8 +11,8 @@ from efficientnet.formats.artifact import ArtifactError, BatchRange
 from efficientnet.machine.gpu import Gpu
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.torch_tensorrt_runtime import captured_sizes
-from export.builders import torch_tensorrt_export as torch_trt
-from export.builders.torch_tensorrt_export import TorchTensorRTError, TorchTrtConfig
+from export.builders import torch_tensorrt_builder as torch_trt
+from export.builders.torch_tensorrt_builder import TorchTensorRTError, TorchTrtConfig
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -33,20 +33,14 @@ def test_no_gpu_is_told_before_work_starts(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_8_bit_formats_are_refused_with_the_command_that_makes_them(precision):
-    with raises_naming(ValueError, f"export/trt.py --precision {precision}"):
-        TorchTrtConfig(precision=precision)
-
-
 def test_a_v100_is_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch_trt, "current_gpu", lambda: Gpu("Tesla V100", "7.0"))
+    monkeypatch.setattr(torch_trt.gpus, "current_gpu", lambda: Gpu("Tesla V100", "7.0"))
     with raises_naming(TorchTensorRTError, "Tesla V100", "tensorrt-cu12==10.4.0"):
         torch_trt.find_gpu("fp16")
 
 
 def test_bf16_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch_trt, "current_gpu", lambda: Gpu("Tesla T4", "7.5"))
+    monkeypatch.setattr(torch_trt.gpus, "current_gpu", lambda: Gpu("Tesla T4", "7.5"))
     assert torch_trt.find_gpu("fp16").name == "Tesla T4"
     with raises_naming(TorchTensorRTError, "7.5", "bf16", "fp16"):
         torch_trt.find_gpu("bf16")
@@ -54,14 +48,8 @@ def test_bf16_needs_compute_capability_8(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch_trt, "PACKAGE", "torch_tensorrt_that_is_not_here")
-    with pytest.raises(TorchTensorRTError, match=r"pip install .torch-tensorrt=="):
+    with raises_naming(TorchTensorRTError, "pip install", "torch-tensorrt"):
         torch_trt.load_package()
-
-
-@pytest.mark.parametrize("level", [-1, 6])
-def test_the_optimization_level_has_limits(level: int):
-    with raises_naming(ValueError, "--optimization-level", level, "0 to 5"):
-        TorchTrtConfig(optimization_level=level)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
@@ -80,7 +68,7 @@ def test_an_artifact_is_refused_without_a_gpu(tiny_artifact: Path, tmp_path: Pat
 
 def test_an_artifact_that_names_no_gpu_is_refused(tiny_artifact: Path, tmp_path: Path):
     artifact = artifact_for(tmp_path / "artifact", tiny_artifact, None)
-    with pytest.raises(ArtifactError, match="does not say what the program was built for"):
+    with raises_naming(ArtifactError, artifact):
         open_runtime(artifact)
 
 

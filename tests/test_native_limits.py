@@ -1,8 +1,8 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
+from facts import raises_naming
 
 from efficientnet.network.cost import layer_costs
 from efficientnet.network.variants import VARIANTS
@@ -16,7 +16,6 @@ from perf.pages.layers import LayerTimes
 
 pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
 
-ROOT = Path(__file__).resolve().parent.parent
 # One of each a second: milliseconds are thousands of what is counted.
 ONE = Rates({"int8": 1.0, "bf16": 1.0}, 1.0, 1.0, 1.0)
 
@@ -72,7 +71,7 @@ def test_each_level_says_what_its_instructions_do_from_registers():
     for level in levels()[:-1]:
         for work in WORK:
             assert peak_per_s(work, 1, level) > 1e6
-    with pytest.raises(ValueError, match="abacus"):
+    with raises_naming(ValueError, "abacus"):
         peak_per_s("int8", 1, "abacus")
 
 
@@ -80,9 +79,8 @@ def test_each_level_says_what_its_instructions_do_from_registers():
 def test_the_table_is_published_beside_what_others_measured(artifact: Path, tmp_path: Path):
     marks = "<!-- layers: written by a command -->\n<!-- /layers -->\n"
     (tmp_path / "results.md").write_text(marks)
-    command = [sys.executable, ROOT / "perf/layers.py", artifact, "--calls", "2", "--threads", "1"]
-    command += ["--publish", "--readme", "results.md", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    flags = ("--calls", 2, "--threads", 1, "--publish", "--readme", "results.md", "--json")
+    done = run("perf/layers.py", artifact, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (program,) = LayerTimes.model_validate_json(done.stdout).programs
     assert all(x.limits_ms is not None for x in program.layers)
@@ -96,7 +94,5 @@ def test_publishing_without_a_native_artifact_is_refused_before_any_work(
     tiny_artifact: Path, tmp_path: Path
 ):
     (tmp_path / "r.md").write_text("<!-- layers: x -->\n<!-- /layers -->\n")
-    command = [sys.executable, ROOT / "perf/layers.py", tiny_artifact, "--publish"]
-    command += ["--readme", "r.md"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run("perf/layers.py", tiny_artifact, "--publish", "--readme", "r.md", cwd=tmp_path)
     assert done.returncode == 1 and "--publish" in done.stderr and "native" in done.stderr

@@ -42,5 +42,4 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_kernels_of_all_levels_agree_and_keep_to_their_memory(driver: Path):
     result = subprocess.run([driver, "60", "0"], capture_output=True, text=True)
-
     assert result.returncode == 0, result.stderr

@@ -77,11 +77,6 @@ def test_engines_of_each_batch_size_have_a_folder_of_their_own(
     assert "at each start" in caplog.text
 
 
-def test_fp32_is_refused_where_it_would_be_tf32():
-    with raises_naming(ValueError, "fp32", "TF32", "--provider cuda"):
-        OrtConfig(provider="tensorrt")
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])

@@ -1,13 +1,12 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from facts import raises_naming
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,8 +22,6 @@ from efficientnet.runtimes.probabilities import softmax
 from perf.measurements import accuracy
 from perf.measurements.accuracy import AccuracyConfig, paired_table, result_table, top_k_accuracy
 from perf.measurements.predictions import Predictions, predict
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SPEC = PreprocessSpec(
     image_size=4, interpolation="bilinear", crop_fraction=None, mean=(0, 0, 0), std=(1, 1, 1)
@@ -222,11 +219,8 @@ def test_the_command_measures_checkpoint_and_artifact_alike(
 
 
 def test_the_predictions_are_the_softmax_of_the_runtime(tiny_artifact: Path, tmp_path: Path):
-    command = [sys.executable, str(ROOT / "perf" / "accuracy.py"), str(tiny_artifact)]
-    flags = ["--predictions", "predictions.jsonl", "--batch-size", "7"]
-    done = subprocess.run(
-        [*command, *flags], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    flags = ("--predictions", "predictions.jsonl", "--batch-size", 7)
+    done = run("perf/accuracy.py", tiny_artifact, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "reports/accuracy.jsonl"
     text = (tmp_path / "predictions.jsonl").read_text()

@@ -183,13 +183,6 @@ def test_a_folder_of_another_device_or_with_a_damaged_record_is_refused(tmp_path
         read(tmp_path)
 
 
-def test_wrong_settings_are_told():
-    with raises_naming(ValueError, "--minutes", 0):
-        DeviceConfig(minutes=0)
-    with raises_naming(ValueError, "--parts"):
-        DeviceConfig(parts=())
-
-
 @pytest.fixture(scope="module")
 def scene() -> Scene:
     return build_scene("tiny", torch.device("cpu"))

@@ -12,6 +12,8 @@ from typing import cast
 
 import numpy as np
 import pytest
+from commands import ROOT, started
+from commands import run as run_command
 from facts import raises_naming
 from PIL import Image
 from processes import child_pids, process_exists, wait_until
@@ -32,9 +34,7 @@ from perf.measurements.program_subject import ProgramSubject
 from perf.measurements.recording import results_table
 from perf.measurements.scenarios import OFFLINE, SCENARIOS
 
-ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "reports" / "published" / "2026-11-22-amd-epyc-2-cores"
-COMMAND = [sys.executable, str(ROOT / "perf" / "latency.py")]
 
 SPEC = PreprocessSpec(
     image_size=8, interpolation="bilinear", crop_fraction=None, mean=(0, 0, 0), std=(1, 1, 1)
@@ -43,12 +43,7 @@ CPU_PEAK = DevicePeak(1e11, 1e10, "measured")
 TINY_PREPROCESS = SPEC.model_copy(update={"image_size": 32})
 
 
-@pytest.fixture(autouse=True)
-def known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure no peaks in this process; `run` does so in its own."""
-    monkeypatch.setattr(
-        latency, "cpu_peaks", lambda _, precisions: dict.fromkeys(precisions, CPU_PEAK)
-    )
+pytestmark = pytest.mark.usefixtures("own_processes")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +52,7 @@ def run(tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("latency")
     flags = ["--seconds", "0.2", "--turns", "2", "--threads", "1", "--batches", "1", "4"]
     paths = [str(tiny_checkpoint), str(tiny_artifact)]
-    done = subprocess.run(
-        [*COMMAND, *paths, *flags], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = run_command("perf/latency.py", *paths, *flags, cwd=folder, has_contenders=True)
     assert done.returncode == 0, done.stderr
     return done, read_records(folder / "reports" / "latency.jsonl", LatencyRecord)
 
@@ -89,29 +82,21 @@ def test_the_command_appends_a_record_for_each_path_and_scenario(run):
 
 
 def test_one_scenario_at_one_batch_size_is_measured_without_a_sweep(
-    tiny_artifact: Path, tmp_path: Path
+    tiny_artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    flags = ["--seconds", "0.2", "--turns", "2", "--threads", "1", "--batches", "4"]
-    done = subprocess.run(
-        [*COMMAND, str(tiny_artifact), *flags, "--scenarios", "offline"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 0, done.stderr
-    (record,) = read_records(tmp_path / "reports" / "latency.jsonl", LatencyRecord)
+    caplog.set_level("INFO")
+    output = tmp_path / "latency.jsonl"
+    latency.main(LatencyConfig((tiny_artifact,), 0.1, 2, 1, (4,), ("offline",), output))
+    (record,) = read_records(output, LatencyRecord)
     assert (record.scenario, record.batch_size) == ("offline", 4)
-    assert "sweep" not in done.stderr
-    assert "images/s at batch" not in done.stderr
+    assert "warm-up" in caplog.text
+    assert "sweep" not in caplog.text and "images/s at batch" not in caplog.text
 
 
 def test_records_lead_back_to_the_weights(
     records: list[LatencyRecord], tiny_checkpoint: Path, tiny_artifact: Path
 ):
     weights = read_program(tiny_checkpoint).program_sha256
-
     assert {record.checkpoint_sha256 for record in records} == {weights}
     assert records[0].program_sha256 == weights
     assert records[1].program_sha256 == read_program(tiny_artifact).program_sha256
@@ -138,14 +123,12 @@ def test_records_say_how_they_were_measured_and_keep_every_sample(records: list[
 
 def test_each_process_holds_the_libraries_of_its_own_runtime_only(records: list[LatencyRecord]):
     eager, onnx = records[0], records[1]
-
     assert onnx.peak_process_memory_bytes < eager.peak_process_memory_bytes / 2
 
 
 def test_the_table_compares_with_the_eager_row_of_the_run(records: list[LatencyRecord]):
     table = results_table(["eager", "onnx", "eager", "onnx"], records)
     rate = table.columns.index("images/s / eager")
-
     assert [table.rows[row][rate] for row in (0, 2)] == ["1.00", "1.00"]
     expected = records[1].throughput_images_per_s / records[0].throughput_images_per_s
     assert float(table.rows[1][rate]) == pytest.approx(expected, abs=0.01)
@@ -156,10 +139,8 @@ def test_many_samples_go_into_a_file_beside_the_records(
 ):
     monkeypatch.setattr(recording, "MAX_SAMPLES_IN_RECORD", 2)
     output = tmp_path / "latency.jsonl"
-
     config = LatencyConfig((tiny_artifact,), seconds=0.1, turns=3, batches=(2,), output=output)
     assert latency.main(config) == output
-
     for record in read_records(output, LatencyRecord):
         assert isinstance(record.samples_ms, str)
         samples = np.load(tmp_path / record.samples_ms)
@@ -205,9 +186,7 @@ def test_without_paths_the_newest_checkpoint_and_its_artifacts_are_measured(
     manifest.write_text(manifest.read_text().replace(weights, "0" * 64))
     (artifacts / "tiny" / "damaged").mkdir()
     (artifacts / "tiny" / "damaged" / "manifest.json").write_text("{")
-
     programs = read_programs([], runs, artifacts)
-
     assert [program.path.parent.name for program in programs] == ["tiny-1", "tiny"]
     assert [program.runtime for program in programs] == ["torch", "onnxruntime"]
 
@@ -215,25 +194,6 @@ def test_without_paths_the_newest_checkpoint_and_its_artifacts_are_measured(
 def test_a_path_given_twice_is_an_error(tiny_artifact: Path):
     with raises_naming(ValueError, "twice"):
         LatencyConfig((tiny_artifact, tiny_artifact / ".." / tiny_artifact.name))
-
-
-@pytest.mark.parametrize(
-    ("setting", "facts"),
-    [
-        ({"seconds": 0.0}, ("--seconds", 0)),
-        ({"seconds": float("nan")}, ("--seconds", "nan")),
-        ({"turns": 0}, ("--turns", 0)),
-        ({"threads": 0}, ("--threads", 0)),
-        ({"batches": ()}, ("--batches",)),
-        ({"batches": (4, 0)}, ("--batches",)),
-        ({"scenarios": ()}, ("--scenarios",)),
-        ({"scenarios": ("offline", "offline")}, ("--scenarios",)),
-        ({"scenarios": ("offline", "at_night")}, ("--scenarios",)),
-    ],
-)
-def test_a_setting_outside_its_limits_is_an_error(setting: dict, facts: tuple[object, ...]):
-    with raises_naming(ValueError, *facts):
-        LatencyConfig(**setting)
 
 
 def test_a_damaged_artifact_is_found_before_any_work(
@@ -244,7 +204,6 @@ def test_a_damaged_artifact_is_found_before_any_work(
     with (damaged / "model.onnx").open("ab") as program:
         program.write(b"x")
     output = tmp_path / "latency.jsonl"
-
     with raises_naming(ArtifactError, damaged / "model.onnx", "SHA-256"):
         latency.main(LatencyConfig((tiny_checkpoint, damaged), output=output))
     assert not output.exists()
@@ -262,7 +221,6 @@ def test_data_that_has_moved_is_an_error_that_names_the_flag(tiny_artifact: Path
     shutil.copytree(tiny_artifact, moved)
     manifest = moved / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"digits"', '"/was/here"'))
-
     with raises_naming(FileNotFoundError, "--data", "/was/here"):
         latency.main(LatencyConfig((moved,), output=tmp_path / "latency.jsonl"))
 
@@ -271,14 +229,12 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(
     tiny_artifact: Path, tmp_path: Path
 ):
     (tmp_path / "file").touch()
-
     with raises_naming(OSError, "--output"):
         latency.main(LatencyConfig((tiny_artifact,), output=tmp_path / "file" / "latency.jsonl"))
 
 
 def test_batch_sizes_that_an_artifact_does_not_take_are_left_out(tiny_artifact: Path):
     program = dataclasses.replace(read_program(tiny_artifact), max_batch_size=8)
-
     assert choose_batch_sizes(program, (16, 8, 1, 8)) == (1, 8)
     with raises_naming(ValueError, 8):
         choose_batch_sizes(program, (16, 32))
@@ -286,10 +242,8 @@ def test_batch_sizes_that_an_artifact_does_not_take_are_left_out(tiny_artifact: 
 
 def test_inputs_are_held_out_images_preprocessed_like_everywhere():
     samples = load_dataset("digits").val
-
     with prepare_inputs(samples, SPEC, largest_batch=4, seed=1).file as file:
         images = map_inputs(file.fileno(), SPEC.image_size)
-
     own = {preprocess(sample.read(), SPEC).tobytes() for sample in samples}
     assert images.shape == (264, 3, 8, 8)
     assert all(image.tobytes() in own for image in images[:256])
@@ -299,7 +253,6 @@ def test_no_two_calls_in_a_row_see_the_same_buffer():
     inputs = prepare_inputs(make_samples(5), SPEC, largest_batch=4, seed=0)
     with inputs.file as file:
         images = map_inputs(file.fileno(), SPEC.image_size)
-
     assert inputs.num_images == 5
     for batch_size in (1, 3, 4):
         batches = rotate(images, batch_size)
@@ -320,7 +273,6 @@ def test_images_that_cannot_be_decoded_are_not_measured():
     inputs = prepare_inputs(broken, SPEC, 1, seed=0)
     with inputs.file as file:
         images = map_inputs(file.fileno(), SPEC.image_size)
-
     assert inputs.num_images == 256
     assert len({image.tobytes() for image in images[:256]}) == 256
     with raises_naming(DatasetError, "none of 1"):
@@ -432,30 +384,20 @@ with running([row]):
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     (worker,) = child_pids(process.pid)
-
     process.kill()
     process.communicate(timeout=30)
-
     assert wait_until(lambda: not process_exists(worker))
 
 
 def test_ctrl_c_ends_all_processes_and_leaves_no_records(tiny_artifact: Path, tmp_path: Path):
-    process = subprocess.Popen(
-        [*COMMAND, str(tiny_artifact)],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    assert any("warm-up" in line for line in iter(process.stderr.readline, ""))
-    workers = child_pids(process.pid)
-
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=30)
-
-    assert (process.returncode, stdout) == (130, "")
-    assert stderr.splitlines()[-1] == "error: interrupted"
+    command = started("perf/latency.py", tiny_artifact, cwd=tmp_path, has_contenders=True)
+    with command as (process, stdout, stderr):
+        assert wait_until(lambda: "warm-up" in stderr.read_text(), 60)
+        workers = child_pids(process.pid or 0)
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(30)
+        assert (process.exitcode, stdout.read_text()) == (130, "")
+        assert stderr.read_text().splitlines()[-1] == "error: interrupted"
     assert len(workers) == 2
     assert wait_until(lambda: not any(map(process_exists, workers)))
     assert not (tmp_path / "reports" / "latency.jsonl").exists()

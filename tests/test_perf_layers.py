@@ -1,17 +1,13 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from commands import ROOT, Done, run
 from facts import raises_naming
 
 from efficientnet.formats.artifact import ArtifactError, read_artifact, write_manifest
 from efficientnet.network.cost import layer_costs, network_cost
 from efficientnet.network.variants import VARIANTS
-from export.inputs.config import OpenVinoConfig
-from export.ov import main as export_openvino
 from perf.measurements.layer_profile import (
     HALF_MICROSECOND,
     LayerTime,
@@ -31,18 +27,10 @@ from perf.pages.layer_tables import (
 )
 from perf.pages.layers import LayersConfig, LayerTimes
 
-ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, str(ROOT / "perf" / "layers.py")]
-
 TINY_COSTS = layer_costs(VARIANTS["tiny"], 32, num_classes=10)
 TINY_FLOPS = network_cost(VARIANTS["tiny"], 32, num_classes=10).flops
 
 CONVOLUTIONS = {"convolution 1x1": 11, "convolution 3x3": 4, "depthwise": 4}
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def rows_of(*nodes: Node, operations_per_s: float | None = None) -> tuple[LayerTime, ...]:
@@ -66,23 +54,16 @@ def flops_of(*names: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def openvino_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("artifacts") / "openvino-fp32"
-    return export_openvino(
-        OpenVinoConfig(checkpoint=tiny_checkpoint, output=output, num_parity_images=64)
-    )
-
-
-@pytest.fixture(scope="module")
-def done(tiny_artifact: Path, openvino_artifact: Path) -> subprocess.CompletedProcess[str]:
+def done(tiny_artifact: Path, openvino_artifact: Path) -> Done:
     """One real run of the command on an artifact of each runtime."""
-    found = run(tiny_artifact, openvino_artifact, "--calls", "6", "--threads", "1", "--json")
+    flags = ("--calls", 6, "--threads", 1, "--json")
+    found = run("perf/layers.py", tiny_artifact, openvino_artifact, *flags)
     assert found.returncode == 0, found.stderr
     return found
 
 
 @pytest.fixture(scope="module")
-def measured(done: subprocess.CompletedProcess[str]) -> LayerTimes:
+def measured(done: Done) -> LayerTimes:
     return LayerTimes.model_validate_json(done.stdout)
 
 
@@ -138,7 +119,7 @@ def test_a_float32_program_has_a_share_of_the_peak(program: ProgramLayers):
 
 
 def test_with_json_stdout_is_one_document_and_the_tables_are_on_stderr(
-    done: subprocess.CompletedProcess[str], tiny_artifact: Path, openvino_artifact: Path
+    done: Done, tiny_artifact: Path, openvino_artifact: Path
 ):
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["num_calls"] == 6
@@ -150,14 +131,8 @@ def test_with_json_stdout_is_one_document_and_the_tables_are_on_stderr(
 def test_a_batch_without_a_fixed_shape_is_profiled_too_into_a_file(
     openvino_artifact: Path, tmp_path: Path
 ):
-    flags = ["--calls", "1", "--threads", "1", "--batch-size", "3"]
-    done = subprocess.run(
-        [*COMMAND, str(openvino_artifact), *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    flags = ("--calls", 1, "--threads", 1, "--batch-size", 3)
+    done = run("perf/layers.py", openvino_artifact, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "reports/layers.json\n"
     text = (tmp_path / "reports" / "layers.json").read_text()
@@ -320,18 +295,3 @@ def test_other_runtimes_are_refused_before_any_work(
 def test_a_batch_that_is_too_large_is_refused(tiny_artifact: Path):
     with raises_naming(ValueError, "--batch-size", 65, 64):
         layers.main(LayersConfig((tiny_artifact,), batch_size=65))
-
-
-@pytest.mark.parametrize(
-    ("settings", "facts"),
-    [
-        ({"calls": 0}, ("--calls", 0, "1 to 200")),
-        ({"threads": 0}, ("--threads", 0, 1)),
-        ({"batch_size": 0}, ("--batch-size", 0, 1)),
-        ({"paths": (Path("a"), Path("a"))}, ("a", "twice")),
-        ({"paths": ()}, ("no artifact",)),
-    ],
-)
-def test_impossible_settings_are_refused(settings: dict[str, Any], facts: tuple[object, ...]):
-    with raises_naming(ValueError, *facts):
-        LayersConfig(**{"paths": (Path("a"),), **settings})

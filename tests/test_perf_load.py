@@ -1,3 +1,4 @@
+import importlib.util
 import math
 import socket
 import threading
@@ -10,14 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from facts import raises_naming
+from facts import raises_naming, require_named
 from PIL import Image
 
 from efficientnet.reporting.publishing import PublishError
 from perf.measurements import load
 from perf.measurements.config import LoadConfig
 from perf.measurements.load_contenders import LoadError, running_service
-from perf.measurements.load_generator import Answers, planned_times, send_in_turn, send_planned
+from perf.measurements.load_generator import (
+    Answers,
+    Target,
+    planned_times,
+    send_in_turn,
+    send_planned,
+)
 from perf.measurements.load_record import LoadRecord, Point, to_markdown, to_point
 
 
@@ -60,14 +67,15 @@ def test_planned_requests_are_sent_although_none_is_answered():
         return 200
 
     with server(answer) as address:
-        answers = send_planned(address, [b"picture"], [0, 0, 0.001, 0.002, 0.003])
+        times = [0, 0, 0.001, 0.002, 0.003]
+        answers = send_planned(Target(address, [b"picture"]), times)
     assert answers.num_answered == 5
 
 
 def test_what_is_refused_or_fails_is_never_in_time():
     statuses = {b"good": 200, b"full": 429, b"stuck": 503, b"broken": 500, b"cut": 0}
     with server(lambda body: statuses[body]) as address:
-        answers = send_planned(address, list(statuses), [0.0] * len(statuses))
+        answers = send_planned(Target(address, list(statuses)), [0.0] * len(statuses))
     assert (answers.num_answered, answers.num_refused, answers.num_failed) == (1, 2, 2)
     assert [math.isfinite(ms) for ms in answers.latencies_ms] == [True, *[False] * 4]
 
@@ -80,7 +88,7 @@ def test_clients_that_wait_send_one_picture_after_the_other():
         return 200
 
     with server(answer) as address:
-        answers = send_in_turn(address, [b"0", b"1", b"2"], num_clients=1, seconds=0.05)
+        answers = send_in_turn(Target(address, [b"0", b"1", b"2"]), num_clients=1, seconds=0.05)
     assert bodies == [b"%d" % (index % 3) for index in range(answers.num_answered)]
 
 
@@ -141,6 +149,7 @@ def config(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Loa
         schedules=("fixed",),
         batch=2,
         clients=4,
+        peers=("fastapi", "litserve"),
         output=folder / "out" / "load.json",
     )
 
@@ -152,7 +161,8 @@ def measured(config: LoadConfig) -> LoadRecord:
 
 
 def test_both_services_and_the_plain_loops_are_measured(config: LoadConfig, measured: LoadRecord):
-    assert {p.service for p in measured.points} == {"batched", "unbatched"}
+    taking_part = {"batched", "unbatched", "fastapi", "litserve"} - measured.skipped.keys()
+    assert {p.service for p in measured.points} == taking_part
     assert not any(p.num_failed or p.num_refused for p in measured.points)
     assert set(measured.saturated.plain_images_per_s) == {1, config.batch}
     assert min(measured.saturated.service_images_per_s.values()) > 0
@@ -161,6 +171,14 @@ def test_both_services_and_the_plain_loops_are_measured(config: LoadConfig, meas
     assert f"({measured.slug}.png)" in table and "service without batching" in table
     with Image.open(config.output.with_name(f"{measured.slug}.png")) as picture:
         assert picture.size[0] > 500
+
+
+def test_a_peer_whose_package_is_missing_is_skipped_with_the_reason(measured: LoadRecord):
+    if importlib.util.find_spec("litserve"):
+        pytest.skip("LitServe is installed")
+    assert measured.skipped.keys() == {"litserve"}
+    require_named(measured.skipped["litserve"], "litserve")
+    require_named(to_markdown(measured), "LitServe", "FastAPI")
 
 
 def test_publishing_without_a_place_for_the_table_measures_nothing(
@@ -175,22 +193,3 @@ def test_publishing_without_a_place_for_the_table_measures_nothing(
 def test_a_service_that_does_not_start_shows_its_log(tmp_path: Path):
     with raises_naming(LoadError, tmp_path / "none"), running_service(tmp_path / "none"):
         pass
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("seconds", 0),
-        ("rates", ()),
-        ("rates", (1, -1)),
-        ("schedules", ()),
-        ("bound_ms", 0),
-        ("turns", 0),
-        ("batch", 1),
-        ("clients", 0),
-        ("num_photos", 0),
-    ],
-)
-def test_a_setting_outside_its_limits_is_refused(setting: str, value: Any):
-    with raises_naming(ValueError, f"--{setting.replace('_', '-')}"):
-        LoadConfig(Path("artifact"), Path("photos"), **{setting: value})

@@ -9,7 +9,6 @@ from test_perf_report import CPU, make_latency
 
 from efficientnet.formats.records import append_record
 from efficientnet.machine.environment import current_environment
-from efficientnet.network.cost import DevicePeak
 from efficientnet.network.variants import VARIANTS
 from perf.studies import paper
 from perf.studies.config import PaperConfig
@@ -121,6 +120,7 @@ def test_times_of_the_appendix_and_of_table_7_are_the_same():
             assert 16 / rate == pytest.approx(row.value / 1000, rel=0.01)
 
 
+@pytest.mark.usefixtures("own_processes")
 def test_a_row_is_measured_in_a_process_of_its_own():
     row = PaperRow("Tiny", "tiny", 32, 5.0, 4)
     times = measure_row(row, PaperConfig("10", seconds=0.1), 1)
@@ -128,12 +128,12 @@ def test_a_row_is_measured_in_a_process_of_its_own():
     assert times.precision == "fp32" and len(times.samples_ms) == paper.TURNS
 
 
+@pytest.mark.usefixtures("own_processes")  # they limit their memory
 def test_a_table_is_measured_and_rows_that_fail_leave_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(TABLES, "10", SMALL)
-    monkeypatch.setattr(paper, "cpu_peaks", lambda *_: {"fp32": DevicePeak(1e11, 1e10, "told")})
     here = current_environment()
     changes = {"environment": here, "scenario": "offline", "batch_size": 2}
     append_record(Path("reports/latency.jsonl"), make_latency("openvino", 0.5, **changes))

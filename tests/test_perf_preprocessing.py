@@ -92,16 +92,3 @@ def test_a_photo_counts_with_the_median_of_its_rounds(monkeypatch: pytest.Monkey
 def test_a_folder_without_photos_is_refused(tmp_path: Path):
     with raises_naming(DatasetError, "no images", tmp_path):
         preprocessing.main(PreprocessingConfig(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "flag"),
-    [
-        ({"size": 0}, "--size"),
-        ({"rounds": 0}, "--rounds"),
-        ({"crop_fraction": 1.5}, "--crop-fraction"),
-    ],
-)
-def test_settings_outside_their_limits_are_refused(wrong: dict[str, float], flag: str):
-    with raises_naming(ValueError, flag):
-        PreprocessingConfig(Path("photos"), **wrong)  # pyright: ignore[reportArgumentType]

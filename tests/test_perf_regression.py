@@ -124,17 +124,8 @@ def test_the_json_is_what_github_action_benchmark_reads():
 def test_a_revision_that_is_not_there_is_told(tmp_path: Path):
     with raises_naming(RevisionError, "git rev-parse", "no-such-branch"):
         extract("no-such-branch", tmp_path / "tree", ROOT)
-    with pytest.raises(RevisionError, match="not a git repository"):
+    with raises_naming(RevisionError, "git rev-parse"):
         extract("HEAD", tmp_path / "tree", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [{"max_slowdown": 0}, {"processes": 1}, {"rounds": 1}, {"turn_seconds": 0}, {"exports": ()}],
-)
-def test_a_setting_outside_its_limits_is_an_error(setting: dict):
-    with pytest.raises(ValueError, match="expected"):
-        RegressionConfig(**{"base": "main", **setting})
 
 
 def test_two_revisions_are_built_measured_and_judged(

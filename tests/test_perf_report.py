@@ -30,6 +30,9 @@ from perf.pages.plots import draw
 from perf.pages.report import ReportConfig, ReportError
 from perf.pages.rows import join
 
+BEGIN = "<!-- results: written by perf/report.py -->"
+END = "<!-- /results -->"
+
 ROOT = Path(__file__).resolve().parent.parent
 
 STARTED = datetime(2026, 11, 22, 8, 30, tzinfo=UTC)
@@ -45,9 +48,6 @@ CPU = EnvironmentRecord(
     libraries={"torch": "2.14.0", "onnxruntime": "1.31.1"},
     git_commit="abc123",
 )
-
-BEGIN = "<!-- results: written by perf/report.py -->"
-END = "<!-- /results -->"
 
 
 def program_of(runtime: str) -> str:
@@ -173,7 +173,6 @@ def config_of(folder: Path, **changes: object) -> ReportConfig:
 
 def test_the_report_begins_with_the_verdict():
     text = markdown_of(*pair())
-
     assert text.index("takes 0.50") < text.index("## ")
     assert (
         "ONNX Runtime fp32 takes 0.50 of eager PyTorch's time at batch 1 (3.00 ms against 6.00 ms) "
@@ -184,15 +183,12 @@ def test_the_report_begins_with_the_verdict():
 
 def test_a_verdict_tells_what_the_speed_cost_in_accuracy():
     latencies, _ = pair()
-
     text = markdown_of(latencies, [make_accuracy("torch"), make_accuracy("onnxruntime", 0.885)])
-
     assert "at a top-1 of 88.5 % against 90.0 % (-1.5 points)" in text
 
 
 def test_each_row_has_its_speed_accuracy_and_ratio():
     text = markdown_of(*pair())
-
     row = cells(text, "ONNX Runtime")
     assert row["variant"] == "tiny"
     assert (row["p50 ms"], row["p99 ms"], row["images/s"]) == ("3.00", "3.00", "333")
@@ -218,7 +214,6 @@ def test_recall_balance_and_the_largest_class_stand_in_the_report():
 
 def test_the_report_says_how_where_and_when_it_was_measured():
     text = markdown_of(*pair())
-
     for fact in ("end_to_end", "perf_counter", "256 different held-out images of digits"):
         assert fact in text
     for fact in (CPU.cpu, "torch 2.14.0", "abc123", "2026-11-22 08:30", "2026-11-22 09:30"):
@@ -229,9 +224,7 @@ def test_the_report_says_how_where_and_when_it_was_measured():
 
 def test_a_speed_without_accuracy_is_left_out_and_named():
     latencies, accuracies = pair()
-
     text = markdown_of(latencies, accuracies[:1])
-
     tables, _, left_out = text.partition("## Unverified, left out: no accuracy measured")
     assert "ONNX Runtime" not in tables
     assert "tiny ONNX Runtime fp32 (program 6f6e6e7): run `python perf/accuracy.py" in left_out
@@ -248,24 +241,19 @@ def test_the_command_for_a_missing_accuracy_names_the_directory(
         f'{{"runtime": "onnxruntime", "program_sha256": "{sha256}"}}'
     )
     latencies, accuracies = pair()
-
     text = markdown_of(latencies, accuracies[:1])
-
     assert "run `python perf/accuracy.py artifacts/tiny/onnxruntime-fp32`" in text
 
 
 def test_the_eager_model_is_no_reference_without_its_accuracy():
     latencies, accuracies = pair()
-
     text = markdown_of(latencies, accuracies[1:])
-
     assert cells(text, "ONNX Runtime")["time / eager"] == "- (a)"
     assert "6.00 ms" not in text
 
 
 def test_an_accuracy_of_the_same_file_in_another_runtime_does_not_count():
     other = make_accuracy("openvino", program_sha256=program_of("onnxruntime"))
-
     assert join([make_latency("onnxruntime")], [other]).groups == ()
 
 
@@ -286,7 +274,6 @@ def test_another_scenario_is_one_object(monkeypatch: pytest.MonkeyPatch):
         sizes = {"scenario": "every_batch", "batch_size": size}
         latencies.append(make_latency("torch", eager_ms, **sizes))
         latencies.append(make_latency("onnxruntime", ms, **sizes))
-
     joined = join(latencies, accuracies)
     text = report.to_markdown(build_document(joined), {"latency.png": ""})
 
@@ -313,9 +300,7 @@ def test_the_newest_records_count():
     later = STARTED + timedelta(days=1)
     latencies = [make_latency(p50_ms=3.0), make_latency(p50_ms=2.0, started_at=later)]
     accuracies = [make_accuracy(top1=0.5), make_accuracy(top1=0.6)]
-
     row = cells(markdown_of(latencies, accuracies), "ONNX Runtime")
-
     assert (row["p50 ms"], row["top-1 (images)"]) == ("2.00", "60.0 % (1,000)")
 
 
@@ -324,18 +309,14 @@ def test_of_offline_the_newest_best_batch_size_counts():
         make_latency(scenario="offline", batch_size=8),
         make_latency(scenario="offline", batch_size=16, started_at=STARTED + timedelta(days=1)),
     ]
-
     text = markdown_of(latencies, [make_accuracy()])
-
     assert cells(text, "ONNX Runtime", "Offline")["batch"] == "16"
 
 
 def test_a_ratio_is_of_rows_that_took_turns_in_the_same_run():
     latencies, accuracies = pair()
     later = make_latency("onnxruntime", 1.0, started_at=STARTED + timedelta(days=1))
-
     text = markdown_of([*latencies, later], accuracies)
-
     assert cells(text, "ONNX Runtime")["time / eager"] == "- (a)"
     assert "(a) no ratio: the eager model of the same weights was not measured in the same run" in (
         text
@@ -345,9 +326,7 @@ def test_a_ratio_is_of_rows_that_took_turns_in_the_same_run():
 def test_a_ratio_stays_when_the_eager_row_was_measured_again():
     latencies, accuracies = pair()
     later = make_latency("torch", 60.0, started_at=STARTED + timedelta(days=1))
-
     text = markdown_of([*latencies, later], accuracies)
-
     assert cells(text, "ONNX Runtime")["time / eager"] == "0.50"
     assert cells(text, "eager PyTorch")["p50 ms"] == "60.0"
 
@@ -356,10 +335,8 @@ def test_rows_of_different_machines_are_not_compared():
     latencies, accuracies = pair()
     other = CPU.model_copy(update={"cpu": "Another CPU"})
     latencies[1] = make_latency("onnxruntime", 3.0, environment=other)
-
     joined = join(latencies, accuracies)
     text = markdown_of(latencies, accuracies)
-
     assert [len(group.rows) for group in joined.groups] == [3, 1]
     assert joined.groups[1].rows[0].eager is None
     assert "## Single stream: one image at a time, machine 1" in text
@@ -370,9 +347,7 @@ def test_another_commit_on_the_same_machine_is_the_same_group():
     latencies, accuracies = pair()
     newer = CPU.model_copy(update={"git_commit": "def456"})
     latencies.append(make_latency("openvino", environment=newer))
-
     joined = join(latencies, [*accuracies, make_accuracy("openvino")])
-
     assert len(joined.groups) == 1
 
 
@@ -381,9 +356,7 @@ def test_two_networks_of_the_same_variant_are_told_apart():
     other = {"program_sha256": "e" * 64, "checkpoint_sha256": "e" * 64}
     latencies.append(make_latency("torch", 7.0, **other))
     accuracies.append(make_accuracy("torch", **other))
-
     text = markdown_of(latencies, accuracies)
-
     assert "| tiny (ccccccc) | ONNX Runtime |" in text
     assert "| tiny (eeeeeee) | eager PyTorch |" in text
 
@@ -401,9 +374,7 @@ def test_a_network_that_was_trained_again_takes_the_place_of_the_older_one():
 def test_a_percentile_that_is_missing_is_explained():
     latencies, accuracies = pair()
     latencies[1] = make_latency("onnxruntime", num_samples=150)
-
     text = markdown_of(latencies, accuracies)
-
     row = cells(text, "ONNX Runtime")
     assert (row["p50 ms"], row["p90 ms"], row["p99 ms"]) == ("3.00", "3.00", "- (a)")
     assert "(a) too few calls: p50 needs 20, p90 100, p99 1,000" in text
@@ -420,9 +391,7 @@ def test_a_percentile_that_is_missing_is_explained():
 def test_an_unstable_row_is_kept_and_labeled(changes: dict, reason: str):
     latencies, accuracies = pair()
     latencies[1] = make_latency("onnxruntime", **changes)
-
     text = markdown_of(latencies, accuracies)
-
     assert cells(text, "ONNX Runtime")["stable"] == "no (a)"
     assert f"(a) {reason}" in text
     assert "The measurement is not stable" in text
@@ -441,7 +410,6 @@ def test_there_is_a_verdict_without_anything_to_compare(
     records: list[LatencyRecord], sentence: str
 ):
     text = markdown_of(records, [make_accuracy("torch"), make_accuracy("onnxruntime")])
-
     assert sentence in text
 
 
@@ -449,15 +417,12 @@ def test_there_is_a_verdict_without_anything_to_compare(
 def test_the_picture_takes_one_row_and_twelve(num_programs: int):
     runtimes = ["torch", *(f"runtime{i}" for i in range(1, num_programs))]
     latencies = [make_latency(runtime, 1.0 + i) for i, runtime in enumerate(runtimes)]
-
     picture = draw(join(latencies, [make_accuracy(runtime) for runtime in runtimes]).groups)
-
     assert picture.startswith(b"\x89PNG")
 
 
 def test_the_command_writes_markdown_page_and_picture(folder: Path):
     made = report.main(config_of(folder))
-
     assert made == folder / "out" / "report.md"
     assert "![" in made.read_text() and "](latency.png)" in made.read_text()
     assert (folder / "out" / "latency.png").read_bytes().startswith(b"\x89PNG")
@@ -477,7 +442,6 @@ def test_the_command_writes_markdown_page_and_picture(folder: Path):
 def test_the_page_needs_nothing_beside_it_and_fits_a_phone(folder: Path):
     report.main(config_of(folder))
     page = (folder / "out" / "report.html").read_text()
-
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
     assert "prefers-color-scheme: dark" in page
     assert all(
@@ -493,9 +457,7 @@ def test_names_cannot_put_markup_into_the_page(folder: Path):
     variant = "<script>alert(1)</script>"
     append_record(folder / "latency.jsonl", make_latency("<b>", variant=variant))
     append_record(folder / "accuracy.jsonl", make_accuracy("<b>", variant=variant))
-
     report.main(config_of(folder))
-
     page = (folder / "out" / "report.html").read_text()
     assert page.count("<script") == 2 and "<b>" not in page
     assert variant in [row["cells"][0] for row in data_of(page)["rows"]]
@@ -503,7 +465,6 @@ def test_names_cannot_put_markup_into_the_page(folder: Path):
 
 def test_without_any_accuracy_there_is_no_report_but_a_command(folder: Path):
     (folder / "accuracy.jsonl").unlink()
-
     with raises_naming(ReportError, "python perf/accuracy.py"):
         report.main(config_of(folder))
     assert not (folder / "out").exists()
@@ -555,10 +516,8 @@ def test_publishing_is_a_flag_without_a_value():
 def test_publishing_copies_the_records_used_and_writes_the_table(folder: Path):
     append_record(folder / "latency.jsonl", make_latency("without_accuracy"))
     (folder / "README.md").write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
-
     report.main(config_of(folder, publish=True))
     report.main(config_of(folder, publish=True))
-
     published = next((folder / "out" / "published").iterdir())
     assert published.name == "2026-11-22-example-9000-2-cores"
     assert sorted(path.name for path in published.iterdir()) == [
@@ -585,9 +544,7 @@ def test_publishing_copies_the_records_used_and_writes_the_table(folder: Path):
 
 def test_published_files_hold_no_path_of_this_machine(folder: Path):
     (folder / "README.md").write_text(f"{BEGIN}\n{END}\n")
-
     report.main(config_of(folder, publish=True))
-
     texts = [path for path in (folder / "out").rglob("*") if path.suffix in {".md", ".jsonl"}]
     assert len(texts) == 4
     for path in [*texts, folder / "README.md"]:
@@ -600,9 +557,7 @@ def test_publishing_takes_the_samples_along(folder: Path):
     np.save(folder / "samples.npy", np.ones(1000, dtype=np.float32))
     (folder / "latency.jsonl").unlink()
     append_record(folder / "latency.jsonl", make_latency(samples_ms="samples.npy"))
-
     report.main(config_of(folder, publish=True))
-
     published = next((folder / "out" / "published").iterdir())
     assert np.load(published / "samples.npy").size == 1000
 
@@ -610,7 +565,6 @@ def test_publishing_takes_the_samples_along(folder: Path):
 def test_publishing_without_the_samples_is_an_error(folder: Path):
     (folder / "README.md").write_text(f"{BEGIN}\n{END}\n")
     append_record(folder / "latency.jsonl", make_latency(samples_ms="gone.npy"))
-
     with raises_naming(PublishError, "gone.npy"):
         report.main(config_of(folder, publish=True))
     assert not (folder / "out" / "published").exists()
@@ -620,7 +574,6 @@ def test_publishing_without_the_samples_is_an_error(folder: Path):
 def test_publishing_needs_a_place_in_the_readme(folder: Path, readme: str | None):
     if readme is not None:
         (folder / "README.md").write_text(readme)
-
     with raises_naming(PublishError, "README.md"):
         report.main(config_of(folder, publish=True))
     assert not (folder / "out" / "published").exists()
@@ -630,9 +583,7 @@ def test_a_measured_v100_row_takes_the_place_of_the_papers_line():
     v100 = CPU.model_copy(update={"gpus": ("Tesla V100-SXM2-16GB, 16384 MiB, 535.1",)})
     changes = {"environment": v100, "precision": "fp16"}
     records = [make_latency("tensorrt", scenario="offline", batch_size=16, **changes)]
-
     text = markdown_of(records, [make_accuracy("tensorrt", **changes)])
-
     assert "no V100" not in text
 
 

@@ -123,7 +123,6 @@ def test_contenders_take_turns_there_and_back():
         return f"{name}{number}"
 
     found = take_turns(["a", "b", "c"], 3, turn)
-
     assert "".join(seen) == "abccbaabc"
     assert found == {name: [f"{name}{number}" for number in range(3)] for name in "abc"}
 
@@ -139,10 +138,10 @@ def sleeper(seconds: float) -> Callable[[], object]:
     return partial(time.sleep, seconds)
 
 
+@pytest.mark.usefixtures("own_processes")
 def test_calls_of_several_processes_are_compared():
     openers = {name: partial(sleeper, s) for name, s in (("long", 0.02), ("short", 0.0))}
     turns = measure_calls(openers, TimeBudget(seconds=0.1, num_turns=3))
-
     assert [len(turns[name]) for name in ("long", "short")] == [3, 3]
     # No call is done before it slept; so much of a time is certain.
     assert min(turns["long"]) >= 20 > 0 < min(turns["short"])

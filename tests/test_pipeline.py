@@ -1,33 +1,27 @@
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run, started
+from processes import wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
-SHORT = ("--epochs", "3", "--progressive.num-stages", "2")
+SHORT = ("--batch-size", "256", "--progressive.num-stages", "2", "--epochs")
 
 
 def test_the_whole_road_on_tiny(tmp_path: Path):
     """Train, export, measure, report, serve: each command finds what the one before has made."""
 
     def last_line(command: str, *arguments: str) -> Path:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / command), *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run(command, *arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return Path(done.stdout.splitlines()[-1])
 
-    checkpoint = tmp_path / last_line("training/run.py", "tiny", *SHORT)
+    checkpoint = tmp_path / last_line("training/run.py", "tiny", *SHORT, "2")
     artifact = tmp_path / last_line("export/ort.py")
     last_line("perf/accuracy.py")
-    records = tmp_path / last_line("perf/latency.py", "--seconds", "0.5", "--batches", "1", "4")
+    records = tmp_path / last_line("perf/latency.py", "--seconds", "0.2", "--batches", "1", "4")
     report = tmp_path / last_line("perf/report.py")
     answer = json.loads(str(last_line("serving/demo.py", "--artifact", str(artifact))))
 
@@ -57,29 +51,15 @@ def test_the_whole_road_on_tiny(tmp_path: Path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="needs POSIX signals")
 def test_ctrl_c_keeps_what_was_reached_and_the_run_goes_on(tmp_path: Path):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "training/run.py"), "tiny", *SHORT],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("epoch"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
+    with started("training/run.py", "tiny", *SHORT, "3", cwd=tmp_path) as (process, _, stderr):
+        assert wait_until(lambda: "\nepoch" in stderr.read_text(), 60)
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(60)
+        errors = stderr.read_text()
+    assert process.exitcode == 130 and "Traceback" not in errors
     command = errors.splitlines()[-1].partition("go on with: python ")[2].split()
     assert command[0] == "training/run.py"
-    resumed = subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *command[1:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    resumed = run(*command, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     lines = (tmp_path / "runs/latest/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
+from conftest import digits
 from facts import raises_naming
 
 from efficientnet.formats.artifact import ArtifactError
-from efficientnet.images.datasets import load_dataset
-from efficientnet.images.preprocess import preprocess
 from efficientnet.runtimes import Runtime, open_runtime, openvino_runtime
 from efficientnet.runtimes.native.build import LIBRARY
+from efficientnet.runtimes.onnxruntime_runtime import OnnxRuntime
 from efficientnet.runtimes.protocol import check_images
-from export import native, ov
-from export.inputs.config import NativeConfig, OpenVinoConfig
+from export import native
+from export.inputs.config import NativeConfig
 from perf.measurements.program_subject import NullRuntime
 
 NEEDS_ENGINE = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
@@ -25,12 +25,16 @@ PROGRAMS = ["torch", "onnxruntime", "openvino", pytest.param("native", marks=NEE
 
 @pytest.fixture(scope="module")
 def programs(
-    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path,
+    tiny_artifact: Path,
+    openvino_artifact: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
-    exported = ov.main(
-        OpenVinoConfig(tiny_checkpoint, tmp_path_factory.mktemp("openvino") / "artifact")
-    )
-    found = {"torch": tiny_checkpoint, "onnxruntime": tiny_artifact, "openvino": exported}
+    found = {
+        "torch": tiny_checkpoint,
+        "onnxruntime": tiny_artifact,
+        "openvino": openvino_artifact,
+    }
     if LIBRARY.is_file():
         output = tmp_path_factory.mktemp("native") / "artifact"
         found["native"] = native.main(NativeConfig(tiny_checkpoint, output, reference=True))
@@ -47,17 +51,6 @@ def runtime(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Runtim
     if request.param == "null":
         return NullRuntime(open_runtime(programs["onnxruntime"]).info)
     return open_runtime(programs[request.param])
-
-
-def digits(num_images: int) -> np.ndarray:
-    spec = open_spec()
-    return np.stack([preprocess(s.read(), spec) for s in load_dataset("digits").val[:num_images]])
-
-
-def open_spec():
-    from conftest import TINY_PREPROCESS
-
-    return TINY_PREPROCESS
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
@@ -122,11 +115,6 @@ def test_arrays_are_read_in_their_order_whatever_their_strides(runtime: Runtime)
         np.testing.assert_allclose(runtime.infer(view), expected, atol=1e-6)
 
 
-def test_a_batch_above_the_maximum_is_refused(tiny_artifact: Path):
-    with raises_naming(ValueError, 65, "1 to 64"):
-        open_runtime(tiny_artifact).infer(np.zeros((65, 3, 32, 32), np.float32))
-
-
 def test_the_artifact_answers_like_the_checkpoint(tiny_checkpoint: Path, tiny_artifact: Path):
     images = digits(32)
     expected = open_runtime(tiny_checkpoint).infer(images)
@@ -185,6 +173,19 @@ def test_a_signal_is_handled_after_programs_were_closed_in_any_order(programs: d
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and done.stdout == "handled\n", done.stderr
+
+
+def test_threads_of_onnxruntime_wait_in_a_loop_unless_they_may_not(tiny_artifact: Path):
+    images = digits(3)
+    spinning, sleeping = (open_runtime(tiny_artifact, 2, may_spin=spins) for spins in (True, False))
+    assert isinstance(spinning, OnnxRuntime) and isinstance(sleeping, OnnxRuntime)
+    options = sleeping._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    with pytest.raises(RuntimeError):  # there is no such entry
+        spinning._session.get_session_options().get_session_config_entry(
+            "session.intra_op.allow_spinning"
+        )
+    assert np.array_equal(spinning.infer(images), sleeping.infer(images))
 
 
 def test_a_folder_that_is_neither_is_an_artifact_error(tmp_path: Path):

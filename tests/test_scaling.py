@@ -5,7 +5,6 @@ from facts import raises_naming
 
 from efficientnet.network.cost import network_cost
 from efficientnet.network.scaling import (
-    CompoundCoefficients,
     CompoundScale,
     compound_scale,
     fit_compound_coefficients,
@@ -67,10 +66,6 @@ def test_fit_refuses_a_grid_without_points_and_a_score_that_is_no_number():
         fit_compound_coefficients(lambda scale: math.nan)
     with raises_naming(ValueError, "step", 0):
         fit_compound_coefficients(lambda scale: 1.0, step=0)
-
-
-def test_the_cost_of_coefficients_is_what_a_step_multiplies():
-    assert CompoundCoefficients(1.2, 1.1, 1.15).cost == pytest.approx(1.92, abs=1e-3)
 
 
 @pytest.mark.parametrize(

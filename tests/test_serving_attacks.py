@@ -133,6 +133,15 @@ def test_a_path_forges_no_line_of_the_log(service: RunningService):
     assert r"\r\n2026-11-28T00:00:00 forged\x1b[2J\u2028also 404" in text
 
 
+@pytest.mark.parametrize("path", sorted(PROBES))
+def test_a_probe_that_is_asked_by_another_method_says_which_it_takes(
+    service: RunningService, path: str
+):
+    response = service.client.request("TRACE", path)
+    assert response.headers["Allow"] == "GET, HEAD"
+    assert_refuses(response, 405, f"{path} does not take")
+
+
 def test_an_answer_names_its_line_of_the_log(service: RunningService):
     number = service.client.get("/nothing-here").headers["X-Request-ID"]
     assert wait_until(lambda: number in service.log_path.read_text())
@@ -186,6 +195,27 @@ def test_a_form_without_its_end_is_told_to_end_early(service: RunningService, nu
     body = form(digit())[:num_bytes]
     response = service.client.post("/classify", content=body, headers={"Content-Type": FORM_TYPE})
     assert_refuses(response, 400, f"the body ends early, after {len(body)} bytes")
+
+
+def test_a_client_that_leaves_within_its_upload_is_no_fault(service: RunningService):
+    head = f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM_TYPE}\r\n"
+    head += "X-Request-ID: left-early\r\nContent-Length: 1000\r\n\r\n--picture"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        client.sendall(head.encode())
+    assert wait_until(lambda: "left-early" in service.log_path.read_text())
+    (line,) = [line for line in service.log_path.read_text().splitlines() if "left-early" in line]
+    assert "/classify 499" in line and "ERROR" not in line
+
+
+def test_a_web_socket_is_not_opened_and_ends_no_worker(service: RunningService):
+    head = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    head += "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        client.sendall(head.encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+        time.sleep(2)  # connections are looked at each second
+        assert service.client.get("/livez").status_code == 200
+    assert "another is started" not in service.log_path.read_text()
 
 
 def test_a_heic_picture_gets_what_to_do(service: RunningService):
@@ -395,7 +425,7 @@ class HeldClassifier:
         self.finished: list[bytes] = []
         self.may_go_on = threading.Event()
 
-    def prepare(self, data: bytes, times: StageTimes) -> Any:
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Any:
         self.begun.append(data)
         self.may_go_on.wait(30)
         return data
@@ -411,7 +441,7 @@ class HeldClassifier:
 
 
 class BrokenClassifier(HeldClassifier):
-    def prepare(self, data: bytes, times: StageTimes) -> Any:
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Any:
         raise IndexError("list index\nout of \x1b[2Jrange")
 
 
@@ -642,7 +672,33 @@ def test_a_body_that_stops_coming_is_a_408_at_the_deadline():
         run(test(gate))
 
 
-def test_more_uploads_than_may_be_on_their_way_are_refused():
+def test_when_all_uploads_are_taken_the_slowest_gives_way(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("serving.uploads.BEHIND_S", 0.1)
+
+    async def silent() -> Messages:
+        yield {"type": "http.request", "body": form(b"x" * 100)[:50], "more_body": True}
+        await asyncio.Event().wait()
+
+    async def test(gate: Any, classifier: HeldClassifier) -> None:
+        classifier.may_go_on.set()
+        slow = [asyncio.create_task(ask(gate, silent)) for _ in range(UPLOADS_PER_PLACE)]
+        await until(lambda: len(gate._app._uploads) == UPLOADS_PER_PLACE)
+        await asyncio.sleep(0.2)
+        for _ in range(3):
+            assert (await ask(gate, body(b"good"))).status == 200
+        await until(lambda: sum(task.done() for task in slow) == 1)
+        (answer,) = [task.result() for task in slow if task.done()]
+        assert answer.status == 408 and "the upload is too slow" in answer.error
+        for task in slow:
+            task.cancel()
+
+    classifier = HeldClassifier()
+    with served(classifier) as gate:
+        run(test(gate, classifier))
+
+
+def test_more_uploads_than_may_be_on_their_way_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("serving.uploads.BEHIND_S", 60)
     done = asyncio.Event()
 
     async def held() -> Messages:
@@ -653,14 +709,14 @@ def test_more_uploads_than_may_be_on_their_way_are_refused():
     async def test(gate: Any, classifier: HeldClassifier) -> None:
         classifier.may_go_on.set()
         first = [asyncio.create_task(ask(gate, held)) for _ in range(UPLOADS_PER_PLACE)]
-        await until(lambda: gate._app._num_uploads == UPLOADS_PER_PLACE)
+        await until(lambda: len(gate._app._uploads) == UPLOADS_PER_PLACE)
         refused = await ask(gate, body(b"more"))
         assert (refused.status, refused.headers["retry-after"]) == (429, "1")
         assert "8 pictures are on their way" in refused.error
         done.set()
         statuses = [(await task).status for task in first]
         assert set(statuses) <= {200, 429} and 200 in statuses
-        assert gate._app._num_uploads == 0
+        assert not gate._app._uploads
         assert (await ask(gate, body(b"more"))).status == 200
 
     classifier = HeldClassifier()
@@ -690,7 +746,7 @@ def test_a_fault_is_one_line_of_the_log_with_the_number_of_its_request(
 
 def test_a_fault_at_one_picture_of_a_batch_harms_no_other(caplog: pytest.LogCaptureFixture):
     class SometimesBroken(HeldClassifier):
-        def prepare(self, data: bytes, times: StageTimes) -> Any:
+        def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Any:
             if data == b"2":
                 raise IndexError("list index")
             return data

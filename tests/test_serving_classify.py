@@ -90,10 +90,3 @@ def test_what_is_not_there_is_told_before_anything_is_classified(
         with raises_naming(FileNotFoundError, pictures / path):
             main(ClassifyConfig(both, artifact=tiny_artifact))
     assert capsys.readouterr().out == ""
-
-
-def test_settings_outside_their_limits_are_refused():
-    with raises_naming(ValueError, "--top-k", 0):
-        ClassifyConfig(("a.png",), top_k=0)
-    with pytest.raises(ValueError, match="no picture is named"):
-        ClassifyConfig(())

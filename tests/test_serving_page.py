@@ -2,16 +2,17 @@ import base64
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
 from PIL import Image
 
 from efficientnet.images.datasets import load_dataset
-from serving.demo import running_service
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
@@ -38,9 +39,8 @@ HAND_OVER = """
 
 
 @pytest.fixture(scope="module")
-def address(tiny_artifact: Path) -> Iterator[str]:
-    with running_service(tiny_artifact) as port:
-        yield f"http://127.0.0.1:{port}/"
+def address(service_port: int) -> str:
+    return f"http://127.0.0.1:{service_port}/"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,8 @@ def test_page_refuses_a_file_above_the_limit_without_sending_it(page: Page) -> N
         }"""
     )
     expect(page.get_by_role("alert")).to_have_text(
-        "This file has 21 MB, more than the 20 MB allowed."
+        "This picture is too large.This file has 21 MB, more than the 20 MB allowed. "
+        "Make it smaller and choose it again."
     )
     assert not [url for url in sent if url.endswith("/classify")]
 
@@ -211,4 +212,235 @@ def test_page_fits_the_width_of_phones_and_desktops(
     hand_over(page, "drop", digit(0))
     expect(page.locator("#classes li")).to_have_count(5)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()
+
+
+def take(page: Page, *names: tuple[str, bytes]) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator("#picture").click()
+    chooser.value.set_files(
+        [{"name": name, "mimeType": "image/png", "buffer": data} for name, data in names]
+    )
+
+
+def answer_with(page: Page, *probabilities: float) -> None:
+    body = json.dumps(
+        [
+            {"label": f"class {i}", "class_index": i, "probability": probability}
+            for i, probability in enumerate(probabilities)
+        ]
+    )
+    page.route("**/classify", lambda route: route.fulfill(status=200, body=body))
+
+
+def test_a_guess_looks_unlike_an_answer_and_says_what_the_network_knows(page: Page) -> None:
+    answer_with(page, 0.49, 0.3)
+    hand_over(page, "drop", digit(0))
+    note = page.locator("#unsure")
+    expect(note).to_contain_text("Not sure")
+    known = page.locator("#known")
+    expect(known).to_contain_text("trained on digits")
+    expect(known).to_contain_text("10 classes: 0, 1, 2, 3, 4")
+    expect(page.locator("#spoken")).to_have_text("Not sure. Nearest class: class 0, 49.0 %")
+    weight = "element => getComputedStyle(element).fontWeight"
+    assert page.locator("#classes .label").first.evaluate(weight) == "400"
+    page.unroute("**/classify")
+    answer_with(page, 0.51, 0.3)
+    hand_over(page, "drop", digit(1))
+    expect(page.locator("#spoken")).to_have_text("Best class: class 0, 51.0 %")
+    expect(note).to_be_hidden()
+    assert page.locator("#classes .label").first.evaluate(weight) == "650"
+
+
+def test_before_the_first_picture_kinds_and_sizes_are_told_and_samples_can_be_clicked(
+    page: Page,
+) -> None:
+    kinds = page.locator("#kinds")
+    for fact in ("JPEG", "AVIF", "20 MB", "50 megapixels"):
+        expect(kinds).to_contain_text(fact)
+    samples = page.locator("#samples button")
+    expect(samples).to_have_count(4)
+    for sample in samples.all():
+        sample.click()
+        expect(page.locator("#sheet")).to_have_attribute("data-state", "done")
+        expect(page.locator("#preview")).to_be_visible()
+    expect(page.locator("#name")).to_contain_text("flower.jpg")
+
+
+def test_several_pictures_become_a_grid_of_which_one_is_shown(page: Page) -> None:
+    take(page, ("a.png", digit(0)), ("b.png", b"no picture"), ("c.png", digit(2)))
+    cards = page.locator("#grid button")
+    expect(cards).to_have_count(3)
+    expect(cards.nth(2).locator(".says")).to_contain_text("%")
+    expect(cards.nth(1).locator(".says")).to_contain_text("cannot be read as a picture")
+    expect(cards.nth(0)).to_have_attribute("aria-current", "true")
+    cards.nth(1).press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("Save it as JPEG or PNG")
+    cards.nth(2).click()
+    expect(page.locator("#name")).to_contain_text("c.png")
+    expect(page.locator("#classes li")).to_have_count(5)
+    take(page, ("d.png", digit(3)))
+    expect(page.locator("#grid")).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "expected"),
+    [
+        ({"crop_fraction": None}, None),
+        ({"crop_fraction": 0.5}, (0.375, 0.25, 0.25, 0.5)),
+        ({"crop_fraction": 0.5, "is_squashed": True}, (0.25, 0.25, 0.5, 0.5)),
+    ],
+    ids=["whole", "center", "squashed"],
+)
+def test_the_part_that_the_network_sees_is_framed(
+    browser: Browser,
+    address: str,
+    preprocess: dict,
+    expected: tuple[float, float, float, float] | None,
+) -> None:
+    page = browser.new_page()
+    info = httpx.get(f"{address}info").json()
+    info["preprocess"] |= preprocess
+    page.route("**/info", lambda route: route.fulfill(json=info))
+    page.goto(address)
+    buffer = io.BytesIO()
+    Image.new("RGB", (400, 200), "red").save(buffer, "PNG")
+    hand_over(page, "drop", buffer.getvalue())
+    expect(page.locator("#seen")).to_contain_text("32 \u00d7 32 pixels")
+    frame = page.locator("#crop")
+    if expected is None:
+        expect(page.locator("#seen")).to_contain_text("all of it")
+        expect(frame).to_be_hidden()
+    else:
+        outer, inner = page.locator("#picture").bounding_box(), frame.bounding_box()
+        assert outer and inner
+        # The picture is twice as wide as high, and fills the width.
+        height = outer["width"] / 2
+        top = outer["y"] + (outer["height"] - height) / 2
+        left, above, width, part = expected
+        assert inner["x"] == pytest.approx(outer["x"] + left * outer["width"], abs=4)
+        assert inner["y"] == pytest.approx(top + above * height, abs=4)
+        assert inner["width"] == pytest.approx(width * outer["width"], abs=4)
+        assert inner["height"] == pytest.approx(part * height, abs=4)
+    page.close()
+
+
+def test_answer_and_command_line_can_be_copied(browser: Browser, address: str) -> None:
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(address)
+    hand_over(page, "drop", digit(0), 'it\'s a "digit".png')
+    expect(page.locator("#classes li")).to_have_count(5)
+    page.locator("#raw summary").click()
+    for name in ("json", "curl"):
+        button = page.locator(f"[data-copies={name}]")
+        button.click()
+        expect(button).to_have_text("Copied")
+        copied = page.evaluate("navigator.clipboard.readText()")
+        assert copied == page.locator(f"#{name}").text_content()
+    answer = json.loads(page.locator("#json").text_content() or "")
+    assert [(a["label"], a["probability"]) for a in answer] == answer_of(address, digit(0))
+    words = shlex.split(page.locator("#curl").text_content() or "")
+    assert words == ["curl", "-F", 'image=@"it\'s a \\"digit\\".png"', f"{address}classify"]
+    context.close()
+
+
+def test_metrics_are_a_table_and_not_raw_text(page: Page) -> None:
+    hand_over(page, "drop", digit(0))
+    expect(page.locator("#classes li")).to_have_count(5)
+    page.locator("#numbers summary").click()
+    rows = page.locator("#metrics tr")
+    expect(rows.filter(has_text="Pictures classified").locator("td")).to_have_text(
+        re.compile(r"^[1-9]\d*$")
+    )
+    expect(rows.filter(has_text="on average")).to_have_text(re.compile(r"decode \d.* ms.*network"))
+    expect(rows.filter(has_text="Requests answered").locator("td")).to_have_text(
+        re.compile(r"^[1-9]\d*$")
+    )
+
+
+def test_a_drag_is_seen_before_the_drop(page: Page) -> None:
+    drop = page.locator("#drop")
+    expect(drop).not_to_be_visible()
+    page.evaluate("document.dispatchEvent(new DragEvent('dragenter', {cancelable: true}))")
+    expect(drop).to_be_visible()
+    page.evaluate("document.dispatchEvent(new DragEvent('dragleave'))")
+    expect(drop).not_to_be_visible()
+
+
+def test_what_was_busy_can_be_tried_again(page: Page, address: str) -> None:
+    busy = {"code": "overloaded", "detail": "64 pictures wait", "status": 429}
+    page.route("**/classify", lambda route: route.fulfill(status=429, json=busy), times=1)
+    hand_over(page, "drop", digit(0))
+    expect(page.get_by_role("alert")).to_contain_text("The service is busy")
+    page.get_by_role("button", name="Try again").click()
+    expect_shown(page, answer_of(address, digit(0)))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_bars_and_borders_can_be_told_from_what_is_around_them(
+    browser: Browser, address: str, scheme: Literal["light", "dark"]
+) -> None:
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(address)
+    value = "name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()"
+
+    def luminance(name: str) -> float:
+        text = page.evaluate(value, f"--{name}").removeprefix("#")
+        parts = [int(text[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        red, green, blue = (
+            part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        )
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    for front in ("edge", "accent", "accent-soft", "unsure", "warn"):
+        for back in ("ground", "surface", "track"):
+            light, dark = sorted((luminance(front), luminance(back)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 3, (front, back)
+    page.close()
+
+
+@pytest.mark.parametrize("size", [(375, 667), (390, 844)])
+def test_on_a_phone_the_five_best_are_seen_without_scrolling(
+    browser: Browser, address: str, size: tuple[int, int]
+) -> None:
+    width, height = size
+    page = browser.new_page(viewport={"width": width, "height": height}, has_touch=True)
+    page.goto(address)
+    for probabilities in ((0.9, 0.05, 0.03, 0.01, 0.01), (0.3, 0.2, 0.2, 0.2, 0.1)):
+        answer_with(page, *probabilities)
+        hand_over(page, "drop", digit(0))
+        expect(page.locator("#classes li")).to_have_count(5)
+        bottoms = [row.bounding_box() for row in page.locator("#classes li").all()]
+        assert all(box and box["y"] + box["height"] <= height for box in bottoms)
+        page.unroute("**/classify")
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("state", ["empty", "done", "unsure", "error", "grid"])
+def test_axe_finds_nothing(
+    browser: Browser, address: str, scheme: Literal["light", "dark"], state: str
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.base", reason="axe is not installed")
+    page = browser.new_page(color_scheme=scheme)
+    page.emulate_media(reduced_motion="reduce", color_scheme=scheme)
+    page.goto(address)
+    expect(page.locator("#samples")).to_be_visible()
+    if state == "grid":
+        take(page, ("a.png", digit(0)), ("b.png", b"no picture"))
+        expect(page.locator("#grid button").nth(1)).to_contain_text("cannot be read")
+    elif state == "error":
+        hand_over(page, "drop", b"no picture", "notes.txt", "text/plain")
+        expect(page.get_by_role("alert")).to_be_visible()
+    elif state != "empty":
+        answer_with(page, 0.9 if state == "done" else 0.3)
+        hand_over(page, "drop", digit(0))
+        expect(page.locator("#classes li")).to_have_count(1)
+        page.locator("#raw summary").click()
+        page.locator("#numbers summary").click()
+        expect(page.locator("#metrics tr")).not_to_have_count(0)
+    page.evaluate(axe.AXE_FILE_PATH.read_text())
+    found = page.evaluate("async () => (await axe.run()).violations")
+    assert not [(v["id"], [node["html"] for node in v["nodes"]]) for v in found]
     page.close()

@@ -32,11 +32,11 @@ from efficientnet.images.preprocess import ImageError, preprocess
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.probabilities import softmax
 from serving.answers import ModelFacts, Prediction, Problem
-from serving.demo import free_port, running_service, stop, wait_until_ready
+from serving.demo import free_port, stop, wait_until_ready
 from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
 from serving.stages import Stage, StageTimes
-from serving.work import WorkQueue
+from serving.work import IsWanted, WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKERFILE = "env/docker/Dockerfile"
@@ -47,15 +47,9 @@ BOUNDARY = "picture-boundary"
 PROBABILITY_TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def port(tiny_artifact: Path) -> Iterator[int]:
-    with running_service(tiny_artifact) as port:
-        yield port
-
-
 @pytest.fixture
-def service(port: int) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+def service(service_port: int) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{service_port}", timeout=60) as client:
         yield client
 
 
@@ -200,7 +194,7 @@ def test_picture_of_exactly_the_largest_size_is_taken(service: httpx.Client) -> 
 @pytest.mark.parametrize("connection", ["keep-alive", "close"])
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["declared", "chunked"])
 def test_client_that_sends_too_much_reads_the_reason(
-    port: int, service: httpx.Client, num_bytes: int, connection: str, is_chunked: bool
+    service_port: int, service: httpx.Client, num_bytes: int, connection: str, is_chunked: bool
 ) -> None:
     body = form(digit().ljust(num_bytes, b"\0"))
     headers = {
@@ -209,7 +203,7 @@ def test_client_that_sends_too_much_reads_the_reason(
     }
     if is_chunked:
         headers["Transfer-Encoding"] = "chunked"
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    client = http.client.HTTPConnection("127.0.0.1", service_port, timeout=60)
     client.request(
         "POST",
         "/classify",
@@ -293,13 +287,15 @@ def test_wrong_address_and_wrong_method_are_json_errors(service: httpx.Client) -
     assert_refuses(service.get("/classify"), 405, "/classify does not take GET, use POST")
 
 
-def test_client_that_vanishes_while_sending_does_no_harm(port: int, service: httpx.Client) -> None:
+def test_client_that_vanishes_while_sending_does_no_harm(
+    service_port: int, service: httpx.Client
+) -> None:
     head = (
         "POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n"
         f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n\r\n"
     )
     for _ in range(3):
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with socket.create_connection(("127.0.0.1", service_port)) as client:
             client.sendall(head.encode() + form(bytes(100_000)))
     assert_lives(service)
 
@@ -383,14 +379,6 @@ def test_no_torch_in_the_service_process(service: httpx.Client) -> None:
         assert "torch" not in maps
 
 
-def test_importing_the_service_does_not_import_torch() -> None:
-    code = "import sys, serving.service; print('torch' in sys.modules)"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.strip() == "False"
-
-
 def test_classifier_works_without_a_server_and_is_ready_after_its_constructor(
     service_module: Any,
 ) -> None:
@@ -411,7 +399,7 @@ class FailingClassifier:
     def __init__(self) -> None:
         self.work = WorkQueue(num_threads=1, max_places=1, timeout_s=60)
 
-    def prepare(self, data: bytes, times: StageTimes) -> None:
+    def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> None:
         raise IndexError("list index out of\nrange")
 
 

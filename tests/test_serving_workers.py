@@ -87,7 +87,10 @@ def renamed_classes(artifact: Path) -> str:
     return json.dumps({**manifest, "class_names": [f"other {i}" for i in range(10)]})
 
 
-def test_a_killed_worker_is_replaced_while_the_other_goes_on(artifact: Path, tmp_path: Path):
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_killed_worker_is_replaced_and_all_of_them_end_with_a_killed_supervisor(
+    artifact: Path, tmp_path: Path
+):
     with running(artifact, tmp_path, CLASSIFIER_WORKERS="2") as service:
         assert wait_until(lambda: service.num_ready() == 2)
         facts, before = service.get("/model").json(), service.workers
@@ -102,9 +105,14 @@ def test_a_killed_worker_is_replaced_while_the_other_goes_on(artifact: Path, tmp
             json.dumps(facts, separators=(",", ":"))
         }
         assert "was ended by SIGKILL; another is started" in service.log.read_text()
+        workers = service.workers
+        service.process.kill()
+        assert wait_until(lambda: not any(process_exists(pid) for pid in workers))
 
 
-def test_a_new_worker_serves_what_was_opened_at_the_start(artifact: Path, tmp_path: Path):
+def test_a_new_worker_serves_what_was_opened_at_the_start_until_ctrl_c_ends_all(
+    artifact: Path, tmp_path: Path
+):
     with running(artifact, tmp_path) as service:
         expected = service.classify().json()
         other = Path(shutil.copytree(artifact, tmp_path / "other"))
@@ -120,6 +128,11 @@ def test_a_new_worker_serves_what_was_opened_at_the_start(artifact: Path, tmp_pa
         os.kill(worker, signal.SIGKILL)
         assert wait_until(lambda: service.num_ready() == 3)
         assert service.classify().json() == expected
+        (worker,) = service.workers
+        assert list((tmp_path / "home").glob("metrics-*/*"))
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(60) == 0 and not process_exists(worker)
+        assert not list((tmp_path / "home").glob("metrics-*"))
 
 
 def test_an_artifact_written_over_makes_the_service_not_ready_until_it_is_back(
@@ -174,24 +187,6 @@ def test_readiness_goes_down_first_and_what_comes_until_the_end_is_served(
         assert not service.workers
 
 
-def test_ctrl_c_ends_all_processes_and_leaves_no_metrics(artifact: Path, tmp_path: Path):
-    with running(artifact, tmp_path) as service:
-        workers = service.workers
-        assert list((tmp_path / "home").glob("metrics-*/*"))
-        service.process.send_signal(signal.SIGINT)
-        assert service.process.wait(60) == 0
-        assert not any(process_exists(pid) for pid in workers)
-        assert not list((tmp_path / "home").glob("metrics-*"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_workers_end_with_a_supervisor_that_is_killed(artifact: Path, tmp_path: Path):
-    with running(artifact, tmp_path) as service:
-        workers = service.workers
-        service.process.kill()
-        assert wait_until(lambda: not any(process_exists(pid) for pid in workers))
-
-
 # The backlog, with a server in this process, so that connections come at the worst moment.
 
 
@@ -206,7 +201,7 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 def answer_of(client: socket.socket) -> bytes:
     received = b""
-    while b"served" not in received:
+    while not received.endswith(b"\r\n0\r\n\r\n"):  # the last of its chunks
         part = client.recv(10_000)
         if not part:
             break
@@ -304,6 +299,21 @@ def test_an_address_has_a_limited_number_of_connections():
         assert wait_until(lambda: is_answered(address))
         for client in (second, third):
             client.close()
+
+
+def test_a_refused_connection_that_sends_a_picture_reads_the_refusal():
+    with server_here(max_per_address=1) as address:
+        first = socket.create_connection(address, timeout=20)
+        first.sendall(REQUEST)
+        assert b"served" in answer_of(first)
+        for _ in range(20):
+            with socket.create_connection(address, timeout=20) as refused:
+                for _ in range(20):  # closed with something unread, it would be reset
+                    refused.sendall(b"x" * 10_000)
+                answer = http.client.HTTPResponse(refused)
+                answer.begin()
+                assert answer.status == 429 and answer.read()
+        first.close()
 
 
 def is_answered(address: tuple[str, int]) -> bool:

@@ -1,14 +1,14 @@
 import json
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
-from facts import raises_naming
+from commands import run as run_command
+from facts import raises_naming, require_named
 from small_trainings import epoch_metrics
 
 from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
@@ -17,6 +17,7 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
 from training.recipe.config import config_to_json
 from training.recipe.stages import plan_stages
+from training.running.command_line import parse
 from training.running.metrics import write_metrics
 from training.studies.ablation_plan import (
     FIXED,
@@ -27,32 +28,13 @@ from training.studies.ablation_plan import (
     AblationConfig,
     AblationError,
     PlannedRun,
-    magnitude_row,
     plan_rounds,
     plan_rows,
 )
-from training.studies.ablation_report import (
-    comparisons_table,
-    magnitudes_table,
-    publish,
-    schedules_table,
-    to_markdown,
-    write_files,
-)
-from training.studies.ablation_results import (
-    AblationRecord,
-    Spread,
-    difference,
-    magnitude_trend,
-    read_result,
-    seconds_left,
-    spread,
-    time_saved,
-)
-from training.studies.ablation_runs import train_all
-from training.studies.ablation_study import main
-
-ROOT = Path(__file__).resolve().parent.parent
+from training.studies.ablation_report import schedules_table, to_markdown
+from training.studies.ablation_results import AblationRecord, gains, read_result, time_saved
+from training.studies.ablation_study import main, train_all
+from training.studies.spread import Spread, spread
 
 TOP1 = {
     PROGRESSIVE_ADAPTIVE: (0.97, 0.98, 0.96),
@@ -62,6 +44,15 @@ TOP1 = {
     RANDOM_ADAPTIVE: (0.85, 0.87, 0.84),
 }
 IMAGES_PER_S = {FIXED: 100.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flags_are_read_once() -> Iterator[None]:
+    """Keep the recipes that flags stand for: 42 runs are asked for theirs again and again."""
+    kept = cache(lambda words: parse(list(words)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.studies.ablation_plan.parse", lambda words: kept(tuple(words)))
+        yield
 
 
 def tiny(output: Path, **changes: object) -> AblationConfig:
@@ -80,13 +71,12 @@ def top1_of(run: PlannedRun) -> float:
     return 0.8 + row.image_size / 400 - abs(row.magnitude - favorite) / 500 + run.seed / 1000
 
 
-def finish(run: PlannedRun, top1: float | None = None) -> None:
+def finish(run: PlannedRun) -> None:
     """Write what a complete run leaves."""
     config = run.config
     rate = IMAGES_PER_S.get(run.row.name, 160.0)
     epochs = [
-        epoch_metrics(epoch, top1=top1_of(run) if top1 is None else top1, images_per_s=rate * epoch)
-        for epoch in (1, 2)
+        epoch_metrics(epoch, top1=top1_of(run), images_per_s=rate * epoch) for epoch in (1, 2)
     ]
     record = CheckpointRecord(
         variant=config.variant,
@@ -109,16 +99,17 @@ def finish(run: PlannedRun, top1: float | None = None) -> None:
     write_text(run.directory / "report.md", "complete")
 
 
-def finish_all(config: AblationConfig, **top1: float) -> AblationRecord:
+def finish_all(config: AblationConfig) -> AblationRecord:
     for run in plan_rounds(config, plan_rows(config)):
-        finish(run, top1.get(run.row.name))
+        finish(run)
     text = main(config)
     return AblationRecord.model_validate_json(text.with_suffix(".json").read_text())
 
 
-def changed(record: AblationRecord, row: str, top1: tuple[float, ...]) -> AblationRecord:
+def changed(record: AblationRecord, field: str, values: dict[str, tuple]) -> AblationRecord:
+    """Give the runs of some rows other values, by seed."""
     runs = tuple(
-        run.model_copy(update={"top1": top1[run.seed]}) if run.row == row else run
+        run.model_copy(update={field: values[run.row][run.seed]}) if run.row in values else run
         for run in record.runs
     )
     return record.model_copy(update={"runs": runs})
@@ -159,11 +150,8 @@ def test_the_schedules_differ_in_schedule_stages_and_regularisation_only(tmp_pat
         assert flag(rows[name], "--progressive.image-size", 2) == ("16", "32")
         assert flag(rows[name], "--eval-image-size") == ("32",)
         assert flag(rows[name], "--recipe") == ("digits",)
-
-
-def test_few_epochs_have_few_stages(tmp_path: Path):
-    rows = plan_rows(tiny(tmp_path, epochs=2))
-    assert all(int(flag(row.flags, "--progressive.num-stages")[0]) <= 2 for row in rows)
+    few = plan_rows(tiny(tmp_path, epochs=2))
+    assert all(int(flag(row.flags, "--progressive.num-stages")[0]) <= 2 for row in few)
 
 
 def test_magnitudes_are_trained_and_evaluated_at_each_size(tmp_path: Path):
@@ -224,46 +212,6 @@ def test_a_round_is_all_rows_of_a_seed_and_rounds_begin_with_different_rows(tmp_
     assert len({run.directory for run in planned}) == 42
 
 
-def test_the_training_that_both_experiments_have_is_made_once_and_told_for_both(tmp_path: Path):
-    config = tiny(tmp_path, magnitudes=(3, 6, 9), seeds=2)
-    shared = {FIXED, magnitude_row(6, 32)}
-    planned = plan_rounds(config, plan_rows(config))
-    assert len(planned) == len({run.directory for run in planned}) == 2 * 13
-    assert [{row.name for row in run.rows} for run in planned if len(run.rows) > 1] == [shared] * 2
-    record = finish_all(config, **{FIXED: 0.5})
-    assert len(record.runs) == 2 * 14
-    fixed, magnitude = (record.of(name) for name in sorted(shared))
-    assert [(r.experiment, r.magnitude) for r in fixed] == [("schedules", None)] * 2
-    assert [(r.experiment, r.magnitude) for r in magnitude] == [("magnitudes", 6)] * 2
-    for one, other in zip(fixed, magnitude, strict=True):
-        assert (one.top1, one.seconds, one.flags) == (other.top1, other.seconds, other.flags)
-
-
-def test_the_same_training_is_shared_only_where_it_is_trained(tmp_path: Path):
-    config = tiny(tmp_path, magnitudes=(3, 6, 9), experiments="magnitudes")
-    planned = plan_rounds(config, plan_rows(config))
-    assert len(planned) == 3 * 9 and all(len(run.rows) == 1 for run in planned)
-
-
-def test_each_round_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def train(
-        pending: Sequence[PlannedRun], jobs: int, on_finished: Callable[[PlannedRun], None]
-    ) -> None:
-        for run in pending:
-            finish(run)
-            on_finished(run)
-
-    def write(record: AblationRecord, directory: Path, stem: str) -> Path:
-        written.append(record.num_rounds)
-        return write_files(record, directory, stem)
-
-    written: list[int] = []
-    monkeypatch.setattr("training.studies.ablation_study.train_all", train)
-    monkeypatch.setattr("training.studies.ablation_report.write_files", write)
-    main(tiny(tmp_path, experiments="schedules", seeds=2))
-    assert written == [1, 2]
-
-
 def test_a_spread_is_the_mean_and_the_sample_std():
     assert (spread([1, 2, 3]).mean, spread([1, 2, 3]).std) == (2, 1)
     assert spread([5]).std is None and spread([5]).text() == "5.0"
@@ -277,9 +225,8 @@ def test_the_margin_is_half_of_the_95_percent_confidence_interval(num_seeds: int
 
 
 def test_a_difference_is_taken_seed_by_seed(record: AblationRecord):
-    ahead = changed(record, FIXED, (0.96, 0.97, 0.95))
-    change = difference(ahead, PROGRESSIVE_ADAPTIVE, FIXED)
-    assert change.mean == pytest.approx(1) and change.std == pytest.approx(0, abs=1e-9)
+    ahead = changed(record, "top1", {FIXED: (0.96, 0.97, 0.95)})
+    assert gains(ahead, PROGRESSIVE_ADAPTIVE, FIXED) == pytest.approx([1, 1, 1])
 
 
 def test_seconds_are_those_in_training_without_evaluation(tmp_path: Path):
@@ -294,31 +241,9 @@ def test_seconds_are_those_in_training_without_evaluation(tmp_path: Path):
 
 def test_time_is_saved_seed_by_seed(record: AblationRecord):
     seconds = {PROGRESSIVE_ADAPTIVE: (8.0, 15.6, 32.4), FIXED: (10.0, 20.0, 40.0)}
-    runs = tuple(
-        run.model_copy(update={"seconds": seconds[run.row][run.seed]})
-        if run.row in seconds
-        else run
-        for run in record.runs
-    )
-    faster = record.model_copy(update={"runs": runs})
-    saved = time_saved(faster, PROGRESSIVE_ADAPTIVE)
-    assert saved.mean == pytest.approx((20 + 22 + 19) / 3)
-    assert saved.margin == pytest.approx(4.303 * 1.5275 / 3**0.5, rel=1e-3)
+    faster = changed(record, "seconds", seconds)
+    assert time_saved(faster, PROGRESSIVE_ADAPTIVE) == pytest.approx([20, 22, 19])
     assert "| 20 (4) |" in schedules_table(faster).markdown()
-
-
-def test_rows_are_compared_beside_the_papers_gain(record: AblationRecord):
-    table = comparisons_table(record).markdown()
-    assert "| progressive + adaptive | progressive | +3.3 (1.4) | +0.8 |" in table
-    assert "| random resize + adaptive | random resize | -5.0 (2.5) | +0.7 |" in table
-
-
-def test_what_larger_images_want_stands_beside_the_papers_trend(record: AblationRecord):
-    assert magnitude_trend(record).mean == pytest.approx(4)
-    table = magnitudes_table(record).markdown()
-    gains = "-2.0 (0.0) | +0.0 (0.0) | +2.0 (0.0) | from 5 to 15 | -0.6 | +0.3 | +0.7 |"
-    assert f"| from 5 to 15 (margin) | {gains}" in table
-    assert "gains +4.0 (0.0) points more over the weakest than at 16 px" in table
 
 
 def test_the_data_has_the_name_of_the_record(record: AblationRecord):
@@ -327,27 +252,24 @@ def test_the_data_has_the_name_of_the_record(record: AblationRecord):
     assert text.startswith("# tiny on cifar10\n") and "train-0000" not in text
 
 
-def test_the_number_of_sizes_is_not_claimed_beyond_the_epochs(record: AblationRecord):
-    text = to_markdown(record, "picture.png")
-    assert "in 4 stages, or as many as there are epochs; random resize: 8 such sizes, or as" in text
-
-
 def test_all_files_are_written_from_complete_runs_without_training(tmp_path: Path):
     record = finish_all(tiny(tmp_path))
     assert record.num_rounds == 3 and len(record.runs) == 42
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "ablation.md").read_text()
-    assert text.startswith("# tiny on digits\n")
-    assert (
-        "| progressive + adaptive | 97.0 ± 1.0 | +0.3 (4.0) | 13.2 ± 0.0 | 0.62 | 38 (0) | 85.1 |"
-        in text
-    )
-    assert "half of the 95 % confidence interval" in text
-    assert "83.1 in 9.4 h, 55 % saved |" in text
-    assert "| fixed | 96.7 ± 0.8 | - | 21.1 ± 0.0 | 1.00 | - | - | 82.9 in 20.8 h |" in text
-    assert "| 5 | **84.1 ± 0.1** |" in text and "**78.3 ± 0.16** | 81.2 ± 0.06 |" in text
-    assert "360 held-out images (one of them is 0.28 points)" in text
-    assert not (tmp_path / "logs").exists()
+    for row in (
+        "| progressive + adaptive | 97.0 ± 1.0 | +0.3 (4.0) | 13.2 ± 0.0 | 0.62 | 38 (0) | 85.1 |",
+        "83.1 in 9.4 h, 55 % saved |",
+        "| fixed | 96.7 ± 0.8 | - | 21.1 ± 0.0 | 1.00 | - | - | 82.9 in 20.8 h |",
+        "| progressive + adaptive | progressive | +3.3 (1.4) | +0.8 |",
+        "| random resize + adaptive | random resize | -5.0 (2.5) | +0.7 |",
+        "| 5 | **84.1 ± 0.1** |",
+        "**78.3 ± 0.16** | 81.2 ± 0.06 |",
+        "| from 5 to 15 (margin) | -2.0 (0.0) | +0.0 (0.0) | +2.0 (0.0) | from 5 to 15 | -0.6 |",
+    ):
+        assert row in text, row
+    require_named(text, "95 %", "+4.0 (0.0) points", "360 held-out images", "0.28 points")
+    assert text.startswith("# tiny on digits\n") and not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("experiments", ["schedules", "magnitudes"])
@@ -367,29 +289,6 @@ def test_a_complete_run_with_other_values_is_not_taken(tmp_path: Path):
         main(replace(config, epochs=3))
 
 
-def test_the_time_left_is_that_of_the_rows_so_far(tmp_path: Path):
-    config = tiny(tmp_path, experiments="schedules", seeds=2)
-    planned = plan_rounds(config, plan_rows(config))
-    for run in planned[:5]:
-        finish(run)
-    results = {run.directory: read_result(run) for run in planned[:5]}
-    assert seconds_left(planned, results) == pytest.approx(sum(r.seconds for r in results.values()))
-
-
-def test_publishing_writes_named_files_and_a_section(record: AblationRecord, tmp_path: Path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- ablation-digits: made -->\nstale\n<!-- /ablation-digits -->\n")
-    text = publish(record, readme, tmp_path / "published")
-    assert text.parent.name.startswith(f"{record.finished_at:%Y-%m-%d}-")
-    names = {path.name for path in text.parent.iterdir()}
-    assert names == {f"ablation-digits.{suffix}" for suffix in ("md", "png", "json")}
-    assert "](ablation-digits.png)" in text.read_text()
-    section = readme.read_text()
-    assert "| progressive + adaptive |" in section and "stale" not in section
-    assert "half of the 95 % confidence interval" in section
-    assert f"](published/{text.parent.name}/ablation-digits.md)" in section
-
-
 def test_a_record_is_written_again_without_training(record: AblationRecord, tmp_path: Path):
     path = tmp_path / "ablation-digits.json"
     path.write_text(record.model_dump_json(indent=1) + "\n")
@@ -402,22 +301,29 @@ def test_a_record_is_written_again_without_training(record: AblationRecord, tmp_
     }
 
 
-def test_a_record_is_published_again(
+def test_a_record_is_published_under_its_name_with_a_section(
     record: AblationRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
     Path("some.json").write_text(record.model_dump_json())
     config = AblationConfig(record=Path("some.json"), publish=True)
     Path("docs").mkdir()
-    Path("docs/results.md").write_text("no place\n")
+    results = Path("docs/results.md")
+    results.write_text("no place\n")
     with raises_naming(PublishError, "docs/results.md"):
         main(config)
     assert not Path("reports").exists()
-    results = Path("docs/results.md")
-    results.write_text("<!-- ablation-digits: made -->\n<!-- /ablation-digits -->\n")
+    results.write_text("<!-- ablation-digits: made -->\nstale\n<!-- /ablation-digits -->\n")
     text = main(config)
-    assert text.is_file() and text.parent.parent == Path("reports/published")
-    assert schedules_table(record).markdown() in results.read_text()
+    folder = text.parent
+    assert folder.parent == Path("reports/published")
+    assert folder.name.startswith(f"{record.finished_at:%Y-%m-%d}-")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {f"ablation-digits.{suffix}" for suffix in ("md", "png", "json")}
+    assert "](ablation-digits.png)" in text.read_text()
+    section = results.read_text()
+    assert schedules_table(record).markdown() in section and "stale" not in section
+    assert f"](../{folder}/ablation-digits.md)" in section and "95 % confidence" in section
 
 
 def test_what_is_no_record_and_flags_of_trainings_are_refused(tmp_path: Path):
@@ -441,7 +347,7 @@ def test_nothing_is_trained_where_it_cannot_be_published(tmp_path: Path):
 def fake_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"import pathlib, sys, time\n{body}")
-    monkeypatch.setattr("training.studies.ablation_runs.RUN_COMMAND", program)
+    monkeypatch.setattr("training.studies.ablation_study.RUN_COMMAND", program)
 
 
 def test_a_failed_run_is_told_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -477,7 +383,7 @@ def test_an_interruption_asks_each_run_once_and_waits_for_it(
         pause(0.02)
 
     pause = time.sleep
-    monkeypatch.setattr("training.studies.ablation_runs.time.sleep", look)
+    monkeypatch.setattr("training.studies.ablation_study.time.sleep", look)
     with raises_naming(KeyboardInterrupt, "14 runs"):
         train_all(planned, 2, lambda _: None)
     assert len(list(tmp_path.glob("*.saved"))) == 2
@@ -495,15 +401,15 @@ def test_a_planned_run_trains_for_real(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_command_trains_and_returns_at_once_when_started_again(tmp_path: Path):
-    command = [sys.executable, "training/ablation.py", "tiny", "--epochs", "1", "--seeds", "1"]
+    command = ["training/ablation.py", "tiny", "--epochs", "1", "--seeds", "1"]
     command += ["--image-sizes", "16", "20", "24", "--batch-size", "256", "--jobs", "2"]
     command += ["--experiments", "schedules", "--output", str(tmp_path)]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    first = run_command(*command)
     assert first.returncode == 0, first.stderr
     assert first.stdout.splitlines() == [str(tmp_path / "ablation.md")]
-    assert "5 of 5 runs, 0:00 left" in first.stderr
+    assert "5 of 5 runs" in first.stderr
     runs = json.loads((tmp_path / "ablation.json").read_text())["runs"]
     assert [run["row"] for run in runs] == list(TOP1)
     assert all(run["seconds"] > 0 and run["top1"] > 0 for run in runs)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    again = run_command(*command)
     assert again.returncode == 0 and "5 of them complete" in again.stderr

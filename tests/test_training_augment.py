@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from efficientnet.images.datasets import load_dataset
 from efficientnet.images.preprocess import ImageError
 from training.batches.augmentation import Augmentation, draw_crop, resize
 from training.batches.mixing import mix
@@ -23,7 +22,7 @@ from training.batches.randaugment import (
     draw_operations,
 )
 from training.recipe.config import TrainConfig
-from training.recipe.recipes import digits_recipe, imagenet_recipe
+from training.recipe.recipes import imagenet_recipe
 from training.recipe.stages import Stage, plan_stages
 
 SIZE = 224
@@ -309,14 +308,6 @@ def test_crops_lie_in_the_image_and_have_the_shape_that_is_allowed(width: int, h
 
 def test_resizing_to_the_same_size_changes_nothing():
     np.testing.assert_array_equal(resize(picture(64), 64, "bicubic"), picture(64))
-
-
-def test_digits_are_augmented_as_well():
-    config = digits_recipe("v2-s")
-    augmentation = Augmentation(config, plan_stages(config.progressive)[-1])
-    sample = load_dataset("digits").train[0]
-    images = [augmentation(sample.read(), seed) for seed in range(20)]
-    assert {image.shape for image in images} == {(64, 64, 3)}
 
 
 def test_mixup_mixes_images_and_labels_in_the_same_ratio():

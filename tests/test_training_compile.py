@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_trainings import step_of, with_stages
+from small_trainings import SMALLEST, small_run, step_of, with_stages
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from efficientnet.network.model import EfficientNet
@@ -17,7 +17,7 @@ from training.recipe.stages import Stage, plan_stages
 
 
 def config(**changes: object) -> TrainConfig:
-    return replace(digits_recipe("tiny"), batch_size=8, compile=True, **changes)
+    return replace(digits_recipe(SMALLEST), batch_size=8, compile=True, **changes)
 
 
 def batches(stage: Stage, num_images: int):
@@ -82,10 +82,10 @@ def test_a_compiled_run_ends_where_an_eager_one_does(
     from training.running.metrics import read_metrics
 
     recipe = replace(
-        digits_recipe("tiny"), epochs=2, steps=4, batch_size=256, stochastic_depth_rate=0.0
+        small_run(tmp_path), architecture=SMALLEST, variant=SMALLEST.name, epochs=2, steps=4
     )
     still = replace(recipe.progressive, num_stages=2, dropout_rate=(0.0, 0.0))
-    recipe = replace(recipe, progressive=still)
+    recipe = replace(recipe, progressive=still, batch_size=64, stochastic_depth_rate=0.0)
     losses = []
     for is_compiled in (False, True):
         run = main(replace(recipe, compile=is_compiled, output=tmp_path / str(is_compiled))).parent

@@ -111,11 +111,11 @@ def test_a_file_that_torchvision_wrote_becomes_a_checkpoint(
 ):
     caplog.set_level("INFO")
     torch.manual_seed(0)
-    peer = with_statistics(torchvision.models.efficientnet_v2_s())
-    torch.save(peer.state_dict(), tmp_path / "v2.pth")
-    config = ImportConfig("v2-s", str(tmp_path / "v2.pth"), output=tmp_path / "runs")
+    peer = with_statistics(torchvision.models.efficientnet_b0())
+    torch.save(peer.state_dict(), tmp_path / "b0.pth")
+    config = ImportConfig("b0", str(tmp_path / "b0.pth"), output=tmp_path / "runs")
     checkpoint = import_weights.main(config)
-    transform = torchvision.models.EfficientNet_V2_S_Weights.DEFAULT.transforms()
+    transform = torchvision.models.EfficientNet_B0_Weights.DEFAULT.transforms()
     require_same_answers(peer, transform, checkpoint)
     assert "all that is published of its shape" in caplog.text
 
@@ -260,13 +260,10 @@ def saved(content: object) -> bytes:
     ("name", "make", "expected"),
     [
         ("x.pth", lambda t: saved(t)[:-1000], "truncated, damaged or no PyTorch file"),
-        ("x.pth", lambda t: saved(t)[:50_000], "truncated, damaged or no PyTorch file"),
         ("x.safetensors", lambda t: safetensors.torch.save(t)[:-9], "truncated, damaged or no saf"),
         ("x.pth", lambda _: b"hello, these are words", "truncated, damaged or no PyTorch file"),
-        ("x.pth", lambda t: safetensors.torch.save(t), "truncated, damaged or no PyTorch file"),
         ("x.safetensors", lambda t: saved(t), "truncated, damaged or no safetensors file"),
         ("x.safetensors", lambda _: b"", "is empty (0 bytes)"),
-        ("x.pth", lambda _: b"", "is empty (0 bytes)"),
         ("x.pth", lambda t: saved({**t, "x": Code()}), "may run code when it is loaded (posix.mkd"),
         ("x.pth", lambda _: saved(nn.Linear(2, 2)), "(torch.nn.modules.linear.Linear), expected"),
         ("x.pth", lambda t: saved({"a": t, "b": t}), "holds 2 state dicts, a and b; say which"),
@@ -290,13 +287,6 @@ def saved(content: object) -> bytes:
         ("x.pth", lambda t: saved(list(t.values())), "holds a list, expected names"),
         ("x.pth", lambda _: saved({}), "holds nothing, expected names"),
         ("x.h5", lambda t: saved(t), "expected it to end in .safetensors or one of .pth"),
-        ("x.pth", lambda t: saved({k: t[k] for k in t if k != "bn2.bias"}), "bn2.bias is missing"),
-        ("x.pth", lambda t: saved({**t, "head.bias": t["bn2.bias"]}), "head.bias [1280] is extra"),
-        (
-            "x.pth",
-            lambda t: saved({**t, "bn2.bias": t["bn2.bias"] / 0}),
-            "bn2.bias has 1280 of 128",
-        ),
         ("x.pth", lambda t: saved({**t, "bn1.bias": t["bn2.bias"]}), "shape [1280], expected [32]"),
     ],
 )
@@ -318,12 +308,12 @@ def test_a_damaged_file_is_told_and_nothing_is_written(
 
 
 def test_other_classes_and_other_variants_are_told(tmp_path: Path):
-    model = timm.create_model("tf_efficientnetv2_b0", num_classes=21843)
-    torch.save(model.state_dict(), tmp_path / "21k.pth")
-    with raises_naming(WeightsError, "classifier.weight", 21843, 1000):
-        load_published(str(tmp_path / "21k.pth"), VARIANTS["v2-b0"])
+    model = timm.create_model("tf_efficientnetv2_b0", num_classes=100)
+    torch.save(model.state_dict(), tmp_path / "100.pth")
+    with raises_naming(WeightsError, "classifier.weight", 100, 1000):
+        load_published(str(tmp_path / "100.pth"), VARIANTS["v2-b0"])
     with raises_naming(WeightsError, "v2-b0", "v2-b1"):
-        load_published(str(tmp_path / "21k.pth"), VARIANTS["v2-b1"])
+        load_published(str(tmp_path / "100.pth"), VARIANTS["v2-b1"])
 
 
 @pytest.mark.parametrize("name", ["nowhere.pth", "folder.pth"])

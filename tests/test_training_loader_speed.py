@@ -1,11 +1,10 @@
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT
 from facts import raises_naming
 from PIL import Image
 
@@ -18,13 +17,10 @@ from training.studies.loader_speed_study import (
     LoaderSpeedConfig,
     LoaderSpeedError,
     LoaderSubject,
-    describe_error,
     find_jpegs,
     main,
     to_table,
 )
-
-ROOT = Path(__file__).parent.parent
 
 
 def write_photos(folder: Path, count: int) -> None:
@@ -78,11 +74,6 @@ def test_a_damaged_photo_is_told_by_its_name(tmp_path: Path):
         row.ask("turn", (damaged,) * 4, 1, 32)
 
 
-def test_an_error_is_told_by_its_type_and_the_last_line_of_its_message():
-    assert describe_error(MemoryError()) == "MemoryError: (it has no message)"
-    assert describe_error(OSError("in a worker\nno space\n")) == "OSError: no space"
-
-
 def test_the_table_has_medians_and_ratios_within_turns():
     rates = {"timm": (100.0, 200.0, 150.0), "cpu": (150.0, 400.0, 300.0)}
     rates |= {"device": (300.0, 600.0, 450.0), "timm again": (100.0, 180.0, 150.0)}
@@ -118,27 +109,6 @@ def test_a_folder_without_photos_is_told(tmp_path: Path):
         find_jpegs(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("values", "flag"),
-    [
-        ({"rounds": 0}, "--rounds"),
-        ({"num_workers": 0}, "--num-workers"),
-        ({"magnitude": 40}, "--magnitude"),
-        ({"image_sizes": (8,)}, "--image-sizes"),
-    ],
-)
-def test_settings_outside_their_limits_are_refused(values: dict[str, object], flag: str):
-    with raises_naming(ValueError, flag):
-        LoaderSpeedConfig(Path(), **values)  # pyright: ignore[reportArgumentType]
-
-
 def test_make_clean_removes_the_report():
     clean = (ROOT / "Makefile").read_text().partition("\nclean:")[2]
     assert str(LoaderSpeedConfig(Path()).output) in clean.split()
-
-
-def test_the_command_tells_a_missing_folder_in_one_line(tmp_path: Path):
-    command = [sys.executable, "training/loader_speed.py", str(tmp_path / "nowhere")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert ended.stderr.strip().splitlines()[-1].startswith("error: no folder")

@@ -1,15 +1,17 @@
 import errno
 import math
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from facts import raises_naming
-from small_trainings import epoch_metrics
+import training_processes
+from facts import raises_naming, require_named
+from small_trainings import SMALLEST, epoch_metrics
 from torch.utils.tensorboard.writer import SummaryWriter
-from training_processes import require_equal, saved_state
+from training_processes import end, require_equal, saved_state, start
 
 from efficientnet.formats.checkpoint import load_checkpoint, read_checkpoint
 from efficientnet.network.variants import NetworkOptions
@@ -28,14 +30,14 @@ from training.running.trainer import TrainingError
 
 
 def tiny_config(output: Path, **changes: object) -> TrainConfig:
-    config = replace(digits_recipe("tiny"), epochs=2, batch_size=128, output=output)
-    config = replace(config, **changes)
-    num_stages = min(2, config.epochs)
-    return replace(config, progressive=replace(config.progressive, num_stages=num_stages))
+    config = replace(digits_recipe(SMALLEST), epochs=2, batch_size=128, output=output)
+    config = replace(config, eval_image_size=20, **changes)
+    stages = {"image_size": (16, 20), "num_stages": min(2, config.epochs)}
+    return replace(config, progressive=replace(config.progressive, **stages))
 
 
 def at_16_pixels(config: TrainConfig) -> TrainConfig:
-    """Quarter what a run costs, where the size of its images is not what is looked at."""
+    """Train in one stage, at the least size."""
     small = replace(config.progressive, image_size=(16, 16), num_stages=1)
     return replace(config, progressive=small, eval_image_size=16)
 
@@ -44,29 +46,41 @@ def state_of(run: Path) -> dict:
     return torch.load(run / "checkpoint" / "train_state.pt", weights_only=True)["state"]
 
 
-def stop_after(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do what Ctrl-C or Slurm's signal does, during a step; pytest would take a real one, too."""
+def interrupt_after(step: int, number: signal.Signals, said: Path) -> None:
+    """Do what Ctrl-C or Slurm's signal does, during a step, and write what is said: for `start`."""
     original = trainer.ProgressBar.update
     seen = iter(range(1, 10_000))
 
-    def update(self: object, report: object) -> None:
+    def update(self: trainer.ProgressBar, report: StepReport) -> None:
         original(self, report)
         if next(seen) == step:
-            handler = signal.getsignal(number)
-            assert callable(handler)
-            handler(number, None)
+            os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(trainer.ProgressBar, "update", update)
+    def telling(config: TrainConfig) -> None:
+        try:
+            main(config)
+        except KeyboardInterrupt as interrupt:
+            said.write_text(str(interrupt))
+            raise
+
+    trainer.ProgressBar.update = update
+    training_processes.main = telling
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
-    return main(tiny_config(tmp_path_factory.mktemp("whole"))).parent
+    folder = tmp_path_factory.mktemp("whole")
+    assert end(start(tiny_config(folder, name="run"))) == [0]
+    return folder / "run"
 
 
-def test_a_run_writes_checkpoint_metrics_and_curves(whole: Path):
-    run, checkpoint = whole, whole / "checkpoint"
+def test_a_run_writes_checkpoint_metrics_and_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.undo()  # with its pictures
+    checkpoint = main(at_16_pixels(tiny_config(tmp_path)))
+    run = checkpoint.parent
     assert (run.parent / "latest").resolve() == run.resolve()
     assert {p.name for p in run.iterdir()} == {
         *("checkpoint", "best", "checkpoints", "metrics.jsonl", "curves.png"),
@@ -81,7 +95,8 @@ def test_a_run_writes_checkpoint_metrics_and_curves(whole: Path):
 
 
 def test_a_small_network_learns_the_digits(tmp_path: Path):
-    config = at_16_pixels(tiny_config(tmp_path, epochs=5, batch_size=32))
+    config = at_16_pixels(tiny_config(tmp_path, variant="tiny", architecture=None, batch_size=32))
+    config = replace(config, epochs=5)
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=4e-2))
     record = read_checkpoint(main(config))
     assert record.top1 is not None and record.top1 > 0.8
@@ -90,22 +105,16 @@ def test_a_small_network_learns_the_digits(tmp_path: Path):
 
 @pytest.mark.parametrize(("stop_step", "number"), [(3, signal.SIGINT), (17, signal.SIGTERM)])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
-    stop_step: int,
-    number: signal.Signals,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop_step: int, number: signal.Signals, whole: Path, tmp_path: Path
 ):
-    with monkeypatch.context() as patch:
-        stop_after(stop_step, number, patch)
-        with pytest.raises(KeyboardInterrupt, match="--resume") as interrupt:
-            main(tiny_config(tmp_path / "cut"))
-    (cut,) = [p for p in (tmp_path / "cut").iterdir() if p.is_dir()]
-    assert str(cut) in str(interrupt.value)
+    cut, said = tmp_path / "run", tmp_path / "said"
+    config = tiny_config(tmp_path, name="run")
+    assert end(start(config, interrupt_after, stop_step, number, said)) == [1]
+    require_named(said.read_text(), f"--resume {cut}")
     # The flag is looked at before a step, which is then still taken.
     assert state_of(cut)["step"] == stop_step + 1
-    assert not (tmp_path / "cut" / "latest").exists()
-    main(ResumeConfig(cut))
+    assert not (tmp_path / "latest").exists()
+    assert end(start(ResumeConfig(cut))) == [0]
     require_equal(saved_state(cut), saved_state(whole))
 
 
@@ -167,14 +176,14 @@ def test_a_spike_does_not_stretch_the_loss_axis(tmp_path: Path):
         {"label_smoothing": 1.5},
         {"stochastic_depth_rate": 1.0},
         {"batch_norm_momentum": -0.1},
-        {"num_randaugment_layers": -1},
-        {"num_workers": -2},
     ],
 )
 def test_settings_outside_their_limits_are_named(changes: dict, tmp_path: Path):
-    name, value = next(iter(changes.items()))
+    ((name, value),) = changes.items()
     with raises_naming(ValueError, name, value):
         tiny_config(tmp_path, **changes)
+    with raises_naming(ValueError, "--num-workers", -2):
+        tiny_config(tmp_path, num_workers=-2)
 
 
 def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path: Path):

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from facts import raises_naming
+from processes import fork
 from small_trainings import small_run, step_of, with_stages
 
 from efficientnet.formats.checkpoint import read_checkpoint
 from efficientnet.network.model import build_model
 from efficientnet.network.variants import VARIANTS, NetworkOptions
 from training.learning import memory
-from training.learning.memory import (
-    BatchTooLargeError,
-    MemoryModel,
-    plan_micro_batches,
-    require_batch_norm_fits,
-    saved_bytes,
-)
+from training.learning.memory import BatchTooLargeError, MemoryModel, require_batch_norm_fits
 from training.recipe.config import TrainConfig
 from training.recipe.recipes import digits_recipe, imagenet_recipe
 from training.recipe.stages import plan_stages
@@ -35,7 +28,7 @@ GIGABYTE = 1e9
 
 def plan(config: TrainConfig, limit_bytes: float, world_size: int = 1) -> tuple[int, ...]:
     stages = plan_stages(config.progressive)
-    return plan_micro_batches(config, OPTIONS, 1000, stages, world_size, limit_bytes)
+    return memory.plan_micro_batches(config, OPTIONS, 1000, stages, world_size, limit_bytes)
 
 
 @pytest.mark.parametrize(("variant", "size"), [("tiny", 32), ("b0", 64)])
@@ -55,7 +48,7 @@ def test_what_is_counted_without_computing_is_what_autograd_keeps(variant: str, 
     with torch.device("meta"):
         empty = build_model(VARIANTS[variant], 10, 0.2, OPTIONS).train()
     assert logits.shape == (4, 10)
-    counted = saved_bytes(empty, size, 4, torch.float32)
+    counted = memory.saved_bytes(empty, size, 4, torch.float32)
     assert counted == pytest.approx(sum(kept.values()), rel=0.05)
 
 
@@ -73,24 +66,28 @@ def test_memory_plan_takes_the_largest_part_of_the_batch_that_fits_each_stage():
     assert all(128 % size == 0 for size in plan(config, limit, world_size=4))
 
 
+def require_own_peaks() -> None:
+    cpu = torch.device("cpu")
+    memory.keep_freed_memory()
+
+    def peak_of(num_bytes: int) -> int:
+        memory.give_back_freed_memory(cpu)
+        assert memory.reset_peak_memory(cpu)
+        parts = [torch.ones(num_bytes // 40) for _ in range(10)]
+        assert len(parts) == 10
+        return memory.peak_memory_bytes(cpu)
+
+    large, small = peak_of(400_000_000), peak_of(40_000_000)
+    assert large - small > 300_000_000, (large, small)
+
+
 def test_a_stage_after_a_larger_one_has_a_peak_of_its_own():
-    # In a process of its own: how the C library frees memory is set for all of it.
-    code = """
-import torch
-from training.learning.memory import *
-cpu = torch.device("cpu")
-keep_freed_memory()
-def peak_of(num_bytes):
-    give_back_freed_memory(cpu)
-    assert reset_peak_memory(cpu)
-    parts = [torch.ones(num_bytes // 40) for _ in range(10)]
-    return peak_memory_bytes(cpu)
-large, small = peak_of(400_000_000), peak_of(40_000_000)
-assert large - small > 300_000_000, (large, small)
-"""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this container does not let a process start a new count of its peak")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # In a process of its own: how the C library frees memory is set for all of it.
+    process = fork(require_own_peaks)
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_a_peak_that_cannot_be_counted_anew_is_not_a_stages(
@@ -144,7 +141,7 @@ def test_a_pass_of_one_image_is_refused_where_batch_norm_cannot_take_it(
     recipe = replace(recipe, progressive=one_size, batch_size=4, micro_batch_size=1)
     stages = plan_stages(recipe.progressive)
     model = build_model(VARIANTS["b0"], 10, 0.0, OPTIONS).train()
-    refused = nullcontext() if fits else pytest.raises(ValueError, match=f"at {image_size} px")
+    refused = nullcontext() if fits else raises_naming(ValueError, f"{image_size} px")
     torchs = nullcontext() if fits else pytest.raises(ValueError, match="more than 1 value")
     with refused:
         require_batch_norm_fits(recipe, stages, 1)
@@ -162,7 +159,7 @@ def test_a_pass_of_one_image_is_refused_where_batch_norm_cannot_take_it(
 def test_a_batch_that_batch_norm_cannot_take_starts_no_run(tmp_path: Path):
     recipe = with_stages(replace(digits_recipe("b0"), batch_size=1, output=tmp_path), 1)
     one_size = replace(recipe.progressive, image_size=(32, 32))
-    with pytest.raises(ValueError, match="single pixel"):
+    with pytest.raises(ValueError):
         command.main(replace(recipe, progressive=one_size))
     assert list(tmp_path.iterdir()) == []
 
@@ -171,15 +168,9 @@ def test_a_run_with_a_memory_plan_keeps_batch_and_schedule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # As on a machine of 20 MB.
-    monkeypatch.setattr(command, "device_memory_bytes", lambda device: 20e6)
-    config = replace(
-        digits_recipe("tiny"),
-        epochs=4,
-        steps=4,
-        batch_size=128,
-        batch_plan="memory",
-        output=tmp_path,
-    )
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda device: 20e6)
+    config = replace(digits_recipe("tiny"), epochs=4, steps=4, batch_size=128, output=tmp_path)
+    config = replace(config, batch_plan="memory")
     checkpoint = command.main(config)
     assert checkpoint is not None and read_checkpoint(checkpoint).step == 4
     state = torch.load(checkpoint / "train_state.pt", weights_only=True)["state"]

@@ -67,22 +67,6 @@ def test_random_has_the_stages_of_paper_in_an_order_that_the_seed_decides():
         ]
 
 
-def test_a_single_stage_has_the_last_values():
-    (stage,) = plan_stages(ProgressiveConfig((32, 64), (5, 9), (0, 0.2), (0.1, 0.3), num_stages=1))
-    assert stage.image_size == 64
-    assert stage.randaugment_magnitude == 9
-    assert stage.mixup_alpha == 0.2
-    assert stage.dropout_rate == 0.3
-
-
-def test_two_stages_are_the_first_and_the_last_values():
-    first, last = plan_stages(
-        ProgressiveConfig((32, 64), (5, 9), (0, 0.2), (0.1, 0.3), num_stages=2)
-    )
-    assert (first.image_size, last.image_size) == (32, 64)
-    assert (first.dropout_rate, last.dropout_rate) == (0.1, 0.3)
-
-
 @pytest.mark.parametrize(
     ("num_steps", "num_stages"), [(100, 4), (616, 4), (7, 3), (5, 1), (350, 8)]
 )

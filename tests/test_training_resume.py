@@ -32,12 +32,20 @@ from training.running.progress import StepReport
 from training.running.run_folder import read_run, remove_unfinished
 from training.running.trainer import TrainingError
 
-NUM_KILLS = 10
+NUM_KILLS = 5
 
 
 def config(output: Path, **changes: object):
     settings: dict[str, object] = {"micro_batch_size": 128, "checkpoint_every_steps": 2}
     return small_run(output, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed at its third checkpoint."""
+    folder = tmp_path_factory.mktemp("begun")
+    assert end(start(config(folder), die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def require_same_run(found: Path, expected: Path) -> None:
     assert (found.parent / "latest").resolve() == found.resolve()
 
 
-def test_a_run_killed_at_ten_random_moments_ends_as_if_nothing_had_happened(
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
     whole: Path, tmp_path: Path
 ):
     moments = random.Random(1)
@@ -171,14 +179,13 @@ def test_going_back_to_an_older_checkpoint_never_leaves_a_run_without_one(tmp_pa
 
 
 def test_torchrun_would_go_back_to_a_given_checkpoint_at_each_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    begun: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert end(start(config(tmp_path), die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    older = tmp_path / "run" / "checkpoints" / "step-0000002"
+    older = begun / "run" / "checkpoints" / "step-0000002"
     with raises_naming(ValueError, "step-0000002"):
         directory_of(ResumeConfig(older))
-    assert directory_of(ResumeConfig(tmp_path / "run")) == tmp_path / "run"
+    assert directory_of(ResumeConfig(begun / "run")) == begun / "run"
 
 
 def test_a_complete_run_is_not_trained_again(whole: Path):
@@ -191,14 +198,13 @@ def test_a_complete_run_is_not_trained_again(whole: Path):
         main(ResumeConfig(whole))
 
 
-def test_the_name_of_a_run_with_another_recipe_is_refused(tmp_path: Path):
-    end(start(config(tmp_path), die_at_call, "save_checkpoint", 3))
+def test_the_name_of_a_run_with_another_recipe_is_refused(begun: Path):
     with raises_naming(CheckpointError, "epochs 3", "now 4"):
-        main(config(tmp_path, epochs=4))
+        main(config(begun, epochs=4))
     with raises_naming(CheckpointError, "tiny", "b0"):
-        main(config(tmp_path, variant="b0"))
+        main(config(begun, variant="b0"))
     with raises_naming(CheckpointError, "tiny", "v2-s"):
-        main(ResumeConfig(tmp_path / "run", "v2-s"))
+        main(ResumeConfig(begun / "run", "v2-s"))
 
 
 def write_classes(folder: Path, names: tuple[str, ...], num_images: int = 40) -> None:
@@ -238,9 +244,8 @@ def test_a_run_whose_images_have_moved_is_resumed_by_data_and_remembers_it(tmp_p
     assert (record.data, record.train_config["data"]) == (str(moved), str(moved))
 
 
-def test_resume_takes_the_flags_of_its_run_and_names_those_that_differ(whole: Path, tmp_path: Path):
-    assert end(start(config(tmp_path), die_at_call, "save_checkpoint", 3)) == [-signal.SIGKILL]
-    run = tmp_path / "run"
+def test_resume_takes_the_flags_of_its_run_and_names_those_that_differ(whole: Path, begun: Path):
+    run = begun / "run"
     own = ["tiny", "--recipe", "digits", "--epochs", "3", "--batch-size", "256", "--name", "run"]
     for flag, value, named in (
         ("--epochs", "4", ("epochs 3", "now 4")),

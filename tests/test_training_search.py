@@ -2,23 +2,22 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from facts import raises_naming, require_named
-from searches import FOUR_NETWORKS, brief, searched, worker_of
+from searches import FOUR_NETWORKS, brief, outcomes, searched, worker_of
 
 from efficientnet.network.variant_file import read_variant_file, write_variant_file
 from efficientnet.network.variants import VARIANTS
 from training.recipe.config import TrainConfig
 from training.running.command_line import parse
 from training.searching import search_study, worker
-from training.searching.reward import Exponents
 from training.searching.search_config import SearchConfig, target_of
 from training.searching.search_pictures import pareto_front
 from training.searching.search_record import SearchRecord, importances, read_record
 from training.searching.search_report import section_name, to_markdown
 from training.searching.search_tables import shares
-from training.searching.space import SearchSpace
 from training.searching.step_time import ratio_of, step_ratio
 from training.searching.study import SearchError
 
@@ -76,8 +75,8 @@ def test_an_empty_or_contradictory_space_is_refused(
     ("changes", "facts"),
     [
         ({"trials": 1001}, ("--trials", 1001, "1,000")),
-        ({"hours": 0.0}, ("--hours", 0.0)),
-        ({"turn_seconds": 0.0}, ("--turn-seconds", 0.0)),
+        ({"hours": 0.0}, ("--hours", 0)),
+        ({"turn_seconds": 0.0}, ("--turn-seconds", 0)),
         ({"w": float("nan")}, ("--w", "nan", "-10", "10")),
         ({"minival": 0.9}, ("--minival", 0.9, 0.5)),
         ({"target_artifact": "onnx"}, ("--target-artifact", "onnx", "ort", "ov-int8")),
@@ -100,11 +99,11 @@ def test_targets_are_a_runtime_and_a_precision():
 
 
 def test_the_reward_is_the_papers():
-    paper = Exponents(-0.07, -0.05, -0.07)
+    paper = SearchConfig()
     assert paper.reward(0.8, 1, 1) == 0.8
     assert paper.reward(0.8, 2, 0.5) == pytest.approx(0.8 * 0.952638 * 1.035265, abs=1e-6)
     assert paper.reward(0.8, 1, 1, 2) == pytest.approx(0.8 * 2**-0.07)
-    assert Exponents(0, 0, 0).reward(0.8, 9, 9, 9) == 0.8
+    assert SearchConfig(w=0, v=0, u=0).reward(0.8, 9, 9, 9) == 0.8
 
 
 def test_the_ratio_of_step_times_outlives_a_machine_that_gets_slower():
@@ -129,12 +128,11 @@ def test_a_search_finds_a_network_that_trains_like_any_other(tmp_path: Path):
     config = brief(tmp_path, seeds=1, rivals=("tiny",), width=2.0)
     report = search_study.main(config)
     record = record_of(config)
-    assert len(record.whole) == 3 and not record.count("failed")
+    assert len(record.whole) == 3 and not outcomes(record)["failed"]
     best = record.best_trial
     assert best is not None and best.reward == max(t.reward or 0 for t in record.whole)
     assert (best.top1, best.step_ratio, best.size_ratio) != (None, None, None)
-    paper = Exponents(-0.07, -0.05, 0)
-    assert best.reward == paper.reward(best.top1 or 0, best.step_ratio or 0, best.size_ratio or 0)
+    assert best.reward == config.reward(best.top1 or 0, best.step_ratio or 0, best.size_ratio or 0)
     found = read_variant_file(tmp_path / "found.json")
     assert found == record.best and found.name == best.network
     assert [s.out_channels for s in record.space.backbone.stages] == [16, 32]
@@ -144,8 +142,8 @@ def test_a_search_finds_a_network_that_trains_like_any_other(tmp_path: Path):
     assert Counter(run.role for run in record.compared) == {"found": 1, "reference": 1, "rival": 1}
     assert {run.seed for run in record.compared} == {1}
     text = report.read_text()
-    require_named(text, "3 networks", "two-width-2", "A * S^w * P^v", "tiny (rival)")
-    for name in ("reward", "plane", "choices"):
+    require_named(text, "| whole | 3 |", "two-width-2", "A * S^w * P^v", "tiny (rival)")
+    for name in ("reward", "plane"):
         assert (tmp_path / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
 
     # The same command again: nothing is trained. More trials: it goes on.
@@ -192,47 +190,36 @@ def test_a_network_that_is_known_is_not_trained_again(
 def test_networks_that_diverge_count_as_failed_and_the_search_goes_on(tmp_path: Path):
     config = brief(tmp_path, trials=2, flags="--steps 3 --optimizer.learning-rate 1e30")
     record = searched(config)
-    assert record.count("failed") == 2 and record.best is None
+    assert outcomes(record)["failed"] == 2 and record.best is None
     assert "finite" in str(record.trials[0].failure) or "nan" in str(record.trials[0].failure)
     search_study.write_found(record, tmp_path)
     assert not (tmp_path / "found.json").exists()
-    require_named(to_markdown(record, {}), "2 failed", "nothing to show", "## Failures")
+    require_named(to_markdown(record, {}), "| failed | 2 |", "nothing to show", "## Failures")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-        MemoryError("no more"),
-    ],
-)
 def test_a_network_for_which_memory_does_not_suffice_fails_and_the_next_is_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    calls: list[str] = []
-    train = worker.train
+    train, errors = worker.train, [MemoryError("no more")]
+    errors.append(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
 
-    def once(*args: object) -> object:
-        calls.append("")
-        if len(calls) == 1:
-            raise error
-        return train(*args)  # type: ignore[arg-type]
+    def failing(*args: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return train(*args)
 
-    monkeypatch.setattr(worker, "train", once)
-    record = searched(brief(tmp_path, trials=2))
-    assert [trial.outcome for trial in record.trials] == ["failed", "whole"]
+    monkeypatch.setattr(worker, "train", failing)
+    record = searched(brief(tmp_path))
+    assert [trial.outcome for trial in record.trials] == ["failed", "failed", "whole"]
 
 
 def test_a_network_behind_the_others_is_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tops = iter([0.9, 0.9] * 4 + [0.1, 0.1])
 
-    class Done:
-        average = None
-
-    def fake(*_: object):
-        yield next(tops)
-        yield next(tops)
-        return Done
+    def fake(*args: Any) -> tuple[float, None]:
+        for epoch in (1, 2):
+            args[-1](top1 := next(tops), epoch)
+        return top1, None
 
     monkeypatch.setattr(worker, "train", fake)
     for name, value in (("NUM_UNPRUNED_TRIALS", 3), ("NUM_UNPRUNED_EPOCHS", 0)):
@@ -276,8 +263,7 @@ def test_the_latency_of_the_export_is_part_of_the_reward(tmp_path: Path, target:
     (trial,) = record_of(config).whole
     assert trial.latency_ratio is not None and trial.latency_ratio > 0
     assert trial.step_ratio is not None and trial.size_ratio is not None
-    exponents = Exponents(-0.07, -0.05, -0.07)
-    assert trial.reward == exponents.reward(
+    assert trial.reward == config.reward(
         trial.top1 or 0, trial.step_ratio, trial.size_ratio, trial.latency_ratio
     )
     assert "L^u" in report.read_text()
@@ -291,7 +277,3 @@ def test_a_target_that_cannot_be_exported_to_is_told_before_any_network_is_tried
         search_study.main(config)
     assert not worker_of(config).trials()
     assert not list(tmp_path.glob("artifacts*"))
-
-
-def test_the_space_of_a_record_is_the_configs():
-    assert SearchSpace.model_validate_json(SPACE.model_dump_json()) == SPACE

@@ -18,7 +18,7 @@ import pytest
 from facts import raises_naming
 from optuna.trial import TrialState
 from processes import wait_until
-from searches import FOUR_NETWORKS, brief, searched, worker_of
+from searches import FOUR_NETWORKS, brief, outcomes, searched, worker_of
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError, PendingRollbackError
 
@@ -43,29 +43,22 @@ def begin_elsewhere(one: Worker, **chosen: object) -> dict[str, Any]:
     return taken
 
 
-def test_an_error_of_ours_is_not_taken_for_a_failed_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "facts"),
+    [
+        (RuntimeError("a bug"), ("a bug",)),
+        (KeyboardInterrupt(), ("trial 0", "not trained", "the same command")),
+    ],
+)
+def test_a_bug_and_an_interruption_leave_a_network_that_counts_as_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, facts: tuple[str, ...]
 ):
-    def broken(*_: object) -> object:
-        raise RuntimeError("a bug")
+    def raising(*_: object) -> object:
+        raise error
 
-    monkeypatch.setattr(worker, "train", broken)
+    monkeypatch.setattr(worker, "train", raising)
     config = brief(tmp_path, trials=1)
-    with raises_naming(RuntimeError, "a bug"):
-        searched(config)
-    monkeypatch.undo()
-    assert [trial.outcome for trial in searched(config).trials] == ["cut short", "whole"]
-
-
-def test_an_interrupted_network_counts_as_not_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def interrupted(*_: object) -> object:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(worker, "train", interrupted)
-    config = brief(tmp_path, trials=1)
-    with raises_naming(KeyboardInterrupt, "trial 0", "not trained", "the same command"):
+    with raises_naming(type(error), *facts):
         searched(config)
     monkeypatch.undo()
     assert [trial.outcome for trial in searched(config).trials] == ["cut short", "whole"]
@@ -314,11 +307,11 @@ def test_four_workers_share_a_server_that_goes_away_and_one_of_them_is_killed(
     assert any("answers again" in path.read_text() for path in logs[1:])
     # The last to end has all of it.
     records = [read_record(tmp_path / f"worker-{number}" / "search.json") for number in (1, 2, 3)]
-    record = max(records, key=lambda r: len(r.whole) + r.count("pruned"))
+    record = max(records, key=lambda r: len(r.whole) + outcomes(r)["pruned"])
     trained = [t for t in record.trials if t.outcome in ("whole", "pruned", "failed")]
     assert trials <= len(trained) <= trials + 3
     assert len({trial.network for trial in trained}) == len(trained)  # none twice
-    assert not record.count("failed")
+    assert not outcomes(record)["failed"]
     # Nobody's but the killed one's, although the server was away longer than a dead worker is
     # waited for.
-    assert record.count("cut short") <= 1
+    assert outcomes(record)["cut short"] <= 1

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from conftest import write_tiny_checkpoint
 from facts import raises_naming
+from small_trainings import epoch_metrics
 
 from training.recipe.config import config_to_json
 from training.recipe.recipes import digits_recipe
+from training.running.metrics import write_metrics
 from training.studies.side_by_side_study import SideBySideConfig, SideBySideError, main, table_of
 
 
@@ -17,8 +19,8 @@ def write_run(folder: Path, top1: list[float], weights: str | None, **changes: o
     config = replace(digits_recipe("tiny"), weights=weights)
     record |= {"train_config": config_to_json(config), **changes}
     (folder / "checkpoint" / "checkpoint.json").write_text(json.dumps(record))
-    lines = [{"epoch": i, "top1": t, "elapsed_s": 10.0 * i} for i, t in enumerate(top1, start=1)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    epochs = [epoch_metrics(i, top1=t, elapsed_s=10.0 * i) for i, t in enumerate(top1, start=1)]
+    write_metrics(folder, epochs)
     return folder
 
 

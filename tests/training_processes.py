@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import fork
 
 from training.learning.step import TrainStep
 from training.recipe.config import TrainConfig
@@ -20,11 +21,6 @@ from training.running import report
 from training.running import run_folder as rundir
 from training.running.begin_run import main
 from training.running.command_line import ResumeConfig
-
-# The server imports torch once; each child is a fork of it, and not of the threads of pytest. The
-# server does not get pytest's path, and passes over a name that it does not find.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["training.running.begin_run", "sklearn.datasets"])
 
 # Of a run, what depends on how long something took.
 TIMES = {"elapsed_s", "seconds", "images_per_s", "peak_memory_bytes"}
@@ -37,9 +33,7 @@ def start(
     environment: dict[str, str] | None = None,
 ) -> BaseProcess:
     """Start a training; `prepare` is called in its process first."""
-    process = CONTEXT.Process(target=_child, args=(config, prepare, args, environment or {}))
-    process.start()
-    return process
+    return fork(_child, config, prepare, args, environment or {})
 
 
 def start_ranks(

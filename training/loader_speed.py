@@ -10,7 +10,7 @@ timm's normalization on the device is not part of it.
 """
 
 from efficientnet.command import late, parse_flags, run_command
-from training.studies.loader_speed_config import LoaderSpeedConfig
+from training.studies.config import LoaderSpeedConfig
 
 main = late("training.studies.loader_speed_study")
 

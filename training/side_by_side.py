@@ -5,7 +5,7 @@ python training/side_by_side.py runs/fine-tuned runs/from-scratch --publish
 """
 
 from efficientnet.command import late, parse_flags, run_command
-from training.studies.side_by_side_config import SideBySideConfig
+from training.studies.config import SideBySideConfig
 
 main = late("training.studies.side_by_side_study")
 

@@ -4,7 +4,7 @@
     python training/speed.py v2-s --image-sizes 128 300 --batch-sizes 64 --precision bf16 --compile
     python training/speed.py v2-s --data FOLDER --num-workers 8
     python training/speed.py v2-s --peer timm --image-sizes 64 --batch-sizes 32
-    python training/speed.py --table 2 --publish
+    python training/speed.py --table 2    # its rows, for perf/paper.py --table 2
 
 A step is a forward and a backward pass, the optimizer's update and the moving average's, by the
 paper's recipe without Mixup. Each image size and batch size is measured in a process of its own,

@@ -233,11 +233,7 @@ class ArtifactManifest(_Frozen):
 
 @contextmanager
 def new_artifact_directory(directory: Path) -> Generator[Path]:
-    """Give a directory to build in, which becomes `directory` when the block ends without an error.
-
-    Raises:
-        ArtifactError: something else than an artifact stands there, or the block wrote no manifest.
-    """
+    """Give a directory to build in, which becomes `directory` when the block ends well."""
     require_replaceable(directory)
     with replaced_directory(directory) as fresh:
         yield fresh
@@ -248,11 +244,7 @@ def new_artifact_directory(directory: Path) -> Generator[Path]:
 
 
 def require_replaceable(directory: Path) -> None:
-    """Check that an artifact may take this place: nothing is there, or an older one.
-
-    Raises:
-        ArtifactError: something else is there, which would be lost.
-    """
+    """Check that an artifact may take this place: nothing is there, or an older one."""
     manifest = directory / MANIFEST_FILE
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise ArtifactError(
@@ -300,9 +292,7 @@ class ProgramFile:
 def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactManifest:
     """Read manifest.json and check that the program is the one it speaks of.
 
-    Args:
-        directory: the artifact.
-        allow_unchecked: whether a program that was never compared with its model is accepted.
+    A program that was never compared with its model is accepted with `allow_unchecked` only.
 
     Raises:
         ArtifactError: no artifact there, another format, damaged, or not checked.
@@ -314,11 +304,7 @@ def read_artifact(directory: Path, allow_unchecked: bool = False) -> ArtifactMan
 
 
 def read_program(directory: Path, manifest: ArtifactManifest, name: str) -> ProgramFile:
-    """Read a file of the program, once: what was checked is what a runtime gets.
-
-    Raises:
-        ArtifactError: it is not there, or not the one that the manifest speaks of.
-    """
+    """Read a file of the program, once: what was checked is what a runtime gets."""
     with checked_meanwhile(directory, manifest, name) as file:
         return file
 
@@ -329,8 +315,7 @@ def checked_meanwhile(
 ) -> Generator[ProgramFile]:
     """Do as read_program, but check the file in another thread while the caller works with it.
 
-    Raises:
-        ArtifactError: at the end, whatever the caller found wrong: see read_program.
+    What is wrong with the file is told at the end, whatever the caller found wrong.
     """
     file = ProgramFile.read(_file_of(directory, name))
     with ThreadPoolExecutor(1) as pool:

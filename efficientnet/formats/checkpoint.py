@@ -97,16 +97,10 @@ def save_checkpoint(
     record: CheckpointRecord,
     train_state: dict[str, Any] | None,
 ) -> CheckpointRecord:
-    """Write a checkpoint in the place of an older one, whole or not at all.
+    """Write a checkpoint in the place of an older one; return its record with the hashes filled in.
 
-    Args:
-        directory: the checkpoint's own directory.
-        weights: names as in model.py; written in float32.
-        record: its hashes are filled in here.
-        train_state: tensors and plain values only, so that weights_only loading takes it.
-
-    Returns:
-        The record with the hashes.
+    `weights` have the names of model.py and are written in float32; `train_state` holds tensors and
+    plain values only, so that weights_only loading takes it.
     """
     with replaced_directory(directory) as fresh:
         tensors = {
@@ -200,11 +194,7 @@ def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:
-    """Return the checkpoint of the newest complete run.
-
-    Raises:
-        CheckpointError: no run has been completed.
-    """
+    """Return the checkpoint of the newest complete run."""
     latest = runs / "latest"
     if not latest.exists():
         raise CheckpointError(

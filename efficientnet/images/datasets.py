@@ -131,9 +131,7 @@ def read_photos(folder: Path) -> list[bytes]:
 def choose_source(trained_on: str, data: str | Path | None) -> str:
     """Return `data`, or where there is none what a checkpoint or a manifest names.
 
-    Raises:
-        DatasetError: the file names a command: files come from elsewhere, too, and to open one must
-            run nothing.
+    But no command: files come from elsewhere, too, and to open one must run nothing.
     """
     if data is not None:
         return str(data)
@@ -149,9 +147,6 @@ def data_name(source: str | None) -> str:
     """Name data for people and records: no path of this machine, no query or command of a source.
 
     The name of the folder or of the pattern of the shards; of a command, that of its shards only.
-
-    Args:
-        source: what load_dataset takes; None = the digits.
     """
     if source is None:
         return DIGITS
@@ -172,16 +167,11 @@ def _last_part(source: str) -> str:
 def hold_out(dataset: Dataset, fraction: float) -> Dataset:
     """Hold out a part of train in the place of val, which is left out: the "minival" of the papers.
 
-    Settings are chosen on it, so that val has no part in any choice. The part is drawn within each
-    class, with a fixed seed: the same images each time.
-
-    Args:
-        dataset: of which only the train images are used.
-        fraction: of the train images, above 0 and up to 0.5; rounded up, and at least one image of
-            each class.
+    Settings are chosen on it, so that val has no part in any choice. `fraction` of each class's
+    train images, rounded up, at least one; drawn with a fixed seed: the same images each time.
 
     Raises:
-        ValueError: `fraction` is outside its limits.
+        ValueError: the fraction is not above 0 and at most 0.5.
         DatasetError: a class has one train image only, or there are none at all.
     """
     if not 0 < fraction <= MAX_HELD_OUT_FRACTION:
@@ -206,11 +196,6 @@ def load_held_out(
         class_names: of the network; the labels of the result count in them. The folders of
             ImageNet's classes may have WordNet's numbers (n01440764) as names.
         needs_labels: whether images without labels are of no use.
-
-    Raises:
-        FileNotFoundError, DatasetError: see load_dataset.
-        DatasetError: a class that the network does not know, no labels where they are needed, or
-            see choose_source.
     """
     # Weights that were trained elsewhere have seen none of it.
     dataset = load_dataset(choose_source(trained_on, data), is_split=trained_on != SAMPLE_PHOTOS)
@@ -227,7 +212,7 @@ def load_held_out(
     if indices is None:
         raise DatasetError(
             f"the classes of {dataset.source} are not those of the network: "
-            f"{_some(dataset.class_names)} against {_some(class_names)}; "
+            f"{_shorten(dataset.class_names, ', ')} against {_shorten(class_names, ', ')}; "
             "give the data it was trained for with --data"
         )
     train, val = (
@@ -241,9 +226,6 @@ def without_broken_images(dataset: Dataset) -> Dataset:
     """Decode every file once and leave out those that fail, each of them named in `broken`.
 
     Shows a progress bar on a terminal. Images in memory are not checked.
-
-    Raises:
-        DatasetError: at least 1 % of the files are broken, or a class has none left.
     """
     on_disk = [s for s in (*dataset.train, *dataset.val) if not isinstance(s.source, bytes)]
     if not on_disk:
@@ -474,13 +456,6 @@ def _require_no_class_lost(before: Dataset, after: Dataset) -> None:
             )
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{len(names)} ({shown}{', ...' if len(names) > 5 else ''})"
-
-
-def _shorten(items: list[str], limit: int = 5) -> str:
-    if not items:
-        return "none"
+def _shorten(items: Sequence[str], comma: str = "; ", limit: int = 5) -> str:
     rest = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return "; ".join(items[:limit]) + rest
+    return comma.join(items[:limit]) + rest

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import AvifImagePlugin, ExifTags, Image
 
 from efficientnet.images.budget import (
     MAX_PIXELS,
@@ -53,8 +53,10 @@ TRANSPOSITIONS = {
 # Type of a TIFF value -> how struct names it; EXIF wants a SHORT, writers take other integers, too.
 INTEGER_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 
-# Images are decoded by several threads at once; OpenCV's own would only compete with them.
+# Images are decoded by several threads or processes at once; those of OpenCV and of AVIF's decoder
+# would only compete with them.
 cv2.setNumThreads(1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def decode_jpeg(data: bytes, header: JpegHeader, reduction: int) -> NDArray[np.u
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError from None
         raise ImageError(f"the image is damaged or truncated: {error.err}") from None
     # OpenCV tells damage so, whatever its type annotations say.
     if pixels is None:  # pyright: ignore[reportUnnecessaryComparison]
@@ -220,10 +224,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         )
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow opens 16-bit gray files in these modes, depending on the format.
-        wide = np.asarray(image).astype(np.int64)
-        return Image.fromarray((wide.clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        wide = np.asarray(image).clip(0, 65535)
+        return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     # To convert RGB to RGB is to copy it.

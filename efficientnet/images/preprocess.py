@@ -36,8 +36,10 @@ __all__ = [
     "ImageError",
     "ImageTooLargeError",
     "PreprocessSpec",
+    "decode_and_resize",
     "decode_image",
     "normalize",
+    "normalize_pixels",
     "preprocess",
     "resize_and_crop",
     "smoothing_sigma",
@@ -163,13 +165,34 @@ def preprocess(
     Raises:
         ImageError: see decode_image.
     """
+    return normalize_pixels(*decode_and_resize(data, spec, on_decoded), spec)
+
+
+def decode_and_resize(
+    data: bytes, spec: PreprocessSpec, on_decoded: Callable[[], None] = lambda: None
+) -> tuple[NDArray[np.uint8], bool]:
+    """Do of preprocess all that reads what a stranger wrote; normalize_pixels does the rest.
+
+    Returns:
+        RGB pixels [image_size, image_size, 3], and whether they were made by the fast method.
+
+    Raises:
+        ImageError: see decode_image.
+    """
     if spec.method == "fast":
         pixels = _fast_pixels(data, spec, on_decoded)
         if pixels is not None:
-            return _normalize_quickly(pixels, spec)
+            return pixels, True
     image = decode_image(data)
     on_decoded()
-    return normalize(resize_and_crop(image, spec), spec)
+    return np.asarray(resize_and_crop(image, spec)), False
+
+
+def normalize_pixels(
+    pixels: NDArray[np.uint8], is_fast: bool, spec: PreprocessSpec
+) -> NDArray[np.float32]:
+    """Turn what decode_and_resize returns into float32 [3, H, W]."""
+    return _normalize_quickly(pixels, spec) if is_fast else _normalize_pixels(pixels, spec)
 
 
 def _resized_size(width: int, height: int, spec: PreprocessSpec) -> tuple[int, int]:

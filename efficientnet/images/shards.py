@@ -139,13 +139,7 @@ def load_shards(source: str) -> ShardImages:
             that do not belong together.
     """
     shard_source, image_key = split_image_key(source)
-    if is_remote(shard_source):
-        origin, fetched = shard_source, fetch_shards(shard_source)
-        places, paths = [place for place, _ in fetched], [path for _, path in fetched]
-    else:
-        origin, paths = _find_shards(shard_source)
-        places = paths
-    shards = sorted(zip(_short_names(places), paths, strict=True))
+    origin, shards = _locate(shard_source)
     indexed = map_in_threads(
         lambda shard: _index_shard(shard[0], shard[1], image_key),
         shards,
@@ -165,6 +159,46 @@ def load_shards(source: str) -> ShardImages:
         ]
     origin += f"#{image_key}" if image_key else ""
     return ShardImages(origin, class_names, tuple(parts[False]), tuple(parts[True]))
+
+
+def list_shard_images(source: str) -> list[tuple[str, TarMember]]:
+    """Return name and place of each image in the shards, with a label or without.
+
+    Args:
+        source: as in load_shards.
+
+    Raises:
+        DatasetError: see load_shards.
+    """
+    shard_source, image_key = split_image_key(source)
+    _, shards = _locate(shard_source)
+    listed = map_in_threads(
+        lambda shard: _images_of(*shard, image_key), shards, NUM_INDEXING_THREADS, "reading shards"
+    )
+    return [image for images in listed for image in images]
+
+
+def _images_of(shard: str, path: Path, image_key: str | None) -> list[tuple[str, TarMember]]:
+    with path.open("rb", buffering=READ_BYTES) as file:
+        return [
+            (f"{shard}/{name}", TarMember(path, offset, size))
+            for name, offset, size in walk_tar(file, str(path))
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES
+            and not is_hidden(name.split("/"))
+            and (image_key is None or Path(name).name.partition(".")[2].lower() == image_key)
+        ]
+
+
+def _locate(source: str) -> tuple[str, list[tuple[str, Path]]]:
+    """Return what `source` is called in records, and short name and path of each shard."""
+    if is_remote(source):
+        fetched = fetch_shards(source)
+        origin, places = source, [place for place, _ in fetched]
+        paths = [path for _, path in fetched]
+    else:
+        origin, paths = _find_shards(source)
+        places = paths
+    return origin, sorted(zip(_short_names(places), paths, strict=True))
 
 
 def _find_shards(source: str) -> tuple[str, list[Path]]:

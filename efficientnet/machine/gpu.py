@@ -23,6 +23,12 @@ def current_gpu() -> Gpu | None:
     return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}")
 
 
+def numbers(version: str) -> tuple[int, int]:
+    """Return the first two numbers of a compute capability or a version, to compare by."""
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
 def no_room(batch_size: int, reason: object) -> str:
     """Say that the GPU's memory is too small for batches, with the first line of a reason."""
     first = str(reason).partition("\n")[0]

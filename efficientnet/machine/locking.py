@@ -26,9 +26,6 @@ def locked_folder(folder: Path) -> Generator[None]:
 
     The lock is of the kernel's: it is free as soon as the process is gone, however that happened;
     children do not hold it.
-
-    Raises:
-        LockedError: another process holds it.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

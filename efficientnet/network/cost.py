@@ -68,11 +68,7 @@ def layer_costs(
     precision: Precision = "fp32",
     num_classes: int = 1000,
 ) -> list[LayerCost]:
-    """List the layers of a network in the order in which they run.
-
-    Raises:
-        ValueError: image or batch size below 1.
-    """
+    """List the layers of a network in the order in which they run."""
     if image_size < 1 or batch_size < 1:
         raise ValueError(
             f"image_size is {image_size} and batch_size {batch_size}, expected at least 1"

@@ -45,11 +45,7 @@ def layouts_of(names: Collection[str]) -> list[Layout]:
 
 
 def names_in(layout: Layout, spec: VariantSpec) -> dict[str, str] | None:
-    """Map the names of model.py to a layout's, in the order of the network.
-
-    Returns:
-        None where the layout has no such network: efficientnet_pytorch has no fused blocks.
-    """
+    """Map the names of model.py to a layout's; None where it has none (fused blocks)."""
     if layout == "torchvision":
         return {name: name for name in timm_names(spec)}
     if layout == "timm":

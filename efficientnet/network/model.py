@@ -157,12 +157,23 @@ class ResidualBlock(nn.Module):
     """Layers, and around them the addition of what came in where the shapes allow it."""
 
     def __init__(
-        self, layers: list[nn.Module], has_residual: bool, stochastic_depth_rate: float
+        self,
+        options: NetworkOptions,
+        spec: StageSpec,
+        in_channels: int,
+        stride: int,
+        stochastic_depth_rate: float,
+        activation: Activation,
     ) -> None:
         super().__init__()
-        self.block = nn.Sequential(*layers)
+        self.block = nn.Sequential(*self._layers(options, spec, in_channels, stride, activation))
         self.stochastic_depth = StochasticDepth(stochastic_depth_rate)
-        self.has_residual = has_residual
+        self.has_residual = stride == 1 and in_channels == spec.out_channels
+
+    def _layers(
+        self, options: NetworkOptions, spec: StageSpec, channels: int, stride: int, act: Activation
+    ) -> list[nn.Module]:
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, in, H, W] to [N, out, H / stride, W / stride]."""
@@ -173,30 +184,18 @@ class ResidualBlock(nn.Module):
 class MBConv(ResidualBlock):
     """1x1 expansion -> depthwise convolution -> squeeze-excite -> 1x1 projection."""
 
-    def __init__(
-        self,
-        options: NetworkOptions,
-        spec: StageSpec,
-        in_channels: int,
-        stride: int,
-        stochastic_depth_rate: float,
-        activation: Activation,
-    ) -> None:
-        expanded = in_channels * spec.expand_ratio
+    def _layers(
+        self, options: NetworkOptions, spec: StageSpec, channels: int, stride: int, act: Activation
+    ) -> list[nn.Module]:
+        expanded, size = channels * spec.expand_ratio, spec.kernel_size
         layers: list[nn.Module] = []
         if spec.expand_ratio != 1:
-            layers.append(ConvNormAct(options, in_channels, expanded, 1, activation=activation))
-        kernel_size = spec.kernel_size
-        layers.append(
-            ConvNormAct(options, expanded, expanded, kernel_size, stride, expanded, activation)
-        )
+            layers.append(ConvNormAct(options, channels, expanded, 1, activation=act))
+        layers.append(ConvNormAct(options, expanded, expanded, size, stride, expanded, act))
         if spec.squeeze_ratio is not None:
-            layers.append(
-                SqueezeExcite(expanded, squeeze_channels(in_channels, spec.squeeze_ratio))
-            )
-        layers.append(ConvNormAct(options, expanded, spec.out_channels, 1))
-        has_residual = stride == 1 and in_channels == spec.out_channels
-        super().__init__(layers, has_residual, stochastic_depth_rate)
+            squeezed = squeeze_channels(channels, spec.squeeze_ratio)
+            layers.append(SqueezeExcite(expanded, squeezed))
+        return [*layers, ConvNormAct(options, expanded, spec.out_channels, 1)]
 
 
 class FusedMBConv(ResidualBlock):
@@ -205,28 +204,15 @@ class FusedMBConv(ResidualBlock):
     With an expand ratio of 1 there is a single convolution, and its activation stays.
     """
 
-    def __init__(
-        self,
-        options: NetworkOptions,
-        spec: StageSpec,
-        in_channels: int,
-        stride: int,
-        stochastic_depth_rate: float,
-        activation: Activation,
-    ) -> None:
-        out_channels = (
-            spec.out_channels if spec.expand_ratio == 1 else in_channels * spec.expand_ratio
-        )
-        kernel_size = spec.kernel_size
-        layers: list[nn.Module] = [
-            ConvNormAct(
-                options, in_channels, out_channels, kernel_size, stride, activation=activation
-            )
-        ]
-        if spec.expand_ratio != 1:
-            layers.append(ConvNormAct(options, out_channels, spec.out_channels, 1))
-        has_residual = stride == 1 and in_channels == spec.out_channels
-        super().__init__(layers, has_residual, stochastic_depth_rate)
+    def _layers(
+        self, options: NetworkOptions, spec: StageSpec, channels: int, stride: int, act: Activation
+    ) -> list[nn.Module]:
+        is_single, size = spec.expand_ratio == 1, spec.kernel_size
+        expanded = spec.out_channels if is_single else channels * spec.expand_ratio
+        first = ConvNormAct(options, channels, expanded, size, stride, activation=act)
+        if is_single:
+            return [first]
+        return [first, ConvNormAct(options, expanded, spec.out_channels, 1)]
 
 
 BLOCKS = {"mbconv": MBConv, "fused_mbconv": FusedMBConv}
@@ -235,11 +221,7 @@ BLOCKS = {"mbconv": MBConv, "fused_mbconv": FusedMBConv}
 class EfficientNet(nn.Module):
     """Stem -> stages of blocks -> 1x1 head -> mean -> dropout -> classifier.
 
-    Args:
-        spec: the table of stages.
-        num_classes: length of the logits.
-        options: padding and batch norm.
-        stochastic_depth_rate: block i of N drops with rate * i / N; training only.
+    Of N blocks, block i drops with `stochastic_depth_rate` * i / N while training.
     """
 
     def __init__(

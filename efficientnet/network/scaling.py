@@ -58,9 +58,6 @@ def compound_scale(
     """Return depth, width and resolution for a budget of about 2^phi times the base's.
 
     The published B1 to B7 are close to it but not on it: variants.py has their own numbers.
-
-    Raises:
-        ValueError: phi is not a finite number.
     """
     if not math.isfinite(phi):
         raise ValueError(f"phi is {phi}, expected a finite number")
@@ -116,10 +113,7 @@ def fit_compound_coefficients(
 def scale_channels(channels: int, width: float, min_kept: float) -> int:
     """Multiply by `width` and round to the nearest multiple of 8, at least 8.
 
-    Args:
-        channels: of the base.
-        width: multiplier.
-        min_kept: a result below this part of the unrounded one is raised by 8.
+    A result below `min_kept` of the unrounded one is raised by 8.
     """
     if width == 1.0:
         return channels

@@ -29,13 +29,7 @@ class VariantFile(BaseModel):
 
 
 def read_variant_file(path: Path) -> VariantSpec:
-    """Read a variant.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        VariantFileError: no JSON, of another format, a value outside its limits, stages that
-            contradict themselves, or the name of a built-in variant.
-    """
+    """Read a variant; what is wrong with the file or its stages is a VariantFileError."""
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {path}; expected a table of stages as JSON (docs/training.md)"
@@ -56,13 +50,7 @@ def read_variant_file(path: Path) -> VariantSpec:
 
 
 def write_variant_file(path: Path, spec: VariantSpec, origin: dict[str, Any]) -> None:
-    """Write a variant, whole or not at all.
-
-    Args:
-        path: of the file; its folder is made.
-        spec: what it holds.
-        origin: plain JSON, where the variant comes from.
-    """
+    """Write a variant, whole or not at all; `origin` is JSON that says where it comes from."""
     require_own_name(spec)
     file = VariantFile(origin=origin, variant=replace(spec, published=None))
     write_text(path, file.model_dump_json(indent=1, exclude_none=True) + "\n")

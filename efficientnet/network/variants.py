@@ -172,12 +172,6 @@ def scale_variant(base: VariantSpec, width: float, depth: float, min_kept: float
     """Scale the channels and layers of `base`, stem and head included; sizes stay.
 
     What `base.has_fixed_ends` names stays, too.
-
-    Args:
-        base: network to scale.
-        width: multiplier of the channels.
-        depth: multiplier of each stage's layers.
-        min_kept: see scaling.scale_channels.
     """
 
     def channels(count: int) -> int:
@@ -209,12 +203,6 @@ def scale_up(base: VariantSpec, scale: CompoundScale, rule: ScalingRule, name: s
     2021, section 3.3): the head stays, the evaluation's size stops at 480 px, and more layers go
     into the late stages; how many, the paper does not say: here as many as make up for the pixels
     that the cap takes away, in the last two stages.
-
-    Args:
-        base: network to scale.
-        scale: multipliers of layers, channels and image.
-        rule: which of both.
-        name: of the result.
     """
     wanted = round(base.eval_image_size * scale.resolution)
     if rule == "v1":
@@ -242,10 +230,49 @@ def scale_up(base: VariantSpec, scale: CompoundScale, rule: ScalingRule, name: s
     )
 
 
-_V1_B0 = VariantSpec(
-    name="b0",
-    stem_channels=32,
-    stages=(
+def _network(
+    name: str,
+    stem_channels: int,
+    stages: tuple[StageSpec, ...],
+    dropout_rate: float,
+    sizes: tuple[int, int],
+    published: PublishedResult | None = None,
+    head_channels: int = 1280,
+) -> VariantSpec:
+    return VariantSpec(
+        name, stem_channels, stages, head_channels, dropout_rate, *sizes, published=published
+    )
+
+
+# Name, width, depth, size in training and in evaluation, dropout, published.
+_Row = tuple[str, float, float, int, int, float, PublishedResult | None]
+
+
+def _scaled(base: VariantSpec, min_kept: float, rows: tuple[_Row, ...]) -> list[VariantSpec]:
+    return [
+        replace(
+            scale_variant(base, width, depth, min_kept),
+            name=name,
+            dropout_rate=dropout,
+            train_image_size=train_size,
+            eval_image_size=eval_size,
+            published=published,
+        )
+        for name, width, depth, train_size, eval_size, dropout, published in rows
+    ]
+
+
+_TABLE_2, _TABLE_3, _TABLE_7, _TABLE_11 = (
+    "V1, table 2",
+    "V2, table 3",
+    "V2, table 7",
+    "V2, table 11",
+)
+
+_V1_B0 = _network(
+    "b0",
+    32,
+    (
         _mbconv(1, 16, stride=1, expand_ratio=1),
         _mbconv(2, 24, stride=2, expand_ratio=6),
         _mbconv(2, 40, stride=2, expand_ratio=6, kernel_size=5),
@@ -254,28 +281,22 @@ _V1_B0 = VariantSpec(
         _mbconv(4, 192, stride=2, expand_ratio=6, kernel_size=5),
         _mbconv(1, 320, stride=1, expand_ratio=6),
     ),
-    head_channels=1280,
     dropout_rate=0.2,
-    train_image_size=176,
-    eval_image_size=224,
+    sizes=(176, 224),
 )
 
-_TABLE_2 = "V1, table 2"
-_TABLE_7 = "V2, table 7"
-
-# Name, width, depth, eval size, dropout, published. The train size is the released code's for V1:
-# 0.8 of the eval size, down to a multiple of 16.
-_V1_ROWS = (
-    ("b0", 1.0, 1.0, 224, 0.2, PublishedResult(_TABLE_2, 0.771)),
-    ("b1", 1.0, 1.1, 240, 0.2, PublishedResult(_TABLE_2, 0.791)),
-    ("b2", 1.1, 1.2, 260, 0.3, PublishedResult(_TABLE_2, 0.801)),
-    ("b3", 1.2, 1.4, 300, 0.3, PublishedResult(_TABLE_7, 0.815, 19, 10)),
-    ("b4", 1.4, 1.8, 380, 0.4, PublishedResult(_TABLE_7, 0.829, 30, 21)),
-    ("b5", 1.6, 2.2, 456, 0.4, PublishedResult(_TABLE_7, 0.837, 60, 43)),
-    ("b6", 1.8, 2.6, 528, 0.5, PublishedResult(_TABLE_7, 0.843, 97, 75)),
-    ("b7", 2.0, 3.1, 600, 0.5, PublishedResult(_TABLE_7, 0.847, 170, 139)),
+# The train size is the released code's: 0.8 of the eval size, down to a multiple of 16.
+_V1_ROWS: tuple[_Row, ...] = (
+    ("b0", 1.0, 1.0, 176, 224, 0.2, PublishedResult(_TABLE_2, 0.771)),
+    ("b1", 1.0, 1.1, 192, 240, 0.2, PublishedResult(_TABLE_2, 0.791)),
+    ("b2", 1.1, 1.2, 208, 260, 0.3, PublishedResult(_TABLE_2, 0.801)),
+    ("b3", 1.2, 1.4, 240, 300, 0.3, PublishedResult(_TABLE_7, 0.815, 19, 10)),
+    ("b4", 1.4, 1.8, 304, 380, 0.4, PublishedResult(_TABLE_7, 0.829, 30, 21)),
+    ("b5", 1.6, 2.2, 352, 456, 0.4, PublishedResult(_TABLE_7, 0.837, 60, 43)),
+    ("b6", 1.8, 2.6, 416, 528, 0.5, PublishedResult(_TABLE_7, 0.843, 97, 75)),
+    ("b7", 2.0, 3.1, 480, 600, 0.5, PublishedResult(_TABLE_7, 0.847, 170, 139)),
     # Of the released code; published weights are by Xie et al. 2020 (arXiv 1911.09665).
-    ("b8", 2.2, 3.6, 672, 0.5, None),
+    ("b8", 2.2, 3.6, 528, 672, 0.5, None),
 )
 
 _LITE0 = replace(
@@ -286,19 +307,19 @@ _LITE0 = replace(
     has_fixed_ends=True,
 )
 
-# Name, width, depth, size in training and evaluation, dropout, top-1 of float32.
-_LITE_ROWS = (
-    ("lite0", 1.0, 1.0, 224, 0.2, 0.751),
-    ("lite1", 1.0, 1.1, 240, 0.2, 0.767),
-    ("lite2", 1.1, 1.2, 260, 0.3, 0.776),
-    ("lite3", 1.2, 1.4, 280, 0.3, 0.798),
-    ("lite4", 1.4, 1.8, 300, 0.3, 0.815),
+# The top-1 is that of float32.
+_LITE_ROWS: tuple[_Row, ...] = (
+    ("lite0", 1.0, 1.0, 224, 224, 0.2, PublishedResult("released code", 0.751)),
+    ("lite1", 1.0, 1.1, 240, 240, 0.2, PublishedResult("released code", 0.767)),
+    ("lite2", 1.1, 1.2, 260, 260, 0.3, PublishedResult("released code", 0.776)),
+    ("lite3", 1.2, 1.4, 280, 280, 0.3, PublishedResult("released code", 0.798)),
+    ("lite4", 1.4, 1.8, 300, 300, 0.3, PublishedResult("released code", 0.815)),
 )
 
-_V2_B0 = VariantSpec(
-    name="v2-b0",
-    stem_channels=32,
-    stages=(
+_V2_B0 = _network(
+    "v2-b0",
+    32,
+    (
         _fused(1, 16, stride=1, expand_ratio=1),
         _fused(2, 32, stride=2, expand_ratio=4),
         _fused(2, 48, stride=2, expand_ratio=4),
@@ -306,61 +327,16 @@ _V2_B0 = VariantSpec(
         _mbconv(5, 112, stride=1, expand_ratio=6),
         _mbconv(8, 192, stride=2, expand_ratio=6),
     ),
-    head_channels=1280,
     dropout_rate=0.2,
-    train_image_size=192,
-    eval_image_size=224,
+    sizes=(192, 224),
 )
 
-# Name, width, depth, train size, eval size, dropout, published.
-_V2_B_ROWS = (
-    ("v2-b0", 1.0, 1.0, 192, 224, 0.2, PublishedResult("V2, table 11", 0.787)),
-    ("v2-b1", 1.0, 1.1, 192, 240, 0.2, PublishedResult("V2, table 11", 0.798)),
+_V2_B_ROWS: tuple[_Row, ...] = (
+    ("v2-b0", 1.0, 1.0, 192, 224, 0.2, PublishedResult(_TABLE_11, 0.787)),
+    ("v2-b1", 1.0, 1.1, 192, 240, 0.2, PublishedResult(_TABLE_11, 0.798)),
     ("v2-b2", 1.1, 1.2, 208, 260, 0.3, None),
-    ("v2-b3", 1.2, 1.4, 240, 300, 0.3, PublishedResult("V2, table 11", 0.821)),
+    ("v2-b3", 1.2, 1.4, 240, 300, 0.3, PublishedResult(_TABLE_11, 0.821)),
 )
-
-
-def _v1_variants() -> dict[str, VariantSpec]:
-    specs: dict[str, VariantSpec] = {}
-    for name, width, depth, eval_size, dropout, published in _V1_ROWS:
-        specs[name] = replace(
-            scale_variant(_V1_B0, width, depth, V1_MIN_KEPT_CHANNELS),
-            name=name,
-            dropout_rate=dropout,
-            train_image_size=eval_size * 4 // 5 // 16 * 16,
-            eval_image_size=eval_size,
-            published=published,
-        )
-    return specs
-
-
-def _lite_variants() -> dict[str, VariantSpec]:
-    specs: dict[str, VariantSpec] = {}
-    for name, width, depth, size, dropout, top1 in _LITE_ROWS:
-        specs[name] = replace(
-            scale_variant(_LITE0, width, depth, V1_MIN_KEPT_CHANNELS),
-            name=name,
-            dropout_rate=dropout,
-            train_image_size=size,
-            eval_image_size=size,
-            published=PublishedResult("released code", top1),
-        )
-    return specs
-
-
-def _v2_b_variants() -> dict[str, VariantSpec]:
-    specs: dict[str, VariantSpec] = {}
-    for name, width, depth, train_size, eval_size, dropout, published in _V2_B_ROWS:
-        specs[name] = replace(
-            scale_variant(_V2_B0, width, depth, V2_MIN_KEPT_CHANNELS),
-            name=name,
-            dropout_rate=dropout,
-            train_image_size=train_size,
-            eval_image_size=eval_size,
-            published=published,
-        )
-    return specs
 
 
 def _fuse_first_stages(base: VariantSpec, num_stages: int, top1: float) -> VariantSpec:
@@ -383,23 +359,24 @@ def _fuse_first_stages(base: VariantSpec, num_stages: int, top1: float) -> Varia
         base,
         name=f"{base.name}-fused-1-{num_stages}",
         stages=fused + base.stages[num_stages:],
-        published=PublishedResult("V2, table 3", top1),
+        published=PublishedResult(_TABLE_3, top1),
     )
 
 
-_V1 = _v1_variants()
+_V1 = _scaled(_V1_B0, V1_MIN_KEPT_CHANNELS, _V1_ROWS)
+_B4 = _V1[4]
 
 _SPECS = (
-    *_V1.values(),
-    _fuse_first_stages(_V1["b4"], 3, top1=0.831),
-    _fuse_first_stages(_V1["b4"], 5, top1=0.831),
-    _fuse_first_stages(_V1["b4"], 7, top1=0.817),
-    *_lite_variants().values(),
-    *_v2_b_variants().values(),
-    VariantSpec(
-        name="v2-s",
-        stem_channels=24,
-        stages=(
+    *_V1,
+    _fuse_first_stages(_B4, 3, top1=0.831),
+    _fuse_first_stages(_B4, 5, top1=0.831),
+    _fuse_first_stages(_B4, 7, top1=0.817),
+    *_scaled(_LITE0, V1_MIN_KEPT_CHANNELS, _LITE_ROWS),
+    *_scaled(_V2_B0, V2_MIN_KEPT_CHANNELS, _V2_B_ROWS),
+    _network(
+        "v2-s",
+        24,
+        (
             _fused(2, 24, stride=1, expand_ratio=1),
             _fused(4, 48, stride=2, expand_ratio=4),
             _fused(4, 64, stride=2, expand_ratio=4),
@@ -407,16 +384,14 @@ _SPECS = (
             _mbconv(9, 160, stride=1, expand_ratio=6),
             _mbconv(15, 256, stride=2, expand_ratio=6),
         ),
-        head_channels=1280,
         dropout_rate=0.2,
-        train_image_size=300,
-        eval_image_size=384,
+        sizes=(300, 384),
         published=PublishedResult(_TABLE_7, 0.839, 24, 7.1),
     ),
-    VariantSpec(
-        name="v2-m",
-        stem_channels=24,
-        stages=(
+    _network(
+        "v2-m",
+        24,
+        (
             _fused(3, 24, stride=1, expand_ratio=1),
             _fused(5, 48, stride=2, expand_ratio=4),
             _fused(5, 80, stride=2, expand_ratio=4),
@@ -425,16 +400,14 @@ _SPECS = (
             _mbconv(18, 304, stride=2, expand_ratio=6),
             _mbconv(5, 512, stride=1, expand_ratio=6),
         ),
-        head_channels=1280,
         dropout_rate=0.3,
-        train_image_size=384,
-        eval_image_size=480,
+        sizes=(384, 480),
         published=PublishedResult(_TABLE_7, 0.851, 57, 13),
     ),
-    VariantSpec(
-        name="v2-l",
-        stem_channels=32,
-        stages=(
+    _network(
+        "v2-l",
+        32,
+        (
             _fused(4, 32, stride=1, expand_ratio=1),
             _fused(7, 64, stride=2, expand_ratio=4),
             _fused(7, 96, stride=2, expand_ratio=4),
@@ -443,16 +416,14 @@ _SPECS = (
             _mbconv(25, 384, stride=2, expand_ratio=6),
             _mbconv(7, 640, stride=1, expand_ratio=6),
         ),
-        head_channels=1280,
         dropout_rate=0.4,
-        train_image_size=384,
-        eval_image_size=480,
+        sizes=(384, 480),
         published=PublishedResult(_TABLE_7, 0.857, 98, 24),
     ),
-    VariantSpec(
-        name="v2-xl",
-        stem_channels=32,
-        stages=(
+    _network(
+        "v2-xl",
+        32,
+        (
             _fused(4, 32, stride=1, expand_ratio=1),
             _fused(8, 64, stride=2, expand_ratio=4),
             _fused(8, 96, stride=2, expand_ratio=4),
@@ -461,26 +432,23 @@ _SPECS = (
             _mbconv(32, 512, stride=2, expand_ratio=6),
             _mbconv(8, 640, stride=1, expand_ratio=6),
         ),
-        head_channels=1280,
         dropout_rate=0.4,
-        train_image_size=384,
-        eval_image_size=512,
+        sizes=(384, 512),
         published=PublishedResult("V2, table 7, pre-trained on 21k", 0.873, None, 45),
     ),
     # Not from the papers: every kind of block once or twice, small enough to train in a test.
-    VariantSpec(
-        name="tiny",
-        stem_channels=8,
-        stages=(
+    _network(
+        "tiny",
+        8,
+        (
             _fused(1, 8, stride=1, expand_ratio=1),
             _fused(2, 16, stride=2, expand_ratio=4),
             _mbconv(2, 24, stride=2, expand_ratio=4),
             _mbconv(2, 32, stride=1, expand_ratio=6),
         ),
-        head_channels=128,
         dropout_rate=0.1,
-        train_image_size=32,
-        eval_image_size=32,
+        sizes=(32, 32),
+        head_channels=128,
     ),
 )
 
@@ -488,11 +456,7 @@ VARIANTS: dict[str, VariantSpec] = {spec.name: spec for spec in _SPECS}
 
 
 def get_variant(name: str) -> VariantSpec:
-    """Return the variant called `name`.
-
-    Raises:
-        ValueError: there is no such variant; the message gives the nearest names.
-    """
+    """Return the variant called `name`."""
     if name not in VARIANTS:
         nearest = difflib.get_close_matches(name, VARIANTS, cutoff=0.0)
         raise ValueError(
@@ -503,11 +467,7 @@ def get_variant(name: str) -> VariantSpec:
 
 
 def spec_of(name: str, table: VariantSpec | None) -> VariantSpec:
-    """Return `table`, the stages of a variant that is not built in, or the built-in variant.
-
-    Raises:
-        ValueError: there is neither; or the table is of another name, or of a built-in one's.
-    """
+    """Return `table`, the stages of a variant that is not built in, or the built-in variant."""
     if table is None:
         return get_variant(name)
     if table.name != name:

@@ -21,11 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def recognize_layout(tensors: dict[str, Tensor]) -> Layout:
-    """Tell the layout by the names of the tensors.
-
-    Raises:
-        WeightsError: the names are of no layout, or of several.
-    """
+    """Tell the layout by the names of the tensors."""
     found = layouts_of(tensors)
     if len(found) == 1:
         return found[0]
@@ -43,12 +39,7 @@ def convert_weights(
     """Return the state dict of build_model(spec, num_classes), float32, in its own order.
 
     What may differ is told in the log: other float types are made float32, and batch norm's
-    counters, which TensorFlow lacks, begin at 0.
-
-    Args:
-        tensors: of a file, in either layout.
-        spec: the variant they must be of.
-        num_classes: length that the classifier must have; None = whatever it has.
+    counters, which TensorFlow lacks, begin at 0. `num_classes` None = whatever the classifier has.
 
     Raises:
         WeightsError: names the first tensor, in the order of the network, that does not fit.

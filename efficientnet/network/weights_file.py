@@ -44,10 +44,6 @@ def read_weights_file(
         path: of the file.
         entry: of a checkpoint, the name that the state dict is under; None = the only one.
         drop: tensors, or the beginnings of their dotted names, that are not the network's.
-
-    Raises:
-        WeightsError: no such file, damaged, of another kind, several networks in it, or tensors
-            beside the network's that `drop` does not name.
     """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing there"

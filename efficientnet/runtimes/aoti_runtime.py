@@ -44,10 +44,8 @@ _unpacking = Lock()
 class AotiRuntime:
     """Runs compiled programs on the CPU; not for several threads at once.
 
-    Args:
-        static: programs for one batch size each; a batch is filled up to the next of them.
-        any_size: the program for all batch sizes, where there are no static ones.
-        manifest: of the artifact.
+    `static` programs are for one batch size each, and a batch is filled up to the next of them;
+    without any, `any_size` takes all.
     """
 
     def __init__(
@@ -78,11 +76,7 @@ class AotiRuntime:
 def open_program(
     directory: Path, manifest: ArtifactManifest, num_threads: int
 ) -> AotiRuntime | CudaGraphRuntime:
-    """Open an AOTInductor artifact; sets the number of threads of the whole process.
-
-    Raises:
-        ArtifactError: built for another version, processor or GPU, or torch refuses it.
-    """
+    """Open an AOTInductor artifact; sets the number of threads of the whole process."""
     binding = require_binding(directory, manifest.binding, "export/aoti.py")
     require_version(directory, binding, torch.__version__)
     if binding.compute_capability is None:
@@ -106,15 +100,7 @@ def open_program(
 
 
 def load_package(file: ProgramFile, is_captured: bool) -> Program:
-    """Load a compiled package.
-
-    Args:
-        file: the package.
-        is_captured: whether its calls become CUDA graphs; locks and events would get into them.
-
-    Raises:
-        ArtifactError: torch refuses it, or it cannot be unpacked.
-    """
+    """Load a compiled package; locks and events would get into CUDA graphs of its calls."""
     # `torch._inductor.aoti_load_package` is this and a comparison of processors, for which it runs
     # the C++ compiler (8 s and more) and fills inductor's cache: a service has neither. The
     # comparison is require_same_processor here.
@@ -142,10 +128,8 @@ def unpacking_folder(is_kept: bool) -> Generator[None]:
     """Let torch unpack a package into a folder that is gone once the package is loaded.
 
     Left to itself, torch removes what it unpacked when the program is dropped, which a killed
-    process never does. A library that is loaded needs its file no more.
-
-    Args:
-        is_kept: leave it to torch; programs for a GPU read kernels when they are first called.
+    process never does. A library that is loaded needs its file no more; but programs for a GPU read
+    kernels when they are first called, so theirs `is_kept`.
     """
     with _unpacking, ExitStack() as stack:
         folder = (

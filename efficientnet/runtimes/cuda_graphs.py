@@ -10,7 +10,6 @@ from torch import Tensor
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest
 from efficientnet.machine.gpu import no_room
-from efficientnet.runtimes.device_buffers import DeviceBuffers
 from efficientnet.runtimes.protocol import check_images, info_of_artifact, smallest_that_takes
 
 # Maps images [N, 3, H, W] to logits [N, num_classes], both float32 on the GPU.
@@ -24,14 +23,14 @@ class CudaGraphRuntime:
     """Replays programs from fixed buffers; not for several threads at once.
 
     A batch size is captured when it is first seen, the smallest and the largest one when the
-    program is opened.
+    program is opened. A batch is filled up to the next size that there is.
 
     Args:
-        static: programs for one batch size each; a batch is filled up to the next of them.
+        static: programs for one batch size each.
         open_any: opens the program for all batch sizes, where there are no static ones.
         manifest: of the artifact.
-        sizes: batch sizes that graphs of that program are made for, a batch is filled up to the
-            next of them; () = every size that is seen. It is opened for each anew.
+        sizes: that the program for all is opened and captured for, each anew; () = all that are
+        seen.
     """
 
     def __init__(
@@ -82,10 +81,7 @@ class CudaGraphRuntime:
             self._stream.synchronize()
             # Other threads may use the GPU meanwhile, e.g. a service that opens a second one.
             with torch.cuda.graph(
-                graph,
-                pool=self._memory,
-                stream=self._stream,
-                capture_error_mode="thread_local",
+                graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
             ):
                 logits.copy_(program(images))
         return graph
@@ -101,6 +97,37 @@ class CudaGraphRuntime:
                 f"calls of {self.info.variant} with {size} images fail, or cannot be captured as a "
                 f"CUDA graph: {error}"
             ) from error
+
+
+class DeviceBuffers:
+    """Fixed memory for an artifact's largest batch, as CUDA graphs need it; one call at a time."""
+
+    def __init__(self, manifest: ArtifactManifest) -> None:
+        images = manifest.input.batch.max, *manifest.input.shape
+        logits = manifest.input.batch.max, manifest.output.shape[0]
+        self.images = torch.zeros(images, device="cuda")
+        """Float32 [batch.max, 3, H, W]."""
+        self.logits = torch.zeros(logits, device="cuda")
+        """Float32 [batch.max, num_classes]."""
+        self._host_images = torch.zeros(images, pin_memory=True)
+        self._host_logits = torch.zeros(logits, pin_memory=True)
+        torch.cuda.synchronize()
+
+    def run(
+        self, images: NDArray[np.float32], stream: torch.cuda.Stream, enqueue: Callable[[], None]
+    ) -> NDArray[np.float32]:
+        """Copy images [N, 3, H, W] in, do the work, wait for it, and return a copy of their logits.
+
+        `enqueue` launches what reads `images` and writes `logits`, on the current stream.
+        """
+        num_images = len(images)
+        np.copyto(self._host_images.numpy()[:num_images], images)
+        with torch.cuda.stream(stream):
+            self.images[:num_images].copy_(self._host_images[:num_images], non_blocking=True)
+            enqueue()
+            self._host_logits[:num_images].copy_(self.logits[:num_images], non_blocking=True)
+        stream.synchronize()
+        return self._host_logits[:num_images].numpy().copy()
 
 
 @contextmanager

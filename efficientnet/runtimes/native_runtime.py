@@ -33,11 +33,7 @@ class NativeRuntime:
 
 
 def require_kernels(what: object, is_reference: bool) -> None:
-    """Check that the engine is here, and fast on this processor where it must be.
-
-    Raises:
-        ArtifactError: it was not built, or the processor has neither AMX nor VNNI.
-    """
+    """Check that the engine is here, and fast on this processor where it must be."""
     if levels()[0] == PORTABLE and not is_reference:
         raise ArtifactError(
             f"{what} is for processors with VNNI or AMX, and this one has neither; other runtimes "
@@ -53,11 +49,7 @@ def open_timed(program: Path, num_threads: int) -> Engine:
 
 
 def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> NativeRuntime:
-    """Open a native artifact.
-
-    Raises:
-        ArtifactError: damaged, or the engine is not here or not fast on this processor.
-    """
+    """Open a native artifact."""
     require_kernels(directory, is_reference=manifest.binding is None)
     # Hashing takes as long as packing the weights does.
     with checked_meanwhile(directory, manifest, manifest.program_file) as program:

@@ -13,11 +13,7 @@ from numpy.typing import NDArray
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_program
 from efficientnet.runtimes.onnxruntime_sessions import PROVIDERS, open_session
-from efficientnet.runtimes.protocol import (
-    ProgramInfo,
-    check_images,
-    smallest_that_takes,
-)
+from efficientnet.runtimes.protocol import ProgramInfo, check_images, smallest_that_takes
 
 # Channels last, as tensor cores want it; float32 as it is written, not TF32, so that parity holds;
 # the CUDA graph needs buffers that stay where they are, see _GpuSession.
@@ -42,9 +38,6 @@ class OnnxGpuRuntime:
     Needs a session for each size, since a session captures one graph. May be called by several
     threads: ONNX Runtime keeps a graph for the thread that captured it, so one thread makes all
     calls.
-
-    Raises:
-        ArtifactError: the provider or its libraries are not here, or it refuses the program.
     """
 
     def __init__(
@@ -113,18 +106,11 @@ def tensorrt_options(directory: Path, batch_size: int) -> dict[str, str]:
         return TENSORRT_OPTIONS
     # ONNX Runtime makes one level of folders only.
     folder.mkdir(parents=True, exist_ok=True)
-    return TENSORRT_OPTIONS | {
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(folder),
-    }
+    return TENSORRT_OPTIONS | {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
 
 
 def require_tensorrt(directory: Path) -> None:
-    """Load the TensorRT that the provider is linked to: where pip puts it, no loader looks.
-
-    Raises:
-        ArtifactError: it is not here, or is another major version.
-    """
+    """Load the TensorRT that the provider is linked to: where pip puts it, no loader looks."""
     try:
         found: str = importlib.import_module("tensorrt").__version__
     # Its Python part without its libraries fails with an OSError.

@@ -10,14 +10,9 @@ from numpy.typing import NDArray
 
 from efficientnet.formats.artifact import ArtifactManifest, ProgramFile, read_program
 from efficientnet.machine.denormals import flushed_denormals
+from efficientnet.runtimes import protocol
 from efficientnet.runtimes.onnxruntime_gpu import OnnxGpuRuntime
 from efficientnet.runtimes.onnxruntime_sessions import PROVIDERS, open_session
-from efficientnet.runtimes.protocol import (
-    ProgramInfo,
-    check_images,
-    info_of_artifact,
-    require_processor,
-)
 
 
 class OnnxRuntime:
@@ -29,22 +24,24 @@ class OnnxRuntime:
     def __init__(
         self,
         program: ProgramFile,
-        info: ProgramInfo,
+        info: protocol.ProgramInfo,
         streamed_batches: tuple[int, ...],
         num_threads: int,
+        may_spin: bool = True,
     ) -> None:
-        self._session = open_session(program, PROVIDERS["cpu"], num_threads)
+        cpu = PROVIDERS["cpu"]
+        self._session = open_session(program, cpu, num_threads, may_spin=may_spin)
         self._input_name = self._session.get_inputs()[0].name
         self._streamed_batches = streamed_batches
         self.info = info
         if streamed_batches:
-            self._stream = open_session(program, PROVIDERS["cpu"], 1)
+            self._stream = open_session(program, cpu, 1)
             self._threads = ThreadPoolExecutor(num_threads)
 
     @flushed_denormals()
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
-        check_images(images, self.info)
+        protocol.check_images(images, self.info)
         if len(images) not in self._streamed_batches:
             return self._run(self._session, images)
         single = (images[index : index + 1] for index in range(len(images)))
@@ -58,17 +55,12 @@ class OnnxRuntime:
 
 
 def open_program(
-    directory: Path, manifest: ArtifactManifest, num_threads: int
+    directory: Path, manifest: ArtifactManifest, num_threads: int, may_spin: bool
 ) -> OnnxRuntime | OnnxGpuRuntime:
-    """Open an ONNX Runtime artifact.
-
-    Raises:
-        ArtifactError: ONNX Runtime refuses it, its provider is not here, or the processor would
-            compute something else.
-    """
-    info = info_of_artifact(manifest)
-    require_processor(directory, manifest)
+    """Open an ONNX Runtime artifact."""
+    info = protocol.info_of_artifact(manifest)
+    protocol.require_processor(directory, manifest)
     if manifest.provider is not None:
         return OnnxGpuRuntime(directory, manifest, info, num_threads)
     program = read_program(directory, manifest, manifest.program_file)
-    return OnnxRuntime(program, info, manifest.streamed_batches, num_threads)
+    return OnnxRuntime(program, info, manifest.streamed_batches, num_threads, may_spin)

@@ -31,15 +31,11 @@ def open_session(
     num_threads: int,
     options: dict[str, str] | None = None,
     batch_size: int | None = None,
+    may_spin: bool = True,
 ) -> ort.InferenceSession:
-    """Open a program.
+    """Open a program on one provider, which executes all of it; `batch_size` None = any.
 
-    Args:
-        program: model.onnx.
-        provider: what executes all of it.
-        num_threads: of the CPU.
-        options: of the provider.
-        batch_size: that all calls have; None = any.
+    `may_spin`: see open_runtime.
 
     Raises:
         ArtifactError: the provider is not in the package, does not start here, or has no kernel for
@@ -51,6 +47,8 @@ def open_session(
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # For its threads: it does not reach the one that calls, and may stay with the one that opens.
     settings.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if not may_spin:
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if batch_size is not None:
         settings.add_free_dimension_override_by_name(BATCH_AXIS, batch_size)
     why = ""

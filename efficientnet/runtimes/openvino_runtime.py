@@ -10,12 +10,7 @@ from numpy.typing import NDArray
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
 from efficientnet.machine.denormals import flushed_denormals
-from efficientnet.runtimes.protocol import (
-    ProgramInfo,
-    check_images,
-    info_of_artifact,
-    require_processor,
-)
+from efficientnet.runtimes import protocol
 
 DEVICE = "CPU"
 
@@ -23,9 +18,8 @@ DEVICE = "CPU"
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 # Of the program for all batch sizes; OpenVINO's own default is 5,000. It keeps kernels for each
-# size that it has seen, with a copy of their weights: V2-S int8 at 64 px took 1,223 MB after all
-# sizes to 64, with 500 kernels (about three sizes) 435 MB. A call of another size than the last
-# ones makes its kernels anew: 155 ms in the place of 124 with all kept, both on 2 busy cores.
+# size that it has seen, with a copy of their weights: about three sizes of V2-S here. A call of
+# another size makes its kernels anew, a fourth of its time more (docs/export.md).
 NUM_KEPT_KERNELS = 500
 
 CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8"}
@@ -45,7 +39,7 @@ class OpenVinoRuntime:
         self,
         program: ProgramFile,
         weights: ProgramFile,
-        info: ProgramInfo,
+        info: protocol.ProgramInfo,
         static_batches: tuple[int, ...],
         streamed_batches: tuple[int, ...],
         float_precision: str,
@@ -74,7 +68,7 @@ class OpenVinoRuntime:
     @flushed_denormals()
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
-        check_images(images, self.info)
+        protocol.check_images(images, self.info)
         if len(images) in self._streamed_batches:
             return self._infer_in_streams(images)
         request = self._static.get(len(images))
@@ -133,11 +127,7 @@ def openvino_core() -> ov.Core:
 
 
 def require_capability(precision: str, what: object) -> None:
-    """Check that this processor computes in a precision by itself.
-
-    Raises:
-        ArtifactError: it does not; OpenVINO would compute in float32 without a word.
-    """
+    """Check that this processor computes in a precision: else OpenVINO takes float32."""
     core = openvino_core()
     found = core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
     if CAPABILITIES[precision] not in found:
@@ -156,18 +146,14 @@ def own_precision() -> Literal["bf16", "fp32"]:
 
 
 def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> OpenVinoRuntime:
-    """Open an OpenVINO artifact.
-
-    Raises:
-        ArtifactError: OpenVINO refuses it, or the processor lacks its precision.
-    """
-    require_processor(directory, manifest)
+    """Open an OpenVINO artifact."""
+    protocol.require_processor(directory, manifest)
     quantization = manifest.quantization
     (weights,) = manifest.other_files
     return OpenVinoRuntime(
         read_program(directory, manifest, manifest.program_file),
         read_program(directory, manifest, weights),
-        info_of_artifact(manifest),
+        protocol.info_of_artifact(manifest),
         manifest.static_batches,
         manifest.streamed_batches,
         quantization.kept_precision if quantization else manifest.precision,

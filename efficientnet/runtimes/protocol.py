@@ -101,7 +101,9 @@ def check_images(images: NDArray[np.float32], info: ProgramInfo) -> None:
         )
 
 
-def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
+def open_runtime(
+    path: str | Path, num_threads: int | None = None, may_spin: bool = True
+) -> Runtime:
     """Open an artifact (manifest.json) or a checkpoint (checkpoint.json: the eager float32 model).
 
     The files are read here and never again: what was opened answers, and `info` tells of it, even
@@ -114,6 +116,9 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
     Args:
         path: the directory.
         num_threads: CPU threads of a call; None = one per usable core.
+        may_spin: whether ONNX Runtime's threads wait for work in a loop. That makes a call shorter
+            where nothing else computes, and takes cores from what does elsewhere; the other
+            runtimes sleep anyway.
 
     Raises:
         ArtifactError: neither, damaged, never checked, built for another machine, or its runtime is
@@ -122,7 +127,7 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
     """
     directory = Path(path)
     if (directory / MANIFEST_FILE).is_file():
-        return open_program(directory, read_manifest(directory), num_threads)
+        return open_program(directory, read_manifest(directory), num_threads, may_spin)
     if (directory / "checkpoint.json").is_file():
         threads = num_threads or num_usable_cores()
         return _import_runtime("torch", directory).open_directory(directory, threads)
@@ -133,20 +138,22 @@ def open_runtime(path: str | Path, num_threads: int | None = None) -> Runtime:
 
 
 def open_program(
-    directory: Path, manifest: ArtifactManifest, num_threads: int | None = None
+    directory: Path,
+    manifest: ArtifactManifest,
+    num_threads: int | None = None,
+    may_spin: bool = True,
 ) -> Runtime:
-    """Open the program that a manifest describes, whether or not it was checked.
-
-    Raises:
-        ArtifactError: built for another machine, or its runtime is not installed.
-    """
+    """Open the program that a manifest describes, checked or not; see open_runtime."""
     name = manifest.runtime
     if name not in RUNTIMES:
         raise ArtifactError(
             f"{directory} is for the runtime '{name}', this program knows: {', '.join(RUNTIMES)}"
         )
     threads = num_threads or num_usable_cores()
-    return _import_runtime(name, directory).open_program(directory, manifest, threads)
+    module = _import_runtime(name, directory)
+    if name == "onnxruntime":
+        return module.open_program(directory, manifest, threads, may_spin)
+    return module.open_program(directory, manifest, threads)
 
 
 def require_processor(directory: Path, manifest: ArtifactManifest) -> None:

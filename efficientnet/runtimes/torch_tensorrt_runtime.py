@@ -19,12 +19,7 @@ from efficientnet.formats.artifact import (
     read_program,
 )
 from efficientnet.machine.gpu import current_gpu
-from efficientnet.runtimes.binding import (
-    import_bound,
-    require_binding,
-    require_gpu,
-    require_version,
-)
+from efficientnet.runtimes import binding as bindings
 from efficientnet.runtimes.cuda_graphs import CudaGraphRuntime, Program
 
 PACKAGE = "torch_tensorrt"
@@ -34,17 +29,12 @@ TENSORRT = "tensorrt"
 
 
 def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> CudaGraphRuntime:
-    """Open a torch-tensorrt artifact on the machine that it was built for.
-
-    Raises:
-        ArtifactError: another machine or version, no GPU, the library is not installed, or it
-            refuses the program.
-    """
-    binding = require_binding(directory, manifest.binding, "export/torch_trt.py")
+    """Open a torch-tensorrt artifact on the machine that it was built for."""
+    binding = bindings.require_binding(directory, manifest.binding, "export/torch_trt.py")
     # The library asks the driver when it is imported, so the GPU comes first.
-    require_gpu(directory, binding, current_gpu())
-    torch_tensorrt = import_bound(directory, PACKAGE, binding, import_torch_tensorrt)
-    require_version(directory, binding, version_of(torch_tensorrt))
+    bindings.require_gpu(directory, binding, current_gpu())
+    torch_tensorrt = bindings.import_bound(directory, PACKAGE, binding, import_torch_tensorrt)
+    bindings.require_version(directory, binding, version_of(torch_tensorrt))
     files = {p.batch_size: p.file for p in manifest.static_programs}
     static = {
         size: load(torch_tensorrt, read_program(directory, manifest, file))

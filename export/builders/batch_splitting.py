@@ -58,7 +58,7 @@ def is_faster_in_streams(
     """Measure an artifact at one batch size, in one call and image by image in streams."""
     images = np.resize(reference.parity_images, (size, *reference.parity_images.shape[1:]))
     ways = {
-        way: open_with_streams(directory, manifest, streamed)
+        way: open_program(directory, manifest.model_copy(update={"streamed_batches": streamed}))
         for way, streamed in (("one call", ()), ("streams", (size,)))
     }
     for runtime in ways.values():
@@ -68,18 +68,9 @@ def is_faster_in_streams(
     is_faster = found < 1 - LEAST_GAIN
     log.info(
         "batch %d, image by image in streams of one thread: %s of the time of one call; %s",
-        size,
-        format_ratio(found),
-        "taken" if is_faster else "left as one call",
+        *(size, format_ratio(found), "taken" if is_faster else "left as one call"),
     )
     return is_faster
-
-
-def open_with_streams(
-    directory: Path, manifest: ArtifactManifest, streamed: tuple[int, ...]
-) -> Runtime:
-    """Open an artifact as if its manifest named these sizes."""
-    return open_program(directory, manifest.model_copy(update={"streamed_batches": streamed}))
 
 
 def seconds_of_call(runtime: Runtime, images: NDArray[np.float32]) -> float:

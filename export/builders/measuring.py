@@ -4,10 +4,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,13 +49,12 @@ def measure(
         return found
 
 
-def profile_modules(
+def profile(
     paths: Sequence[Path], num_calls: int, batch_size: int, data: str | None
-) -> list[dict[str, float]]:
-    """Profile artifacts with perf/layers.py; return the ms of each module, one dict a path.
+) -> list[dict[str, Any]]:
+    """Return what perf/layers.py says of artifacts of ONNX Runtime on the CPU, or of OpenVINO.
 
-    They are of ONNX Runtime on the CPU, or of OpenVINO; the fastest of the calls counts. For `data`
-    see measure.
+    The fastest of the calls counts.
     """
     command = [
         *(sys.executable, str(PROJECT_ROOT / "perf" / "layers.py"), *map(str, paths)),
@@ -65,13 +64,7 @@ def profile_modules(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise PipelineError(f"perf/layers.py failed: {done.stderr}")
-    found: list[dict[str, float]] = []
-    for program in json.loads(done.stdout)["programs"]:
-        times: dict[str, float] = defaultdict(float)
-        for layer in program["layers"]:
-            times[layer["module"]] += layer["ms"]
-        found.append(times)
-    return found
+    return json.loads(done.stdout)["programs"]
 
 
 def measure_callables(

@@ -3,29 +3,18 @@
 import json
 import logging
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
-from efficientnet.formats.artifact import QuantizationRecord
-from efficientnet.images.datasets import Sample
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.processor import instruction_sets
 from efficientnet.runtimes.native_runtime import NAMES_FILE, require_kernels
 from export.builders.native_program import activation_names, make_program
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
-from export.graphs.calibration import (
-    METHOD,
-    Ranges,
-    choose_samples,
-    collect_ranges,
-    images_of,
-    write_calibration,
-)
-from export.graphs.folding import export_onnx, fold_batch_norm
-from export.inputs.config import ExportConfig, NativeConfig
-from export.inputs.rebuild import rebuild_command
-from export.inputs.reference import Reference, load_reference
+from export.graphs.calibration import METHOD, record_calibration
+from export.graphs.folding import fold_batch_norm
+from export.graphs.precision import calibrate
+from export.inputs.config import NativeConfig, rebuild_command
+from export.inputs.reference import load_reference
 
 SCRIPT = "export/native.py"
 
@@ -52,7 +41,13 @@ def main(config: NativeConfig) -> Path:
     def build(directory: Path, kept: tuple[str, ...]) -> Built:
         ranges, quantization = None, None
         if config.precision == "int8":
-            ranges, quantization = calibrate(reference, config, kept, directory)
+            samples, ranges = calibrate(
+                *(reference, config.num_calibration_images, config.seed),
+                tuple(activation_names(reference.model)),
+            )
+            quantization = record_calibration(
+                directory, samples, config, METHOD, "bf16", kept, scheme="native"
+            )
         log.info(
             "write %s at %d px in %s", reference.variant, reference.image_size, config.precision
         )
@@ -70,33 +65,3 @@ def main(config: NativeConfig) -> Path:
         )
 
     return write_checked_artifact(reference, config, output, "native", build)
-
-
-def calibrate(
-    reference: Reference, config: NativeConfig, kept: tuple[str, ...], directory: Path
-) -> tuple[Ranges, QuantizationRecord]:
-    """Choose the ranges of all activations, and write calibration.json."""
-    # Of all settings, only these change the ranges.
-    choice = ExportConfig(num_calibration_images=config.num_calibration_images, seed=config.seed)
-    calibrated = _calibrate(reference, choice)
-    return calibrated.ranges, QuantizationRecord(
-        method=f"native: {METHOD}",
-        num_calibration_images=len(calibrated.samples),
-        calibration_sha256=write_calibration(directory, calibrated.samples, config, METHOD),
-        kept_precision="bf16",
-        kept_blocks=kept,
-    )
-
-
-class _Calibrated(NamedTuple):
-    samples: tuple[Sample, ...]
-    ranges: Ranges
-
-
-# The gate asks for several programs that differ in what stays in float.
-@lru_cache(maxsize=1)
-def _calibrate(reference: Reference, config: ExportConfig) -> _Calibrated:
-    samples = choose_samples(reference, config)
-    graph = export_onnx(reference.model, reference.image_size)
-    found = collect_ranges(graph, activation_names(reference.model), images_of(reference, samples))
-    return _Calibrated(tuple(samples), found)

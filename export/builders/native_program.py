@@ -1,6 +1,6 @@
 """A folded network and its ranges -> the native engine's program, layer by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from efficientnet.network.model import (
     ReLU6,
     ResidualBlock,
     SamePadConv2d,
+    SiLU,
     SqueezeExcite,
 )
 from efficientnet.runtimes.native.program_file import Activation, DType, Kind, Program, to_bf16
@@ -22,6 +23,12 @@ from export.builders import native_quantization as quantize
 from export.checks.sensitivity import named_blocks
 from export.graphs.calibration import CalibrationError, Ranges
 from export.graphs.folding import INPUT_NAME, is_within
+
+# Module -> what the engine calls it, the node that puts its map out, and the function itself.
+ACTIVATIONS = {
+    SiLU: (Activation.SILU, "Mul", quantize.silu),
+    ReLU6: (Activation.RELU6, "Clip", quantize.relu6),
+}
 
 
 @dataclass(frozen=True)
@@ -46,21 +53,12 @@ class _Map:
 
 
 def make_program(
-    model: EfficientNet,
-    spec: PreprocessSpec,
-    ranges: Ranges | None,
-    in_float: Sequence[str] = (),
+    model: EfficientNet, spec: PreprocessSpec, ranges: Ranges | None, in_float: Sequence[str] = ()
 ) -> Made:
     """Write a network with folded batch norm as a program of the native engine.
 
-    Args:
-        model: the network.
-        spec: its preprocessing, which goes into the first layer.
-        ranges: of the activations that activation_names names; None = all layers in bfloat16.
-        in_float: blocks that compute in bfloat16 whatever the others do.
-
-    Raises:
-        CalibrationError: a layer whose sums could leave 32 bits.
+    Its first layer holds the preprocessing. `ranges` are of the activations that activation_names
+    names, None = all layers in bfloat16; blocks `in_float` are in bfloat16 whatever the others do.
     """
     writer = _Writer(model.num_classes, spec, ranges, in_float)
     x = writer.images(next(named_blocks(model))[0])
@@ -102,11 +100,7 @@ def activation_names(model: EfficientNet) -> list[str]:
 
 class _Writer:
     def __init__(
-        self,
-        num_classes: int,
-        spec: PreprocessSpec,
-        ranges: Ranges | None,
-        in_float: Sequence[str],
+        self, num_classes: int, spec: PreprocessSpec, ranges: Ranges | None, in_float: Sequence[str]
     ) -> None:
         self.program = Program(num_classes)
         self.layer_names: list[str] = []
@@ -156,7 +150,7 @@ class _Writer:
             "stride": stride,
             "pad_top": _before(conv, x.shape[0]),
             "pad_left": _before(conv, x.shape[1]),
-            "activation": _activation_of(layer),
+            "activation": ACTIVATIONS[type(layer[2])][0] if len(layer) > 2 else Activation.NONE,
         }
         if dtype is DType.BF16:
             weights = to_bf16(_channels_last(weight.astype(np.float32)))
@@ -222,7 +216,7 @@ class _Writer:
         least = quantize.least_scale_of_sum(rest) if rest else 0.0
         quantized = quantize.quantize_weights(weight, bias, x.scale)
         if len(layer) > 2:
-            function = _function_of(layer)
+            function = ACTIVATIONS[type(layer[2])][2]
             reach = quantize.full_range(function, self._ranges[f"{path}.0/Conv"][1])
             bounds = self._ranges[out.name]
             out.scale = quantize.scale_of_map(
@@ -245,7 +239,7 @@ class _Writer:
             "weights": _channels_last(quantized.weights),
             "bias": quantized.bias.astype("<i4"),
             "scales": scales,
-            **_fields_of(ending),
+            **ending.fields(),
         }
 
     def _type_of(self, path: str) -> DType:
@@ -285,28 +279,7 @@ class _Writer:
 
 
 def _output_of(path: str, layer: ConvNormAct) -> str:
-    if len(layer) == 2:
-        return f"{path}.0/Conv"
-    return f"{path}.2/{'Clip' if isinstance(layer[2], ReLU6) else 'Mul'}"
-
-
-def _activation_of(layer: ConvNormAct) -> Activation:
-    if len(layer) == 2:
-        return Activation.NONE
-    return Activation.RELU6 if isinstance(layer[2], ReLU6) else Activation.SILU
-
-
-def _function_of(layer: ConvNormAct) -> Callable[[quantize.Array], quantize.Array]:
-    return quantize.relu6 if isinstance(layer[2], ReLU6) else quantize.silu
-
-
-def _fields_of(ending: quantize.Ending) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "fraction_bits": ending.fraction_bits,
-        "output_offset": ending.output_offset,
-        "residual_multiplier": ending.residual_multiplier,
-    }
-    return fields if ending.table is None else fields | {"table": ending.table.astype("<i2")}
+    return f"{path}.2/{ACTIVATIONS[type(layer[2])][1]}" if len(layer) > 2 else f"{path}.0/Conv"
 
 
 def _before(conv: nn.Conv2d, size: int) -> int:

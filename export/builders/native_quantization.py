@@ -5,6 +5,7 @@ docs/native.md says what they mean. Everything here is decided in float64 and ro
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,11 +70,16 @@ class Ending:
     table: NDArray[np.int16] | None = None
     """[2, 64]: slopes and intercepts of the activation's pieces; None without one."""
 
+    def fields(self) -> dict[str, Any]:
+        """Return what a layer's record holds of it."""
+        own = {name: value for name, value in vars(self).items() if name != "table"}
+        return own if self.table is None else own | {"table": self.table.astype("<i2")}
+
 
 def scale_of_map(bounds: tuple[float, float], least: float = LEAST_SCALE) -> MapScale:
     """Spread 256 levels over a range that holds zero."""
     low, high = bounds
-    scale = _stored(max((high - low) / MAP_LEVELS, least))
+    scale = float(np.float32(max((high - low) / MAP_LEVELS, least)))
     return MapScale(scale, int(np.clip(np.rint(-low / scale), 0, MAP_LEVELS)))
 
 
@@ -96,11 +102,7 @@ def largest_sums(quantized: QuantizedWeights) -> Array:
 
 
 def line_to(out: MapScale, residual: MapScale | None) -> Ending:
-    """Bring 16 bits to a map's bytes, and a residual's bytes with them.
-
-    Raises:
-        ValueError: the residual's scale is too coarse for its sum's; see least_scale_of_sum.
-    """
+    """Bring 16 bits to a map's bytes, and a residual's bytes with them."""
     for bits in range(MOST_LINEAR_FRACTION_BITS, -1, -1):
         offset, multiplier = _offset_and_multiplier(out, residual, bits)
         if multiplier <= LARGEST_16 and abs(offset) <= LARGEST_16:
@@ -195,7 +197,3 @@ def _offset_and_multiplier(out: MapScale, residual: MapScale | None, bits: int) 
 
 def _half(bits: int) -> int:
     return 1 << bits >> 1
-
-
-def _stored(scale: float) -> float:
-    return float(np.float32(scale))

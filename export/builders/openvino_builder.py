@@ -26,25 +26,14 @@ from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.machine.processor import has_vnni
 from efficientnet.precision import Precision
-from efficientnet.runtimes.openvino_runtime import (
-    openvino_core,
-    own_precision,
-    require_capability,
-)
+from efficientnet.runtimes.openvino_runtime import openvino_core, own_precision, require_capability
 from export.builders.batch_splitting import choose_streams
 from export.builders.search import fastest_within_drop
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
-from export.graphs.calibration import (
-    METHOD,
-    choose_samples,
-    has_two_photographs_only,
-    images_of,
-    write_calibration,
-)
+from export.graphs import calibration
 from export.graphs.folding import INPUT_NAME, OPSET, count_weight_bytes
 from export.graphs.precision import graph_of
-from export.inputs.config import Activations, OpenVinoConfig
-from export.inputs.rebuild import rebuild_command
+from export.inputs.config import Activations, OpenVinoConfig, rebuild_command
 from export.inputs.reference import Reference, load_reference
 
 PROGRAM_FILE = "model.xml"
@@ -55,9 +44,8 @@ WEIGHTS_FILE = "model.bin"
 ALWAYS_FLOAT = (r".*[.](gate[.]|pool/).*", r"avgpool/.*", r"classifier[.].*")
 
 # NNCF's default, the mean over single images, cuts off what is above it in every second image; the
-# smallest and largest of all is as wide as the oddest image. Mean logit error of V2-B0 on CIFAR-10
-# in std of the logits, and how many of 2,000 images change their class: mean over images 0.41 and
-# 654, of all 0.24 and 95, mean over batches of 16 images 0.06 and 62.
+# smallest and largest of all is as wide as the oddest image: 654 and 95 of 2,000 images of CIFAR-10
+# change their class so with V2-B0, and 62 by the mean over batches of 16.
 BATCH_MEAN = RangeEstimatorParameters(
     min=StatisticsCollectorParameters(
         statistics_type=StatisticsType.MIN, aggregator_type=AggregatorType.MEAN
@@ -69,8 +57,7 @@ BATCH_MEAN = RangeEstimatorParameters(
 
 # By itself NNCF gives each channel of a depthwise convolution's input a range of its own. Channels
 # that are quiet in crops of two photographs are cut off in all others: lite0 had 91 of 128
-# photographs of ImageNet right in place of 114, and with one range for the map 115 (mean squared
-# logit error, as a root, 0.74 and 0.11 std).
+# photographs of ImageNet right in place of 114, and with one range for the map 115.
 ONE_RANGE = QuantizationParameters(per_channel=False)
 
 # With less than that left after a failed write, the disk is full.
@@ -187,14 +174,15 @@ def quantize(
     directory: Path,
 ) -> tuple[ov.Model, QuantizationRecord]:
     """Quantise to int8 with NNCF, all but squeeze-excite, `kept` and the config's float layers."""
-    samples = choose_samples(reference, config)
+    samples = calibration.choose_samples(reference, config)
     activations = config.activations or "asymmetric"
-    method = f"nncf {nncf.__version__}, {activations} activations, {METHOD}"
-    sha256 = write_calibration(directory, samples, config, method)
+    method = f"nncf {nncf.__version__}, {activations} activations, {calibration.METHOD}"
+    record = calibration.record_calibration(
+        directory, samples, config, method, own_precision(), kept
+    )
     preset = "mixed" if activations == "asymmetric" else "performance"
-    in_float = (*kept, *config.float_layers)
-    patterns = [*ALWAYS_FLOAT, *map(pattern_of, in_float)]
-    batches = [{INPUT_NAME: images} for images in images_of(reference, samples)]
+    patterns = [*ALWAYS_FLOAT, *map(pattern_of, (*kept, *config.float_layers))]
+    batches = [{INPUT_NAME: images} for images in calibration.images_of(reference, samples)]
     quantized: Any = nncf.quantize(
         model,
         nncf.Dataset(batches),
@@ -205,19 +193,9 @@ def quantize(
             overflow_fix=nncf.OverflowFix.FIRST_LAYER if has_vnni() else nncf.OverflowFix.ENABLE,
             activations_range_estimator_params=BATCH_MEAN,
             activations_quantization_params=ONE_RANGE
-            if has_two_photographs_only(reference)
+            if calibration.has_two_photographs_only(reference)
             else None,
         ),
-        ignored_scope=nncf.IgnoredScope(
-            patterns=patterns,
-            validate=False,
-        ),
+        ignored_scope=nncf.IgnoredScope(patterns=patterns, validate=False),
     )
-    return quantized, QuantizationRecord(
-        method=method,
-        num_calibration_images=len(samples),
-        calibration_sha256=sha256,
-        kept_precision=own_precision(),
-        kept_blocks=tuple(kept),
-        float_layers=config.float_layers,
-    )
+    return quantized, record

@@ -21,7 +21,7 @@ from efficientnet.formats.artifact import new_artifact_directory
 from efficientnet.network.model import ConvNormAct, EfficientNet
 from efficientnet.reporting.tables import Table, format_ms
 from efficientnet.runtimes import open_runtime
-from export.builders.measuring import Infer, measure_callables, profile_modules
+from export.builders.measuring import Infer, measure_callables, profile
 from export.checks.gate import AccuracyDropError, require_gate_images
 from export.checks.logit_agreement import ParityError
 from export.checks.sensitivity import named_blocks
@@ -53,10 +53,6 @@ def fastest_within_drop(
 
     `kinds` are settings of int8 by name, `in_float` those of the layers that are not int8, and
     `export` writes the artifact of settings to their output.
-
-    Raises:
-        GateError: there are no images to judge by; before anything is built.
-        AccuracyDropError: all of them lose more than --max-drop, or answer otherwise than they may.
     """
     require_gate_images(reference)
     with new_artifact_directory(output) as directory:
@@ -81,7 +77,10 @@ def fastest_within_drop(
             if in_int8 is not None:
                 paths = (all_float, in_int8)
                 batch_size = config.tuned_batch_size
-                times = profile_modules(paths, NUM_CALLS, batch_size, config.data)
+                profiles = profile(paths, NUM_CALLS, batch_size, config.data)
+                times = [
+                    [(layer["module"], layer["ms"]) for layer in p["layers"]] for p in profiles
+                ]
                 for level, layers in faster_in_float(reference.model, *times).items():
                     tried(
                         f"{kind}, {level} in {float_precision}",
@@ -100,40 +99,36 @@ def fastest_within_drop(
     return output
 
 
-def faster_in_float(
-    model: EfficientNet, float_ms: Mapping[str, float], int8_ms: Mapping[str, float]
-) -> dict[str, tuple[str, ...]]:
-    """Choose layers, and blocks, that take less time in float, by the times of modules.
+# The modules that a runtime's nodes belong to, with the milliseconds of each node.
+Times = Sequence[tuple[str, float]]
 
-    Returns:
-        their names by "layers" and "blocks"; without a level that has none, or the same as another.
+
+def faster_in_float(
+    model: EfficientNet, in_float: Times, in_int8: Times
+) -> dict[str, tuple[str, ...]]:
+    """Choose layers, and blocks, that take less time in float: names by "layers" and "blocks".
+
+    Without a level that has none, or the same as another.
     """
     levels = {
         "layers": [name for name, m in model.named_modules() if isinstance(m, ConvNormAct)],
         "blocks": [name for name, _ in named_blocks(model)],
     }
-    chosen = {
-        level: tuple(
+    chosen: dict[str, tuple[str, ...]] = {}
+    for level, names in levels.items():
+        faster = tuple(
             name
             for name in names
-            if time_of(name, float_ms) < (1 - LEAST_GAIN) * time_of(name, int8_ms)
+            if time_of(name, in_float) < (1 - LEAST_GAIN) * time_of(name, in_int8)
         )
-        for level, names in levels.items()
-    }
-    return {
-        level: names
-        for number, (level, names) in enumerate(chosen.items())
-        if names and names not in list(chosen.values())[:number]
-    }
+        if faster and faster not in chosen.values():
+            chosen[level] = faster
+    return chosen
 
 
-def time_of(name: str, ms_of_modules: Mapping[str, float]) -> float:
+def time_of(name: str, times: Times) -> float:
     """Add up the times of a module and of all within it."""
-    return sum(
-        ms
-        for module, ms in ms_of_modules.items()
-        if module == name or module.startswith(f"{name}.")
-    )
+    return sum(ms for module, ms in times if f"{module}.".startswith(f"{name}."))
 
 
 def measured_fastest(

@@ -20,10 +20,8 @@ from tqdm import tqdm
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import BatchRange
 from efficientnet.machine.atomic import write_bytes
-from efficientnet.runtimes.tensorrt_library import PACKAGES, Message, logger_of, messages_of
+from efficientnet.runtimes.tensorrt_library import PACKAGES, logger_of, messages_of
 from export.graphs.folding import INPUT_NAME
-
-MIB = 2**20
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +36,6 @@ class BuildSettings:
 
     optimization_level: int = 3
     """0 to 5: how many kernels are tried; 3 is the library's own default."""
-    workspace_mib: int | None = None
-    """Scratch memory that a kernel may ask for; None = as much as the GPU has."""
     uses_tf32: bool = True
     """Whether products of float32 may round their factors to 10 bits."""
     timing_cache: Path | None = None
@@ -65,19 +61,10 @@ def build_engine(
     settings: BuildSettings,
     name: str,
 ) -> Engine:
-    """Build an engine.
+    """Build an engine of a graph with the input `images`, float32 [batch, 3, H, W].
 
-    Args:
-        trt: the package.
-        graph: input `images` float32 [batch, 3, H, W].
-        profiles: batch sizes that it gets kernels for, one set for each; none where the graph's
-            batch is fixed.
-        settings: see there.
-        name: for progress and messages.
-
-    Raises:
-        TensorRTError: the parser or the builder refuses the graph; with all their reasons.
-        KeyboardInterrupt: the build was broken off, within a step of the builder's.
+    `profiles` are the batch sizes that it gets kernels for; none where the graph's batch is fixed.
+    Ctrl-C ends it within a step of the builder's.
     """
     stopping = threading.Event()
     # Python sees Ctrl-C in its main thread only: not while that is inside the builder, for minutes;
@@ -122,28 +109,10 @@ def profiles_for(batch: tuple[int, int, int]) -> tuple[BatchRange, ...]:
     return whole, BatchRange(min=low, opt=low, max=low)
 
 
-def layers_of(trt: Any, engine: Any) -> str:
-    """Ask a loaded engine for its layers, as JSON."""
+def layers_of(trt: Any, engine: Any) -> object:
+    """Ask a loaded engine for its layers: names alone where it was built without details."""
     inspector: Any = engine.create_engine_inspector()
-    return inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-
-
-def read_layers(text: str) -> dict[str, list[dict[str, object]]]:
-    """Bring the inspector's JSON into one form: `layers` and `io_tensors`, lists of objects.
-
-    TensorRT 10 lists the names of its "Bindings", 11 describes its "I/O Tensors"; and layers are
-    names alone in an engine that was built without details.
-    """
-    found = json.loads(text)
-    io_tensors = found.get("I/O Tensors", found.get("Bindings", []))
-    return {
-        "layers": [_object(layer) for layer in found["Layers"]],
-        "io_tensors": [_object(tensor) for tensor in io_tensors],
-    }
-
-
-def _object(item: str | dict[str, object]) -> dict[str, object]:
-    return {"Name": item} if isinstance(item, str) else item
+    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _build(
@@ -157,7 +126,9 @@ def _build(
     messages = messages_of(trt)
     messages.take()
     builder: Any = trt.Builder(logger_of(trt))
-    network: Any = builder.create_network(_creation_flags(trt))
+    # Asks for it in 10, changes nothing in 11.
+    strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network: Any = builder.create_network(strongly_typed)
     parser: Any = trt.OnnxParser(network, logger_of(trt))
     if not parser.parse(graph.SerializeToString()):
         raise TensorRTError(_parser_problems(trt, parser, name))
@@ -191,12 +162,8 @@ def _build(
     if settings.timing_cache:
         write_bytes(settings.timing_cache, bytes(cache.serialize()))
     summary = f"{name}: {network.num_layers} layers of the graph, {seconds:.1f} s"
-    return Engine(bytes(serialized), seconds, (summary, *map(_line, said)))
-
-
-def _creation_flags(trt: Any) -> int:
-    # Asks for it in 10, changes nothing in 11.
-    return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    lines = (f"{message.severity} {message.text}" for message in said)
+    return Engine(bytes(serialized), seconds, (summary, *lines))
 
 
 def _new_config(trt: Any, builder: Any, settings: BuildSettings) -> Any:
@@ -206,8 +173,6 @@ def _new_config(trt: Any, builder: Any, settings: BuildSettings) -> Any:
     if trt.__name__ == PACKAGES["tensorrt-rtx"]:
         # Calls that allocate cannot be captured as a CUDA graph.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if settings.workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib * MIB)
     if not settings.uses_tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     if settings.compute_capabilities:
@@ -269,7 +234,3 @@ def _parser_problems(trt: Any, parser: Any, name: str) -> str:
     return "\n".join(
         [f"the parser of {trt.__name__} {trt.__version__} refuses the graph of {name}:", *lines]
     )
-
-
-def _line(message: Message) -> str:
-    return f"{message.severity} {message.text}"

@@ -4,14 +4,15 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from efficientnet.machine.gpu import Gpu, current_gpu, why_no_gpu
+from efficientnet.formats.artifact import Binding
+from efficientnet.machine.gpu import Gpu, current_gpu, numbers, why_no_gpu
 from efficientnet.precision import Precision
 from efficientnet.runtimes.tensorrt_library import PACKAGES, import_package
 from export.builders.tensorrt_builder import TensorRTError
 
 # Compute capability whose tensor cores are the first for a format; below it is refused or slower
 # than fp16.
-LEAST_CAPABILITY: dict[Precision, tuple[int, int]] = {"int8": (7, 5), "bf16": (8, 0), "fp8": (8, 9)}
+LEAST_CAPABILITY: dict[Precision, str] = {"int8": "7.5", "bf16": "8.0", "fp8": "8.9"}
 
 TURING = (7, 5)
 VOLTA = (7, 0)
@@ -25,7 +26,7 @@ OLDEST_VERSION = (10, 1)
 
 # What TensorRT-RTX builds for when it is told nothing.
 PORTABLE = "portable"
-LEAST_PORTABLE = (8, 0)
+LEAST_PORTABLE = "8.0"
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,25 @@ class Target:
         built_for = self.compute_capabilities
         if self.gpu is not None and built_for == (self.gpu.compute_capability,):
             return self.gpu.name
-        capabilities = " or ".join(built_for) or f"{_dotted(LEAST_PORTABLE)} and later"
+        capabilities = " or ".join(built_for) or f"{LEAST_PORTABLE} and later"
         return f"GPUs of compute capability {capabilities}"
+
+    def binding(self, rebuild: str) -> Binding:
+        """Bind an engine to this version and these GPUs."""
+        return Binding(
+            library=PACKAGES[self.runtime],
+            version=self.trt.__version__,
+            compute_capability=" ".join(self.compute_capabilities) or None,
+            device=self.device,
+            rebuild=rebuild,
+        )
 
 
 def find_target(runtime: str, precision: Precision, wanted: tuple[str, ...] | None) -> Target:
     """Check all that a build needs before any work starts.
 
-    Args:
-        runtime: tensorrt or tensorrt-rtx.
-        precision: that is built in.
-        wanted: compute capabilities that TensorRT-RTX builds for, or 'portable'; None = the GPU's
-            that is here, without one portable.
+    `wanted`: compute capabilities that TensorRT-RTX builds for, or 'portable'; None = the GPU's
+    that is here, without one portable.
     """
     gpu = current_gpu()
     if runtime == "tensorrt":
@@ -106,7 +114,7 @@ def load_package(runtime: str) -> Any:
 
 def require_supported(version: str, gpu: Gpu) -> None:
     """Check that a version of TensorRT has kernels for a GPU."""
-    found, capability = _numbers(version), _numbers(gpu.compute_capability)
+    found, capability = numbers(version), numbers(gpu.compute_capability)
     if found < OLDEST_VERSION:
         raise TensorRTError(
             f"TensorRT {version} is installed, expected 10.1 or newer: 'pip install tensorrt-cu13'"
@@ -126,15 +134,15 @@ def require_supported(version: str, gpu: Gpu) -> None:
 
 def require_precision(precision: Precision, capabilities: tuple[str, ...], gpu: Gpu | None) -> None:
     """Check that the GPUs that are built for have tensor cores for a format."""
-    least = LEAST_CAPABILITY.get(precision, (0, 0))
-    for capability in capabilities or (_dotted(LEAST_PORTABLE),):
-        if _numbers(capability) < least:
+    least = LEAST_CAPABILITY.get(precision, "0.0")
+    for capability in capabilities or (LEAST_PORTABLE,):
+        if numbers(capability) < numbers(least):
             is_here = gpu is not None and gpu.compute_capability == capability
-            name = f"{gpu.name}: c" if gpu is not None and is_here else "C"
-            hint = "; name newer GPUs with --compute-capability" if not is_here else ""
+            name = f"{gpu.name} with compute" if gpu is not None and is_here else "Compute"
+            hint = "" if is_here else "; name newer GPUs with --compute-capability"
             raise TensorRTError(
-                f"{name}ompute capability {capability} has no tensor cores for {precision}, "
-                f"{_dotted(least)} is the first that has: take --precision fp16{hint}"
+                f"{name} capability {capability} has no tensor cores for {precision}, "
+                f"{least} is the first that has: take --precision fp16{hint}"
             )
 
 
@@ -161,12 +169,3 @@ def choose_capabilities(
 def member_for(capability: str) -> str:
     """Return the name of a compute capability in TensorRT-RTX's enumeration."""
     return f"SM{capability.replace('.', '')}"
-
-
-def _numbers(version: str) -> tuple[int, int]:
-    major, minor, *_ = version.split(".")
-    return int(major), int(minor)
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"

@@ -3,33 +3,17 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from efficientnet.formats.artifact import (
-    ArtifactManifest,
-    BatchRange,
-    Binding,
-    BuildRecord,
-    InputSpec,
-    OutputSpec,
-    QuantizationRecord,
-    StaticProgram,
-    new_artifact_directory,
-    write_manifest,
-)
+from efficientnet.formats import artifact as formats
 from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.machine.environment import current_environment
 from efficientnet.runtimes.protocol import VNNI, open_program
+from export.checks import logit_agreement
 from export.checks.gate import Attempt, Gate, keep_within_drop
-from export.checks.logit_agreement import (
-    compare_logits,
-    require_parity,
-    run_in_batches,
-    tolerances_for,
-)
 from export.checks.sensitivity import rank_blocks
 from export.graphs.folding import INPUT_NAME, OUTPUT_NAME
 from export.inputs.config import ExportConfig
@@ -47,7 +31,8 @@ class Built:
     program_file: str
     weight_bytes: int
     other_files: tuple[str, ...] = ()
-    static_programs: tuple[StaticProgram, ...] = ()
+    """Beside the programs."""
+    static_programs: tuple[formats.StaticProgram, ...] = ()
     """Where there is a file for each batch size, program_file among them."""
     static_batches: tuple[int, ...] = ()
     """Of a program of one file: the sizes that its runtime prepares when it opens it."""
@@ -56,17 +41,20 @@ class Built:
     provider: str | None = None
     opset: int | None = None
     target_device: str = "cpu"
-    binding: Binding | None = None
-    quantization: QuantizationRecord | None = None
+    binding: formats.Binding | None = None
+    quantization: formats.QuantizationRecord | None = None
 
+
+# A program's batch size, or the fewest and the most images of a call.
+Batch = int | tuple[int, int]
 
 # Fills an empty directory; the names of the blocks that stay in a higher precision are given to it.
 Builder = Callable[[Path, tuple[str, ...]], Built]
 
 
-def vnni_binding(library: str, rebuild: str) -> Binding:
+def vnni_binding(library: str, rebuild: str) -> formats.Binding:
     """Bind an int8 program whose weights have all 8 bits to processors with VNNI."""
-    return Binding(
+    return formats.Binding(
         library=library,
         version=metadata.version(library),
         compute_capability=None,
@@ -80,12 +68,20 @@ def default_output(config: ExportConfig, reference: Reference, name: str) -> Pat
     return config.output or Path("artifacts") / reference.variant / f"{name}-{config.precision}"
 
 
-def programs_for(program_file: str, batch_sizes: Iterable[int]) -> tuple[StaticProgram, ...]:
-    """Name a file for each batch size: model.engine -> model-b8.engine."""
+def program_files(program_file: str, config: ExportConfig) -> dict[str, Batch]:
+    """Name a file for each of --batches (model.pt2 -> model-b8.pt2), or one for all of --batch."""
+    low, _, high = config.batch
+    if config.batches is None and low < high:
+        return {program_file: (low, high)}
     stem, _, suffix = program_file.rpartition(".")
-    return tuple(
-        StaticProgram(batch_size=size, file=f"{stem}-b{size}.{suffix}") for size in batch_sizes
-    )
+    sizes = config.static_batches if config.batches else (high,)
+    return {f"{stem}-b{size}.{suffix}": size for size in sizes}
+
+
+def static_programs(files: Mapping[str, Batch]) -> tuple[formats.StaticProgram, ...]:
+    """List the programs that are for one batch size each."""
+    sizes = {file: batch for file, batch in files.items() if isinstance(batch, int)}
+    return tuple(formats.StaticProgram(batch_size=size, file=file) for file, size in sizes.items())
 
 
 def write_checked_artifact(
@@ -106,17 +102,16 @@ def write_checked_artifact(
     One that others made of the checkpoint (`is_judged` False) is compared, but not refused.
 
     Raises:
-        ArtifactError: something else than an artifact stands at `output`.
         CheckpointError: the eager model answers with NaN or infinity; nothing is built.
-        ParityError: the program does not answer like the eager model; nothing is written.
+        ParityError, AccuracyDropError: the program answers otherwise than it may; nothing is
+            written.
         GateError: there are no images that a quantised program can be judged by.
-        AccuracyDropError: a quantised program loses more than --max-drop; nothing is written.
     """
     started = time.perf_counter()
     if can_run_here:
         # A network that is broken itself is told before anything is built.
         _ = reference.parity_logits
-    with new_artifact_directory(output) as directory:
+    with formats.new_artifact_directory(output) as directory:
 
         def attempt(kept: tuple[str, ...]) -> Attempt:
             tried = directory / f"attempt-{len(kept)}"
@@ -156,7 +151,7 @@ def write_checked_artifact(
             )
         seconds = time.perf_counter() - started
         build_record = manifest.build.model_copy(update={"seconds": seconds})
-        write_manifest(directory, manifest.model_copy(update={"build": build_record}))
+        formats.write_manifest(directory, manifest.model_copy(update={"build": build_record}))
         if finish is not None:
             finish(directory)
     return output
@@ -170,15 +165,18 @@ def log_line(directory: Path, line: str) -> None:
 
 
 def check_parity(
-    reference: Reference, directory: Path, manifest: ArtifactManifest, is_judged: bool = True
-) -> ArtifactManifest:
+    reference: Reference,
+    directory: Path,
+    manifest: formats.ArtifactManifest,
+    is_judged: bool = True,
+) -> formats.ArtifactManifest:
     """Compare a program with the eager model; return the manifest with what was found."""
     runtime = open_program(directory, manifest)
-    tolerances = tolerances_for(manifest.precision, reference.parity_logits)
-    found = run_in_batches(
+    tolerances = logit_agreement.tolerances_for(manifest.precision, reference.parity_logits)
+    found = logit_agreement.run_in_batches(
         runtime, reference.parity_images, reference.parity_logits, manifest.prepared_sizes
     )
-    parity = compare_logits(found, reference.parity_logits, tolerances)
+    parity = logit_agreement.compare_logits(found, reference.parity_logits, tolerances)
     line = (
         f"parity on {parity.num_images} held-out images: "
         f"largest logit error {parity.max_abs_logit_error:.1e} "
@@ -187,18 +185,19 @@ def check_parity(
     )
     log_line(directory, line)
     if is_judged:
-        require_parity(parity)
+        logit_agreement.require_parity(parity)
     return manifest.model_copy(update={"parity": parity})
 
 
 def _manifest(
     reference: Reference, config: ExportConfig, directory: Path, runtime: str, built: Built
-) -> ArtifactManifest:
+) -> formats.ArtifactManifest:
     low, opt = config.batch[0], config.tuned_batch_size
-    names = (built.program_file, *built.other_files)
+    static_files = (program.file for program in built.static_programs)
+    names = list(dict.fromkeys((built.program_file, *static_files, *built.other_files)))
     static_sizes = [program.batch_size for program in built.static_programs]
     highest = max(static_sizes) if static_sizes else config.max_batch_size
-    return ArtifactManifest(
+    return formats.ArtifactManifest(
         variant=reference.variant,
         architecture=reference.record.architecture,
         runtime=runtime,
@@ -206,24 +205,26 @@ def _manifest(
         provider=built.provider,
         program_file=built.program_file,
         program_sha256=sha256_of_file(directory / built.program_file),
-        other_files={name: sha256_of_file(directory / name) for name in built.other_files},
+        other_files={name: sha256_of_file(directory / name) for name in names[1:]},
         static_programs=built.static_programs,
         static_batches=built.static_batches,
         checkpoint_sha256=reference.record.weights_sha256,
-        input=InputSpec(
+        input=formats.InputSpec(
             name=INPUT_NAME,
             dtype="float32",
             layout="NCHW",
             shape=(3, reference.image_size, reference.image_size),
-            batch=BatchRange(
+            batch=formats.BatchRange(
                 min=1 if static_sizes else min(low, highest), opt=min(opt, highest), max=highest
             ),
         ),
-        output=OutputSpec(name=OUTPUT_NAME, dtype="float32", shape=(reference.record.num_classes,)),
+        output=formats.OutputSpec(
+            name=OUTPUT_NAME, dtype="float32", shape=(reference.record.num_classes,)
+        ),
         preprocess=reference.preprocess,
         class_names=reference.record.class_names,
         data=reference.record.data,
-        build=BuildRecord(
+        build=formats.BuildRecord(
             environment=current_environment(),
             opset=built.opset,
             target_device=built.target_device,
@@ -239,7 +240,9 @@ def _manifest(
     )
 
 
-def _with_limits(record: QuantizationRecord, config: ExportConfig) -> QuantizationRecord:
+def _with_limits(
+    record: formats.QuantizationRecord, config: ExportConfig
+) -> formats.QuantizationRecord:
     # An artifact that cannot run here is judged elsewhere, by the limits that were asked for.
     limits = {"max_drop": config.max_drop / 100, "num_gate_images": config.num_gate_images}
     return record.model_copy(update=limits)

@@ -65,6 +65,11 @@ class Gate:
         labels = [sample.label for sample in self._samples]
         require_better_than_chance(self._eager_is_right, labels)
 
+    @property
+    def num_images(self) -> int:
+        """How many programs are asked."""
+        return len(self._samples)
+
     def measure(self, runtime: Runtime) -> AccuracyGate:
         """Classify all images with a program."""
         who = f"{runtime.info.runtime} {runtime.info.precision}"

@@ -1,6 +1,10 @@
 """What a program's layers put out, and the eager model's -> where they first differ too much."""
 
+import copy
+import importlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,33 +13,43 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
-from torch.nn.functional import silu
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.network import model as networks
 from efficientnet.precision import Precision
 from efficientnet.reporting.tables import Table
+from efficientnet.runtimes.native.engine import Engine
+from efficientnet.runtimes.native.program_file import read_program_file, real_values
+from efficientnet.runtimes.native_runtime import NAMES_FILE
 from export.checks.sensitivity import named_blocks
-from export.graphs.folding import INPUT_NAME, OUTPUT_NAME
+from export.graphs.folding import (
+    INPUT_NAME,
+    OUTPUT_NAME,
+    ConvSqueezeExcite,
+    use_convolutions_in_squeeze_excite,
+)
 
 NUM_IMAGES = 4
 
-# Largest error of a layer that is rounding: root of the mean squared difference over that of the
-# eager model's map. It adds up from block to block, and levels out. The largest of all layers of a
-# V2-B0 trained on CIFAR-10: 1.3e-6 in fp32, 1.1e-3 in fp16, 0.013 in bf16, 0.21 in int8 and 0.20 in
-# fp8. The bounds are ten times that or more, and twice that for 8 bits.
-BOUNDS: dict[Precision, float] = {
-    "fp32": 1e-4,
-    "fp16": 0.02,
-    "bf16": 0.15,
-    "int8": 0.5,
-    "fp8": 0.5,
-}
+# Largest error of a layer that is rounding, as LayerError has it. It adds up from block to block,
+# and levels out: of a V2-B0 trained on CIFAR-10 at 1.3e-6 in fp32, 1.1e-3 in fp16, 0.013 in bf16,
+# 0.21 in int8 and 0.20 in fp8.
+BOUNDS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15, "int8": 0.5, "fp8": 0.5}
 
 POOL = "avgpool"
 CLASSIFIER = "classifier"
+
+# Node of the ONNX graph that puts a module's map out; a gate's convolutions have no batch norm.
+OPERATORS: dict[type[nn.Module], str] = {
+    networks.ReLU6: "Clip",
+    networks.MBConv: "Add",
+    networks.FusedMBConv: "Add",
+    ConvSqueezeExcite: "Mul",
+    nn.AdaptiveAvgPool2d: "GlobalAveragePool",
+    nn.Conv2d: "Conv",
+    nn.Sigmoid: "Sigmoid",
+}
 
 NamedActivations = dict[str, NDArray[Any]]
 
@@ -168,58 +182,55 @@ def show_model(
     model: networks.EfficientNet, names: Sequence[str], images: NDArray[np.float32]
 ) -> NamedActivations:
     """Show layers of a torch model under the names of the ONNX graph, batch norm folded or not."""
-    wanted, found = set(names), NamedActivations()
-    hooks: list[RemovableHandle] = []
+    network, wanted, found = copy.deepcopy(model), set(names), NamedActivations()
+    use_convolutions_in_squeeze_excite(network)
 
-    def keep(name: str, value: Tensor) -> None:
+    def keep(name: str, value: Any) -> None:
         # The next layer may work in place.
         if name in wanted:
             found[name] = value.numpy().copy()
 
-    def watch(module: nn.Module, name: str, gate: str | None = None) -> None:
-        def after(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            keep(name, output)
-            if gate is not None:
-                keep(gate, output.sigmoid())
+    def watch(module: nn.Module, name: str) -> None:
+        module.register_forward_hook(lambda _, __, output: keep(name, output))
 
-        hooks.append(module.register_forward_hook(after))
-
-    def watch_gate(layer: networks.SqueezeExcite, path: str) -> None:
-        def before(_module: nn.Module, inputs: tuple[Tensor]) -> None:
-            for name, value in zip(
-                _gate_layers(path), _gate_activations(layer, *inputs), strict=True
-            ):
-                keep(name, value)
-
-        if wanted.intersection(_gate_layers(path)):
-            hooks.append(layer.register_forward_pre_hook(before))
-
-    for path, module in model.named_modules():
+    for path, module in network.named_modules():
         if isinstance(module, networks.ConvNormAct):
-            watch(module[1], f"{path}.0/Conv", f"{path}.2/Sigmoid")
-            for name in _activation_layers(module, path)[-1:]:
-                watch(module[2], name)
-        elif isinstance(module, networks.SqueezeExcite):
-            watch_gate(module, path)
+            watch(module[1], f"{path}.0/Conv")
+        elif isinstance(module, (networks.SiLU, nn.SiLU)):
+            module.register_forward_pre_hook(
+                lambda _, inputs, path=path: keep(f"{path}/Sigmoid", inputs[0].sigmoid())
+            )
             watch(module, f"{path}/Mul")
-        elif isinstance(module, networks.ResidualBlock):
-            watch(module, f"{path}/Add")
-    watch(model.avgpool, f"{POOL}/GlobalAveragePool")
-    watch(model, OUTPUT_NAME)
-    try:
-        with torch.inference_mode():
-            model(torch.from_numpy(images))
-    finally:
-        for hook in hooks:
-            hook.remove()
+        elif type(module) in OPERATORS:
+            watch(module, f"{path}/{OPERATORS[type(module)]}")
+    watch(network, OUTPUT_NAME)
+    with torch.inference_mode():
+        network(torch.from_numpy(images))
     return found
 
 
+def show_native(
+    program: Path, names: Sequence[str], images: NDArray[np.float32]
+) -> NamedActivations:
+    """Show layers of a native program; activations that the engine does not write are left out."""
+    tensors = read_program_file(program).tensors
+    known = json.loads((program.parent / NAMES_FILE).read_text(encoding="utf-8"))["tensors"]
+    # Where a map is there in both types, the first was computed and the second converted.
+    wanted = {name: known.index(name) for name in names if name in known}
+    engine = Engine(program, keeps_tensors=True)
+    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in wanted}
+    logits: list[NDArray[np.float32]] = []
+    for image in images:
+        logits.append(engine.infer(image[None]))
+        for name, index in wanted.items():
+            values = real_values(engine.read_tensor(index, tensors[index]), tensors[index])
+            found[name].append(values.transpose(2, 0, 1))
+    shown = {name: np.stack(activations) for name, activations in found.items()}
+    return shown | ({OUTPUT_NAME: np.concatenate(logits)} if OUTPUT_NAME in names else {})
+
+
 def show_onnx(
-    graph: onnx.ModelProto,
-    is_optimized: bool,
-    names: Sequence[str],
-    images: NDArray[np.float32],
+    graph: onnx.ModelProto, is_optimized: bool, names: Sequence[str], images: NDArray[np.float32]
 ) -> NamedActivations:
     """Show layers of an ONNX graph, run by ONNX Runtime's CPU provider.
 
@@ -239,6 +250,32 @@ def show_onnx(
     session = open_session(probe, is_optimized)
     values = session.run(list(taps.values()), {INPUT_NAME: images})
     return {name: np.asarray(v) for name, v in zip(taps, values, strict=True)}
+
+
+def show_openvino(
+    program: Path, float_precision: Precision, names: Sequence[str], images: NDArray[np.float32]
+) -> NamedActivations:
+    """Show layers of an OpenVINO program; those that the plugin joined to others are left out.
+
+    Activations that NNCF quantizes are shown quantized, so that the layer still computes in 8 bits;
+    `float_precision` is what is computed in where it is not int8.
+    """
+    # Imported only for its artifacts, so that OpenVINO is not needed by the others.
+    runtime: Any = importlib.import_module("efficientnet.runtimes.openvino_runtime")
+    core = runtime.openvino_core()
+    model = core.read_model(program)
+    nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
+    taps = {
+        name: next(nodes[tap] for tap in (f"{name}/fq_output_0", name) if tap in nodes)
+        for name in names
+        if name in nodes
+    }
+    outputs = [node.output(0) for node in taps.values()]
+    model = runtime.ov.Model(outputs, model.get_parameters(), "layers")
+    model.reshape(list(images.shape))
+    hint = {"INFERENCE_PRECISION_HINT": runtime.HINTS[float_precision]}
+    values = core.compile_model(model, runtime.DEVICE, hint)(images)
+    return {name: np.array(values[index]) for index, name in enumerate(taps)}
 
 
 def open_session(graph: onnx.ModelProto, is_optimized: bool) -> ort.InferenceSession:
@@ -265,13 +302,6 @@ def _activation_layers(module: networks.ConvNormAct, path: str) -> list[str]:
 def _gate_layers(path: str) -> list[str]:
     layers = ("pool/GlobalAveragePool", "gate.0/Conv", "gate.1/Sigmoid", "gate.1/Mul")
     return [f"{path}.{layer}" for layer in (*layers, "gate.2/Conv", "gate.3/Sigmoid")]
-
-
-def _gate_activations(layer: networks.SqueezeExcite, x: Tensor) -> list[Tensor]:
-    mean = x.mean((2, 3), keepdim=True)
-    squeezed = layer.fc1(mean)
-    expanded = layer.fc2(silu(squeezed))
-    return [mean, squeezed, squeezed.sigmoid(), silu(squeezed), expanded, expanded.sigmoid()]
 
 
 def _records(errors: dict[str, float]) -> tuple[LayerError, ...]:

@@ -92,17 +92,11 @@ def run_in_batches(
     expected: NDArray[np.floating],
     sizes: Sequence[int] = (),
 ) -> NDArray[np.float32]:
-    """Give the runtime the images alone, in batches of 16 and in other sizes by turns.
+    """Give the runtime the images [N, 3, H, W] alone, in batches of 16 and in other sizes by turns.
 
-    Sizes that a program is prepared for may be computed in ways of their own, and so are those
+    `sizes` that a program is prepared for may be computed in ways of their own, and so are those
     that it is not prepared for: each is run in full at least once, with images again where there
     are not enough, and one that is not prepared.
-
-    Args:
-        runtime: what is asked.
-        images: [N, 3, H, W].
-        expected: the eager model's logits for them, [N, num_classes].
-        sizes: that the program is prepared for.
 
     Returns:
         Logits [N, num_classes]; of an image that was asked several times, those that are farthest

@@ -5,25 +5,20 @@ Eager model -> batch norm folded -> ONNX graph in float32 -> ONNX graph in the a
 """
 
 import copy
-import importlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-from efficientnet.formats.artifact import (
-    ArtifactManifest,
-    ParityTolerances,
-)
+from efficientnet.formats.artifact import ArtifactManifest, ParityTolerances
 from efficientnet.network.model import EfficientNet
 from efficientnet.precision import Precision
 from efficientnet.runtimes.protocol import open_program
@@ -33,12 +28,10 @@ from export.graphs.calibration import CALIBRATION_FILE, CalibrationError
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm
 from export.graphs.precision import typed_graph
 from export.inputs.config import ExportConfig
-from export.inputs.reference import BATCH_SIZE, Reference
+from export.inputs.reference import BATCH_SIZE, Reference, answer_of
 
-# Folding batch norm changes the function only by rounding the folded weights to float32. That is
-# what is limited here, computed in float64 on both sides: in float32 the order of additions alone
-# moves the logits by more, and would hide it (V2-B0 with logits up to 3.6: 1.4e-7 by the fold,
-# 1.7e-6 in all). In units of the eager logits' standard deviation.
+# Of the logits' standard deviation, in float64 on both sides: what folding changes is the rounding
+# of weights to float32 (1.4e-7 of V2-B0), and the order of additions in float32 would hide it.
 FOLD_TOLERANCE = 1e-5
 
 # It is a matter of the weights more than of the images, and CPUs are slow in float64.
@@ -51,37 +44,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ParityStep:
-    """A step that can be run."""
-
-    name: str
-    precision: Precision
-    images: NDArray[np.float32]
-    expected: Array
-    """The eager model's logits for them."""
-    tolerances: ParityTolerances
-    answer: Callable[[NDArray[np.float32]], Array]
-    show: layers.Show | None
-    """None where nobody can look inside."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A step that cannot be run here."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class ComparedStep:
     """A step that was compared, or skipped."""
 
     record: ParityStepRecord
-    step: ParityStep | None = None
-    """None where it was skipped."""
-    worst: NDArray[np.intp] | None = None
-    """Indices of its images, the largest logit error first."""
+    precision: Precision = "fp32"
+    worst: NDArray[np.float32] | None = None
+    """Some of its images, the largest logit error first."""
+    show: layers.Show | None = None
+    """None where nobody can look inside."""
 
 
 class StepwiseParity:
@@ -96,28 +67,19 @@ class StepwiseParity:
         """Compare every step with the eager model; with `wants_layers` look into the first bad one.
 
         All steps are run, also those after one that breaks: each starts at the checkpoint again.
-
-        Raises:
-            ArtifactError: the artifact cannot be opened here; before anything else is done.
         """
         reference, runtime = self._reference, open_program(directory, manifest)
         steps = [*self._shared]
-        graph = _graph_of_artifact(reference, directory, manifest)
-        if graph is not None:
-            steps.append(self._compare_graph(graph, manifest.precision))
+        named = _graph_of_artifact(reference, directory, manifest)
+        if named is not None:
+            steps.append(self._compare_graph(*named, manifest.precision))
         provider = f" ({manifest.provider})" if manifest.provider else ""
-        artifact = self._parity_step(
-            f"{manifest.runtime}{provider} {manifest.precision}",
-            manifest.precision,
-            partial(
-                logit_agreement.run_in_batches,
-                runtime,
-                expected=reference.parity_logits,
-                sizes=manifest.prepared_sizes,
-            ),
-            _show_of_artifact(directory, manifest),
+        found = logit_agreement.run_in_batches(
+            runtime, reference.parity_images, reference.parity_logits, manifest.prepared_sizes
         )
-        steps.append(_compare(artifact))
+        name = f"{manifest.runtime}{provider} {manifest.precision}"
+        show = _show_of_artifact(directory, manifest)
+        steps.append(self._compare(name, manifest.precision, found, show))
         broken = next((i for i, step in enumerate(steps) if step.record.problem), None)
         seen = steps if broken is None else steps[: broken + 1]
         return StepwiseParityRecord(
@@ -137,101 +99,96 @@ class StepwiseParity:
     def _shared(self) -> tuple[ComparedStep, ...]:
         reference = self._reference
         folded = fold_batch_norm(reference.model)
-        steps = [
-            _compare(_fold_step(reference, folded)),
-            _compare(
-                self._parity_step(
-                    "batch norm folded, fp32",
-                    "fp32",
-                    partial(_answer_of_model, folded),
-                    partial(layers.show_model, folded),
-                )
-            ),
-        ]
+        show = partial(layers.show_model, folded)
+        answer = answer_of(folded, reference.parity_images)
         # ONNX Runtime without its graph optimisations executes what is written, node by node: this
         # step is about the export alone. What an optimiser makes of it is the artifact's matter.
         graph = export_onnx(reference.model, reference.image_size)
-        steps.append(self._compare_graph(("ONNX fp32, not optimized", graph), "fp32"))
-        return tuple(steps)
+        return (
+            _compare_fold(reference, folded),
+            self._compare("batch norm folded, fp32", "fp32", answer, show),
+            self._compare_graph("ONNX fp32, not optimized", graph, "fp32"),
+        )
 
     def _compare_graph(
-        self, named: tuple[str, onnx.ModelProto] | Skipped, precision: Precision
+        self, name: str, graph: onnx.ModelProto | str, precision: Precision
     ) -> ComparedStep:
-        if isinstance(named, Skipped):
-            return ComparedStep(ParityStepRecord(name=named.name, skipped=named.reason))
-        name, graph = named
+        # A text is the reason why there is no graph.
+        if isinstance(graph, str):
+            return ComparedStep(ParityStepRecord(name=name, skipped=graph))
         try:
-            answer = _answer_of_graph(graph)
+            session = layers.open_session(graph, is_optimized=False)
         except NoKernel as error:
             reason = f"ONNX Runtime's CPU provider cannot run it: {error}"
             return ComparedStep(ParityStepRecord(name=name, skipped=reason))
-        return _compare(
-            self._parity_step(name, precision, answer, partial(layers.show_onnx, graph, False))
-        )
-
-    def _parity_step(
-        self,
-        name: str,
-        precision: Precision,
-        answer: Callable[[NDArray[np.float32]], Array],
-        show: layers.Show | None,
-    ) -> ParityStep:
-        logits = self._reference.parity_logits
-        tolerances = logit_agreement.tolerances_for(precision, logits)
         images = self._reference.parity_images
-        return ParityStep(name, precision, images, logits, tolerances, answer, show)
+        batches = (images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE))
+        found = [np.asarray(session.run(None, {INPUT_NAME: batch})[0]) for batch in batches]
+        show = partial(layers.show_onnx, graph, False)
+        return self._compare(name, precision, np.concatenate(found).astype(np.float32), show)
+
+    def _compare(
+        self, name: str, precision: Precision, found: Array, show: layers.Show | None
+    ) -> ComparedStep:
+        logits, images = self._reference.parity_logits, self._reference.parity_images
+        tolerances = logit_agreement.tolerances_for(precision, logits)
+        return _compare(name, precision, found, logits, tolerances, images, show)
 
 
-def _compare(step: ParityStep) -> ComparedStep:
-    found = step.answer(step.images)
-    parity = logit_agreement.compare_logits(found, step.expected, step.tolerances)
+def _compare(
+    name: str,
+    precision: Precision,
+    found: Array,
+    expected: Array,
+    tolerances: ParityTolerances,
+    images: NDArray[np.float32],
+    show: layers.Show | None,
+) -> ComparedStep:
+    parity = logit_agreement.compare_logits(found, expected, tolerances)
     problem = logit_agreement.problem_of(parity)
-    log.info("%s: %s", step.name, problem or "agrees")
-    errors = logit_agreement.logit_errors(found, step.expected)
-    worst = np.argsort(-errors.max(axis=1), kind="stable")
-    return ComparedStep(
-        ParityStepRecord(name=step.name, parity=parity, problem=problem), step, worst
-    )
+    log.info("%s: %s", name, problem or "agrees")
+    errors = logit_agreement.logit_errors(found, expected).max(axis=1)
+    worst = images[np.argsort(-errors, kind="stable")[: layers.NUM_IMAGES]]
+    record = ParityStepRecord(name=name, parity=parity, problem=problem)
+    return ComparedStep(record, precision, worst, show)
 
 
 def _compare_layers(model: EfficientNet, compared: Sequence[ComparedStep]) -> layers.LayersRecord:
     # Of the last step, or of the last before it that lets one look inside.
-    shown = next(c for c in reversed(compared) if c.step and c.step.show)
-    step, worst, last = shown.step, shown.worst, compared[-1].record.name
-    assert step is not None and step.show is not None and worst is not None
-    note = None
-    if step.name != last:
+    step = next(c for c in reversed(compared) if c.show)
+    assert step.show is not None and step.worst is not None
+    name, last, note = step.record.name, compared[-1].record.name, None
+    if name != last:
         note = f"{last} does not show what its layers put out; these are of the nearest that does"
-    images = step.images[worst[: layers.NUM_IMAGES]]
-    return layers.compare_layers(model, step.show, images, step.precision, step.name, note)
+    return layers.compare_layers(model, step.show, step.worst, step.precision, name, note)
 
 
-def _fold_step(reference: Reference, folded: EfficientNet) -> ParityStep:
+def _compare_fold(reference: Reference, folded: EfficientNet) -> ComparedStep:
     step = max(1, len(reference.parity_images) // NUM_FOLD_IMAGES)
     images = reference.parity_images[::step][:NUM_FOLD_IMAGES]
-    expected = _answer_of_model(copy.deepcopy(reference.model).double(), images.astype(np.float64))
-    error = FOLD_TOLERANCE * float(expected.std())
-    return ParityStep(
-        "batch norm folded, in float64",
-        "fp32",
-        images,
-        expected,
-        ParityTolerances(max_abs_logit_error=error, min_top1_agreement=1.0, flip_margin=error),
-        lambda x: _answer_of_model(copy.deepcopy(folded).double(), x.astype(np.float64)),
-        partial(layers.show_model, folded),
+    expected, found = (
+        answer_of(copy.deepcopy(model).double(), images.astype(np.float64))
+        for model in (reference.model, folded)
     )
+    error = FOLD_TOLERANCE * float(expected.std())
+    tolerances = ParityTolerances(
+        max_abs_logit_error=error, min_top1_agreement=1.0, flip_margin=error
+    )
+    name, show = "batch norm folded, in float64", partial(layers.show_model, folded)
+    return _compare(name, "fp32", found, expected, tolerances, images, show)
 
 
 def _graph_of_artifact(
     reference: Reference, directory: Path, manifest: ArtifactManifest
-) -> tuple[str, onnx.ModelProto] | Skipped | None:
-    # The graph that the artifact's runtime is given; None where it is the float32 one.
+) -> tuple[str, onnx.ModelProto | str] | None:
+    # Name and graph that the artifact's runtime is given, or why there is none; None where it is
+    # the float32 one.
     precision = manifest.precision
     is_file = manifest.runtime == "onnxruntime"
     name = f"{manifest.program_file}, not optimized" if is_file else f"ONNX {precision}"
     makes_its_own = manifest.runtime in ("openvino", "native")
     if precision == "bf16" and not makes_its_own:
-        return Skipped(name, "ONNX Runtime's CPU provider has no convolution in bf16")
+        return name, "ONNX Runtime's CPU provider has no convolution in bf16"
     if is_file:
         return name, onnx.load(directory / manifest.program_file)
     if precision == "fp32" or makes_its_own:
@@ -240,7 +197,7 @@ def _graph_of_artifact(
         return name, export_onnx(reference.model, reference.image_size, "fp16")
     quantization = manifest.quantization
     if quantization is None:
-        return Skipped(name, "manifest.json does not tell how the ranges were chosen")
+        return name, "manifest.json does not tell how the ranges were chosen"
     try:
         seed = json.loads((directory / CALIBRATION_FILE).read_text(encoding="utf-8"))["seed"]
         config = ExportConfig(
@@ -253,10 +210,10 @@ def _graph_of_artifact(
             in_float = (*quantization.kept_blocks, *quantization.float_layers)
             typed = typed_graph(reference, config, in_float, scheme, Path(folder))
     except (FileNotFoundError, CalibrationError) as error:
-        return Skipped(name, f"the calibration cannot be repeated: {error}")
+        return name, f"the calibration cannot be repeated: {error}"
     assert typed.quantization is not None
     if typed.quantization.calibration_sha256 != quantization.calibration_sha256:
-        return Skipped(name, "the images that it was calibrated with are not here")
+        return name, "the images that it was calibrated with are not here"
     return name, typed.model
 
 
@@ -269,29 +226,7 @@ def _show_of_artifact(directory: Path, manifest: ArtifactManifest) -> layers.Sho
     if manifest.runtime == "openvino":
         quantization = manifest.quantization
         precision = quantization.kept_precision if quantization else manifest.precision
-        # Imported only for its artifacts, so that OpenVINO is not needed by the others.
-        return partial(
-            importlib.import_module("export.checks.openvino_layers").show_openvino,
-            program,
-            precision,
-        )
+        return partial(layers.show_openvino, program, precision)
     if manifest.runtime == "native":
-        return partial(importlib.import_module("export.checks.native_layers").show_native, program)
+        return partial(layers.show_native, program)
     return None
-
-
-def _answer_of_model(model: EfficientNet, images: Array) -> Array:
-    with torch.inference_mode():
-        batches = torch.from_numpy(images).split(BATCH_SIZE)
-        return torch.cat([model(batch) for batch in batches]).numpy()
-
-
-def _answer_of_graph(graph: onnx.ModelProto) -> Callable[[NDArray[np.float32]], Array]:
-    session = layers.open_session(graph, is_optimized=False)
-
-    def answer(images: NDArray[np.float32]) -> Array:
-        starts = range(0, len(images), BATCH_SIZE)
-        batches = [session.run(None, {INPUT_NAME: images[i : i + BATCH_SIZE]})[0] for i in starts]
-        return np.concatenate([np.asarray(batch, dtype=np.float32) for batch in batches])
-
-    return answer

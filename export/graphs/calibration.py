@@ -15,11 +15,13 @@ from onnx import helper
 from tqdm import tqdm
 
 from efficientnet.errors import PipelineError
+from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.images.datasets import SAMPLE_PHOTOS, Sample, sample_photos_to_calibrate
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import num_usable_cores
+from efficientnet.precision import Precision
 from export.graphs.folding import INPUT_NAME
-from export.inputs.config import MIN_CALIBRATION_IMAGES, ExportConfig
+from export.inputs.config import MIN_CALIBRATION_IMAGES, ExportConfig, MixedConfig
 from export.inputs.reference import Reference, batches_of
 
 CALIBRATION_FILE = "calibration.json"
@@ -39,9 +41,6 @@ def choose_samples(reference: Reference, config: ExportConfig) -> list[Sample]:
     """Draw the calibration images from the training images; held-out ones have no part in it.
 
     Weights that were trained elsewhere come without: they get crops of two photographs.
-
-    Raises:
-        CalibrationError: there are fewer than --num-calibration-images.
     """
     train = reference.dataset.train
     if has_two_photographs_only(reference):
@@ -69,10 +68,16 @@ def images_of(reference: Reference, samples: Sequence[Sample]) -> Iterator[NDArr
             bar.update(len(images))
 
 
-def write_calibration(
-    directory: Path, samples: Sequence[Sample], config: ExportConfig, method: str
-) -> str:
-    """Write calibration.json; return its SHA-256."""
+def record_calibration(
+    directory: Path,
+    samples: Sequence[Sample],
+    config: ExportConfig,
+    method: str,
+    kept_precision: Precision,
+    kept: Sequence[str] = (),
+    scheme: str = "",
+) -> QuantizationRecord:
+    """Write calibration.json, which names the images; return what the manifest tells of them."""
     content = {
         "method": method,
         "num_images": len(samples),
@@ -81,7 +86,14 @@ def write_calibration(
     }
     text = json.dumps(content, indent=1) + "\n"
     write_text(directory / CALIBRATION_FILE, text)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return QuantizationRecord(
+        method=f"{scheme}: {method}" if scheme else method,
+        num_calibration_images=len(samples),
+        calibration_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        kept_precision=kept_precision,
+        kept_blocks=tuple(kept),
+        float_layers=config.float_layers if isinstance(config, MixedConfig) else (),
+    )
 
 
 def collect_ranges(
@@ -91,9 +103,6 @@ def collect_ranges(
 
     The mean over batches of a batch's smallest and largest: one odd image does not widen the range
     for all others. Zero is always inside, since padding adds zeros.
-
-    Raises:
-        CalibrationError: a value is not finite.
     """
     if not tensors:
         return {}

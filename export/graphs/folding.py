@@ -106,9 +106,6 @@ def export_onnx(
     Input `images` float32 [batch, 3, image_size, image_size], output `logits` float32
     [batch, num_classes]; the batch is free. Nodes and their outputs have the names of the modules
     in model.py: `features.2.0.block.0.0/Conv`.
-
-    Raises:
-        GraphError: the graph is not valid, keeps a batch norm, or has a fixed batch.
     """
     example = torch.zeros(EXAMPLE_BATCH, 3, image_size, image_size)
     network: nn.Module = fold_batch_norm(model)
@@ -142,9 +139,6 @@ def free_batch(graph: onnx.GraphProto) -> None:
 
     torch.export can leave the batch free itself, but reasons about it at every operation: lite0
     took it 11.5 s instead of 4.7, v2-s 10.5 instead of 6.5.
-
-    Raises:
-        GraphError: a constant holds the batch in a place that is not known.
     """
     for value in (*graph.input, *graph.output, *graph.value_info):
         dims = value.type.tensor_type.shape.dim
@@ -285,6 +279,11 @@ def count_ops(model: onnx.ModelProto) -> Counter[str]:
 def count_weight_bytes(model: onnx.ModelProto) -> int:
     """Add up the bytes of the graph's constants."""
     return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
+
+
+def weight_bytes_of(model: EfficientNet, dtype: torch.dtype) -> int:
+    """Count the bytes of a model's weights in a format, batch norm folded."""
+    return sum(p.numel() for p in fold_batch_norm(model).parameters()) * dtype.itemsize
 
 
 def _strip_metadata(model: onnx.ModelProto) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import onnx
 
@@ -19,7 +18,7 @@ from export.graphs.quantization import (
     layers_without_kernel,
     tensors_to_quantize,
 )
-from export.inputs.config import ExportConfig, MixedConfig
+from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference
 
 log = logging.getLogger(__name__)
@@ -39,46 +38,29 @@ def typed_graph(
 ) -> TypedGraph:
     """Export the graph of a precision; of int8 and fp8 with ranges from training images.
 
-    Args:
-        reference: the model and its images.
-        config: precision, number of calibration images, seed.
-        kept: blocks that stay in the scheme's float precision, besides the config's float layers.
-        scheme: a key of SCHEMES; for float precisions not used.
-        directory: where calibration.json is written.
-
-    Raises:
-        GraphError: the graph has not the form it must have.
-        CalibrationError: too few training images.
+    `scheme` is a key of SCHEMES, for int8 and fp8. Blocks that are `kept` stay in its float
+    precision, and so do the config's float layers; calibration.json is written to the directory.
     """
     if config.precision in ("int8", "fp8"):
         chosen = SCHEMES[scheme]
-        # Of all settings, only these change the ranges.
-        choice = ExportConfig(
-            num_calibration_images=config.num_calibration_images, seed=config.seed
-        )
-        calibrated = _calibrate(reference, choice, scheme)
-        sha256 = calibration.write_calibration(
-            directory, calibrated.samples, config, calibration.METHOD
+        source = graph_of(reference, chosen.float_precision)
+        every = tuple(tensors_to_quantize(source, (), chosen))
+        samples, ranges = calibrate(reference, config.num_calibration_images, config.seed, every)
+        record = calibration.record_calibration(
+            *(directory, samples, config, calibration.METHOD),
+            kept_precision=chosen.float_precision,
+            kept=kept,
+            scheme=scheme,
         )
         graph = onnx.ModelProto()
-        graph.CopyFrom(calibrated.graph)
-        float_layers = config.float_layers if isinstance(config, MixedConfig) else ()
-        in_float = (*kept, *float_layers, *layers_without_kernel(graph, chosen))
+        graph.CopyFrom(source)
+        in_float = (*kept, *record.float_layers, *layers_without_kernel(graph, chosen))
         tensors = tensors_to_quantize(graph, in_float, chosen)
-        ranges = {tensor: calibrated.ranges[tensor] for tensor in tensors}
-        insert_quantization(graph, ranges, in_float, chosen)
+        insert_quantization(graph, {name: ranges[name] for name in tensors}, in_float, chosen)
         folding.check_graph(graph)
-        if chosen.has_channels_last:
+        if not chosen.is_tensorrt:
             pool_channels_last(graph.graph)
-        quantization = QuantizationRecord(
-            method=f"{scheme}: {calibration.METHOD}",
-            num_calibration_images=len(calibrated.samples),
-            calibration_sha256=sha256,
-            kept_precision=chosen.float_precision,
-            kept_blocks=tuple(kept),
-            float_layers=float_layers,
-        )
-        return TypedGraph(graph, folding.OPSETS["fp32"], quantization)
+        return TypedGraph(graph, folding.OPSETS["fp32"], record)
     precision: folding.FloatPrecision = config.precision
     graph = onnx.ModelProto()
     graph.CopyFrom(graph_of(reference, precision))
@@ -99,26 +81,19 @@ def graph_of(reference: Reference, precision: folding.FloatPrecision) -> onnx.Mo
     return folding.export_onnx(reference.model, reference.image_size, precision)
 
 
-class _Calibrated(NamedTuple):
-    graph: onnx.ModelProto
-    samples: tuple[Sample, ...]
-    ranges: calibration.Ranges
-
-
-# The gate and the search ask for several graphs that differ in what stays in float.
+# The gate and the search ask for several programs that differ in what stays in float.
 @lru_cache(maxsize=1)
-def _calibrate(reference: Reference, config: ExportConfig, scheme: str) -> _Calibrated:
-    chosen = SCHEMES[scheme]
-    samples = calibration.choose_samples(reference, config)
-    graph = graph_of(reference, chosen.float_precision)
-    # Ranges are those of the float32 model, whose activations have the same names; but for the
-    # input, which a graph of 16 bits casts first.
-    is_plain = chosen.float_precision == "fp32"
-    plain = graph if is_plain else graph_of(reference, "fp32")
-    tensors = tensors_to_quantize(graph, (), chosen)
+def calibrate(
+    reference: Reference, num_images: int, seed: int, tensors: tuple[str, ...]
+) -> tuple[tuple[Sample, ...], calibration.Ranges]:
+    """Choose training images, and the ranges of the float32 network's activations by them."""
+    choice = ExportConfig(num_calibration_images=num_images, seed=seed)
+    samples = calibration.choose_samples(reference, choice)
+    # Activations have the same names in every graph; but for the input, which a graph of 16 bits
+    # casts first.
     names = [
         folding.INPUT_NAME if tensor == folding.CAST_INPUT_NAME else tensor for tensor in tensors
     ]
-    found = calibration.collect_ranges(plain, names, calibration.images_of(reference, samples))
-    ranges = {tensor: found[name] for tensor, name in zip(tensors, names, strict=True)}
-    return _Calibrated(graph, tuple(samples), ranges)
+    plain, images = graph_of(reference, "fp32"), calibration.images_of(reference, samples)
+    found = calibration.collect_ranges(plain, names, images)
+    return tuple(samples), {t: found[name] for t, name in zip(tensors, names, strict=True)}

@@ -36,47 +36,21 @@ class Scheme:
     activation_type: int
     """TensorProto type of activations."""
     weight_type: int
-    is_symmetric: bool
-    """Whether zero is stored as zero in activations, too."""
-    has_quantized_bias: bool
-    """Whether biases are int32 behind a DequantizeLinear."""
-    quantizes_activation_functions: bool
-    """Whether SiLU, and the scaling by a gate, compute in 8 bits, and convolutions put 8 bits out:
-    where a Clip (ReLU6) follows, what the Clip leaves."""
-    quantizes_for_all: bool
-    """Whether whoever reads a quantized activation reads it so, or only what computes in 8 bits."""
-    has_channels_last: bool
-    """Whether 8-bit activations lie in memory that way, and squeeze-excite should read them so."""
+    is_tensorrt: bool = False
+    """TensorRT stores zero as zero and biases in float, and fuses what follows a convolution
+    itself. ONNX Runtime computes in integers only where biases are int32 and a convolution puts 8
+    bits out: there SiLU, and the scaling by a gate, compute in 8 bits, and whoever reads such a map
+    reads it so. Where a Clip (ReLU6) follows, what the Clip leaves is quantized."""
     float_precision: FloatPrecision = "fp32"
     """Of all that is not quantized."""
     weight_levels: int = 127
     """Largest magnitude of a weight."""
 
 
-# ONNX Runtime's x86 kernels multiply unsigned activations by signed weights; a convolution is an
-# integer one only where its bias is int32 and its output is quantized. TensorRT wants signed values
-# on both sides with zero at zero, and refuses int32 biases; it fuses what follows the convolution
-# itself. Without VNNI its kernels add two products of 8 bits up in 16: weights of 7 bits cannot
-# overflow.
-ONNXRUNTIME = Scheme(
-    activation_type=TensorProto.UINT8,
-    weight_type=TensorProto.INT8,
-    is_symmetric=False,
-    has_quantized_bias=True,
-    quantizes_activation_functions=True,
-    quantizes_for_all=True,
-    has_channels_last=True,
-)
-TENSORRT = Scheme(
-    activation_type=TensorProto.INT8,
-    weight_type=TensorProto.INT8,
-    is_symmetric=True,
-    has_quantized_bias=False,
-    quantizes_activation_functions=False,
-    quantizes_for_all=False,
-    has_channels_last=False,
-    float_precision="fp16",
-)
+# Without VNNI, ONNX Runtime's x86 kernels add two products of 8 bits up in 16: weights of 7 bits
+# cannot overflow.
+ONNXRUNTIME = Scheme(TensorProto.UINT8, TensorProto.INT8)
+TENSORRT = Scheme(TensorProto.INT8, TensorProto.INT8, is_tensorrt=True, float_precision="fp16")
 FP8 = TensorProto.FLOAT8E4M3FN
 SCHEMES = {
     "onnxruntime": ONNXRUNTIME,
@@ -89,7 +63,7 @@ SCHEMES = {
 def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Scheme) -> list[str]:
     """Return the activations that are quantized, in the order of the graph.
 
-    Inputs of convolutions and residual additions; with `quantizes_activation_functions` also what
+    Inputs of convolutions and residual additions; for ONNX Runtime also what
     comes out of convolutions, SiLU, additions and the scaling by a gate, so that all between two
     convolutions is 8 bits wide. What a Clip cuts off needs no levels: its output is quantized in
     place of the convolution's, and the runtime saturates. Squeeze-excite's own layers, of one
@@ -105,7 +79,7 @@ def tensors_to_quantize(graph: onnx.ModelProto, kept: Sequence[str], scheme: Sch
             wanted[node.input[0]] = None
         elif node.op_type == "Add":
             wanted.update(dict.fromkeys(node.input))
-        if scheme.quantizes_activation_functions:
+        if not scheme.is_tensorrt:
             if node.op_type in ("Mul", "Sigmoid"):
                 wanted.update(dict.fromkeys(node.input))
             if node.output[0] not in clipped:
@@ -143,16 +117,9 @@ def insert_quantization(
 ) -> None:
     """Quantize activations and weights, with QuantizeLinear and DequantizeLinear nodes, in place.
 
-    Weights are symmetric with a scale for each output channel (one for all of them in fp8).
-
-    Args:
-        graph: in the scheme's float precision.
-        ranges: of the activations that are quantized.
-        kept: blocks whose convolutions stay in float32.
-        scheme: what the runtime takes.
-
-    Raises:
-        CalibrationError: a map has values that the scheme's float precision does not hold.
+    Weights are symmetric with a scale for each output channel (one for all of them in fp8). The
+    graph is in the scheme's float precision, and the blocks `kept` stay in it; a map has to hold in
+    it.
     """
     _require_held(ranges, scheme)
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
@@ -197,7 +164,7 @@ def insert_quantization(
             (activation_scale, _), prefix = scales[node.input[0]], node.name
             weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
             scale = _weight_scale(weight, scheme)
-            if scheme.has_quantized_bias:
+            if not scheme.is_tensorrt:
                 bias = numpy_helper.to_array(constants[node.input[2]])
                 # A channel of tiny weights may have any bias, and int32 must hold it.
                 least = np.abs(bias) / (activation_scale * LARGEST_BIAS)
@@ -209,7 +176,7 @@ def insert_quantization(
             stored = _quantize_weights(weight, scale, scheme)
             node.input[1] = quantize_constant(f"{prefix}/weight", stored, scale, scheme.weight_type)
         for index, tensor in enumerate(node.input):
-            if tensor in ranges and (scheme.quantizes_for_all or is_quantized(node, kept)):
+            if tensor in ranges and (not scheme.is_tensorrt or is_quantized(node, kept)):
                 node.input[index] = f"{tensor}/DequantizeLinear"
         nodes.append(node)
         for tensor in node.output:
@@ -242,7 +209,7 @@ def _activation_scale(bounds: tuple[float, float], scheme: Scheme) -> tuple[Arra
     largest = max(-low, high)
     if scheme.activation_type == FP8:
         return _as_stored(largest / FP8_LARGEST, scheme), np.zeros((), np.float32)
-    if scheme.is_symmetric:
+    if scheme.is_tensorrt:
         return _as_stored(largest / 127, scheme), np.zeros((), np.float32)
     scale = _as_stored((high - low) / 255, scheme)
     return scale, np.float32(np.clip(np.round(-low / scale), 0, 255))

@@ -1,6 +1,7 @@
 """What can be set when a checkpoint is exported."""
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -186,14 +187,24 @@ class OpenVinoConfig(MixedConfig):
 
 
 @dataclass(frozen=True)
-class TrtConfig(ExportConfig):
+class TensorRTConfig(ExportConfig):
     """Settings of an engine; --batches makes one for each size, --batch one for the range."""
 
     precision: Precision = "fp16"
     """Number format that the convolutions compute in."""
 
-    batches: tuple[int, ...] | None = None
-    """Batch sizes that get an engine each, with fixed shapes; None = one engine for --batch."""
+    optimization_level: int = 3
+    """0 to 5: how long the builder looks for fast kernels."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.optimization_level <= 5:
+            raise ValueError(f"--optimization-level is {self.optimization_level}, expected 0 to 5")
+
+
+@dataclass(frozen=True)
+class TrtConfig(TensorRTConfig):
+    """Settings of an engine of TensorRT or TensorRT-RTX."""
 
     flavor: Literal["tensorrt", "rtx"] = "tensorrt"
     """rtx: TensorRT-RTX, which builds without a GPU, and for several at once."""
@@ -202,32 +213,17 @@ class TrtConfig(ExportConfig):
     """Of rtx: GPUs to build for, e.g. 8.6 8.9, or 'portable' for all from 8.0 on; None = the one
     here, without one portable."""
 
-    optimization_level: int = 3
-    """0 to 5: how long the builder looks for fast kernels."""
-
-    workspace_mib: int | None = None
-    """Scratch memory that a kernel may use; None = as much as the GPU has."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.compute_capability is not None and self.flavor != "rtx":
             raise ValueError(
                 "--compute-capability is for --flavor rtx; TensorRT builds for the GPU that is here"
             )
-        if not 0 <= self.optimization_level <= 5:
-            raise ValueError(f"--optimization-level is {self.optimization_level}, expected 0 to 5")
-        require_least(self, workspace_mib=1)
 
 
 @dataclass(frozen=True)
-class TorchTrtConfig(ExportConfig):
-    """Settings of a program; --batches makes one for each size, --batch one for the range."""
-
-    precision: Precision = "fp16"
-    """Number format that the convolutions compute in."""
-
-    optimization_level: int = 3
-    """0 to 5: how long the builder looks for fast kernels."""
+class TorchTrtConfig(TensorRTConfig):
+    """Settings of an engine inside a torch program."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,8 +233,6 @@ class TorchTrtConfig(ExportConfig):
                 "ModelOpt in an environment of its own: take "
                 f"'python export/trt.py --precision {self.precision}', which needs none"
             )
-        if not 0 <= self.optimization_level <= 5:
-            raise ValueError(f"--optimization-level is {self.optimization_level}, expected 0 to 5")
 
 
 @dataclass(frozen=True)
@@ -249,7 +243,7 @@ class AotiConfig(ExportConfig):
     """What the program runs on, and is compiled on; None = the GPU where there is one."""
 
     fused_squeeze_excite: bool = True
-    """Of cuda: squeeze-excite as one Triton kernel."""
+    """Of cuda: squeeze-excite as two Triton kernels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -276,3 +270,25 @@ class NativeConfig(ExportConfig):
     reference: bool = False
     """Let processors run it that have neither VNNI nor AMX, too, with the portable kernels that the
     others are checked by: the same answers, many times slower."""
+
+
+def flags_of(config: ExportConfig) -> list[str]:
+    """Write all settings that are not the default as flags."""
+    words: list[str] = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+def rebuild_command(script: str, config: ExportConfig, checkpoint: Path) -> str:
+    """Write the command line that makes the same artifact again elsewhere."""
+    if checkpoint.is_relative_to(Path.cwd()):
+        checkpoint = checkpoint.relative_to(Path.cwd())
+    return shlex.join(["python", script, *flags_of(replace(config, checkpoint=checkpoint))])

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ class Reference:
     @cached_property
     def parity_images(self) -> NDArray[np.float32]:
         """Held-out images [num_parity_images, 3, H, W], evenly spread over val."""
-        return choose_images(self.dataset.val, self.num_parity_images, self.preprocess)
+        chosen = spread(self.dataset.val, self.num_parity_images)
+        return np.concatenate(list(batches_of(chosen, self.preprocess)))
 
     @cached_property
     def parity_logits(self) -> NDArray[np.float32]:
@@ -81,22 +83,20 @@ class Reference:
 
     def answer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the eager model's logits for images [N, 3, H, W]."""
-        with torch.inference_mode():
-            batches = torch.from_numpy(images).split(BATCH_SIZE)
-            return torch.cat([self.model(batch) for batch in batches]).numpy()
+        return answer_of(self.model, images)
+
+
+def answer_of(model: EfficientNet, images: NDArray[Any]) -> NDArray[Any]:
+    """Return a model's logits for images [N, 3, H, W] of its own float type."""
+    with torch.inference_mode():
+        batches = torch.from_numpy(images).split(BATCH_SIZE)
+        return torch.cat([model(batch) for batch in batches]).numpy()
 
 
 def load_reference(config: ExportConfig, images_flag: str = "--num-parity-images") -> Reference:
     """Load the checkpoint and its data; everything is checked that can be before work starts.
 
-    Args:
-        config: what to load.
-        images_flag: what sets the number of held-out images, for the error message.
-
-    Raises:
-        CheckpointError: no whole checkpoint.
-        FileNotFoundError, DatasetError: the data is not there or not the network's.
-        ValueError: too few held-out images, or float layers that the network has not got.
+    `images_flag` is what sets the number of held-out images, for the error message.
     """
     checkpoint = config.checkpoint or newest_checkpoint()
     chosen = "" if config.checkpoint else " (of the newest complete run)"
@@ -105,19 +105,16 @@ def load_reference(config: ExportConfig, images_flag: str = "--num-parity-images
     if isinstance(config, MixedConfig):
         _require_layers(model, config.float_layers)
     dataset = load_held_out(record.data, config.data, record.class_names)
-    _require_images(dataset.val, config.num_parity_images, images_flag)
+    if len(dataset.val) < config.num_parity_images:
+        raise ValueError(
+            f"there are {len(dataset.val)} held-out images, the parity check needs "
+            f"{config.num_parity_images}; add images to val, or lower {images_flag} (at least 64)"
+        )
     spec = record.preprocess
     if config.size is not None and config.size != spec.image_size:
         log.info("images of %d px; the checkpoint's are of %d px", config.size, spec.image_size)
         spec = PreprocessSpec.model_validate(spec.model_dump() | {"image_size": config.size})
     return Reference(checkpoint, model, record, spec, dataset, config.num_parity_images)
-
-
-def choose_images(
-    samples: Sequence[Sample], num_images: int, spec: PreprocessSpec
-) -> NDArray[np.float32]:
-    """Preprocess `num_images` images, evenly spread over the samples; all when there are fewer."""
-    return np.concatenate(list(batches_of(spread(samples, num_images), spec)))
 
 
 def spread(samples: Sequence[Sample], num_images: int) -> list[Sample]:
@@ -140,14 +137,6 @@ def batches_of(
         for following in [*chunks[1:], []]:
             current, ahead = ahead, [pool.submit(load, sample) for sample in following]
             yield np.stack([future.result() for future in current])
-
-
-def _require_images(samples: Sequence[Sample], num_images: int, flag: str) -> None:
-    if len(samples) < num_images:
-        raise ValueError(
-            f"there are {len(samples)} held-out images, the parity check needs {num_images}; "
-            f"add images to val, or lower {flag} (at least 64)"
-        )
 
 
 def _require_layers(model: EfficientNet, names: Sequence[str]) -> None:

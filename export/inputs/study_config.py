@@ -6,22 +6,33 @@ from typing import Literal, get_args
 
 import tyro
 
-from efficientnet.command import JsonFlags, flag_of, require_least, require_positive
+from efficientnet.command import JsonFlags, require_least, require_positive
 from efficientnet.precision import Precision
-from export.inputs.candidates import COMMANDS
+from efficientnet.runtimes import names
 from export.inputs.config import MIN_PARITY_IMAGES, ExportConfig
+
+# Of the scripts in this folder's parent that make artifacts.
+COMMANDS = tuple(dict.fromkeys(row.command for row in names.RUNTIMES.values() if row.exports))
 
 RuntimeName = Literal[
     "onnxruntime", "openvino", "torch", "aoti", "torch-cuda", "aoti-cuda", "tensorrt"
 ]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
-# Settings of other exports that would change nothing here.
-NOT_TAKEN = ("precision", "batch", "batches", "size", "max_drop", "num_gate_images")
+
+@dataclass(frozen=True, kw_only=True)
+class PublishFlags(JsonFlags):
+    """Flags of a command whose result may go into docs/results.md."""
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and all tables there into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+    """Where the table goes."""
 
 
 @dataclass(frozen=True)
-class AllConfig(ExportConfig, JsonFlags):
+class AllConfig(ExportConfig, PublishFlags):
     """Settings of all exports."""
 
     result_file = Path("reports/exports.json")
@@ -35,11 +46,6 @@ class AllConfig(ExportConfig, JsonFlags):
 
     seconds: float = 4.0
     """Measured time of each artifact, in calls of the images that --batch is tuned for."""
-
-    publish: bool = False
-    """Write to reports/published/<date>-<device>/, and all tables there into docs/results.md."""
-
-    readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,14 +62,21 @@ class AllConfig(ExportConfig, JsonFlags):
             raise ValueError("--output is one artifact's; all of them go to artifacts/<variant>")
 
 
-@dataclass(frozen=True)
-class StockConfig(ExportConfig, JsonFlags):
-    """Settings of the comparison."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFlags:
+    """Which network is compared, and on which images."""
 
-    result_file = Path("reports/stock.json")
+    checkpoint: Path | None = None
+    """Checkpoint directory; None = the one of the newest complete run."""
 
-    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Our artifacts of the same checkpoint and size; none = only make the stock ones."""
+    data: str | None = None
+    """Images, where the training data has moved: a folder or tar shards, as in training/run.py;
+    None = what the checkpoint was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredFlags(CheckpointFlags, PublishFlags):
+    """Flags of a command that measures what it has made."""
 
     seconds: float = 10.0
     """Measured time of each program."""
@@ -71,14 +84,29 @@ class StockConfig(ExportConfig, JsonFlags):
     turns: int = 8
     """Turns that this time is split into."""
 
+    num_parity_images: int = 128
+    """Held-out images that each program is compared on, at least 64."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seconds")
+        require_least(self, turns=1, num_parity_images=MIN_PARITY_IMAGES)
+
+
+@dataclass(frozen=True)
+class StockConfig(MeasuredFlags):
+    """Settings of the comparison."""
+
+    result_file = Path("reports/stock.json")
+
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Our artifacts of the same checkpoint and size; none = only make the stock ones."""
+
     batch_sizes: tuple[int, ...] = (1,)
     """Images in a call, each measured in a run of its own; the stock artifacts get fixed shapes for
     them, and ours should have been exported with the same --batches."""
 
-    publish: bool = False
-    """Write to reports/published/<date>-<device>/, and all tables there into docs/results.md."""
-
-    readme: Path = Path("docs/results.md")
+    num_calibration_images: int = 256
+    """Training images that the stock tools choose the ranges of int8 by, at least 64."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,57 +117,35 @@ class StockConfig(ExportConfig, JsonFlags):
                 f"the artifacts' folders are called {', '.join(names)}, by which the table names "
                 "programs; expected a name of its own for each"
             )
-        for name in NOT_TAKEN:
-            if getattr(self, name) != getattr(ExportConfig, name):
-                raise ValueError(
-                    f"{flag_of(name)} is not taken here: the stock tools have their own "
-                    "precisions and are not judged, and all programs are measured at the "
-                    "checkpoint's size and --batch-sizes"
-                )
+        _ = self.export_config
+
+    @property
+    def export_config(self) -> ExportConfig:
+        """What an export is told."""
+        return ExportConfig(
+            checkpoint=self.checkpoint,
+            batches=self.batch_sizes,
+            data=self.data,
+            num_parity_images=self.num_parity_images,
+            num_calibration_images=self.num_calibration_images,
+        )
 
 
 @dataclass(frozen=True)
-class AblationConfig(JsonFlags):
+class AblationConfig(MeasuredFlags):
     """Settings of the ablation. All is computed in fp32: nothing but the graph's form differs."""
 
     result_file = Path("reports/fusion.json")
 
-    checkpoint: Path | None = None
-    """Checkpoint directory; None = the one of the newest complete run."""
-
     runtimes: tuple[RuntimeName, ...] = RUNTIMES
     """What executes the forms; those that are not here get a row that says why."""
 
-    seconds: float = 10.0
-    """Measured time of each form in each runtime, at batch size 1."""
-
-    turns: int = 8
-    """Turns that this time is split into."""
-
-    output: Path | None = None
-    """Folder that the artifacts stay in; None = none does."""
-
-    data: str | None = None
-    """Held-out images, where the training data has moved: a folder or tar shards, as in
-    training/run.py; None = what the checkpoint was trained on."""
-
-    num_parity_images: int = 128
-    """Held-out images that each form is compared on, at least 64."""
-
-    publish: bool = False
-    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
-
-    readme: Path = Path("docs/results.md")
-    """Where the table goes."""
-
     def __post_init__(self) -> None:
-        require_positive(self, "seconds")
-        require_least(self, turns=1)
+        super().__post_init__()
         if not self.runtimes or len(set(self.runtimes)) < len(self.runtimes):
             raise ValueError(
                 f"--runtimes is {' '.join(self.runtimes)}, expected at least one, each once"
             )
-        _ = self.export_config
 
     @property
     def export_config(self) -> ExportConfig:
@@ -153,32 +159,18 @@ class AblationConfig(JsonFlags):
 
 
 @dataclass(frozen=True)
-class QuickConfig:
+class QuickConfig(CheckpointFlags):
     """What is exported."""
-
-    checkpoint: Path | None = None
-    """Checkpoint directory; None = the one of the newest complete run."""
-
-    data: str | None = None
-    """Images for parity, calibration and the accuracy gate: a folder or tar shards, as in
-    training/run.py; None = what the checkpoint was trained on."""
 
 
 @dataclass(frozen=True)
-class ParityConfig(JsonFlags):
+class ParityConfig(CheckpointFlags, JsonFlags):
     """Settings of a comparison."""
 
     result_file = Path("reports/parity.json")
 
     artifacts: tyro.conf.Positional[tuple[Path, ...]]
-    """Artifact directories."""
-
-    checkpoint: Path | None = None
-    """Checkpoint that all of them were made of; None = found under runs/ by its hash."""
-
-    data: str | None = None
-    """Held-out images, where the training data has moved: a folder or tar shards, as in
-    training/run.py; None = what the checkpoint was trained on."""
+    """Artifact directories. Without --checkpoint that of each is found under runs/ by its hash."""
 
     num_images: int = 128
     """Held-out images that are compared, at least 64."""

@@ -1,61 +1,47 @@
-"""One of the three forms -> a runtime's artifact of it, and what that runtime executes."""
+"""One of the three forms -> a runtime's artifact of it."""
 
 import importlib
 import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import onnx
 import torch
 
-from efficientnet.formats.artifact import Binding, ProgramFile, StaticProgram
-from export.builders.writing import Builder, Built, write_checked_artifact
-from export.graphs.folding import OPSET, count_weight_bytes
-from export.graphs.fusable_parts import Executed, count_parts
+from efficientnet.formats.artifact import StaticProgram
+from export.builders.writing import Built, write_checked_artifact
+from export.graphs.folding import OPSET, count_weight_bytes, weight_bytes_of
 from export.graphs.fusion_forms import FORMS, Form, graph_in_form, model_in_form
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference
-from export.studies.executed_layers import (
-    executed_by_inductor,
-    executed_by_onnxruntime,
-    executed_by_openvino,
-    executed_by_tensorrt,
-)
 
 REBUILD = "python export/ablation.py"
 
 log = logging.getLogger(__name__)
 
-
-class Made(NamedTuple):
-    """A form as a runtime's artifact, and what is executed of it."""
-
-    artifact: Path
-    executed: Executed
+Build = Callable[[Path], Built]
 
 
-def make_onnxruntime(reference: Reference, config: ExportConfig, form: Form, output: Path) -> Made:
-    """Write a form as ONNX Runtime's artifact."""
+def build_onnxruntime(reference: Reference, form: Form) -> Build:
+    """Save a form's graph as it is."""
     graph = graph_in_form(reference.model, reference.image_size, form)
 
-    def build(directory: Path, _: tuple[str, ...]) -> Built:
+    def build(directory: Path) -> Built:
         onnx.save(graph, directory / "model.onnx")
         return Built("model.onnx", count_weight_bytes(graph), opset=OPSET)
 
-    artifact = _write(reference, config, output, "onnxruntime", build)
-    image, totals = reference.parity_images[:1], count_parts(reference.model)
-    return Made(artifact, executed_by_onnxruntime(artifact / "model.onnx", image, totals))
+    return build
 
 
-def make_openvino(reference: Reference, config: ExportConfig, form: Form, output: Path) -> Made:
-    """Write a form as OpenVINO's artifact, read by OpenVINO as it is."""
+def build_openvino(reference: Reference, form: Form) -> Build:
+    """Have OpenVINO read a form's graph as it is."""
     graph = graph_in_form(reference.model, reference.image_size, form)
     ov: Any = importlib.import_module("openvino")
     runtime: Any = importlib.import_module("efficientnet.runtimes.openvino_runtime")
 
-    def build(directory: Path, _: tuple[str, ...]) -> Built:
+    def build(directory: Path) -> Built:
         model = runtime.openvino_core().read_model(graph.SerializeToString())
         ov.save_model(model, directory / "model.xml", compress_to_fp16=False)
         return Built(
@@ -66,77 +52,43 @@ def make_openvino(reference: Reference, config: ExportConfig, form: Form, output
             opset=OPSET,
         )
 
-    artifact = _write(reference, config, output, "openvino", build)
-    image = reference.parity_images[:1]
-    return Made(artifact, executed_by_openvino(artifact / "model.xml", image, graph))
+    return build
 
 
-def make_aoti(
-    reference: Reference,
-    config: ExportConfig,
-    form: Form,
-    output: Path,
-    device: Literal["cpu", "cuda"],
-) -> Made:
+def build_aoti(reference: Reference, form: Form, device: Literal["cpu", "cuda"]) -> Build:
     """Compile a form with the compiler settings of export/aoti.py."""
-    aoti: Any = importlib.import_module("export.builders.aoti_export")
-    builder: Any = importlib.import_module("export.builders.aoti_builder")
-    target = aoti.find_target(aoti.AotiConfig(device=device))
-    settings = builder.CompileSettings(device, torch.float32, False)
+    aoti: Any = importlib.import_module("export.builders.aoti_builder")
+    target = aoti.find_target(device, "fp32")
     network = model_in_form(reference.model, form, device)
-    program = builder.Program(network, torch.float32).eval().to(device)
 
-    def build(directory: Path, _: tuple[str, ...]) -> Built:
+    def build(directory: Path) -> Built:
         log.info("compile %s", FORMS[form])
-        # It tells everyone without a GPU that the CUDA toolkit is not used.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        image = torch.zeros(1, 3, reference.image_size, reference.image_size, device=device)
-        with builder.fresh_cache(dir=str(directory)), torch.no_grad():
-            torch._inductor.aoti_compile_and_package(
-                torch.export.export(program, (image,)),
-                package_path=str(directory / "model.pt2"),
-                inductor_configs=settings.inductor(is_static=True),
-            )
+        file = directory / "model.pt2"
+        aoti.compile_programs(network, torch.float32, reference.image_size, {file: 1}, 1, device)
         return Built(
-            "model.pt2",
-            builder.weight_bytes_of(reference.model, torch.float32),
-            static_programs=(StaticProgram(batch_size=1, file="model.pt2"),),
+            file.name,
+            weight_bytes_of(reference.model, torch.float32),
+            static_programs=(StaticProgram(batch_size=1, file=file.name),),
             target_device=target.name if device == "cuda" else "cpu",
-            binding=Binding(
-                library="torch",
-                version=torch.__version__,
-                compute_capability=target.compute_capability,
-                device=target.name,
-                rebuild=REBUILD,
-            ),
+            binding=target.binding(REBUILD),
         )
 
-    artifact = _write(reference, config, output, "aoti", build)
-    return Made(
-        artifact, executed_by_inductor(artifact / "model.pt2", count_parts(reference.model))
-    )
+    return build
 
 
-def make_tensorrt(reference: Reference, config: ExportConfig, form: Form, output: Path) -> Made:
+def build_tensorrt(reference: Reference, form: Form) -> Build:
     """Build an engine of a form, for batches of one."""
     builder: Any = importlib.import_module("export.builders.tensorrt_builder")
-    library = importlib.import_module("efficientnet.runtimes.tensorrt_library")
-    target = importlib.import_module("export.builders.tensorrt_target").find_target(
-        "tensorrt", "fp32", None
-    )
+    exporting: Any = importlib.import_module("export.builders.tensorrt_export")
+    target = exporting.find_target("tensorrt", "fp32", None)
     graph = builder.fix_batch(graph_in_form(reference.model, reference.image_size, form), 1)
-    binding = Binding(
-        library=library.PACKAGES["tensorrt"],
-        version=target.trt.__version__,
-        compute_capability=" ".join(target.compute_capabilities),
-        device=target.device,
-        rebuild=REBUILD,
-    )
+    binding = target.binding(REBUILD)
 
-    def build(directory: Path, _: tuple[str, ...]) -> Built:
+    def build(directory: Path) -> Built:
         settings = builder.BuildSettings(uses_tf32=False)
         engine = builder.build_engine(target.trt, graph, (), settings, FORMS[form])
         (directory / "model.engine").write_bytes(engine.data)
+        exporting.write_layers(target.trt, directory, ["model.engine"], binding)
         return Built(
             "model.engine",
             count_weight_bytes(graph),
@@ -147,24 +99,25 @@ def make_tensorrt(reference: Reference, config: ExportConfig, form: Form, output
             binding=binding,
         )
 
-    artifact = _write(reference, config, output, "tensorrt", build)
-    engine = library.deserialize(target.trt, ProgramFile.read(artifact / "model.engine"), binding)
-    layers = builder.read_layers(builder.layers_of(target.trt, engine))["layers"]
-    return Made(artifact, executed_by_tensorrt(layers, graph))
+    return build
 
 
-def _write(
-    reference: Reference, config: ExportConfig, output: Path, runtime: str, build: Builder
-) -> Path:
-    return write_checked_artifact(reference, config, output, runtime, build, is_judged=False)
-
-
-Make = Callable[[Reference, ExportConfig, Form, Path], Made]
-
-MAKERS: dict[str, Make] = {
-    "onnxruntime": make_onnxruntime,
-    "openvino": make_openvino,
-    "aoti": partial(make_aoti, device="cpu"),
-    "aoti-cuda": partial(make_aoti, device="cuda"),
-    "tensorrt": make_tensorrt,
+# Name in the ablation -> runtime of the artifact, and what prepares its build.
+BUILDERS: dict[str, tuple[str, Callable[[Reference, Form], Build]]] = {
+    "onnxruntime": ("onnxruntime", build_onnxruntime),
+    "openvino": ("openvino", build_openvino),
+    "aoti": ("aoti", partial(build_aoti, device="cpu")),
+    "aoti-cuda": ("aoti", partial(build_aoti, device="cuda")),
+    "tensorrt": ("tensorrt", build_tensorrt),
 }
+
+
+def make_artifact(
+    name: str, reference: Reference, config: ExportConfig, form: Form, output: Path
+) -> Path:
+    """Write a form as a runtime's artifact; its parity is recorded, but refuses none."""
+    runtime, prepare = BUILDERS[name]
+    build = prepare(reference, form)
+    return write_checked_artifact(
+        reference, config, output, runtime, lambda folder, _: build(folder), is_judged=False
+    )

@@ -5,72 +5,77 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
-from efficientnet.formats.artifact import MANIFEST_FILE, AccuracyGate, read_artifact
+from efficientnet.formats.artifact import read_artifact
 from efficientnet.images.datasets import SAMPLE_PHOTOS
 from efficientnet.machine.atomic import point_link
 from efficientnet.machine.children import stop_command
 from efficientnet.machine.environment import current_environment
+from efficientnet.precision import Precision
 from efficientnet.reporting.publishing import find_section
-from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes import names, open_runtime
 from export.builders.measuring import measure
 from export.checks.gate import Gate, GateError, is_labelled
-from export.inputs.candidates import CANDIDATES, Candidate
+from export.inputs.config import ExportConfig, flags_of
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import AllConfig
-from export.studies.export_table import (
-    DEFAULT_LINK,
-    PUBLISHED_WEIGHTS_SECTION,
-    SECTION,
-    Line,
-    Summary,
-    choose_default,
-    line_of,
-    publish,
-    table_of,
-)
+from export.studies import export_table
+from export.studies.export_table import Line
 
 NUM_TURNS = 6
 
 EAGER = "eager"
 
+# Command, kind of artifact, precision; those for the CPU first.
+CANDIDATES: tuple[tuple[str, names.Export, Precision], ...] = tuple(
+    (row.command, kind, precision)
+    for device in ("cpu", "cuda")
+    for row in names.RUNTIMES.values()
+    for kind in row.exports
+    if kind.device == device
+    for precision in kind.precisions
+)
+
 log = logging.getLogger(__name__)
 
 
-def main(config: AllConfig) -> Summary:
+def main(config: AllConfig) -> export_table.Summary:
     """Run every export in a process of its own, measure what came out, and point to the fastest."""
     started_at = datetime.now(UTC)
     reference = load_reference(config)
     is_published = reference.record.data == SAMPLE_PHOTOS
-    section = PUBLISHED_WEIGHTS_SECTION if is_published else SECTION
+    section = export_table.PUBLISHED_WEIGHTS_SECTION if is_published else export_table.SECTION
     if config.publish:
         find_section(config.readme, section)
-    folder = Path("artifacts") / reference.variant
-    lines: list[Line] = []
-    chosen = [c for c in CANDIDATES if not config.only or c.command in config.only]
+    chosen = [one for one in CANDIDATES if not config.only or one[0] in config.only]
+    lines = [Line(name=EAGER, precision="fp32", artifact=str(reference.checkpoint))]
     for number, candidate in enumerate(chosen, start=1):
-        log.info("[%d of %d] %s", number, len(chosen), candidate.title)
-        lines.append(_export(candidate, reference, config, folder))
-    if not any(line.artifact for line in lines):
+        lines.append(_export(*candidate, reference, config, f"[{number} of {len(chosen)}]"))
+    if not any(line.artifact for line in lines[1:]):
         raise PipelineError("not one artifact could be made: see the reasons above")
-    eager = Line(name=EAGER, precision="fp32", artifact=str(reference.checkpoint))
-    lines, num_images = _with_top1([eager, *lines], reference, config)
-    eager, *lines = _with_latency(lines, config)
-    default, notes = choose_default(lines)
+    num_images: int | None = None
+    try:
+        gate = Gate(reference, config.num_gate_images, config.max_drop / 100)
+        num_images = gate.num_images
+        lines = [_with_top1(line, gate) for line in lines]
+    except GateError as error:
+        log.info("no top-1: %s", error)
+    lines = _with_latency(lines, config)
+    default, notes = export_table.choose_default(lines[1:])
     if num_images is not None and not is_labelled(reference):
         notes.append("images without labels: top-1 is the share that is answered as by eager")
     if default is not None:
-        point_link(folder / DEFAULT_LINK, Path(Path(default).name))
-    lines = [eager, *lines]
-    table = table_of(lines, default)
-    log.info("%s", table.aligned_text())
-    for note in (*table.notes, *notes):
-        log.info("%s", note)
-    summary = Summary(
+        point_link(_folder(reference) / export_table.DEFAULT_LINK, Path(Path(default).name))
+    table = export_table.table_of(lines, default)
+    log.info("%s", "\n".join((table.aligned_text(), *table.notes, *notes)))
+    summary = export_table.Summary(
         variant=reference.variant,
         image_size=reference.image_size,
         batch_size=config.tuned_batch_size,
@@ -83,37 +88,48 @@ def main(config: AllConfig) -> Summary:
         notes=tuple(notes),
     )
     if config.publish:
-        publish(summary, config.readme)
+        export_table.publish(summary, config.readme)
     return summary
 
 
-def _export(candidate: Candidate, reference: Reference, config: AllConfig, folder: Path) -> Line:
-    output = folder / f"{candidate.name}-{candidate.precision}"
-    command = [
-        *(sys.executable, str(PROJECT_ROOT / "export" / f"{candidate.command}.py")),
-        *("--checkpoint", str(reference.checkpoint), "--output", str(output)),
-        *("--precision", candidate.precision, *candidate.flags, *_shared_flags(config)),
+def _folder(reference: Reference) -> Path:
+    return Path("artifacts") / reference.variant
+
+
+def _export(
+    command: str,
+    kind: names.Export,
+    precision: Precision,
+    reference: Reference,
+    config: AllConfig,
+    place: str,
+) -> Line:
+    log.info("%s %s %s", place, kind.name, precision)
+    output = _folder(reference) / f"{kind.name}-{precision}"
+    shared: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(ExportConfig)}
+    shared |= {"checkpoint": reference.checkpoint, "output": output}
+    made_of = ExportConfig(**shared)
+    words = [
+        *(sys.executable, str(PROJECT_ROOT / "export" / f"{command}.py"), *flags_of(made_of)),
+        *("--precision", precision, *kind.flags),
     ]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as run:
-        assert run.stderr is not None and run.stdout is not None
+        assert run.stderr is not None
         text = ""
         try:
             for text_line in run.stderr:
                 text += text_line
                 sys.stderr.write(f"    {text_line}")
-            run.stdout.read()
         except BaseException:
             stop_command(run)
             raise
     if run.returncode != 0:
         reason = reason_of(text) or f"it ended with exit code {run.returncode}, see its log above"
-        return Line(
-            name=candidate.name, precision=candidate.precision, artifact=None, left_out=reason
-        )
+        return Line(name=kind.name, precision=precision, artifact=None, left_out=reason)
     manifest = read_artifact(output, allow_unchecked=True)
-    return line_of(candidate.name, output, manifest)
+    return export_table.line_of(kind.name, output, manifest)
 
 
 def reason_of(text: str) -> str:
@@ -126,61 +142,19 @@ def reason_of(text: str) -> str:
     return re.sub(r"^Error parsing \w+: ", "", " ".join(inner).partition(" ───")[0])
 
 
-def _with_top1(
-    lines: list[Line], reference: Reference, config: AllConfig
-) -> tuple[list[Line], int | None]:
-    try:
-        gate = Gate(reference, config.num_gate_images, config.max_drop / 100)
-    except GateError as error:
-        log.info("no top-1: %s", error)
-        return lines, None
-    measured: list[Line] = []
-    num_images = None
-    for line in lines:
-        if line.artifact is not None and line.left_out is None:
-            found = _top1_of(Path(line.artifact), gate)
-            num_images = found.num_images
-            update: dict[str, object] = {"top1": found.top1}
-            if line.name != EAGER:
-                update |= {"drop": found.drop}
-                update |= {"drop_low": found.drop_low, "drop_high": found.drop_high}
-            line = line.model_copy(update=update)
-        measured.append(line)
-    return measured, num_images
+def _with_top1(line: Line, gate: Gate) -> Line:
+    # int8 and fp8 were judged when they were made.
+    if not line.can_run or line.artifact is None or line.top1 is not None:
+        return line
+    found = gate.measure(open_runtime(line.artifact))
+    update: dict[str, object] = {"top1": found.top1}
+    if line.name != EAGER:
+        update |= {name: getattr(found, name) for name in ("drop", "drop_low", "drop_high")}
+    return line.model_copy(update=update)
 
 
-def _top1_of(path: Path, gate: Gate) -> AccuracyGate:
-    measured = read_artifact(path).gate if (path / MANIFEST_FILE).is_file() else None
-    return measured or gate.measure(open_runtime(path))
-
-
-def _with_latency(lines: list[Line], config: AllConfig) -> list[Line]:
-    paths = [Path(line.artifact) for line in lines if line.artifact and not line.left_out]
-    if not paths:
-        return lines
+def _with_latency(lines: Sequence[Line], config: AllConfig) -> list[Line]:
+    paths = [Path(str(line.artifact)) for line in lines if line.can_run]
     records = measure(paths, config.seconds, NUM_TURNS, config.tuned_batch_size, config.data)
     # Too few calls for a percentile of all are enough for one of each turn.
-    found = iter(statistics.median(record.turn_p50_ms) for record in records)
-    return [
-        line.model_copy(update={"p50_ms": next(found)})
-        if line.artifact and not line.left_out
-        else line
-        for line in lines
-    ]
-
-
-def _shared_flags(config: AllConfig) -> list[str]:
-    flags = [
-        *("--num-parity-images", str(config.num_parity_images)),
-        *("--num-calibration-images", str(config.num_calibration_images)),
-        *("--num-gate-images", str(config.num_gate_images)),
-        *("--max-drop", str(config.max_drop), "--seed", str(config.seed)),
-        *("--batch", *map(str, config.batch)),
-    ]
-    if config.batches is not None:
-        flags += ["--batches", *map(str, config.batches)]
-    if config.size is not None:
-        flags += ["--size", str(config.size)]
-    if config.data is not None:
-        flags += ["--data", config.data]
-    return flags
+    return export_table.with_p50(lines, [statistics.median(r.turn_p50_ms) for r in records])

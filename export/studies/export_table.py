@@ -1,5 +1,6 @@
 """All artifacts of a checkpoint -> one table, the default among them, and what is published."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -38,6 +39,11 @@ class Line(BaseModel):
     left_out: str | None = None
     """Why there is no artifact, or none that can be run here."""
 
+    @property
+    def can_run(self) -> bool:
+        """Whether there is something to measure."""
+        return self.artifact is not None and self.left_out is None
+
 
 def line_of(name: str, output: Path, manifest: ArtifactManifest) -> Line:
     """Tell of an artifact what its manifest says."""
@@ -55,6 +61,14 @@ def line_of(name: str, output: Path, manifest: ArtifactManifest) -> Line:
         kept_blocks=len(quantization.kept_blocks) if quantization else 0,
         left_out=None if manifest.parity else "built here, to be checked where it can run",
     )
+
+
+def with_p50(lines: Sequence[Line], p50_ms: Iterable[float]) -> list[Line]:
+    """Give the times to those lines that could be measured, in order."""
+    times = iter(p50_ms)
+    return [
+        line.model_copy(update={"p50_ms": next(times)}) if line.can_run else line for line in lines
+    ]
 
 
 class Summary(Measured):
@@ -101,43 +115,31 @@ def choose_default(lines: list[Line]) -> tuple[str | None, list[str]]:
     An int8 or fp8 artifact is slower than one of more bits on some devices, of its own runtime or
     of another on the same device (bf16 on processors with AMX); it is said then.
     """
-    timed = [line for line in lines if line.artifact is not None and line.p50_ms is not None]
+    timed = sorted((line.p50_ms, i) for i, line in enumerate(lines) if line.p50_ms is not None)
     if not timed:
         return None, []
-    fastest = min(timed, key=lambda line: line.p50_ms or 0.0)
+    fastest = lines[timed[0][1]]
     notes = [f"the default is {fastest.name} {fastest.precision}: {fastest.artifact}"]
-    for line in timed:
-        wider = [
-            other
-            for other in timed
-            if EXPORTS[other.name].device == EXPORTS[line.name].device
-            and other.precision in ("bf16", "fp16", "fp32")
-        ]
-        if line.precision in ("int8", "fp8") and wider:
-            best = min(wider, key=lambda other: other.p50_ms or 0.0)
-            assert line.p50_ms is not None and best.p50_ms is not None
-            if line.p50_ms > best.p50_ms:
-                notes.append(
-                    f"{line.name} {line.precision} is slower here than {best.name} "
-                    f"{best.precision} ({line.p50_ms:.1f} ms against {best.p50_ms:.1f} ms): not "
-                    "worth its rounding"
-                )
+    # Device -> the fastest on it of those with more bits.
+    best: dict[str, tuple[float, Line]] = {}
+    for ms, index in timed:
+        line = lines[index]
+        device = EXPORTS[line.name].device
+        if line.precision not in ("int8", "fp8"):
+            best.setdefault(device, (ms, line))
+        elif device in best:
+            best_ms, other = best[device]
+            notes.append(
+                f"{line.name} {line.precision} is slower here than {other.name} "
+                f"{other.precision} ({ms:.1f} ms against {best_ms:.1f} ms): not worth its rounding"
+            )
     return fastest.artifact, notes
 
 
 def table_of(lines: list[Line], default: str | None) -> Table:
     """Lay the artifacts out; reasons why one was left out are notes, each told once."""
-    columns = (
-        "runtime",
-        "precision",
-        "on disk",
-        "logit error",
-        "top-1",
-        "change",
-        "p50 ms",
-        "default",
-        "left out",
-    )
+    words = ("runtime", "precision", "default", "left out")
+    columns = (*words[:2], "on disk", "logit error", "top-1", "change", "p50 ms", *words[2:])
     reasons = list(dict.fromkeys(line.left_out for line in lines if line.left_out))
     rows = [
         (
@@ -153,9 +155,8 @@ def table_of(lines: list[Line], default: str | None) -> Table:
         )
         for line in lines
     ]
-    words = frozenset({columns[0], columns[1], columns[7], columns[8]})
     notes = tuple(f"({number}) {reason}" for number, reason in enumerate(reasons, start=1))
-    return Table(columns, tuple(rows), words, notes)
+    return Table(columns, tuple(rows), frozenset(words), notes)
 
 
 def _change(line: Line) -> str:

@@ -10,19 +10,19 @@ from pathlib import Path
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import read_artifact
 from efficientnet.machine.atomic import point_link
-from efficientnet.measuring.clock import Call, measure_turn
+from efficientnet.measuring.clock import measure_turn
 from efficientnet.measuring.inputs import rotate
 from efficientnet.measuring.turns import take_turns
 from efficientnet.precision import Precision
-from efficientnet.runtimes import Runtime, open_runtime
+from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.openvino_runtime import own_precision
 from export.builders.onnxruntime_builder import write_onnxruntime
 from export.builders.openvino_builder import write_openvino
-from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig
-from export.inputs.rebuild import rebuild_command
+from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig, rebuild_command
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import QuickConfig
-from export.studies.export_table import DEFAULT_LINK, Line, choose_default, line_of, table_of
+from export.studies import export_table
+from export.studies.export_table import Line
 
 # Half of what an export takes by itself: what it adds in accuracy is not worth ten seconds here.
 NUM_CALIBRATION_IMAGES = 128
@@ -37,72 +37,60 @@ log = logging.getLogger(__name__)
 
 def main(config: QuickConfig) -> Path:
     """Make the artifacts, time them, and return the fastest, to which `default` points."""
-    settings = ExportConfig(checkpoint=config.checkpoint, data=config.data)
-    reference = load_reference(settings)
+    reference = load_reference(ExportConfig(checkpoint=config.checkpoint, data=config.data))
     folder = Path("artifacts") / reference.variant
-    lines = with_latency([export(reference, each, folder) for each in chosen_exports()], reference)
-    default, _ = choose_default(lines)
+    of_openvino: list[Precision] = ["fp32", own_precision(), "int8"]
+    lines = [
+        *(export(reference, OrtConfig(precision=p), folder) for p in ("fp32", "int8")),
+        *(
+            export(reference, OpenVinoConfig(precision=p), folder)
+            for p in dict.fromkeys(of_openvino)
+        ),
+    ]
+    lines = with_latency(lines, reference)
+    default, _ = export_table.choose_default(lines)
     if default is None:
         raise PipelineError("not one artifact could be made: see the reasons above")
-    point_link(folder / DEFAULT_LINK, Path(Path(default).name))
-    table = table_of(lines, default)
+    point_link(folder / export_table.DEFAULT_LINK, Path(Path(default).name))
+    table = export_table.table_of(lines, default)
     log.info("%s", "\n".join((table.aligned_text(), *table.notes)))
-    return folder / DEFAULT_LINK
-
-
-def chosen_exports() -> list[OrtConfig | OpenVinoConfig]:
-    """Return what this processor has kernels for."""
-    of_openvino: list[Precision] = ["fp32", own_precision(), "int8"]
-    return [
-        *(OrtConfig(precision=precision) for precision in ("fp32", "int8")),
-        *(OpenVinoConfig(precision=precision) for precision in dict.fromkeys(of_openvino)),
-    ]
+    return folder / export_table.DEFAULT_LINK
 
 
 def export(reference: Reference, config: OrtConfig | OpenVinoConfig, folder: Path) -> Line:
     """Write one artifact, or say why there is none."""
-    is_onnx = isinstance(config, OrtConfig)
-    name = "onnxruntime" if is_onnx else "openvino"
-    output = folder / f"{name}-{config.precision}"
+    name = "onnxruntime" if isinstance(config, OrtConfig) else "openvino"
     log.info("%s %s", name, config.precision)
+    config = replace(
+        config,
+        output=folder / f"{name}-{config.precision}",
+        keeps_blocks=False,
+        num_calibration_images=NUM_CALIBRATION_IMAGES,
+    )
     try:
-        config = replace(
-            config,
-            output=output,
-            keeps_blocks=False,
-            num_calibration_images=NUM_CALIBRATION_IMAGES,
-        )
         if isinstance(config, OrtConfig):
             rebuild = rebuild_command("export/ort.py", config, reference.checkpoint)
-            write_onnxruntime(reference, config, rebuild=rebuild)
+            output = write_onnxruntime(reference, config, rebuild=rebuild)
         else:
             rebuild = rebuild_command("export/ov.py", config, reference.checkpoint)
-            write_openvino(reference, config, rebuild=rebuild)
+            output = write_openvino(reference, config, rebuild=rebuild)
     except PipelineError as error:
         log.info("left out: %s", error)
         return Line(name=name, precision=config.precision, artifact=None, left_out=str(error))
-    return line_of(name, output, read_artifact(output))
+    return export_table.line_of(name, output, read_artifact(output))
 
 
 def with_latency(lines: Sequence[Line], reference: Reference) -> list[Line]:
     """Time a call of one image in turns, all programs in this process."""
-    made = [line for line in lines if line.artifact is not None]
-    runtimes = [open_runtime(str(line.artifact)) for line in made]
-    calls = [_call_of(runtime, reference) for runtime in runtimes]
+    runtimes = [open_runtime(str(line.artifact)) for line in lines if line.can_run]
+    batches = rotate(reference.parity_images, 1)
 
     def turn(number: int, _: int) -> float:
-        turn = measure_turn(calls[number], time.perf_counter_ns, SECONDS / TURNS)
+        infer = runtimes[number].infer
+        turn = measure_turn(lambda: infer(next(batches)), time.perf_counter_ns, SECONDS / TURNS)
         time.sleep(PAUSE_S)
         return turn.median_ms
 
     # The first turn does not count.
-    medians = take_turns(range(len(calls)), TURNS + 1, turn)
-    found = iter(statistics.median(own[1:]) for own in medians.values())
-    return [
-        line.model_copy(update={"p50_ms": next(found)}) if line.artifact else line for line in lines
-    ]
-
-
-def _call_of(runtime: Runtime, reference: Reference) -> Call:
-    batches = rotate(reference.parity_images, 1)
-    return lambda: runtime.infer(next(batches))
+    turns = take_turns(range(len(runtimes)), TURNS + 1, turn)
+    return export_table.with_p50(lines, [statistics.median(own[1:]) for own in turns.values()])

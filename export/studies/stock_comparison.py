@@ -14,7 +14,6 @@ from efficientnet.measuring.turns import ratio
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_ratio
 from export.builders.measuring import measure
-from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import StockConfig
 from export.studies.stock_tools import make_stock_artifacts
@@ -63,14 +62,9 @@ def main(config: StockConfig) -> Comparisons | str:
     """Make the stock artifacts and measure all programs in turns."""
     if config.publish:
         find_section(config.readme, SECTION)
-    reference = load_reference(config)
-    folder = (config.output or Path("artifacts") / reference.variant) / "stock"
-    shapes = ExportConfig(
-        batches=config.batch_sizes,
-        num_calibration_images=config.num_calibration_images,
-        seed=config.seed,
-    )
-    stock = make_stock_artifacts(reference, shapes, folder)
+    reference = load_reference(config.export_config)
+    folder = Path("artifacts") / reference.variant / "stock"
+    stock = make_stock_artifacts(reference, config.export_config, folder)
     if not config.paths:
         return "\n".join(map(str, stock))
     found: list[Comparison] = []

@@ -3,7 +3,6 @@
 import copy
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,27 +12,15 @@ import numpy as np
 import onnx
 import openvino as ov
 import torch
-from numpy.typing import NDArray
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
+from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.precision import Precision
 from efficientnet.runtimes.openvino_runtime import openvino_core, own_precision
-from export.builders.openvino_builder import PROGRAM_FILE, WEIGHTS_FILE, save
+from export.builders import openvino_builder
 from export.builders.writing import Builder, Built, write_checked_artifact
-from export.graphs.calibration import choose_samples, images_of, write_calibration
-from export.graphs.folding import (
-    INPUT_NAME,
-    OUTPUT_NAME,
-    count_weight_bytes,
-    use_convolutions_in_squeeze_excite,
-)
+from export.graphs import calibration, folding
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference
 
@@ -45,58 +32,69 @@ def make_stock_artifacts(reference: Reference, config: ExportConfig, folder: Pat
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "plain.onnx"
         export_plainly(reference, plain)
-        samples = choose_samples(reference, config)
-        images = [
-            image
-            for batch in images_of(reference, samples)
-            for image in np.split(batch, len(batch))
-        ]
+        samples = calibration.choose_samples(reference, config)
+        batches = calibration.images_of(reference, samples)
+        images = [{folding.INPUT_NAME: image[None]} for batch in batches for image in batch]
         float_precision = own_precision()
 
         def record(directory: Path, method: str) -> QuantizationRecord:
-            return QuantizationRecord(
-                method=method,
-                num_calibration_images=len(samples),
-                calibration_sha256=write_calibration(directory, samples, config, method),
-                kept_precision=float_precision,
-                kept_blocks=(),
+            return calibration.record_calibration(
+                directory, samples, config, method, float_precision
+            )
+
+        def built_onnx(file: Path, quantization: QuantizationRecord | None = None) -> Built:
+            weight_bytes = folding.count_weight_bytes(onnx.load(file))
+            return Built(file.name, weight_bytes, quantization=quantization)
+
+        def built_openvino(
+            model: ov.Model,
+            directory: Path,
+            precision: Precision,
+            quantization: QuantizationRecord | None = None,
+        ) -> Built:
+            openvino_builder.save(model, directory, precision)
+            weights = openvino_builder.WEIGHTS_FILE
+            return Built(
+                openvino_builder.PROGRAM_FILE,
+                (directory / weights).stat().st_size,
+                other_files=(weights,),
+                static_batches=config.static_batches,
+                quantization=quantization,
             )
 
         def onnxruntime_fp32(directory: Path, _: tuple[str, ...]) -> Built:
             (directory / "model.onnx").write_bytes(plain.read_bytes())
-            return Built("model.onnx", count_weight_bytes(onnx.load(plain)))
+            return built_onnx(directory / "model.onnx")
 
         def onnxruntime_int8(directory: Path, _: tuple[str, ...]) -> Built:
-            prepared = Path(scratch) / "prepared.onnx"
+            prepared, file = Path(scratch) / "prepared.onnx", directory / "model.onnx"
             quant_pre_process(str(plain), str(prepared))
-            quantize_static(
+            ort_quantization.quantize_static(
                 str(prepared),
-                str(directory / "model.onnx"),
+                str(file),
                 _Reader(images),
-                quant_format=QuantFormat.QDQ,
+                quant_format=ort_quantization.QuantFormat.QDQ,
                 per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
+                activation_type=ort_quantization.QuantType.QUInt8,
+                weight_type=ort_quantization.QuantType.QInt8,
             )
-            weight_bytes = count_weight_bytes(onnx.load(directory / "model.onnx"))
-            quantization = record(directory, "onnxruntime quantize_static, U8S8, per channel")
-            return Built("model.onnx", weight_bytes, quantization=quantization)
+            method = "onnxruntime quantize_static, U8S8, per channel"
+            return built_onnx(file, record(directory, method))
 
         def openvino_float(directory: Path, _: tuple[str, ...]) -> Built:
-            return _save(openvino_core().read_model(plain), directory, config, float_precision)
+            return built_openvino(openvino_core().read_model(plain), directory, float_precision)
 
         def openvino_int8(directory: Path, _: tuple[str, ...]) -> Built:
-            dataset = nncf.Dataset([{INPUT_NAME: image} for image in images])
             model: Any = nncf.quantize(
                 openvino_core().read_model(plain),
-                dataset,
+                nncf.Dataset(images),
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(images),
             )
             quantization = record(directory, "nncf.quantize, mixed")
-            return _save(model, directory, config, "int8", quantization)
+            return built_openvino(model, directory, "int8", quantization)
 
-        tools: list[tuple[str, str, Builder]] = [
+        tools: list[tuple[str, Precision, Builder]] = [
             ("onnxruntime", "fp32", onnxruntime_fp32),
             ("onnxruntime", "int8", onnxruntime_int8),
             ("openvino", float_precision, openvino_float),
@@ -105,7 +103,7 @@ def make_stock_artifacts(reference: Reference, config: ExportConfig, folder: Pat
         made: list[Path] = []
         for runtime, precision, build in tools:
             log.info("stock %s %s", runtime, precision)
-            own: ExportConfig = replace(config, precision=precision)
+            own = replace(config, precision=precision)
             output = folder / f"stock-{runtime}-{precision}"
             made.append(
                 write_checked_artifact(reference, own, output, runtime, build, is_judged=False)
@@ -120,41 +118,23 @@ def export_plainly(reference: Reference, path: Path) -> None:
     the matrix products of model.py NNCF makes no program (an axis that the map has not).
     """
     model = copy.deepcopy(reference.model)
-    use_convolutions_in_squeeze_excite(model)
+    folding.use_convolutions_in_squeeze_excite(model)
     torch.onnx.export(
         model,
         (torch.zeros(2, 3, reference.image_size, reference.image_size),),
         path,
         dynamo=True,
-        input_names=[INPUT_NAME],
-        output_names=[OUTPUT_NAME],
+        input_names=[folding.INPUT_NAME],
+        output_names=[folding.OUTPUT_NAME],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         external_data=False,
         verbose=False,
     )
 
 
-class _Reader(CalibrationDataReader):
-    def __init__(self, images: Sequence[NDArray[np.float32]]) -> None:
-        self._images: Iterator[NDArray[np.float32]] = iter(images)
+class _Reader(ort_quantization.CalibrationDataReader):
+    def __init__(self, images: list[dict[str, np.ndarray]]) -> None:
+        self._images = iter(images)
 
     def get_next(self) -> Any:
-        image = next(self._images, None)
-        return None if image is None else {INPUT_NAME: image}
-
-
-def _save(
-    model: ov.Model,
-    directory: Path,
-    config: ExportConfig,
-    precision: Precision,
-    quantization: QuantizationRecord | None = None,
-) -> Built:
-    save(model, directory, precision)
-    return Built(
-        PROGRAM_FILE,
-        (directory / WEIGHTS_FILE).stat().st_size,
-        other_files=(WEIGHTS_FILE,),
-        static_batches=config.static_batches,
-        quantization=quantization,
-    )
+        return next(self._images, None)

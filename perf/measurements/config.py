@@ -352,6 +352,14 @@ class LoadConfig:
     num_photos: int = 64
     """Pictures that are sent, the first of the folder."""
 
+    peers: tuple[Literal["litserve", "fastapi"], ...] = ()
+    """Services of the same artifact made with other tools, which take part. One whose package is
+    missing is skipped with the reason."""
+
+    peer_packages: Path | None = None
+    """Folder of packages for the peers only: `pip install --target FOLDER litserve`. In our own
+    environment what LitServe brings, uvloop and httptools, would change our service, too."""
+
     seed: int = 0
     """Of the Poisson schedule."""
 

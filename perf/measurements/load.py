@@ -20,10 +20,18 @@ from efficientnet.measuring.contender import Contender, running
 from efficientnet.measuring.turns import TimeBudget, take_turns
 from efficientnet.reporting.publishing import find_section, publish_part, published_directory
 from perf.measurements.config import LoadConfig
-from perf.measurements.load_contenders import LoopTurn, PlainLoop, running_service
+from perf.measurements.load_contenders import (
+    LoadError,
+    LoopTurn,
+    PlainLoop,
+    running_peer,
+    running_service,
+)
 from perf.measurements.load_generator import (
     Answers,
     Schedule,
+    Target,
+    in_forms,
     planned_times,
     send_in_turn,
     send_planned,
@@ -31,6 +39,7 @@ from perf.measurements.load_generator import (
 from perf.measurements.load_record import (
     SECTION,
     LoadRecord,
+    Peer,
     Point,
     Saturated,
     Service,
@@ -47,7 +56,7 @@ WARM_UP_S = 1.0
 
 PLAIN = "plain loop"
 
-Addresses = dict[Service, str]
+Targets = dict[Service, Target]
 
 
 class Rate(NamedTuple):
@@ -99,25 +108,39 @@ def measure(config: LoadConfig) -> LoadRecord:
     with ExitStack() as stack:
         log.info("open %s in %d loops and two services", artifact, len(loops))
         stack.enter_context(running(loops))
-        addresses: Addresses = {}
+        targets: Targets = {}
         batches: dict[Service, int] = {"batched": config.batch, "unbatched": 1}
         for service, batch in batches.items():
-            root = stack.enter_context(
+            served = stack.enter_context(
                 running_service(artifact, CLASSIFIER_NETWORK_BATCH=str(batch))
             )
-            addresses[service] = f"{root}/classify"
-            warm_up_s = min(WARM_UP_S, budget.turn_s)
-            send_in_turn(addresses[service], pictures, config.clients, warm_up_s)
+            targets[service] = Target(f"{served.address}/classify", pictures)
+        skipped: dict[Peer, str] = {}
+        for peer in config.peers:
+            try:
+                served = stack.enter_context(
+                    running_peer(peer, artifact, config.batch, config.peer_packages)
+                )
+            except LoadError as error:
+                skipped[peer] = str(error).splitlines()[-1]
+                log.warning("%s does not take part: %s", peer, error)
+                continue
+            address = f"{served.address}/classify"
+            targets[peer] = (
+                in_forms(address, pictures) if peer == "litserve" else Target(address, pictures)
+            )
+        for target in targets.values():
+            send_in_turn(target, config.clients, min(WARM_UP_S, budget.turn_s))
 
-        single, elsewhere = _single(loops[0], addresses, pictures, budget)
-        saturated = _saturated(loops[1:], addresses, pictures, config, budget)
+        single, elsewhere = _single(loops[0], targets, budget)
+        saturated = _saturated(loops[1:], targets, config, budget)
         bound_ms = config.bound_ms or BOUND_FACTOR * single.plain_p50_ms
         rates = [factor * saturated.best_plain for factor in config.rates]
         points: list[Point] = []
         for schedule in config.schedules:
             for rate in tqdm(rates, schedule, unit="rate", disable=None, leave=False):
                 log.info("%s, %.1f a second", schedule, rate)
-                answers = _at_rate(addresses, pictures, budget, schedule, rate, config.seed)
+                answers = _at_rate(targets, budget, schedule, rate, config.seed)
                 points += (
                     to_point(name, schedule, rate, own, bound_ms, config.seconds)
                     for name, own in answers.items()
@@ -136,6 +159,7 @@ def measure(config: LoadConfig) -> LoadRecord:
         single=single,
         saturated=saturated,
         points=tuple(points),
+        skipped=skipped,
         cores_busy_elsewhere=elsewhere,
         environment=current_environment(),
         started_at=started_at,
@@ -143,7 +167,7 @@ def measure(config: LoadConfig) -> LoadRecord:
 
 
 def _single(
-    plain: Contender, addresses: Addresses, pictures: Sequence[bytes], budget: TimeBudget
+    plain: Contender, targets: Targets, budget: TimeBudget
 ) -> tuple[SingleClient, float | None]:
     log.info("single client")
     loop_turns = list[LoopTurn]()
@@ -152,24 +176,23 @@ def _single(
         if service is None:
             loop_turns.append(plain.ask("turn", 1, budget.turn_s))
             return loop_turns[-1].samples_ms
-        return send_in_turn(addresses[service], pictures, 1, budget.turn_s).latencies_ms
+        return send_in_turn(targets[service], 1, budget.turn_s).latencies_ms
 
-    turns = take_turns((None, *addresses), budget.num_turns, turn)
+    turns = take_turns((None, *targets), budget.num_turns, turn)
 
     def median(contender: Service | None) -> float:
         return statistics.median(ms for own in turns[contender] for ms in own)
 
     busy = [t.cores_busy_elsewhere for t in loop_turns if t.cores_busy_elsewhere is not None]
     single = SingleClient(
-        plain_p50_ms=median(None), service_p50_ms={name: median(name) for name in addresses}
+        plain_p50_ms=median(None), service_p50_ms={name: median(name) for name in targets}
     )
     return single, statistics.fmean(busy) if busy else None
 
 
 def _saturated(
     loops: Sequence[Contender],
-    addresses: Addresses,
-    pictures: Sequence[bytes],
+    targets: Targets,
     config: LoadConfig,
     budget: TimeBudget,
 ) -> Saturated:
@@ -179,19 +202,19 @@ def _saturated(
     def turn(contender: int | Service, _: int) -> Rate:
         if isinstance(contender, int):
             return _ask_all(loops, contender, budget.turn_s)
-        answers = send_in_turn(addresses[contender], pictures, config.clients, budget.turn_s)
+        answers = send_in_turn(targets[contender], config.clients, budget.turn_s)
         return Rate(answers.num_answered / answers.seconds, answers.generator_s / answers.seconds)
 
-    turns = take_turns((*batch_sizes, *addresses), budget.num_turns, turn)
+    turns = take_turns((*batch_sizes, *targets), budget.num_turns, turn)
 
     def mean(contender: int | Service) -> Rate:
         return Rate(*map(statistics.fmean, zip(*turns[contender], strict=True)))
 
     return Saturated(
         plain_images_per_s={size: mean(size).images_per_s for size in batch_sizes},
-        service_images_per_s={name: mean(name).images_per_s for name in addresses},
+        service_images_per_s={name: mean(name).images_per_s for name in targets},
         num_clients=config.clients,
-        generator_cores={name: mean(name).generator_cores for name in addresses},
+        generator_cores={name: mean(name).generator_cores for name in targets},
     )
 
 
@@ -205,16 +228,15 @@ def _ask_all(loops: Sequence[Contender], batch_size: int, turn_s: float) -> Rate
 
 
 def _at_rate(
-    addresses: Addresses,
-    pictures: Sequence[bytes],
+    targets: Targets,
     budget: TimeBudget,
     schedule: Schedule,
     rate: float,
     seed: int,
 ) -> dict[Service, list[Answers]]:
     def turn(service: Service, number: int) -> Answers:
-        # The same plan for both.
+        # The same plan for all.
         times = planned_times(schedule, rate, budget.turn_s, seed + number)
-        return send_planned(addresses[service], pictures, times)
+        return send_planned(targets[service], times)
 
-    return take_turns(addresses, budget.num_turns, turn)
+    return take_turns(targets, budget.num_turns, turn)

@@ -8,16 +8,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from efficientnet import PROJECT_ROOT
 from efficientnet.errors import PipelineError
 from efficientnet.images.preprocess import preprocess
+from efficientnet.machine.environment import num_usable_cores
 from efficientnet.measuring.clock import TimedCall
 from efficientnet.measuring.machine_use import CpuUse
 from efficientnet.runtimes import open_runtime
@@ -32,9 +34,23 @@ class LoadError(PipelineError):
     """A service that could not be measured."""
 
 
+@dataclass(frozen=True)
+class RunningService:
+    """A service that is ready."""
+
+    process: "subprocess.Popen[bytes]"
+    """The supervisor of its workers."""
+    port: int
+
+    @property
+    def address(self) -> str:
+        """Where it answers."""
+        return f"http://{HOST}:{self.port}"
+
+
 @contextmanager
-def running_service(artifact: Path, **settings: str) -> Generator[str]:
-    """Give the address of a ready service.
+def running_service(artifact: Path, **settings: str) -> Generator[RunningService]:
+    """Give a ready service.
 
     Args:
         artifact: what is served.
@@ -43,40 +59,87 @@ def running_service(artifact: Path, **settings: str) -> Generator[str]:
     Raises:
         LoadError: it ended, or did not get ready.
     """
+    command = [str(PROJECT_ROOT / "serving" / "run.py"), "--artifact", str(artifact)]
+    command += ["--host", HOST, "--port"]
+    with (
+        tempfile.TemporaryDirectory(prefix="efficientnet-load-") as home,
+        _running(
+            lambda port: [*command, str(port)], "/readyz", BENTOML_HOME=home, **settings
+        ) as it,
+    ):
+        yield it
+
+
+@contextmanager
+def running_peer(
+    name: str, artifact: Path, batch: int, packages: Path | None
+) -> Generator[RunningService]:
+    """Give a ready service of perf/peers.
+
+    Args:
+        name: of its file, without `_server`.
+        artifact: what is served.
+        batch: most images in a call, of a peer that has batches.
+        packages: folder of what it needs beside our own packages; None = nothing.
+
+    Raises:
+        LoadError: it ended, as it does when its package is missing, or did not get ready.
+    """
+    script = PROJECT_ROOT / "perf" / "peers" / f"{name}_server.py"
+    last = [str(batch)] if name == "litserve" else []
+    paths = [*([str(packages.absolute())] if packages else []), str(PROJECT_ROOT)]
+    settings = {"PYTHONPATH": os.pathsep.join(paths)}
+    # numpy's threads would fight with those of the processes, of which there is one a core.
+    settings |= {"OPENBLAS_NUM_THREADS": "1"}
+    with _running(
+        lambda port: [str(script), str(artifact), str(port), str(num_usable_cores()), *last],
+        "/health",
+        **settings,
+    ) as it:
+        yield it
+
+
+@contextmanager
+def _running(
+    command: Callable[[int], Sequence[str]], ready_path: str, **settings: str
+) -> Generator[RunningService]:
     with tempfile.TemporaryDirectory(prefix="efficientnet-load-") as scratch:
         log_path = Path(scratch) / "service.log"
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, str(PROJECT_ROOT / "serving" / "run.py")]
-        command += ["--artifact", str(artifact), "--host", HOST, "--port", str(port)]
-        environment = {**os.environ, "BENTOML_HOME": scratch, **settings}
         with log_path.open("wb") as log_file:
             service = subprocess.Popen(
-                command,
+                [sys.executable, *command(port)],
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, **settings},
                 start_new_session=True,
             )
         try:
-            _wait_until_ready(service, port, log_path)
-            yield f"http://{HOST}:{port}"
+            _wait_until_ready(service, f"http://{HOST}:{port}{ready_path}", log_path)
+            yield RunningService(service, port)
         finally:
-            service.terminate()
-            try:
-                service.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                service.kill()
-                service.wait()
+            _stop(service)
 
 
-def _wait_until_ready(service: "subprocess.Popen[bytes]", port: int, log_path: Path) -> None:
+def _stop(service: "subprocess.Popen[bytes]") -> None:
+    # Its processes too: LitServe's are not its own only, and do not end with it when it is killed.
+    processes = [psutil.Process(service.pid)] if service.poll() is None else []
+    processes += [child for process in processes for child in process.children(recursive=True)]
+    service.terminate()
+    _, alive = psutil.wait_procs(processes, STOP_TIMEOUT_S)
+    for process in alive:
+        process.kill()
+    service.wait()
+
+
+def _wait_until_ready(service: "subprocess.Popen[bytes]", address: str, log_path: Path) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline and service.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{HOST}:{port}/readyz", timeout=5):
+            with urllib.request.urlopen(address, timeout=5):
                 return
         except OSError:
             time.sleep(0.1)

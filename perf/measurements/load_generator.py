@@ -20,6 +20,16 @@ NEVER = float("inf")
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where requests go, and what they hold."""
+
+    address: str
+    bodies: Sequence[bytes]
+    """Sent one after the other, from the first again after the last."""
+    content_type: str = "image/jpeg"  # the service looks at what it is
+
+
+@dataclass(frozen=True)
 class Answers:
     """What came of the requests of a turn."""
 
@@ -59,12 +69,18 @@ def planned_times(schedule: Schedule, rate: float, seconds: float, seed: int) ->
     return times[times < seconds].tolist()
 
 
-def send_planned(address: str, pictures: Sequence[bytes], times: Sequence[float]) -> Answers:
+def in_forms(address: str, pictures: Sequence[bytes]) -> Target:
+    """Put pictures into forms, as the field `image`."""
+    head = b'--picture\r\nContent-Disposition: form-data; name="image"; filename="p"\r\n\r\n'
+    bodies = [head + picture + b"\r\n--picture--\r\n" for picture in pictures]
+    return Target(address, bodies, "multipart/form-data; boundary=picture")
+
+
+def send_planned(target: Target, times: Sequence[float]) -> Answers:
     """Send a picture at each of the times (open loop).
 
     Args:
-        address: that takes a picture as the body.
-        pictures: sent one after the other, from the first again after the last.
+        target: where to.
         times: seconds from now.
     """
 
@@ -75,8 +91,7 @@ def send_planned(address: str, pictures: Sequence[bytes], times: Sequence[float]
             remaining = start + planned - time.perf_counter()
             if remaining > 0:
                 await asyncio.sleep(remaining)
-            picture = pictures[index % len(pictures)]
-            tasks.append(asyncio.create_task(_send(session, address, picture, start + planned)))
+            tasks.append(asyncio.create_task(_send(session, target, index, start + planned)))
         results = await asyncio.gather(*tasks)
         return _answers(results, time.perf_counter() - start, time.process_time() - own_start)
 
@@ -84,14 +99,11 @@ def send_planned(address: str, pictures: Sequence[bytes], times: Sequence[float]
     return _with_session(send_all)
 
 
-def send_in_turn(
-    address: str, pictures: Sequence[bytes], num_clients: int, seconds: float
-) -> Answers:
+def send_in_turn(target: Target, num_clients: int, seconds: float) -> Answers:
     """Have clients send a picture as soon as the one before is answered (closed loop).
 
     Args:
-        address: see send_planned.
-        pictures: see send_planned.
+        target: where to.
         num_clients: pictures on their way at once.
         seconds: after which none is sent any more.
     """
@@ -103,8 +115,7 @@ def send_in_turn(
         async def client(number: int) -> None:
             index = number
             while not results or time.perf_counter() < start + seconds:
-                picture = pictures[index % len(pictures)]
-                results.append(await _send(session, address, picture, time.perf_counter()))
+                results.append(await _send(session, target, index, time.perf_counter()))
                 index += num_clients
 
         await asyncio.gather(*map(client, range(num_clients)))
@@ -125,12 +136,13 @@ def _with_session(send_all: Callable[[aiohttp.ClientSession], Coroutine[Any, Any
 
 
 async def _send(
-    session: aiohttp.ClientSession, address: str, picture: bytes, planned: float
+    session: aiohttp.ClientSession, target: Target, index: int, planned: float
 ) -> tuple[float, int, float]:
     lag_s = time.perf_counter() - planned
-    headers = {"Content-Type": "image/jpeg"}  # the service looks at what it is
+    body = target.bodies[index % len(target.bodies)]
+    headers = {"Content-Type": target.content_type}
     try:
-        async with session.post(address, data=picture, headers=headers) as response:
+        async with session.post(target.address, data=body, headers=headers) as response:
             await response.read()
             status = response.status
     except (aiohttp.ClientError, TimeoutError):

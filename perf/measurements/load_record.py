@@ -3,13 +3,13 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from efficientnet.measuring.clock import percentile
 from efficientnet.reporting.publishing import Measured, published_directory
@@ -18,10 +18,21 @@ from perf.measurements.load_generator import Answers, Schedule
 
 SECTION = "load"
 
-Service = Literal["batched", "unbatched"]
+Peer = Literal["litserve", "fastapi"]
+Service = Literal["batched", "unbatched", Peer]
 
-TITLES: dict[Service, str] = {"batched": "service", "unbatched": "service without batching"}
-COLORS: dict[Service, str] = {"batched": "#1f77d0", "unbatched": "#9aa4af"}
+TITLES: dict[Service, str] = {
+    "batched": "service",
+    "unbatched": "service without batching",
+    "litserve": "LitServe",
+    "fastapi": "FastAPI",
+}
+COLORS: dict[Service, str] = {
+    "batched": "#1f77d0",
+    "unbatched": "#9aa4af",
+    "litserve": "#7b3fb5",
+    "fastapi": "#c2571a",
+}
 
 # Share of the requests that must be answered within the bound.
 SHARE_IN_TIME = 0.99
@@ -95,6 +106,8 @@ class LoadRecord(Measured):
     single: SingleClient
     saturated: Saturated
     points: tuple[Point, ...]
+    skipped: dict[Peer, str] = Field(default={})
+    """Peers that were to be measured and could not, with the reason."""
     cores_busy_elsewhere: float | None
     """While the plain loop of one process was measured alone."""
 
@@ -173,7 +186,21 @@ def to_markdown(record: LoadRecord, picture: str | None = None) -> str:
         f"{record.bound_ms:.0f} ms. The goodput is that of the highest rate of which 99 of 100 "
         "were in time. The clients ran on the same cores, and took "
         f"{record.saturated.generator_cores['batched']:.2f} of one when the service was "
-        "saturated.\n"
+        "saturated."
+        f"{_of_peers(record)}\n"
+    )
+
+
+def _of_peers(record: LoadRecord) -> str:
+    names = [name for name in record.single.service_p50_ms if name in get_args(Peer)]
+    how = {
+        "litserve": "LitServe (a process a core, batches in each, 2 ms for them to fill; pictures "
+        "in forms, since it takes no other)",
+        "fastapi": "FastAPI (a process a core, a picture at a time in each)",
+    }
+    said = f" Peers, of the same artifact: {'; '.join(how[n] for n in names)}." if names else ""
+    return said + "".join(
+        f" {TITLES[name]} was not measured: {reason}." for name, reason in record.skipped.items()
     )
 
 
@@ -185,13 +212,15 @@ def draw(record: LoadRecord) -> bytes:
         FigureCanvasAgg(figure)
         for index, schedule in enumerate(schedules):
             axes = figure.add_subplot(len(schedules), 1, index + 1)
-            for service, color in COLORS.items():
+            for service in record.single.service_p50_ms:
                 own = sorted(
                     (p.offered_per_s, p.in_time_per_s)
                     for p in record.points
                     if (p.service, p.schedule) == (service, schedule)
                 )
-                axes.plot(*zip(*own, strict=True), "o-", color=color, label=TITLES[service])
+                axes.plot(
+                    *zip(*own, strict=True), "o-", color=COLORS[service], label=TITLES[service]
+                )
             limit = max(p.offered_per_s for p in record.points)
             axes.plot([0, limit], [0, limit], ":", color="#59636e", label="all in time")
             best = record.saturated.best_plain

@@ -56,11 +56,7 @@ class Augmentation:
             )
 
     def __call__(self, data: bytes, seed: int) -> Pixels:
-        """Decode and augment an image file; returns uint8 RGB [size, size, 3].
-
-        Raises:
-            ImageError: see decode_image.
-        """
+        """Decode and augment an image file; returns uint8 RGB [size, size, 3]."""
         rng = random.Random(seed)
         pixels = resize(self._decode_crop(data, rng), self._size, self._interpolation)
         if self._flips and rng.random() < 0.5:

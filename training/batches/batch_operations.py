@@ -7,13 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample
 
-from training.batches.image_operations import (
-    GRAY,
-    Matrix,
-    rotation_matrix,
-    x_shear_matrix,
-    y_shear_matrix,
-)
+from training.batches.image_operations import GRAY, Matrix
 
 
 def auto_contrast(images: Tensor) -> Tensor:
@@ -23,11 +17,6 @@ def auto_contrast(images: Tensor) -> Tensor:
     low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
     stretched = (values - low) * 255 / (high - low).clamp_(min=1)
     return torch.where(high > low, stretched, values).to(torch.uint8)
-
-
-def rotate(images: Tensor, degrees: float) -> Tensor:
-    """Turn images about their centre."""
-    return _warp(images, rotation_matrix(degrees, images.shape[-1]))
 
 
 def solarize(images: Tensor, threshold: int) -> Tensor:
@@ -58,26 +47,6 @@ def sharpness(images: Tensor, factor: float) -> Tensor:
     return result
 
 
-def shear_x(images: Tensor, amount: float) -> Tensor:
-    """Move each row by its distance from the upper edge."""
-    return _warp(images, x_shear_matrix(amount))
-
-
-def shear_y(images: Tensor, amount: float) -> Tensor:
-    """Move each column by its distance from the left edge."""
-    return _warp(images, y_shear_matrix(amount))
-
-
-def translate_x(images: Tensor, shift: int) -> Tensor:
-    """Move images to the left, if `shift` is negative to the right."""
-    return _translate(images, shift, 3)
-
-
-def translate_y(images: Tensor, shift: int) -> Tensor:
-    """Move images up, if `shift` is negative down."""
-    return _translate(images, shift, 2)
-
-
 def cut_out(images: Tensor, radius: int, centres: Tensor) -> Tensor:
     """Lay a gray square over each image, about its own column and row of int64 [2, N]."""
     positions = torch.arange(images.shape[-1], device=images.device)
@@ -92,7 +61,8 @@ def solarize_add(images: Tensor, addition: int) -> Tensor:
     return images.where(images >= 128, added.to(torch.uint8))
 
 
-def _translate(images: Tensor, shift: int, axis: int) -> Tensor:
+def translate(images: Tensor, shift: int, axis: int) -> Tensor:
+    """Move images towards the beginning of an axis, if `shift` is negative to its end."""
     length = images.shape[axis]
     kept = max(length - abs(shift), 0)
     result = torch.full_like(images, GRAY)
@@ -101,7 +71,8 @@ def _translate(images: Tensor, shift: int, axis: int) -> Tensor:
     return result
 
 
-def _warp(images: Tensor, matrix: Matrix) -> Tensor:
+def warp(images: Tensor, matrix: Matrix) -> Tensor:
+    """Move pixels by a matrix; gray where one would come from outside."""
     size = images.shape[-1]
     x = torch.arange(size, device=images.device, dtype=torch.float32)
     y = x[:, None]

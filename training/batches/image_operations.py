@@ -25,12 +25,12 @@ def rotation_matrix(degrees: float, size: int) -> Matrix:
     return (cos, -sin, centre * (1 - cos + sin)), (sin, cos, centre * (1 - cos - sin))
 
 
-def x_shear_matrix(amount: float) -> Matrix:
+def x_shear_matrix(amount: float, _size: int) -> Matrix:
     """Keep the upper edge, as in Pillow."""
     return (1, amount, amount / 2), (0, 1, 0)
 
 
-def y_shear_matrix(amount: float) -> Matrix:
+def y_shear_matrix(amount: float, _size: int) -> Matrix:
     """Keep the left edge, as in Pillow."""
     return (1, 0, 0), (amount, 1, amount / 2)
 
@@ -38,11 +38,7 @@ def y_shear_matrix(amount: float) -> Matrix:
 def cut_out(pixels: Pixels, radius: int, x: float, y: float) -> Pixels:
     """Lay a gray square over a copy of an image (DeVries and Taylor 2017).
 
-    Args:
-        pixels: uint8 [H, W, 3].
-        radius: half of the square's side, pixels.
-        x: the square's centre, 0..1 of the width; parts of it may lie outside.
-        y: the same of the height.
+    The radius is half of its side; x and y, 0..1 of width and height, are its centre.
     """
     height, width = pixels.shape[:2]
     column, row = int(x * width), int(y * height)
@@ -81,33 +77,8 @@ def brightness(pixels: Pixels, factor: float) -> Pixels:
     return look_up(pixels, _contrast_table(0, factor))
 
 
-def rotate(pixels: Pixels, degrees: float) -> Pixels:
-    """Turn an image about its centre."""
-    return _warp(pixels, rotation_matrix(degrees, len(pixels)))
-
-
-def shear_x(pixels: Pixels, amount: float) -> Pixels:
-    """Move each row by its distance from the upper edge."""
-    return _warp(pixels, x_shear_matrix(amount))
-
-
-def shear_y(pixels: Pixels, amount: float) -> Pixels:
-    """Move each column by its distance from the left edge."""
-    return _warp(pixels, y_shear_matrix(amount))
-
-
-def translate_x(pixels: Pixels, shift: int) -> Pixels:
-    """Move an image to the left, if `shift` is negative to the right."""
-    return _translate(pixels, shift, 1)
-
-
-def translate_y(pixels: Pixels, shift: int) -> Pixels:
-    """Move an image up, if `shift` is negative down."""
-    return _translate(pixels, shift, 0)
-
-
-def _warp(pixels: Pixels, matrix: Matrix) -> Pixels:
-    # Gray where a pixel would come from outside.
+def warp(pixels: Pixels, matrix: Matrix) -> Pixels:
+    """Move pixels by a matrix; gray where one would come from outside."""
     # Four channels take half the time of three, to which OpenCV's vector code does not apply.
     four = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)
     warped = cv2.warpAffine(
@@ -121,7 +92,8 @@ def _warp(pixels: Pixels, matrix: Matrix) -> Pixels:
     return as_pixels(cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB))
 
 
-def _translate(pixels: Pixels, shift: int, axis: int) -> Pixels:
+def translate(pixels: Pixels, shift: int, axis: int) -> Pixels:
+    """Move an image towards the beginning of an axis, if `shift` is negative to its end."""
     result = np.full_like(pixels, GRAY)
     old, new = np.moveaxis(pixels, axis, 0), np.moveaxis(result, axis, 0)
     if shift >= 0:

@@ -19,6 +19,8 @@ from training.batches.sampler import SampleKey, StepSampler
 from training.recipe.config import TrainConfig
 from training.recipe.stages import Stage
 
+EVAL_BATCH_SIZE = 64
+
 
 class LoaderError(PipelineError):
     """A process that decodes and augments has died."""
@@ -60,7 +62,6 @@ class EvalImages(Dataset[Any]):
         self._spec = spec
 
     def __len__(self) -> int:
-        """Count the images."""
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -95,13 +96,13 @@ def train_batches(
 
 
 def eval_batches(
-    samples: Sequence[Sample], spec: PreprocessSpec, batch_size: int, num_workers: int
+    samples: Sequence[Sample], spec: PreprocessSpec, num_workers: int
 ) -> DataLoader[Any]:
     """Return the loader of the held-out images in order: images [N, 3, H, W], labels [N]."""
     kill_children_at_exit()
     return DataLoader(
         EvalImages(samples, spec),
-        batch_size=batch_size,
+        batch_size=EVAL_BATCH_SIZE,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_begin_worker,

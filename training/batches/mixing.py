@@ -15,15 +15,8 @@ def mix(
     (google/automl, efficientnetv2/datasets.py). Random numbers come from torch's CPU generator;
     nothing waits for the device.
 
-    Args:
-        images: float [N, 3, H, W].
-        labels: int64 [N].
-        mixup_alpha: one mixing ratio per batch is drawn from Beta(alpha, alpha); 0 = no Mixup.
-        cutmix_alpha: the same for the part that is left of an image; 0 = no CutMix.
-        num_classes: width of the mixed labels.
-
-    Returns:
-        Images of the same shape, and labels as probabilities [N, num_classes] if they were mixed.
+    Images are float [N, 3, H, W], labels int64 [N], and probabilities [N, num_classes] if they were
+    mixed. One ratio per batch is drawn from Beta(alpha, alpha); alpha 0 leaves the kind out.
     """
     if mixup_alpha == 0 and cutmix_alpha == 0:
         return images, labels

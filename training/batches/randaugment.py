@@ -6,6 +6,7 @@ OPERATIONS is the table of what can be done to an image; a new row is drawn from
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,23 +66,37 @@ def _bits(magnitude: float, _size: int) -> int:
     return min(int(0.4 * max(magnitude, MIN_POSTERIZE_MAGNITUDE)), 8)
 
 
+def _by_matrix(
+    matrix: Callable[[float, int], host.Matrix],
+) -> tuple[Callable[..., Pixels], Callable[..., Tensor]]:
+    return (
+        lambda pixels, amount: host.warp(pixels, matrix(amount, len(pixels))),
+        lambda images, amount: device.warp(images, matrix(amount, images.shape[-1])),
+    )
+
+
+def _along(axis: int) -> tuple[Callable[..., Pixels], Callable[..., Tensor]]:
+    # Of [H, W, 3] on the host, [N, 3, H, W] on the device.
+    return partial(host.translate, axis=axis), partial(device.translate, axis=axis + 2)
+
+
 # In the order and with the amounts of google/automl, efficientnetv2/autoaugment.py,
 # distort_image_with_randaugment; what a seed draws depends on the order.
 OPERATIONS = (
     Operation("AutoContrast", host.auto_contrast, device.auto_contrast),
     Operation("Equalize", host.equalize, functional.equalize),
     Operation("Invert", host.invert, functional.invert),
-    Operation("Rotate", host.rotate, device.rotate, lambda m, _: 3 * m, is_signed=True),
+    Operation("Rotate", *_by_matrix(host.rotation_matrix), lambda m, _: 3 * m, is_signed=True),
     Operation("Posterize", host.posterize, functional.posterize, _bits),
     Operation("Solarize", host.solarize, device.solarize, lambda m, _: min(int(25.6 * m), 256)),
     Operation("Color", host.color, device.color, _factor),
     Operation("Contrast", host.contrast, functional.adjust_contrast, _factor),
     Operation("Brightness", host.brightness, functional.adjust_brightness, _factor),
     Operation("Sharpness", host.sharpness, device.sharpness, _factor),
-    Operation("ShearX", host.shear_x, device.shear_x, _shear, is_signed=True),
-    Operation("ShearY", host.shear_y, device.shear_y, _shear, is_signed=True),
-    Operation("TranslateX", host.translate_x, device.translate_x, _shift, is_signed=True),
-    Operation("TranslateY", host.translate_y, device.translate_y, _shift, is_signed=True),
+    Operation("ShearX", *_by_matrix(host.x_shear_matrix), _shear, is_signed=True),
+    Operation("ShearY", *_by_matrix(host.y_shear_matrix), _shear, is_signed=True),
+    Operation("TranslateX", *_along(1), _shift, is_signed=True),
+    Operation("TranslateY", *_along(0), _shift, is_signed=True),
     Operation("Cutout", host.cut_out, device.cut_out, _radius, is_placed=True),
     Operation("SolarizeAdd", host.solarize_add, device.solarize_add, lambda m, _: int(11 * m)),
 )
@@ -157,15 +172,7 @@ class BatchRandAugment:
         self._num_layers = num_layers
 
     def __call__(self, images: Tensor, seeds: Sequence[int] | Tensor) -> Tensor:
-        """Return the augmented images.
-
-        Args:
-            images: uint8 [N, 3, H, H] on any device.
-            seeds: of each image, on the CPU.
-
-        Returns:
-            uint8 [N, 3, H, H] on the same device, in the memory format of `images`.
-        """
+        """Augment uint8 [N, 3, H, H] on its device, in its memory format."""
         seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
         layers = list(
             zip(*(draw_operations(seed, self._num_layers) for seed in seeds), strict=True)

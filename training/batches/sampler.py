@@ -26,15 +26,9 @@ class SampleKey(NamedTuple):
 class StepPlan:
     """How many steps there are, and how many images a forward pass of each stage takes.
 
-    Args:
-        num_images: of the training set. Those that do not fill an epoch's last batch begin the
-            next one: each pass over the set takes each image once.
-        config: the recipe.
-        micro_batch_sizes: images per forward pass at each stage.
-        world_size: processes that share the passes of a step.
-
-    Raises:
-        ValueError: too few images, or passes that cannot be shared out evenly.
+    Images that do not fill an epoch's last batch begin the next one: each pass over the set takes
+    each image once. `micro_batch_sizes` are images per forward pass at each stage; the processes
+    share the passes of a step evenly.
     """
 
     def __init__(
@@ -107,13 +101,9 @@ def seed_of(config: TrainConfig, *position: object) -> int:
 
 
 class StepSampler(Sampler[list[SampleKey]]):
-    """Yields the keys of one forward pass after the other, from any optimizer step on.
+    """Yields the keys of one forward pass of a rank after the other, from any optimizer step on.
 
-    Args:
-        plan: of the steps.
-        rank: of the process whose passes are yielded.
-        first_step: optimizer steps that have been taken.
-        attempt: times that training was taken back; each time images come in another order.
+    After each attempt that was taken back, images come in another order.
     """
 
     def __init__(
@@ -125,7 +115,6 @@ class StepSampler(Sampler[list[SampleKey]]):
         self._attempt = f"attempt {attempt} " if attempt else ""
 
     def __len__(self) -> int:
-        """Count the forward passes that are left."""
         plan = self._plan
         return sum(
             plan.gradient_accumulation_steps(step)
@@ -133,7 +122,6 @@ class StepSampler(Sampler[list[SampleKey]]):
         )
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        """Yield the keys of each forward pass."""
         plan, config = self._plan, self._plan.config
         share = config.batch_size // plan.world_size
         round_under_way, round_seed, order = -1, "", list[int]()

@@ -3,12 +3,8 @@
 import logging
 from pathlib import Path
 
-from efficientnet.formats.checkpoint import (
-    RECORD_FILE,
-    CheckpointError,
-    load_checkpoint,
-    read_checkpoint,
-)
+from efficientnet.formats import checkpoint
+from efficientnet.formats.checkpoint import RECORD_FILE, CheckpointError
 from training.inputs.published_weights import PublishedWeights, load_published, published_entries
 from training.recipe.config import TrainConfig
 
@@ -18,23 +14,18 @@ log = logging.getLogger(__name__)
 def start_image_size(weights: str) -> int | None:
     """Return the size that weights are used at, as far as it can be told without fetching them."""
     if (Path(weights) / RECORD_FILE).is_file():
-        return read_checkpoint(Path(weights)).preprocess.image_size
+        return checkpoint.read_checkpoint(Path(weights)).preprocess.image_size
     entry = published_entries().get(weights)
     return entry.usage.image_size[0] if entry else None
 
 
 def load_start(config: TrainConfig) -> PublishedWeights | None:
-    """Load what `config.weights` names; None without.
-
-    Raises:
-        WeightsError: not weights of the variant, or not to be fetched.
-        CheckpointError: a damaged checkpoint, or one of another variant.
-    """
+    """Load what `config.weights` names; None without."""
     if config.weights is None:
         return None
     if not Path(config.weights).is_dir():
         return load_published(config.weights, config.spec, config.weights_like, num_classes=None)
-    model, record = load_checkpoint(Path(config.weights))
+    model, record = checkpoint.load_checkpoint(Path(config.weights))
     if record.spec != config.spec:
         if record.variant == config.variant:
             raise CheckpointError(
@@ -57,17 +48,10 @@ def load_start(config: TrainConfig) -> PublishedWeights | None:
 
 def log_start(start: PublishedWeights, num_classes: int) -> None:
     """Say what training starts from, and what is not taken over."""
+    network, preprocess = start.network, start.preprocess
     log.info(
-        "start from %s (sha256 %s), %s padding, batch norm epsilon %g, mean %s, std %s",
-        start.origin,
-        start.sha256[:12],
-        start.network.padding,
-        start.network.batch_norm_epsilon,
-        start.preprocess.mean,
-        start.preprocess.std,
+        f"start from {start.origin} (sha256 {start.sha256[:12]}), {network.padding} padding, batch "
+        f"norm epsilon {network.batch_norm_epsilon:g}, mean {preprocess.mean}, std {preprocess.std}"
     )
-    log.info(
-        "its classifier of %d classes is replaced by a new one of %d",
-        len(start.tensors["classifier.1.bias"]),
-        num_classes,
-    )
+    old = len(start.tensors["classifier.1.bias"])
+    log.info("its classifier of %d classes is replaced by a new one of %d", old, num_classes)

@@ -48,23 +48,14 @@ class NamedSet:
     """Whether the images are files, which are taken as they are; if not, they become PNG."""
 
 
-CIFAR_BY_HAND = "download {url} to {{root}}"
+def _cifar(dataset: type[datasets.CIFAR10]) -> NamedSet:
+    by_hand = f"download {dataset.url} to {{root}}"
+    return NamedSet(dataset, ({"train": True},), ({"train": False},), by_hand, has_files=False)
+
 
 NAMED_SETS: Mapping[str, NamedSet] = {
-    "cifar10": NamedSet(
-        datasets.CIFAR10,
-        train=({"train": True},),
-        val=({"train": False},),
-        by_hand=CIFAR_BY_HAND.format(url=datasets.CIFAR10.url),
-        has_files=False,
-    ),
-    "cifar100": NamedSet(
-        datasets.CIFAR100,
-        train=({"train": True},),
-        val=({"train": False},),
-        by_hand=CIFAR_BY_HAND.format(url=datasets.CIFAR100.url),
-        has_files=False,
-    ),
+    "cifar10": _cifar(datasets.CIFAR10),
+    "cifar100": _cifar(datasets.CIFAR100),
     # Its 1,020 + 1,020 images of train and val are the papers' 2,040 for training.
     "flowers102": NamedSet(
         datasets.Flowers102,
@@ -104,11 +95,8 @@ def prepare_named_set(
 ) -> Path:
     """Return the folder of a set below `root`, made now if it is not there; for load_dataset.
 
-    Several processes may ask for the same set at once: one makes it, the others wait.
-
-    Raises:
-        ValueError: there is no set of that name.
-        DatasetError: it cannot be fetched, or what has to be brought by hand is not there.
+    Several processes may ask for the same set at once: one makes it, the others wait. DatasetError
+    tells what cannot be fetched and has to be brought by hand.
     """
     if name not in named_sets:
         raise ValueError(f"no set is called '{name}'; there are {', '.join(named_sets)}")
@@ -179,13 +167,11 @@ def _images(opened: list[Any]) -> Iterator[tuple[bytes, int]]:
     for dataset in opened:
         for index in range(len(dataset)):  # torchvision's sets end by no IndexError
             image, label = dataset[index]
-            yield _png(image) if isinstance(image, Image.Image) else image, int(label)
-
-
-def _png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
+            if isinstance(image, Image.Image):
+                content = io.BytesIO()
+                image.save(content, "PNG")
+                image = content.getvalue()
+            yield image, int(label)
 
 
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -94,11 +94,7 @@ class Usage:
     std: tuple[float, ...]
 
     def preprocess(self, source: str) -> PreprocessSpec:
-        """Return the preprocessing.
-
-        Raises:
-            WeightsError: there are no words for it in PreprocessSpec.
-        """
+        """Return the preprocessing; WeightsError where PreprocessSpec has no words for it."""
         height, width = self.image_size
         if height != width:
             problem = f"images of {height} x {width} pixels, expected squares"
@@ -238,15 +234,8 @@ def load_published(
 
     A file does not hold its padding, epsilon and preprocessing. They come from `like`, from the
     hash in the file's published name, from timm's config.json beside it, or from all published
-    weights of that shape if they agree; which of these is told in the log.
-
-    Args:
-        source: a .safetensors or .pth file, or LIBRARY:NAME.
-        spec: the variant that the weights must be of.
-        like: for a file, the LIBRARY:NAME that it is used like.
-        num_classes: length that the classifier must have; None = whatever it has.
-        entry: of a file, see read_weights_file.
-        drop: likewise.
+    weights of that shape if they agree; which of these is told in the log. The classifier must have
+    `num_classes`; None = whatever it has. `entry` and `drop`: see read_weights_file.
 
     Raises:
         WeightsError: they cannot be had, do not fit, or it is open how they are used.

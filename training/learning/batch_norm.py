@@ -42,14 +42,9 @@ class StepStatistics:
 
     @torch.no_grad()
     def end_step(self, num_passes: int, also: Sequence[Tensor]) -> list[Tensor]:
-        """Take the mean over passes and processes.
+        """Take the mean over this process's passes, and over the processes.
 
-        Args:
-            num_passes: of this process.
-            also: scalars to take the mean of over the processes, in the same message.
-
-        Returns:
-            Their means.
+        `also` are scalars whose means over the processes travel in the same message, and come back.
         """
         if num_passes > 1:
             torch._foreach_div_(self._sums, num_passes)  # pyright: ignore[reportPrivateImportUsage]

@@ -154,9 +154,7 @@ def plan_micro_batches(
 
     fixed: config's micro_batch_size, or a process's whole share of the batch. memory: at each stage
     the largest divisor of the share that fits; the batch, and so the learning rate, stays.
-
-    Raises:
-        BatchTooLargeError: a stage cannot hold it; the largest stage is looked at first.
+    BatchTooLargeError names the first stage that cannot hold it; the largest is looked at first.
     """
     model = MemoryModel(config, network, num_classes)
     share = config.batch_size // world_size
@@ -191,11 +189,7 @@ def plan_micro_batches(
 
 
 def require_batch_norm_fits(config: TrainConfig, stages: Sequence[Stage], world_size: int) -> None:
-    """Check that no pass leaves batch norm a single value per channel, which has no variance.
-
-    Raises:
-        ValueError: a pass has one image, and the last map of a stage is a single pixel.
-    """
+    """Refuse passes that leave batch norm a single value per channel, which has no variance."""
     share = config.batch_size // world_size
     smallest = share if config.batch_plan == "memory" else config.micro_batch_size or share
     if smallest >= MIN_MICRO_BATCH:

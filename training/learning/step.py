@@ -33,12 +33,7 @@ AUTOCAST_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class TrainStep:
     """An optimizer step on the device, the same on one process and on each of many.
 
-    Args:
-        state: is changed in place.
-        config: the recipe.
-        ranks: of the processes.
-        num_classes: length of the logits.
-        preprocess: mean and std of the network's input.
+    `state` is changed in place; of `preprocess` mean and std are used.
     """
 
     def __init__(
@@ -86,12 +81,10 @@ class TrainStep:
         # As cuDNN's convolutions do by default; squeeze-excite and classifier are matrices.
         torch.backends.cuda.matmul.allow_tf32 = True
         self._state.model.dropout.set_rate(stage.dropout_rate)
-        is_augmented_here = self._config.augment_on == "device" and stage.randaugment_magnitude
-        self._augment = (
-            BatchRandAugment(stage.randaugment_magnitude, self._config.num_randaugment_layers)
-            if is_augmented_here
-            else None
-        )
+        self._augment = None
+        if self._config.augment_on == "device" and stage.randaugment_magnitude:
+            num_layers = self._config.num_randaugment_layers
+            self._augment = BatchRandAugment(stage.randaugment_magnitude, num_layers)
         shape = (stage.image_size, micro_batch_size)
         if self._config.compile and self._compiled_for != shape:
             # The last stage's graphs are dropped: they would count against torch's limit on graphs
@@ -104,9 +97,6 @@ class TrainStep:
         """Make one pass of a size without a step, so that its memory is taken in one piece.
 
         A GPU's allocator that has grown with the stages is left with pieces too small for the last.
-
-        Raises:
-            BatchTooLargeError: the device has too little memory.
         """
         state = self._state
         shape = (micro_batch_size, 3, image_size, image_size)
@@ -136,17 +126,11 @@ class TrainStep:
     def __call__(
         self, batches: Iterator[Batch], num_passes: int, learning_rate: float, stop: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Take one step.
+        """Take one step, of so many passes of this process.
 
-        Args:
-            batches: forward passes, on the CPU or already on the device.
-            num_passes: of this process.
-            learning_rate: of this step.
-            stop: scalar, whether this process was asked to stop.
-
-        Returns:
-            On the device: the mean loss over all passes of all processes, and how many of the
-            processes, as a fraction, were asked to stop.
+        `batches` may be on the CPU or already on the device; `stop` is a scalar, whether this
+        process was asked to stop. Returns on the device the mean loss over all passes of all
+        processes, and the fraction of the processes that were asked to stop.
         """
         state, config = self._state, self._config
         for group in state.optimizer.param_groups:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import TypeAdapter
 
+from efficientnet.command import require_least
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.network.variants import NetworkOptions, Padding, VariantSpec, spec_of
 
@@ -16,13 +17,8 @@ MAX_RANDAUGMENT_MAGNITUDE = 30.0
 MAX_TRAIN_IMAGE_SIZE = 1024
 
 # What may change when a run is gone on with: it does not change what is computed.
-FREE_TO_CHANGE = (
-    "recipe_reason",
-    "num_workers",
-    "output",
-    "keep_checkpoints",
-    "checkpoint_every_steps",
-)
+FREE_TO_CHANGE = {"recipe_reason", "num_workers", "output"}
+FREE_TO_CHANGE |= {"keep_checkpoints", "checkpoint_every_steps"}
 
 
 @dataclass(frozen=True)
@@ -242,17 +238,13 @@ class TrainConfig:
     on with, so that the same command can be started again."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, expected at least 1")
-        for name in ("label_smoothing", "stochastic_depth_rate", "batch_norm_momentum"):
+        require_least(self, epochs=1, batch_size=1, steps=1, eval_image_size=16)
+        require_least(self, num_randaugment_layers=0, num_workers=0)
+        require_least(self, keep_checkpoints=1, checkpoint_every_steps=1)
+        rates = ("label_smoothing", "stochastic_depth_rate", "batch_norm_momentum", "cutout")
+        for name in rates:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1")
-        for name in ("num_randaugment_layers", "num_workers"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.micro_batch_size is not None and (
             self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
         ):
@@ -260,20 +252,10 @@ class TrainConfig:
                 f"micro_batch_size is {self.micro_batch_size}, "
                 f"expected a divisor of batch_size {self.batch_size}"
             )
-        if self.eval_image_size < 16:
-            raise ValueError(f"eval_image_size is {self.eval_image_size}, expected at least 16")
         if not 0 < self.min_crop_area <= 1:
             raise ValueError(f"min_crop_area is {self.min_crop_area}, expected 0 < area <= 1")
-        if not 0 <= self.cutout < 1:
-            raise ValueError(f"cutout is {self.cutout}, expected 0 <= side < 1")
         if self.minival is not None and not 0 < self.minival <= 0.5:
             raise ValueError(f"minival is {self.minival}, expected more than 0 and at most 0.5")
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints is {self.keep_checkpoints}, expected at least 1")
-        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
-            raise ValueError(
-                f"checkpoint_every_steps is {self.checkpoint_every_steps}, expected at least 1"
-            )
         if self.name is not None and (self.name in ("", "latest") or "/" in self.name):
             raise ValueError(f"name is {self.name!r}, expected a folder's name, not 'latest'")
         if self.augment_on == "device" and self.autoaugment:
@@ -306,9 +288,8 @@ class TrainConfig:
     def preprocess_spec(self, start: PreprocessSpec | None) -> PreprocessSpec:
         """Return how evaluation and deployment prepare an image.
 
-        Args:
-            start: of the weights that training starts from, whose mean and std are kept;
-                None: 0.5, which maps pixels to -1..1 as the released V2 weights have it.
+        Mean and std are those of the weights to start from, or 0.5, which maps pixels to -1..1 as
+        the released V2 weights have it.
         """
         return PreprocessSpec(
             image_size=self.eval_image_size,
@@ -320,14 +301,7 @@ class TrainConfig:
         )
 
     def network_options(self, start: NetworkOptions | None) -> NetworkOptions:
-        """Return padding and batch norm of the network.
-
-        Args:
-            start: of the weights that training starts from, which fit no other padding or epsilon.
-
-        Raises:
-            ValueError: `padding` is given and is not theirs.
-        """
+        """Return padding and batch norm: those of the weights to start from, which fit no other."""
         if start and self.padding and self.padding != start.padding:
             raise ValueError(
                 f"padding is {self.padding}, but the weights of {self.weights} are used with "
@@ -346,11 +320,7 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 
 
 def config_from_json(values: dict[str, Any]) -> TrainConfig:
-    """Turn what config_to_json made back into a config.
-
-    Raises:
-        ValueError: a field is missing or has a value that is not allowed.
-    """
+    """Turn what config_to_json made back into a config; ValueError if it has other fields."""
     return _ADAPTER.validate_python(values)
 
 

@@ -78,7 +78,9 @@ def imagenet_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConf
     eval_size = spec.eval_image_size
     is_progressive = spec.name in PAPER_PROGRESSIVE
     values = RELEASED_PROGRESSIVE if schedule == "released" else PAPER_PROGRESSIVE
-    progressive = values.get(spec.name, PAPER_PROGRESSIVE.get(spec.name, one_size(spec)))
+    progressive = values.get(spec.name) or PAPER_PROGRESSIVE.get(spec.name)
+    if progressive is None:
+        progressive = one_size(spec.train_image_size, spec.dropout_rate, schedule)
     return TrainConfig(
         variant=spec.name,
         architecture=None if isinstance(variant, str) else variant,
@@ -102,18 +104,19 @@ def imagenet_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConf
 
 
 def table_of(variant: Variant) -> VariantSpec:
-    """Return the table of stages.
-
-    Raises:
-        ValueError: there is no variant of this name.
-    """
+    """Return the table of stages."""
     return get_variant(variant) if isinstance(variant, str) else variant
 
 
-def one_size(spec: VariantSpec) -> ProgressiveConfig:
-    """Return no progression: the variant's own train size and dropout throughout."""
-    size, dropout = spec.train_image_size, spec.dropout_rate
-    return ProgressiveConfig((size, size), (0, 0), (0, 0), (dropout, dropout), num_stages=1)
+def one_size(
+    size: int, dropout: float, schedule: Schedule, magnitude: float = 0
+) -> ProgressiveConfig:
+    """Return no progression: the same values throughout."""
+    return ProgressiveConfig(
+        *((size, size), (magnitude, magnitude), (0, 0), (dropout, dropout)),
+        num_stages=1,
+        schedule=schedule,
+    )
 
 
 def pretrain_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConfig:
@@ -124,9 +127,7 @@ def pretrain_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConf
     return replace(
         imagenet_recipe(variant, schedule),
         recipe="pretrain",
-        progressive=ProgressiveConfig(
-            (224, 224), (0, 0), (0, 0), (0, 0), num_stages=1, schedule=schedule
-        ),
+        progressive=one_size(224, 0, schedule),
         optimizer=replace(PAPER_OPTIMIZER, learning_rate=0.008, schedule="cosine", warmup_epochs=1),
         epochs=60,
         eval_image_size=224,
@@ -142,20 +143,16 @@ def finetune_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConf
 
     Tan and Le 2021, section 5.2: cosine. The released code keeps the rate constant.
     """
-    recipe, spec = imagenet_recipe(variant, schedule), table_of(variant)
-    size, dropout = spec.eval_image_size, spec.dropout_rate
+    spec = table_of(variant)
     return replace(
-        recipe,
+        imagenet_recipe(variant, schedule),
         recipe="finetune",
-        progressive=ProgressiveConfig(
-            (size, size), (0, 0), (0, 0), (dropout, dropout), num_stages=1, schedule=schedule
-        ),
-        optimizer=OptimizerConfig(
-            name="rmsprop",
+        progressive=one_size(spec.eval_image_size, spec.dropout_rate, schedule),
+        optimizer=replace(
+            PAPER_OPTIMIZER,
             learning_rate=0.0005,  # 0.001 at the batch of 512
             schedule="constant" if schedule == "released" else "cosine",
             warmup_epochs=1,
-            weight_decay=1e-5,
             ema_decay=0.9996,
         ),
         epochs=15,
@@ -172,16 +169,9 @@ def transfer_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConf
     released code takes its fine-tuning settings over: constant rate and weight decay 1e-5.
     """
     recipe = finetune_recipe(variant, schedule)
-    is_released = schedule == "released"
-    return replace(
-        recipe,
-        recipe="transfer",
-        steps=10_000,
-        optimizer=replace(
-            recipe.optimizer,
-            weight_decay=1e-5 if is_released else 0.0,
-        ),
-    )
+    if schedule != "released":
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, weight_decay=0.0))
+    return replace(recipe, recipe="transfer", steps=10_000)
 
 
 def digits_recipe(variant: Variant, schedule: Schedule = "paper") -> TrainConfig:
@@ -233,21 +223,6 @@ class RecipeFacts:
     steps: int | None = None
     batch_size: int | None = None
     micro_batch_size: int | None = None
-
-    @property
-    def fitting_batch_size(self) -> int:
-        """Images per step: what was asked for, or 2 to 256, of which an epoch has several."""
-        if self.batch_size is not None:
-            return self.batch_size
-        # 100 steps or more an epoch, but batches below 32 only where there are no 4 of them.
-        most = min(max(self.num_images // 100, 32), self.num_images // 4, 256)
-        return 2 ** (max(most, 2).bit_length() - 1)
-
-    def fitting_epochs(self, num_passes: int, limits: tuple[int, int]) -> int:
-        """Epochs: what was asked for, or so many that `num_passes` images are seen in all."""
-        if self.epochs is not None:
-            return self.epochs
-        return min(max(num_passes // max(self.num_images, 1), limits[0]), limits[1])
 
 
 # Images from which on the papers' recipes are taken, whose values are for 1.28 million; below, few
@@ -308,14 +283,7 @@ def small_finetune_recipe(variant: Variant, schedule: Schedule, facts: RecipeFac
     return replace(
         recipe,
         recipe=SMALL_FINETUNE_RECIPE,
-        progressive=ProgressiveConfig(
-            (size, size),
-            (3, 3),
-            (0, 0),
-            (spec.dropout_rate, spec.dropout_rate),
-            num_stages=1,
-            schedule=schedule,
-        ),
+        progressive=one_size(size, spec.dropout_rate, schedule, magnitude=3),
         optimizer=replace(
             recipe.optimizer, learning_rate=recipe.optimizer.learning_rate / 4, weight_decay=0.01
         ),
@@ -329,9 +297,13 @@ def small_finetune_recipe(variant: Variant, schedule: Schedule, facts: RecipeFac
 def _fit_to_steps(
     recipe: TrainConfig, facts: RecipeFacts, num_passes: int, limits: tuple[int, int]
 ) -> TrainConfig:
-    batch_size = facts.fitting_batch_size
+    # 100 steps or more an epoch, but batches below 32 only where there are no 4 of them.
+    most = min(max(facts.num_images // 100, 32), facts.num_images // 4, 256)
+    batch_size = facts.batch_size or 2 ** (max(most, 2).bit_length() - 1)
     steps_per_epoch = max(facts.num_images // batch_size, 1)
-    epochs = facts.fitting_epochs(num_passes, limits)
+    # So many that `num_passes` images are seen in all.
+    epochs = min(max(num_passes // max(facts.num_images, 1), limits[0]), limits[1])
+    epochs = facts.epochs or epochs
     num_steps = facts.steps or epochs * steps_per_epoch
     # The config's rate is that of a batch of 256, to which it is in proportion.
     rate = SMALL_LEARNING_RATE * (batch_size / 64) ** 0.5 * 256 / batch_size
@@ -342,7 +314,7 @@ def _fit_to_steps(
             recipe.optimizer,
             learning_rate=float(f"{rate:.3g}"),
             warmup_epochs=float(f"{WARMUP_SHARE * num_steps / steps_per_epoch:.3g}"),
-            ema_decay=float(f"{1 - 1 / (1 + num_averaged):.4g}"),
+            ema_decay=min(float(f"{1 - 1 / (1 + num_averaged):.4g}"), PAPER_OPTIMIZER.ema_decay),
         ),
         epochs=epochs,
         steps=facts.steps,
@@ -396,9 +368,6 @@ def recipes_for(
     """Return a recipe's values for each variant; those of FITTED_RECIPES need the facts.
 
     With a table of stages they are for it alone.
-
-    Raises:
-        ValueError: there is no recipe of this name.
     """
     variants: dict[str, Variant] = {name: name for name in VARIANTS}
     if table is not None:

@@ -1,4 +1,4 @@
-"""A recipe or a run to go on with -> RunStart: data, plan and state; then the Trainer."""
+"""A recipe or a run to go on with -> Run: data, plan and state; then the Trainer."""
 
 import logging
 from collections.abc import Generator
@@ -13,21 +13,10 @@ from efficientnet.machine.locking import LockedError, locked_folder
 from training.batches.sampler import StepPlan
 from training.inputs.initial_weights import load_start, log_start
 from training.inputs.training_data import load_training_data
-from training.learning import distributed
-from training.learning.memory import (
-    USABLE_SHARE,
-    device_memory_bytes,
-    plan_micro_batches,
-    require_batch_norm_fits,
-)
+from training.learning import distributed, memory
 from training.learning.state import new_state
-from training.recipe.config import (
-    TrainConfig,
-    changed_values,
-    config_from_json,
-    config_to_json,
-    flat_values,
-)
+from training.recipe import config as recipe_config
+from training.recipe.config import TrainConfig
 from training.recipe.stages import plan_stages
 from training.running import run_folder
 from training.running.command_line import ResumeConfig
@@ -50,9 +39,9 @@ def main(command: TrainConfig | ResumeConfig) -> Path | None:
             command.require_stages_fit()
         directory = directory_of(command)
         with _kept_from_others(directory, ranks):
-            start = begin_run(command, directory, ranks)
-            if start is not None:
-                Trainer(start).fit()
+            run = begin_run(command, directory, ranks)
+            if run is not None:
+                Trainer(run).fit()
         return directory / run_folder.CHECKPOINT if ranks.is_main else None
     finally:
         distributed.leave_ranks()
@@ -76,20 +65,13 @@ def _kept_from_others(directory: Path, ranks: distributed.Ranks) -> Generator[No
 
 def begin_run(
     command: TrainConfig | ResumeConfig, directory: Path, ranks: distributed.Ranks
-) -> run_folder.RunStart | None:
-    """Return what to train with, new or saved; None: the run is complete.
-
-    Raises:
-        DatasetError: the data cannot be used.
-        CheckpointError: there is nothing to resume, or it is another run.
-        WeightsError: what to start from cannot be used.
-        BatchTooLargeError: a stage does not fit the device.
-    """
+) -> run_folder.Run | None:
+    """Return what to train with, new or saved; None: the run is complete."""
     if isinstance(command, TrainConfig) and distributed.broadcast_from_rank0(
         run_folder.is_complete(directory)
     ):
         record = read_checkpoint(directory / run_folder.CHECKPOINT)
-        require_same_recipe(command, config_from_json(record.train_config), directory)
+        require_same_recipe(command, recipe_config.config_from_json(record.train_config), directory)
         log.info("%s is complete: nothing to train", directory)
         return None
     saved, weights = find_run(command, directory), None
@@ -106,23 +88,22 @@ def begin_run(
         preprocess = config.preprocess_spec(weights.preprocess if weights else None)
         network = config.network_options(weights.network if weights else None)
     stages = plan_stages(config.progressive, config.seed)
-    require_batch_norm_fits(config, stages, ranks.world_size)
+    memory.require_batch_norm_fits(config, stages, ranks.world_size)
 
     dataset = load_training_data(config, ranks, saved.left_out if saved else None)
     # After what can be wrong with the data, so that an error is not the 46th line.
     log_recipe(config)
-    run = run_folder.Run(directory, config, dataset, preprocess, network)
     num_classes = len(dataset.class_names)
     if saved:
-        saved.require_dataset(run)
+        saved.require_dataset(dataset)
     if saved and saved.state["world_size"] == ranks.world_size:
         sizes = tuple(saved.state["micro_batch_sizes"])
     else:
-        limit = USABLE_SHARE * device_memory_bytes(ranks.device)
+        limit = memory.USABLE_SHARE * memory.device_memory_bytes(ranks.device)
         # On the CPU the processes of a machine share its memory.
         limit /= 1 if ranks.device.type == "cuda" else distributed.local_world_size()
         sizes = distributed.broadcast_from_rank0(
-            plan_micro_batches(config, network, num_classes, stages, ranks.world_size, limit)
+            memory.plan_micro_batches(config, network, num_classes, stages, ranks.world_size, limit)
         )
     plan = StepPlan(len(dataset.train), config, sizes, ranks.world_size)
     if weights:
@@ -132,9 +113,11 @@ def begin_run(
     if saved:
         state.load_dict(saved.state)
     state.micro_batch_sizes, state.world_size = plan.micro_batch_sizes, plan.world_size
-    start = run_folder.RunStart(run, state, ranks, plan, stages)
-    log_plan(start)
-    return start
+    run = run_folder.Run(
+        directory, config, dataset, preprocess, network, ranks, stages, plan, state
+    )
+    log_plan(run)
+    return run
 
 
 def directory_of(command: TrainConfig | ResumeConfig) -> Path:
@@ -142,7 +125,6 @@ def directory_of(command: TrainConfig | ResumeConfig) -> Path:
 
     Raises:
         ValueError: torchrun may start the processes again, and the run could not be found then.
-        CheckpointError: there is no run to go on with.
     """
     if isinstance(command, ResumeConfig):
         directory, checkpoint = run_folder.run_of(command.resume)
@@ -178,7 +160,9 @@ def find_run(command: TrainConfig | ResumeConfig, directory: Path) -> run_folder
 
 def require_same_recipe(asked: TrainConfig, begun: TrainConfig, directory: Path) -> TrainConfig:
     """Return the recipe to go on with."""
-    if changes := changed_values(config_to_json(begun), config_to_json(asked)):
+    if changes := recipe_config.changed_values(
+        recipe_config.config_to_json(begun), recipe_config.config_to_json(asked)
+    ):
         raise CheckpointError(
             f"{directory} was begun with {'; '.join(changes)}: give the same values, or begin "
             "another run by another --name"
@@ -190,9 +174,6 @@ def require_same_run(asked: TrainConfig, begun: TrainConfig, directory: Path) ->
     """Return the recipe to go on with where --resume and other flags are given.
 
     Data may be elsewhere now: its images are compared with the run's by their names and labels.
-
-    Raises:
-        CheckpointError: the run was begun with other values, or is not where they say.
     """
     moved = replace(begun, data=asked.data, data_folder=asked.data_folder)
     if asked.name == directory.name:
@@ -206,7 +187,7 @@ def log_recipe(config: TrainConfig) -> None:
     """Print every value that decides the run."""
     reason = f", for {config.recipe_reason}" if config.recipe_reason else ""
     log.info("recipe %s of %s%s", config.recipe, config.variant, reason)
-    for name, value in flat_values(config_to_json(config)).items():
+    for name, value in recipe_config.flat_values(recipe_config.config_to_json(config)).items():
         log.info("  %-36s %s", name, value)
 
 
@@ -227,31 +208,22 @@ def misfits(plan: StepPlan) -> list[str]:
     return said
 
 
-def log_plan(start: run_folder.RunStart) -> None:
+def log_plan(run: run_folder.Run) -> None:
     """Print what is trained on, and what each stage makes of the recipe."""
-    plan, dataset = start.plan, start.run.dataset
+    plan, dataset = run.plan, run.dataset
     log.info("  stage  image size  RandAugment  Mixup  CutMix  dropout   steps  passes x images")
-    for stage in start.stages:
+    for stage in run.stages:
         micro_batch_size = plan.micro_batch_sizes[stage.index]
+        num_passes = plan.config.batch_size // micro_batch_size
         log.info(
-            "  %5d  %7d px  %11.2f  %5.3f  %6.3f  %7.3f  %6d  %6d x %d",
-            stage.index + 1,
-            stage.image_size,
-            stage.randaugment_magnitude,
-            stage.mixup_alpha,
-            stage.cutmix_alpha,
-            stage.dropout_rate,
-            plan.num_steps_of_stage(stage.index),
-            plan.config.batch_size // micro_batch_size,
-            micro_batch_size,
+            f"  {stage.index + 1:5d}  {stage.image_size:7d} px  {stage.randaugment_magnitude:11.2f}"
+            f"  {stage.mixup_alpha:5.3f}  {stage.cutmix_alpha:6.3f}  {stage.dropout_rate:7.3f}"
+            f"  {plan.num_steps_of_stage(stage.index):6d}  {num_passes:6d} x {micro_batch_size}"
         )
     log.info(
-        "%d training and %d held-out images of %d classes, %d steps per epoch, on %s",
-        len(dataset.train),
-        len(dataset.val),
-        len(dataset.class_names),
-        plan.steps_per_epoch,
-        start.ranks.describe(),
+        f"{len(dataset.train)} training and {len(dataset.val)} held-out images of "
+        f"{len(dataset.class_names)} classes, {plan.steps_per_epoch} steps per epoch, on "
+        f"{run.ranks.describe()}"
     )
     for misfit in misfits(plan):
         log.warning("%s; --recipe small follows from the number of images", misfit)

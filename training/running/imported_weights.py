@@ -9,6 +9,7 @@ import torch
 
 from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.images.datasets import SAMPLE_PHOTOS
+from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.model import build_model
 from efficientnet.network.variants import get_variant
@@ -29,8 +30,7 @@ def main(config: ImportConfig) -> Path:
     )
     class_names = name_classes(published, names)
     preprocess = published.preprocess.model_copy(update={"method": config.preprocess_method})
-    log_weights(published)
-    log.info("               method %s", preprocess.method)
+    log_weights(published, preprocess)
 
     size = published.preprocess.image_size
     with torch.device("meta"):
@@ -64,11 +64,7 @@ def main(config: ImportConfig) -> Path:
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Read the names of classes, one a line or a JSON list.
-
-    Raises:
-        WeightsError: no such file, or not names that differ from each other.
-    """
+    """Read the names of classes, one a line or a JSON list."""
     try:
         text = path.read_text(encoding="utf-8")
         lines = json.loads(text) if path.suffix == ".json" else text.splitlines()
@@ -93,35 +89,25 @@ def name_classes(published: PublishedWeights, names: tuple[str, ...] | None) -> 
         )
     if names is None and published.class_names is None:
         log.info(
-            "%d classes without names: they are called class_0 to class_%d; "
-            "--class-names FILE gives them others",
-            count,
-            count - 1,
+            f"{count} classes without names: they are called class_0 to class_{count - 1}; "
+            "--class-names FILE gives them others"
         )
     return names or published.class_names or tuple(f"class_{index}" for index in range(count))
 
 
-def log_weights(published: PublishedWeights) -> None:
+def log_weights(published: PublishedWeights, preprocess: PreprocessSpec) -> None:
     """Print what decides the network's answers."""
-    network, preprocess = published.network, published.preprocess
-    names = ("weight", "bias")
-    count = sum(t.numel() for name, t in published.tensors.items() if name.endswith(names))
-    cut, squashed = preprocess.crop_fraction, preprocess.is_squashed
-    log.info("weights        %s, SHA-256 %s", published.origin, published.sha256[:12])
-    log.info("parameters     %s", f"{count:,}")
-    log.info("padding        %s", network.padding)
-    log.info(
-        "batch norm     epsilon %g, momentum %g",
-        network.batch_norm_epsilon,
-        network.batch_norm_momentum,
-    )
-    log.info(
-        "preprocessing  %d px, %s, %s, mean %s, deviation %s",
-        preprocess.image_size,
-        "the whole image squashed"
-        if cut is None
-        else f"the central {cut:.3f} of the {'squashed image' if squashed else 'short side'}",
-        preprocess.interpolation,
-        preprocess.mean,
-        preprocess.std,
-    )
+    network, cut = published.network, preprocess.crop_fraction
+    trained = (t for n, t in published.tensors.items() if n.endswith(("weight", "bias")))
+    of = "squashed image" if preprocess.is_squashed else "short side"
+    shown = "the whole image squashed" if cut is None else f"the central {cut:.3f} of the {of}"
+    for name, value in {
+        "weights": f"{published.origin}, SHA-256 {published.sha256[:12]}",
+        "parameters": f"{sum(t.numel() for t in trained):,}",
+        "padding": network.padding,
+        "batch norm": f"epsilon {network.batch_norm_epsilon:g}, "
+        f"momentum {network.batch_norm_momentum:g}",
+        "preprocessing": f"{preprocess.image_size} px, {shown}, {preprocess.interpolation}, "
+        f"mean {preprocess.mean}, deviation {preprocess.std}, method {preprocess.method}",
+    }.items():
+        log.info("%-13s  %s", name, value)

@@ -1,17 +1,16 @@
 """Epochs of a run -> metrics.jsonl and curves.png."""
 
-import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
 from efficientnet.machine.atomic import write_bytes, write_text
+from training.running.pictures import draw_png
 from training.running.progress import format_seconds
 
 METRICS_FILE = "metrics.jsonl"
@@ -76,12 +75,7 @@ def signs_of_failure(metrics: EpochMetrics, num_classes: int) -> list[str]:
     if metrics.val_loss > EXPLODED * guessing:
         signs.append(
             f"the held-out loss {metrics.val_loss:,.5g} has exploded, guessing has {guessing:.2f}: "
-            + (
-                "the averaged weights still hold those of the first steps, or "
-                if metrics.epoch <= 2
-                else ""
-            )
-            + "the learning rate is too high (--optimizer.learning-rate), or the steps are too few "
+            "the learning rate is too high (--optimizer.learning-rate), or the steps are too few "
             "for batch norm's statistics (--batch-norm-momentum) and the moving average"
         )
     return signs
@@ -104,28 +98,22 @@ def draw_curves(run: Path, epochs: Sequence[EpochMetrics], title: str, num_class
     The loss axis ends a little above the loss of guessing; what is higher is marked at its upper
     edge with its value, so that a spike does not flatten the rest.
     """
+    picture = draw_png((9, 8.5), lambda figure: _draw(figure, epochs, title, num_classes), 120)
+    write_bytes(run / CURVES_FILE, picture)
+    return run / CURVES_FILE
+
+
+def _draw(figure: Figure, epochs: Sequence[EpochMetrics], title: str, num_classes: int) -> None:
     minutes = [epoch.elapsed_s / 60 for epoch in epochs]
-    # Not pyplot, which may only be used by one thread: this is drawn beside the training.
-    figure = Figure(figsize=(9, 8.5), layout="constrained")
-    FigureCanvasAgg(figure)
     loss, top1, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.2))
     end = loss_axis_end(epochs, num_classes)
-    for values, name in (
-        ([e.train_loss for e in epochs], "train (augmented)"),
-        ([e.val_loss for e in epochs], "held-out (averaged weights)"),
-    ):
-        _draw_clipped(loss, minutes, values, end, name)
+    train, held_out = [e.train_loss for e in epochs], [e.val_loss for e in epochs]
+    _draw_clipped(loss, minutes, train, end, "train (augmented)")
+    _draw_clipped(loss, minutes, held_out, end, "held-out (averaged weights)")
     guessing = math.log(num_classes)
     loss.axhline(guessing, ls=":", lw=1, color="gray", label=f"guessing: {guessing:.2f}")
     loss.set_ylim(0, end)
     loss.set_ylabel("loss")
-    if epochs[0].val_loss > epochs[0].train_loss:
-        loss.set_xlabel(
-            "held-out: by the moving average (EMA) of the weights, which in the first epochs still "
-            "holds the initial ones",
-            fontsize=8,
-            color="dimgray",
-        )
     loss.legend(loc="upper right", framealpha=0.8, edgecolor="none")
     top1.plot(minutes, [100 * e.top1 for e in epochs], "o-", ms=3, color="tab:green")
     top1.set_ylabel("top-1 on held-out images, %")
@@ -148,10 +136,6 @@ def draw_curves(run: Path, epochs: Sequence[EpochMetrics], title: str, num_class
         _draw_bands(axes, epochs, has_labels=axes is loss)
     top1.set_xlim(0, minutes[-1] * 1.02)
     figure.suptitle(title)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=120, format="png")
-    write_bytes(run / CURVES_FILE, png.getvalue())
-    return run / CURVES_FILE
 
 
 def loss_axis_end(epochs: Sequence[EpochMetrics], num_classes: int) -> float:

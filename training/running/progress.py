@@ -2,11 +2,11 @@
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from types import FrameType, TracebackType
-from typing import Self
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -15,40 +15,35 @@ from training.learning.distributed import Ranks
 from training.recipe.stages import Stage
 
 
-class InterruptFlag:
-    """While entered, the first Ctrl-C or SIGTERM only sets `is_set`; a second Ctrl-C gives up.
+@dataclass
+class StopFlag:
+    """Whether this process was asked to stop."""
+
+    is_set: bool = False
+
+
+@contextmanager
+def stop_flag() -> Generator[StopFlag]:
+    """Let the first Ctrl-C or SIGTERM only set the flag; a second Ctrl-C gives up.
 
     SIGTERM is what Slurm and Kubernetes send before they take a machine away, and torchrun sends it
     on: it may come twice.
     """
+    flag = StopFlag()
 
-    def __init__(self) -> None:
-        self.is_set = False
-
-    def __enter__(self) -> Self:
-        """Take over both signals."""
-        self._previous = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give them back."""
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.is_set and number == signal.SIGINT:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if flag.is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.is_set:
+        if not flag.is_set:
             print("\nstopping within a few steps; Ctrl-C gives up at once", file=sys.stderr)
-        self.is_set = True
+        flag.is_set = True
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -111,11 +106,7 @@ class ProgressBar:
         """Print a line above the bar."""
         self._bar.write(line, file=sys.stderr)
 
-    def __enter__(self) -> Self:
-        """Do nothing more."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Leave the terminal clean."""
         self._bar.close()
 

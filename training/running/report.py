@@ -1,6 +1,5 @@
 """What a run came to -> report.md and confusion.png in its directory."""
 
-import io
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -8,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -23,10 +20,11 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.class_table import class_table
 from efficientnet.reporting.tables import NOTHING, Table, format_bytes, format_percent, format_rate
 from training.learning.evaluation import MAX_CONFUSION_CLASSES, Evaluation
-from training.recipe.config import TrainConfig, config_to_json
+from training.recipe.config import TrainConfig, config_to_json, flat_values
 from training.running.metrics import CURVES_FILE, EpochMetrics
+from training.running.pictures import LINE, MUTED, TEXT, draw_png
 from training.running.progress import format_seconds
-from training.running.run_folder import REPORT_FILE, RunStart
+from training.running.run_folder import REPORT_FILE, Run
 
 CONFUSION_FILE = "confusion.png"
 
@@ -41,7 +39,6 @@ MIN_SIDE_INCHES = 5.5
 
 HITS = LinearSegmentedColormap.from_list("hits", ["#f3f7fb", "#9ec3e6", "#1f5f9e"])
 MISSES = LinearSegmentedColormap.from_list("misses", ["#ffffff", "#f6b48f", "#b3261e"])
-TEXT, MUTED, LINE = "#1f2328", "#59636e", "#d8dee4"
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,11 @@ class FinalEvaluation:
     result: Evaluation
 
 
-def write_report(start: RunStart, evaluations: Sequence[FinalEvaluation]) -> Path:
+def write_report(run: Run, evaluations: Sequence[FinalEvaluation]) -> Path:
     """Write confusion.png, and report.md last: where it stands, the run is complete."""
-    directory, config, dataset = start.run.directory, start.run.config, start.run.dataset
+    directory, config, dataset = run.directory, run.config, run.dataset
     class_names, num_val = dataset.class_names, len(dataset.val)
-    epochs = [EpochMetrics(**epoch) for epoch in start.state.history]
+    epochs = [EpochMetrics(**epoch) for epoch in run.state.history]
     final = next(
         e for e in evaluations if e.weights == "averaged" and e.image_size == config.eval_image_size
     )
@@ -78,17 +75,17 @@ def write_report(start: RunStart, evaluations: Sequence[FinalEvaluation]) -> Pat
         f"classes' recalls: {format_percent(classes.balanced)}.",
         f"The averaged weights at {final.image_size} px on {num_val:,} held-out images, after "
         f"{len(epochs)} epoch{'s' * (len(epochs) > 1)} over {len(dataset.train):,} training images "
-        f"of {len(class_names):,} classes on {start.ranks.describe()}; the time is "
+        f"of {len(class_names):,} classes on {run.ranks.describe()}; the time is "
         "that of training and evaluation. " + _best_epoch(epochs),
         "## Evaluation",
-        evaluation_table(evaluations, start).markdown(),
+        evaluation_table(evaluations, run).markdown(),
         "Averaged: the moving average, which is what is deployed. Raw: the last step's. The loss "
         "is the cross entropy without label smoothing.",
         "## Classes",
         class_table(classes, class_names).markdown(),
         "Recall: the part of a class's images that is given that class.",
         "## Stages",
-        stage_table(start).markdown(),
+        stage_table(run).markdown(),
         "Without evaluation. Memory: the most that the device had in use during the stage, or the "
         "process where there is no GPU (with the libraries' own).",
         "## Curves",
@@ -99,21 +96,21 @@ def write_report(start: RunStart, evaluations: Sequence[FinalEvaluation]) -> Pat
         *([f"{config.recipe}: {config.recipe_reason}."] if config.recipe_reason else []),
         recipe_table(config).markdown(),
         "## Environment",
-        environment_table(start).markdown(),
+        environment_table(run).markdown(),
     ]
     write_text(directory / REPORT_FILE, "\n\n".join(parts) + "\n")
     return directory / REPORT_FILE
 
 
-def evaluation_table(evaluations: Sequence[FinalEvaluation], start: RunStart) -> Table:
+def evaluation_table(evaluations: Sequence[FinalEvaluation], run: Run) -> Table:
     """Lay out the final evaluations."""
     num_classes = len(evaluations[0].result.classes.images)
     has_top5 = num_classes > MAX_CLASSES_WITHOUT_TOP5
     rows: list[tuple[str, ...]] = []
     for evaluation in evaluations:
         size = evaluation.image_size
-        uses = ["evaluation"] if size == start.run.config.eval_image_size else []
-        uses += ["last stage"] if size == start.stages[-1].image_size else []
+        uses = ["evaluation"] if size == run.config.eval_image_size else []
+        uses += ["last stage"] if size == run.stages[-1].image_size else []
         result = evaluation.result
         rows.append(
             (
@@ -131,14 +128,14 @@ def evaluation_table(evaluations: Sequence[FinalEvaluation], start: RunStart) ->
     return Table(columns, tuple(rows), frozenset({"weights", "which is that of"}))
 
 
-def stage_table(start: RunStart) -> Table:
+def stage_table(run: Run) -> Table:
     """Lay out what each stage was trained with and what it took."""
     columns = ("stage", "size", "RandAugment", "Mixup", "CutMix", "dropout", "passes x images")
     columns += ("steps", "time", "images/s", "memory")
     rows: list[tuple[str, ...]] = []
-    for stage in start.stages:
-        took = start.state.stages[stage.index]
-        micro_batch_size = start.plan.micro_batch_sizes[stage.index]
+    for stage in run.stages:
+        took = run.state.stages[stage.index]
+        micro_batch_size = run.plan.micro_batch_sizes[stage.index]
         rows.append(
             (
                 str(stage.index + 1),
@@ -147,8 +144,8 @@ def stage_table(start: RunStart) -> Table:
                 _value(stage.mixup_alpha),
                 _value(stage.cutmix_alpha),
                 _value(stage.dropout_rate),
-                f"{start.run.config.batch_size // micro_batch_size} x {micro_batch_size}",
-                f"{start.plan.num_steps_of_stage(stage.index):,}",
+                f"{run.config.batch_size // micro_batch_size} x {micro_batch_size}",
+                f"{run.plan.num_steps_of_stage(stage.index):,}",
                 format_seconds(took.seconds),
                 format_rate(took.num_images / took.seconds) if took.seconds else NOTHING,
                 format_bytes(took.peak_memory_bytes) if took.peak_memory_bytes else NOTHING,
@@ -159,21 +156,17 @@ def stage_table(start: RunStart) -> Table:
 
 def recipe_table(config: TrainConfig) -> Table:
     """List every value of the recipe, under the names of the flags."""
-    rows: list[tuple[str, str]] = []
-    for name, value in config_to_json(config).items():
-        if isinstance(value, dict):
-            rows += [(f"{name}.{part}", _setting(inner)) for part, inner in value.items()]
-        else:
-            rows.append((name, _setting(value)))
-    return Table(("setting", "value"), tuple(rows), frozenset({"setting", "value"}))
+    values = flat_values(config_to_json(config)).items()
+    rows = tuple((name, _setting(value)) for name, value in values)
+    return Table(("setting", "value"), rows, frozenset({"setting", "value"}))
 
 
-def environment_table(start: RunStart) -> Table:
+def environment_table(run: Run) -> Table:
     """List where the run was trained."""
     environment = current_environment()
     memory = format_bytes(environment.memory_bytes)
     rows = (
-        ("device", start.ranks.describe()),
+        ("device", run.ranks.describe()),
         *(("GPU", gpu) for gpu in environment.gpus),
         ("CPU", f"{environment.processor}, {environment.num_cores} cores, {memory}"),
         ("system", f"{environment.system}, Python {environment.python}"),
@@ -213,9 +206,8 @@ def draw_confusion(
     side = 3.2 + (0.42 * num_classes if has_counts else 6.0 + 0.03 * num_classes)
     side = max(side, MIN_SIDE_INCHES)
     label_size = 9.0 if has_counts else min(8.0, 500 / num_classes)
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9.5}):
-        figure = Figure((side + 1.2, side), 160, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
+
+    def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         is_hit = np.eye(num_classes, dtype=bool)
         # The root, so that one mistake among fifty images is still seen.
@@ -232,12 +224,11 @@ def draw_confusion(
         bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         bar.ax.tick_params(labelsize=8, colors=MUTED, color=LINE)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-        picture = io.BytesIO()
-        with warnings.catch_warnings():
-            # Class names in a script that the font does not have are drawn as boxes.
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            figure.savefig(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()
+
+    with warnings.catch_warnings():
+        # Class names in a script that the font does not have are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        return draw_png((side + 1.2, side), draw, 160)
 
 
 def _label_axes(axes: Axes, class_names: Sequence[str], label_size: float) -> None:
@@ -266,15 +257,8 @@ def _write_counts(
             continue
         share = shares[true, predicted]
         is_dark = (share if true == predicted else float(norm(share))) > 0.65
-        axes.text(
-            predicted,
-            true,
-            f"{count:,}",
-            ha="center",
-            va="center",
-            size=9 if count < 1000 else 7,
-            color="white" if is_dark else TEXT,
-        )
+        size, color = 9 if count < 1000 else 7, "white" if is_dark else TEXT
+        axes.text(predicted, true, f"{count:,}", ha="center", va="center", size=size, color=color)
 
 
 def _confusion_parts(
@@ -290,13 +274,8 @@ def _confusion_parts(
     if not pairs:
         return [picture, "Not one held-out image is mistaken for another class."]
     rows = tuple(
-        (
-            class_names[true],
-            class_names[predicted],
-            f"{count:,}",
-            format_percent(count / sum(matrix[true])),
-        )
-        for true, predicted, count in pairs
+        (class_names[i], class_names[j], f"{count:,}", format_percent(count / sum(matrix[i])))
+        for i, j, count in pairs
     )
     columns = ("class", "taken for", "images", "of the class")
     return [picture, Table(columns, rows, frozenset(columns[:2])).markdown()]

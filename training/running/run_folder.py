@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of training."""
+    """All that training begins, or goes on, with."""
 
     directory: Path
     config: TrainConfig
@@ -61,6 +61,11 @@ class Run:
     preprocess: PreprocessSpec
     """Of evaluation and deployment."""
     network: NetworkOptions
+    ranks: Ranks
+    stages: tuple[Stage, ...]
+    plan: StepPlan
+    state: TrainState
+    """Changed in place."""
 
     @property
     def checkpoint(self) -> Path:
@@ -69,25 +74,18 @@ class Run:
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """Hash of the names and labels of all images: a resumed run must find the same."""
-        digest = hashlib.sha256()
-        for part in (self.dataset.train, self.dataset.val):
-            for sample in part:
-                digest.update(f"{sample.label} {sample.name}\n".encode())
-            digest.update(b"\n")
-        return digest.hexdigest()
+        """See fingerprint_of."""
+        return fingerprint_of(self.dataset)
 
 
-@dataclass(frozen=True)
-class RunStart:
-    """All that training begins, or goes on, with."""
-
-    run: Run
-    state: TrainState
-    """Changed in place."""
-    ranks: Ranks
-    plan: StepPlan
-    stages: tuple[Stage, ...]
+def fingerprint_of(dataset: Dataset) -> str:
+    """Hash the names and labels of all images: a resumed run must find the same."""
+    digest = hashlib.sha256()
+    for part in (dataset.train, dataset.val):
+        for sample in part:
+            digest.update(f"{sample.label} {sample.name}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 class CheckpointWriter:
@@ -104,11 +102,10 @@ class CheckpointWriter:
         self._failure: OSError | None = None
 
     def __enter__(self) -> Self:
-        """Do nothing more."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for what is being written, which must be whole unless something else went wrong."""
+        # What is being written must be whole unless something else went wrong.
         self.close(must_be_written=kind is None)
 
     def save(self, state: TrainState, epoch: int, evaluation: Evaluation | None) -> None:
@@ -136,11 +133,7 @@ class CheckpointWriter:
             )
 
     def close(self, must_be_written: bool) -> None:
-        """Wait, and end the thread.
-
-        Raises:
-            OSError: the last checkpoint could not be written, and no later one will be.
-        """
+        """Wait, and end the thread; OSError if the last checkpoint could not be written."""
         self.wait()
         self._thread.shutdown()
         if must_be_written and self._failure is not None:
@@ -184,9 +177,8 @@ class CheckpointWriter:
 def publish(run: Run, best: dict[str, float] | None, history: Sequence[dict[str, Any]]) -> None:
     """Bring a run's links, kept checkpoints, metrics and curves up to a saved state.
 
-    Done again when a run is gone on with: it may have been killed just before.
-
-    Without a history, metrics and curves stay as they are.
+    Done again when a run is gone on with: it may have been killed just before. Without a history,
+    metrics and curves stay as they are.
     """
     name = _folder_of(int(best["step"])) if best else None
     if name and (run.directory / CHECKPOINTS / name).is_dir():
@@ -242,27 +234,27 @@ class SavedRun:
     left_out: tuple[str, ...]
     """Names of the images that cannot be decoded."""
 
-    def require_dataset(self, run: Run) -> None:
+    def require_dataset(self, dataset: Dataset) -> None:
         """Raise a CheckpointError unless the images and classes are those the run began with."""
-        found = run.dataset.class_names
-        if found != self.record.class_names:
+        begun, found = self.record.class_names, dataset.class_names
+        if found != begun:
             first = next(
                 (
                     f"{new!r} in the place of {old!r}"
-                    for old, new in zip(self.record.class_names, found, strict=False)
+                    for old, new in zip(begun, found, strict=False)
                     if old != new
                 ),
                 "one list ends before the other",
             )
             raise CheckpointError(
-                f"{run.dataset.source} has {len(found)} classes that are not the "
-                f"{len(self.record.class_names)} that {self.directory} was started with ({first}); "
-                "put the data back, or start a new run with --weights"
+                f"{dataset.source} has {len(found)} classes that are not the {len(begun)} that "
+                f"{self.directory} was started with ({first}); put the data back, or start a new "
+                "run with --weights"
             )
-        if self.data_fingerprint != run.data_fingerprint:
+        if self.data_fingerprint != fingerprint_of(dataset):
             raise CheckpointError(
-                f"the images of {run.dataset.source} are not those that {self.directory} was "
-                "started with; put the data back, say by --data where it is now, or start a new run"
+                f"the images of {dataset.source} are not those that {self.directory} was started "
+                "with; put the data back, say by --data where it is now, or start a new run"
             )
 
 
@@ -275,11 +267,7 @@ def run_of(directory: Path) -> tuple[Path, Path]:
 
 
 def read_recipe(directory: Path) -> TrainConfig:
-    """Read what a run was begun with, or last gone on with.
-
-    Raises:
-        CheckpointError: no whole checkpoint, or of an older version of this project.
-    """
+    """Read what a run was begun with, or last gone on with."""
     _, checkpoint = run_of(directory)
     values = read_checkpoint(checkpoint).train_config
     try:

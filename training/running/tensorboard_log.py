@@ -4,7 +4,6 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -19,12 +18,8 @@ log = logging.getLogger(__name__)
 class TensorBoardLog:
     """Writes loss, learning rate, image size and speed of the steps, and the epochs' results.
 
-    What cannot be written (a full disk) ends this log, with an error in the run's, not the
-    training.
-
-    Args:
-        run: the run's directory; TensorBoard reads its folder `tensorboard`.
-        first_step: points after it, of a run that was killed, are struck out.
+    Points after `first_step`, of a run that was killed, are struck out. What cannot be written (a
+    full disk) ends this log, with an error in the run's, not the training.
     """
 
     def __init__(self, run: Path, first_step: int) -> None:
@@ -32,11 +27,7 @@ class TensorBoardLog:
             str(run / "tensorboard"), purge_step=first_step + 1
         )
 
-    def __enter__(self) -> Self:
-        """Do nothing more."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Write what is left."""
         with self._end_if_it_fails():
             if self._writer:
@@ -49,11 +40,9 @@ class TensorBoardLog:
         values = {
             "step/learning_rate": report.learning_rate,
             "step/images_per_s": report.images_per_s,
-            "stage/image_size": report.stage.image_size,
-            "stage/randaugment_magnitude": report.stage.randaugment_magnitude,
-            "stage/mixup_alpha": report.stage.mixup_alpha,
-            "stage/dropout_rate": report.stage.dropout_rate,
         }
+        for name in ("image_size", "randaugment_magnitude", "mixup_alpha", "dropout_rate"):
+            values[f"stage/{name}"] = getattr(report.stage, name)
         if report.loss is not None:
             values["step/loss"] = report.loss
         self._write(values, report.step)

@@ -1,4 +1,4 @@
-"""RunStart -> a trained run: epochs, evaluation, checkpoints, report."""
+"""Run -> trained to its end: epochs, evaluation, checkpoints, report."""
 
 import copy
 import errno
@@ -15,13 +15,8 @@ from efficientnet.errors import PipelineError
 from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.reporting.tables import format_percent
-from training.batches.loader import (
-    Batch,
-    LoaderError,
-    eval_batches,
-    explained_worker_deaths,
-    train_batches,
-)
+from training.batches import loader
+from training.batches.loader import Batch
 from training.batches.prefetch import on_device
 from training.batches.sampler import StepSampler
 from training.learning import memory
@@ -30,18 +25,17 @@ from training.learning.evaluation import Evaluation, evaluate
 from training.learning.optim import learning_rate_at
 from training.learning.state import EpochTotals, StageTotals
 from training.learning.step import TrainStep
+from training.recipe.config import TrainConfig
 from training.recipe.stages import Stage
 from training.running import run_folder
 from training.running.metrics import EpochMetrics, describe, signs_of_failure
-from training.running.progress import InterruptFlag, ProgressBar, StepReport
+from training.running.progress import ProgressBar, StepReport, stop_flag
 from training.running.report import FinalEvaluation, write_report
 from training.running.tensorboard_log import TensorBoardLog
 
 # Reading the loss makes a GPU's queue run dry; every tenth pass is enough for the bar, for NaN and
 # to see that the training is asked to stop.
 PASSES_BETWEEN_READINGS = {"cpu": 1, "cuda": 10}
-
-EVAL_BATCH_SIZE = 64
 
 MAX_ROLLBACKS = 3
 
@@ -59,17 +53,15 @@ class LossError(TrainingError):
 class Trainer:
     """Trains a run to its end, in one process or as one of several."""
 
-    def __init__(self, start: run_folder.RunStart) -> None:
-        self._start = start
-        self._run, self._state, self._ranks = start.run, start.state, start.ranks
-        self._plan, self._stages = start.plan, start.stages
+    def __init__(self, run: run_folder.Run) -> None:
+        self._run, self._state, self._ranks = run, run.state, run.ranks
+        self._plan, self._stages = run.plan, run.stages
         # Of its own, so that an evaluation never meets a compiled network or DDP.
-        self._evaluated_model = copy.deepcopy(start.state.model)
-        run = start.run
+        self._evaluated_model = copy.deepcopy(run.state.model)
         self._step = TrainStep(
-            start.state, run.config, start.ranks, len(run.dataset.class_names), run.preprocess
+            run.state, run.config, run.ranks, len(run.dataset.class_names), run.preprocess
         )
-        self._num_workers = num_workers(run)
+        self._num_workers = num_workers(run.config)
         self._board: TensorBoardLog | None = None
         self._writer: run_folder.CheckpointWriter | None = None
 
@@ -89,12 +81,12 @@ class Trainer:
                     run_folder.remove_unfinished(run.directory, state.step)
                     if state.step:
                         run_folder.publish(run, state.best, state.history)
-                    self._board = stack.enter_context(TensorBoardLog(run.directory, state.step))
-                self._bar = stack.enter_context(
-                    ProgressBar(self._stages, plan, state.step, self._ranks)
-                )
+                    self._board = TensorBoardLog(run.directory, state.step)
+                    stack.callback(self._board.close)
+                self._bar = ProgressBar(self._stages, plan, state.step, self._ranks)
+                stack.callback(self._bar.close)
                 self._bar.top1 = state.history[-1]["top1"] if state.history else None
-                self._interrupt = stack.enter_context(InterruptFlag())
+                self._stop = stack.enter_context(stop_flag())
                 if self._ranks.is_main:
                     self._writer = stack.enter_context(run_folder.CheckpointWriter(run))
                 self._reserve_memory()
@@ -120,11 +112,8 @@ class Trainer:
     def train_epoch(self, batches: Iterator[Batch]) -> bool:
         """Train to the end of the epoch under way, or to the next checkpoint within it.
 
-        Args:
-            batches: forward passes, several to a step when gradients are accumulated.
-
-        Returns:
-            Whether a process was asked to stop; all stop after the same step.
+        `batches` are forward passes, several to a step when gradients are accumulated. Returns
+        whether a process was asked to stop; all stop after the same step.
 
         Raises:
             LossError: the loss, or at the end a weight or a running statistic, is not finite.
@@ -152,7 +141,7 @@ class Trainer:
             while not is_last and not ends_stage:
                 rate = self._learning_rate(state.step)
                 # Filled where it is needed: to copy it there would wait for the device.
-                stop = torch.full((), float(self._interrupt.is_set), device=device)
+                stop = torch.full((), float(self._stop.is_set), device=device)
                 num_passes = plan.gradient_accumulation_steps(state.step)
                 step_loss, stops = self._step(batches, num_passes, rate, stop)
                 loss_sum += step_loss
@@ -217,10 +206,10 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         run, state = self._run, self._state
         sampler = StepSampler(self._plan, self._ranks.rank, state.step, state.attempt)
-        loader = train_batches(
+        batches = loader.train_batches(
             run.dataset.train, run.config, self._stages, sampler, self._num_workers
         )
-        return iter(on_device(loader, state.device))
+        return iter(on_device(batches, state.device))
 
     def _end_epoch(self) -> Evaluation:
         state, plan = self._state, self._plan
@@ -261,7 +250,7 @@ class Trainer:
         spec = self._run.preprocess.model_copy(update={"image_size": image_size})
         # Every image once: a part that is one image shorter than the others is no harm.
         part = self._run.dataset.val[ranks.rank :: ranks.world_size]
-        batches = eval_batches(part, spec, EVAL_BATCH_SIZE, self._num_workers)
+        batches = loader.eval_batches(part, spec, self._num_workers)
         return evaluate(model, batches, self._state.device)
 
     def _roll_back(self, error: LossError) -> None:
@@ -280,12 +269,8 @@ class Trainer:
         state.load_dict(run_folder.read_run(kept).state)
         state.attempt = attempt
         log.warning(
-            "%s; back to step %d (%s), on with other random numbers: rollback %d of %d",
-            error,
-            state.step,
-            kept,
-            attempt,
-            MAX_ROLLBACKS,
+            f"{error}; back to step {state.step} ({kept}), on with other random numbers: rollback "
+            f"{attempt} of {MAX_ROLLBACKS}"
         )
 
     def _finish(self) -> None:
@@ -303,13 +288,12 @@ class Trainer:
         classes = final.classes
         if is_at_chance(final.top1, classes.largest_share, final.num_images):
             log.warning(
-                "top-1 %s is not clearly above always naming the largest class, '%s': %s; the "
-                "network has not learned to tell the classes apart",
-                format_percent(final.top1),
-                run.dataset.class_names[classes.largest],
-                format_percent(classes.largest_share),
+                f"top-1 {format_percent(final.top1)} is not clearly above always naming the "
+                f"largest class, '{run.dataset.class_names[classes.largest]}': "
+                f"{format_percent(classes.largest_share)}; the network has not learned to tell "
+                "the classes apart"
             )
-        write_report(self._start, evaluations)
+        write_report(run, evaluations)
         run_folder.point_latest_to(run.directory)
 
 
@@ -325,20 +309,20 @@ def _told_how_to_go_on(run: run_folder.Run) -> Generator[None]:
         )
 
     try:
-        with explained_worker_deaths():
+        with loader.explained_worker_deaths():
             yield
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(reason_and_how(str(interrupt) or "interrupted")) from None
-    except (LoaderError, OSError) as error:
+    except (loader.LoaderError, OSError) as error:
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = f"the disk is full ({error}): free some space" if is_full else str(error)
         raise TrainingError(reason_and_how(reason)) from error
 
 
-def num_workers(run: run_folder.Run) -> int:
+def num_workers(config: TrainConfig) -> int:
     """Count the processes that decode and augment for one training process."""
-    if run.config.num_workers is not None:
-        return run.config.num_workers
-    if run.config.data is None:
+    if config.num_workers is not None:
+        return config.num_workers
+    if config.data is None:
         return 0
     return max(1, num_usable_cores() // local_world_size())

@@ -18,20 +18,18 @@ from efficientnet.errors import PipelineError
 from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.measuring.clock import Call
-from efficientnet.measuring.inputs import Inputs, map_inputs, prepare_inputs, rotate
+from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
 from efficientnet.measuring.turns import TimeBudget, measure_calls
-from efficientnet.network.variants import VARIANTS, VariantSpec
+from efficientnet.network.variants import VariantSpec
 from efficientnet.runtimes import open_runtime
 from training.recipe.config import config_to_json
-from training.searching.experiment import Experiment, train_to_end
-from training.searching.reward import Ratio
+from training.searching.experiment import Experiment, train
 from training.searching.search_config import SearchConfig, target_of
-from training.searching.step_time import ratio_of
+from training.searching.step_time import Ratio, ratio_of
 from training.searching.study import SearchError
 
 LOG_LINES = 5
 SECONDS_OF_ALL_TURNS = 2.0
-QUANTIZED = ("int8", "fp8")
 
 REFERENCE, ARTIFACT = "reference", "artifact"
 
@@ -52,13 +50,9 @@ class ArtifactBench:
     """Of this process alone: several workers of one machine have one folder of results."""
 
     def export_reference(self, spec: VariantSpec) -> None:
-        """Train the reference as all others are, and export it.
-
-        Raises:
-            SearchError: this machine cannot export to the target.
-        """
+        """Train the reference as all others are, and export it; SearchError where that fails."""
         log.info("training and exporting the reference %s", spec.name)
-        _, state = train_to_end(self.experiment, spec, self.experiment.base.seed)
+        _, state = train(self.experiment, spec, self.experiment.base.seed)
         try:
             self._export(spec, state.average.tensors, REFERENCE)
         except ExportFailedError as error:
@@ -68,26 +62,30 @@ class ArtifactBench:
             ) from None
 
     def measure(self, spec: VariantSpec, weights: dict[str, Tensor], name: str) -> Ratio:
-        """Export a network and time single images in turns with the reference.
-
-        Raises:
-            ExportFailedError: the export refuses it.
-        """
-        artifact = self._export(spec, weights, name)
-        reference = self.folder / REFERENCE / ARTIFACT
+        """Export a network and time single images in turns with the reference."""
+        artifacts = {
+            "network": self._export(spec, weights, name),
+            "reference": self.folder / REFERENCE / ARTIFACT,
+        }
         samples, preprocess = self.experiment.dataset.val, self.experiment.preprocess
         inputs = prepare_inputs(samples, preprocess, 1, self.config.seed)
         with inputs.file:
-            ratio = _in_turns(artifact, reference, inputs, self.config.turns)
+            descriptor = inputs.file.fileno()
+            openers = {
+                role: partial(_open_call, path, descriptor, inputs.image_size)
+                for role, path in artifacts.items()
+            }
+            budget = TimeBudget(SECONDS_OF_ALL_TURNS, self.config.turns)
+            turns = measure_calls(openers, budget, (descriptor,))
         shutil.rmtree(self.folder / name)
-        return ratio
+        return ratio_of(turns["network"], turns["reference"])
 
     def _export(self, spec: VariantSpec, weights: dict[str, Tensor], name: str) -> Path:
         config = self.experiment.config_for(spec)
         dataset, folder = self.experiment.dataset, self.folder / name
         record = CheckpointRecord(
             variant=spec.name,
-            architecture=None if VARIANTS.get(spec.name) == spec else spec,
+            architecture=config.architecture,
             num_classes=len(dataset.class_names),
             class_names=dataset.class_names,
             network=self.experiment.network,
@@ -102,10 +100,9 @@ class ArtifactBench:
         assert self.config.target_artifact is not None
         command, precision = target_of(self.config.target_artifact)
         artifact = folder / ARTIFACT
-        words = [sys.executable, str(PROJECT_ROOT / "export" / command)]
+        words = [sys.executable, str(PROJECT_ROOT / "export" / command), "--precision", precision]
         words += ["--checkpoint", str(folder / "checkpoint"), "--output", str(artifact)]
-        words += ["--precision", precision]
-        if precision in QUANTIZED:
+        if precision in ("int8", "fp8"):
             # Trained for a few epochs, a network may lose more than one that is served would be
             # allowed to; nor is time spent on keeping blocks.
             words += ["--max-drop", "100"]
@@ -122,11 +119,7 @@ class ArtifactBench:
 def open_bench(
     config: SearchConfig, experiment: Experiment, reference: VariantSpec
 ) -> Generator[ArtifactBench | None]:
-    """Export the reference; None without a target.
-
-    Raises:
-        SearchError: see ArtifactBench.export_reference.
-    """
+    """Export the reference; None without a target."""
     if config.target_artifact is None:
         yield None
         return
@@ -134,15 +127,6 @@ def open_bench(
         bench = ArtifactBench(config, experiment, Path(folder))
         bench.export_reference(reference)
         yield bench
-
-
-def _in_turns(artifact: Path, reference: Path, inputs: Inputs, num_turns: int) -> Ratio:
-    descriptor, size = inputs.file.fileno(), inputs.image_size
-    paths = {"network": artifact, "reference": reference}
-    openers = {name: partial(_open_call, path, descriptor, size) for name, path in paths.items()}
-    budget = TimeBudget(SECONDS_OF_ALL_TURNS, num_turns)
-    turns = measure_calls(openers, budget, (descriptor,))
-    return ratio_of(turns["network"], turns["reference"])
 
 
 def _open_call(artifact: Path, descriptor: int, image_size: int) -> Call:

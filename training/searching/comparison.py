@@ -5,40 +5,28 @@ for as many epochs, and judged by images that no choice was made by.
 """
 
 import logging
-from typing import Literal, NamedTuple
 
 from efficientnet.network.variants import VariantSpec, get_variant
 from efficientnet.reporting.tables import format_percent
-from training.batches.loader import eval_batches
-from training.learning.evaluation import evaluate
-from training.searching.experiment import EVAL_BATCH_SIZE, train_to_end
-from training.searching.reward import Ratio
-from training.searching.search_record import COMPARISON, ComparedRun
+from training.searching.experiment import train
+from training.searching.search_record import COMPARISON, ComparedRun, Role
 from training.searching.study import best_trial
 from training.searching.worker import Worker
 
 log = logging.getLogger(__name__)
 
 
-class Contestant(NamedTuple):
-    """One of those that are compared."""
-
-    role: Literal["found", "reference", "rival"]
-    spec: VariantSpec
-
-
-def contestants(worker: Worker) -> list[Contestant]:
+def contestants(worker: Worker) -> list[tuple[Role, VariantSpec]]:
     """Return what is compared; nothing, while no network is whole."""
     best = best_trial(worker.trials())
     if best is None:
         return []
-    backbone = worker.space.backbone
-    rivals = [get_variant(name) for name in worker.config.rivals if name != backbone.name]
-    return [
-        Contestant("found", worker.space.network(best.params)),
-        Contestant("reference", backbone),
-        *(Contestant("rival", spec) for spec in rivals),
-    ]
+    backbone, found = worker.space.backbone, worker.space.network(best.params)
+    rows: list[tuple[Role, VariantSpec]] = [("found", found), ("reference", backbone)]
+    for name in worker.config.rivals:
+        if name != backbone.name:
+            rows.append(("rival", get_variant(name)))
+    return rows
 
 
 def compare(worker: Worker) -> None:
@@ -46,50 +34,40 @@ def compare(worker: Worker) -> None:
     config, study = worker.config, worker.study
     rows = contestants(worker)
     for seed in range(1, config.seeds + 1):
-        for row in rows:
-            key = f"{COMPARISON}{row.role} {row.spec.name} {seed}"
+        for role, spec in rows:
+            key = f"{COMPARISON}{role} {spec.name} {seed}"
             if key in study.user_attrs:
                 continue
-            run = _run(worker, row, worker.experiment.base.seed + seed)
+            run = _run(worker, role, spec, worker.experiment.base.seed + seed)
             study.set_user_attr(key, run.model_dump(mode="json"))
             log.info(
                 "%s %s, seed %d of %d: top-1 %s, step x %.2f, size x %.2f, reward %.4f",
-                run.role,
-                run.name,
-                seed,
-                config.seeds,
-                format_percent(run.top1),
-                run.step_ratio,
-                run.size_ratio,
-                run.reward,
+                *(role, spec.name, seed, config.seeds, format_percent(run.top1)),
+                *(run.step_ratio, run.size_ratio, run.reward),
             )
 
 
-def _run(worker: Worker, row: Contestant, seed: int) -> ComparedRun:
+def _run(worker: Worker, role: Role, spec: VariantSpec, seed: int) -> ComparedRun:
     experiment = worker.experiment
-    time_of = worker.step_ratio_of(row.spec)
-    minival_top1, state = train_to_end(experiment, row.spec, seed)
+    step_time = worker.step_ratio_of(spec)
+    minival_top1, state = train(experiment, spec, seed)
     state.model.load_state_dict(state.average.tensors)
-    images = eval_batches(
-        experiment.held_out, experiment.preprocess, EVAL_BATCH_SIZE, experiment.num_workers
-    )
-    top1 = evaluate(state.model, images, experiment.device).top1
-    latency: Ratio | None = None
+    top1 = experiment.top1(state.model, experiment.held_out)
+    latency_ratio = None
     if worker.bench is not None:
-        name = f"{row.role}-{row.spec.name}-{seed}"
-        latency = worker.bench.measure(row.spec, state.average.tensors, name)
-    size_ratio = worker.size_ratio_of(row.spec)
-    latency_ratio = latency.value if latency else None
+        name = f"{role}-{spec.name}-{seed}"
+        latency_ratio = worker.bench.measure(spec, state.average.tensors, name).value
+    size_ratio = worker.size_ratio_of(spec)
     return ComparedRun(
-        name=row.spec.name,
-        role=row.role,
+        name=spec.name,
+        role=role,
         seed=seed,
         top1=top1,
         minival_top1=minival_top1,
-        step_ratio=time_of.value,
-        step_noise=time_of.noise,
+        step_ratio=step_time.value,
+        step_noise=step_time.noise,
         size_ratio=size_ratio,
-        parameters=experiment.num_parameters(row.spec),
+        parameters=experiment.num_parameters(spec),
         latency_ratio=latency_ratio,
-        reward=worker.exponents.reward(top1, time_of.value, size_ratio, latency_ratio),
+        reward=worker.config.reward(top1, step_time.value, size_ratio, latency_ratio),
     )

@@ -7,7 +7,7 @@ its weights where it is to be exported.
 import copy
 import math
 import shlex
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,21 +16,16 @@ from torch import Tensor
 from efficientnet.errors import PipelineError
 from efficientnet.images.datasets import Dataset, Sample
 from efficientnet.images.preprocess import PreprocessSpec
-from efficientnet.machine.environment import num_usable_cores
 from efficientnet.network.cost import network_cost
+from efficientnet.network.model import EfficientNet
 from efficientnet.network.variants import VARIANTS, NetworkOptions, VariantSpec
 from training.batches.loader import eval_batches, train_batches
 from training.batches.prefetch import on_device
 from training.batches.sampler import StepPlan, StepSampler
 from training.inputs.training_data import load_training_data
+from training.learning import memory
 from training.learning.distributed import Ranks
 from training.learning.evaluation import evaluate
-from training.learning.memory import (
-    USABLE_SHARE,
-    device_memory_bytes,
-    plan_micro_batches,
-    require_batch_norm_fits,
-)
 from training.learning.optim import learning_rate_at
 from training.learning.state import TrainState, new_state
 from training.learning.step import TrainStep
@@ -38,9 +33,8 @@ from training.recipe.config import TrainConfig
 from training.recipe.recipes import DIGITS_RECIPE, SMALL_RECIPE
 from training.recipe.stages import plan_stages
 from training.running.command_line import parse
+from training.running.trainer import num_workers
 from training.searching.search_config import SearchConfig
-
-EVAL_BATCH_SIZE = 64
 
 # A reading waits for the device.
 STEPS_BETWEEN_READINGS = 10
@@ -65,29 +59,16 @@ class Experiment:
     ranks: Ranks
 
     @property
-    def device(self) -> torch.device:
-        """Where it is trained."""
-        return self.ranks.device
-
-    @property
     def num_classes(self) -> int:
         """Length of the logits."""
         return len(self.dataset.class_names)
 
-    @property
-    def num_workers(self) -> int:
-        """Processes that decode and augment."""
-        if self.base.num_workers is not None:
-            return self.base.num_workers
-        return 0 if self.base.data is None else num_usable_cores()
-
     def config_for(self, spec: VariantSpec, seed: int | None = None) -> TrainConfig:
         """Return the recipe of a network."""
-        is_built_in = VARIANTS.get(spec.name) == spec
         return replace(
             self.base,
             variant=spec.name,
-            architecture=None if is_built_in else spec,
+            architecture=None if VARIANTS.get(spec.name) == spec else spec,
             seed=self.base.seed if seed is None else seed,
         )
 
@@ -96,19 +77,18 @@ class Experiment:
         size = self.preprocess.image_size
         return network_cost(spec, size, num_classes=self.num_classes).num_parameters
 
+    def top1(self, model: EfficientNet, samples: Sequence[Sample]) -> float:
+        """Evaluate a network."""
+        batches = eval_batches(samples, self.preprocess, num_workers(self.base))
+        return evaluate(model, batches, self.ranks.device).top1
+
 
 def prepare(config: SearchConfig) -> Experiment:
-    """Load the data and fix the recipe.
-
-    Raises:
-        FileNotFoundError, DatasetError: the data cannot be used.
-        ValueError: a value outside its limits.
-    """
+    """Load the data and fix the recipe."""
     base = parse(recipe_arguments(config))
     if not isinstance(base, TrainConfig):
         raise ValueError("--flags cannot have --resume")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = Ranks(0, 1, device)
+    ranks = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     dataset = load_training_data(base, ranks, None)
     whole = load_training_data(replace(base, minival=None), ranks, dataset.broken)
     return Experiment(
@@ -118,10 +98,9 @@ def prepare(config: SearchConfig) -> Experiment:
 
 def recipe_arguments(config: SearchConfig) -> list[str]:
     """Return the flags of training/run.py that all networks are trained with."""
-    recipe = config.recipe or (DIGITS_RECIPE if config.data is None else SMALL_RECIPE)
     size = str(config.image_size)
     values: dict[str, object] = {
-        "--recipe": recipe,
+        "--recipe": config.recipe or (DIGITS_RECIPE if config.data is None else SMALL_RECIPE),
         "--data": config.data,
         "--epochs": config.epochs,
         "--batch-size": config.batch_size,
@@ -137,30 +116,34 @@ def recipe_arguments(config: SearchConfig) -> list[str]:
 
 
 def train(
-    experiment: Experiment, spec: VariantSpec, seed: int, samples: Sequence[Sample]
-) -> Generator[float, None, TrainState]:
-    """Train a network; give its top-1 on `samples` after each epoch, and in the end its state.
+    experiment: Experiment,
+    spec: VariantSpec,
+    seed: int,
+    on_epoch: Callable[[float, int], None] | None = None,
+) -> tuple[float, TrainState]:
+    """Train a network; return its top-1 on the minival, and its state.
+
+    `on_epoch` gets top-1 after each epoch, and the epoch from 1 on.
 
     Raises:
         BatchTooLargeError: the device cannot hold it.
         DivergedError: the loss or a weight is not finite.
     """
-    config, device = experiment.config_for(spec, seed), experiment.device
+    config, device = experiment.config_for(spec, seed), experiment.ranks.device
+    samples, num_classes = experiment.dataset.train, experiment.num_classes
     stages = plan_stages(config.progressive, config.seed)
-    require_batch_norm_fits(config, stages, 1)
-    limit = USABLE_SHARE * device_memory_bytes(device)
-    num_classes = experiment.num_classes
-    sizes = plan_micro_batches(config, experiment.network, num_classes, stages, 1, limit)
-    plan = StepPlan(len(experiment.dataset.train), config, sizes)
+    memory.require_batch_norm_fits(config, stages, 1)
+    limit = memory.USABLE_SHARE * memory.device_memory_bytes(device)
+    sizes = memory.plan_micro_batches(config, experiment.network, num_classes, stages, 1, limit)
+    plan = StepPlan(len(samples), config, sizes)
     state = new_state(config, experiment.network, num_classes, device)
     evaluated = copy.deepcopy(state.model)
     step = TrainStep(state, config, experiment.ranks, num_classes, experiment.preprocess)
-    loader = train_batches(
-        experiment.dataset.train, config, stages, StepSampler(plan), experiment.num_workers
-    )
+    loader = train_batches(samples, config, stages, StepSampler(plan), num_workers(config))
     batches = iter(on_device(loader, device))
     stop = torch.zeros((), device=device)
     losses: list[Tensor] = []
+    top1 = 0.0
     step.begin_stage(stages[0], sizes[0])
     while state.step < plan.num_steps:
         state.model.train()
@@ -171,35 +154,17 @@ def train(
         losses.append(loss)
         ends_epoch = plan.ends_epoch(state.step)
         if ends_epoch or len(losses) == STEPS_BETWEEN_READINGS:
-            _require_finite(torch.stack(losses).tolist(), state.step)
+            for value in torch.stack(losses).tolist():
+                if not math.isfinite(value):
+                    raise DivergedError(
+                        f"the loss is {value} within the {len(losses)} steps to {state.step}"
+                    )
             losses = []
         if ends_epoch:
-            broken = state.first_not_finite()
-            if broken is not None:
+            if broken := state.first_not_finite():
                 raise DivergedError(f"{broken} is not finite after step {state.step}")
             evaluated.load_state_dict(state.average.tensors)
-            held_out = eval_batches(
-                samples, experiment.preprocess, EVAL_BATCH_SIZE, experiment.num_workers
-            )
-            yield evaluate(evaluated, held_out, device).top1
-    return state
-
-
-def train_to_end(experiment: Experiment, spec: VariantSpec, seed: int) -> tuple[float, TrainState]:
-    """Train a network; return its top-1 on the minival and its state.
-
-    Raises:
-        BatchTooLargeError, DivergedError: see train.
-    """
-    training, top1 = train(experiment, spec, seed, experiment.dataset.val), 0.0
-    while True:
-        try:
-            top1 = next(training)
-        except StopIteration as end:
-            return top1, end.value
-
-
-def _require_finite(losses: Sequence[float], step: int) -> None:
-    for loss in losses:
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss} within the {len(losses)} steps to {step}")
+            top1 = experiment.top1(evaluated, experiment.dataset.val)
+            if on_epoch:
+                on_epoch(top1, plan.epoch_of(state.step))
+    return top1, state

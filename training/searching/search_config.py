@@ -1,19 +1,19 @@
 """What can be set in a search: types, units and limits."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
-from efficientnet.command import require_least, require_only_publishing
+from efficientnet.command import require_least, require_positive
 from efficientnet.errors import first_problem
-from efficientnet.images.datasets import data_name
 from efficientnet.network.scaling import V1_MIN_KEPT_CHANNELS
 from efficientnet.network.variant_file import read_variant_file
 from efficientnet.network.variants import Operator, VariantSpec, get_variant, scale_variant
 from training.searching.space import SearchSpace
+from training.studies.config import StudyFlags
 
 MAX_TRIALS = 1000
 
@@ -29,11 +29,10 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(StudyFlags):
     """What to search, by what, and where it goes."""
 
-    data: str | None = None
-    """As in training/run.py; None = the digits."""
+    kind = "search"
 
     backbone: str = "tiny"
     """A variant, or a file of stages (.json), whose strides and channels all networks have. It is
@@ -118,12 +117,6 @@ class SearchConfig:
     """postgresql://USER@HOST/DATABASE or mysql://..., that several machines share; None = a file in
     the folder of the results."""
 
-    name: str | None = None
-    """Of the study; None = that of the data. The same name goes on with it."""
-
-    output: Path | None = None
-    """Folder of the results; None = runs/search-NAME."""
-
     heartbeat: int = 20
     """Seconds between signs of life. A worker without any for six times as long is taken for dead,
     and its network for not trained."""
@@ -131,61 +124,35 @@ class SearchConfig:
     wait_minutes: float = 30.0
     """How long a database that went away is waited for."""
 
-    publish: bool = False
-    """Copy the results to reports/published/<date>-<device>/ and a section into docs/results.md."""
-
-    readme: Path = Path("docs/results.md")
-
-    record: Path | None = None
-    """Search nothing: write text and pictures of this record (a search.json, or a published one)
-    again, beside it; with --publish where published ones go, and into docs/results.md."""
-
     def __post_init__(self) -> None:
         if not 0 <= self.trials <= MAX_TRIALS:
             raise ValueError(f"--trials is {self.trials}, expected 0 to {MAX_TRIALS:,}")
         require_least(self, epochs=1, turns=1, heartbeat=1, seeds=0)
-        for name in ("width", "turn_seconds", "wait_minutes"):
-            if not getattr(self, name) > 0:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is {getattr(self, name)}, expected more than 0")
-        if self.hours is not None and not self.hours > 0:
-            raise ValueError(f"--hours is {self.hours}, expected more than 0")
+        require_positive(self, "width", "turn_seconds", "wait_minutes")
+        if self.hours is not None:
+            require_positive(self, "hours")
         for name in ("w", "v", "u"):
             if not math.isfinite(getattr(self, name)) or abs(getattr(self, name)) > 10:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected -10 to 10")
         if not 0 < self.minival <= 0.5:
             raise ValueError(f"--minival is {self.minival}, expected more than 0 and at most 0.5")
-        if "/" in self.title:
-            raise ValueError(f"name is {self.title!r}, expected a file name's part; give --name")
         for name in self.rivals:
             get_variant(name)
         if self.record is None:
             self.space()
         if self.target_artifact is not None:
             target_of(self.target_artifact)
-        require_only_publishing(self, "what was searched")
+        super().__post_init__()
 
-    @property
-    def title(self) -> str:
-        """The study's name."""
-        return self.name or self.data_name
-
-    @property
-    def data_name(self) -> str:
-        """The data's name, without a path of this machine."""
-        return data_name(self.data)
-
-    @property
-    def directory(self) -> Path:
-        """The folder of the results."""
-        return self.output or Path("runs") / f"search-{self.title}"
+    def reward(
+        self, top1: float, step_ratio: float, size_ratio: float, latency_ratio: float | None = None
+    ) -> float:
+        """Return A * S^w * P^v (* L^u): Tan and Le 2021, section 3.2."""
+        latency = 1.0 if latency_ratio is None else latency_ratio**self.u
+        return top1 * step_ratio**self.w * size_ratio**self.v * latency
 
     def reference(self) -> VariantSpec:
-        """Return the backbone at its width.
-
-        Raises:
-            ValueError, VariantFileError, FileNotFoundError: there is no such variant or file.
-        """
+        """Return the backbone at its width."""
         if self.backbone.endswith(".json"):
             base = read_variant_file(Path(self.backbone))
         else:
@@ -193,37 +160,20 @@ class SearchConfig:
         if self.width == 1:
             return base
         scaled = scale_variant(base, self.width, 1.0, V1_MIN_KEPT_CHANNELS)
-        return _named(scaled, f"{base.name}-width-{self.width:g}")
+        return replace(scaled, name=f"{base.name}-width-{self.width:g}", published=None)
 
     def space(self) -> SearchSpace:
-        """Return the networks that may be sampled.
-
-        Raises:
-            ValueError: see reference; or there is nothing to choose from.
-        """
+        """Return the networks that may be sampled."""
         backbone = self.reference()
+        names = ("operators", "kernel_sizes", "expand_ratios", "layer_changes")
         try:
-            return SearchSpace(
-                backbone=backbone,
-                operators=self.operators,
-                kernel_sizes=self.kernel_sizes,
-                expand_ratios=self.expand_ratios,
-                layer_changes=self.layer_changes,
-            )
+            return SearchSpace(backbone=backbone, **{name: getattr(self, name) for name in names})
         except ValidationError as error:
             raise ValueError(f"the space cannot be searched: {first_problem(error)}") from None
 
 
-def _named(spec: VariantSpec, name: str) -> VariantSpec:
-    return VariantSpec(**{**vars(spec), "name": name, "published": None})
-
-
 def target_of(name: str) -> tuple[str, str]:
-    """Return the command of export/ and the precision that a target stands for.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
+    """Return the command of export/ and the precision that a target stands for."""
     for runtime, (command, usual) in TARGETS.items():
         rest = name.removeprefix(runtime)
         if name == runtime:

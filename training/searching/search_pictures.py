@@ -1,50 +1,26 @@
-"""SearchRecord -> PNGs: reward over trials, accuracy against time and size, choices of the best."""
+"""SearchRecord -> PNGs: reward over trials, and accuracy against time and size."""
 
-import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter
 
-from training.searching.search_record import SearchRecord, TrialRecord
-from training.searching.search_tables import KINDS, best_trials, shares
+from training.running.pictures import LINE, MUTED, TEXT, draw_png
+from training.searching.search_record import SearchRecord
 
-TEXT, MUTED, LINE = "#1f2328", "#59636e", "#d8dee4"
 BLUE, LIGHT, ORANGE = "#1f5f9e", "#9cc3ea", "#b3421e"
-SHADES = ("#1f5f9e", "#7fb2e5", "#c9dff5", "#e8a06a", "#b3421e")
 
 
 def pictures(record: SearchRecord) -> dict[str, bytes]:
     """Draw what there is to draw: the end of the file's name -> a PNG."""
     if not record.whole:
         return {}
-    drawn = {
-        "reward": _draw((7.6, 4.2), 1, lambda axes: _draw_rewards(axes[0], record)),
-        "plane": _draw((11.0, 4.8), 2, lambda axes: _draw_planes(axes, record)),
-        "choices": _draw((11.0, 4.4), len(KINDS), lambda axes: _draw_choices(axes, record)),
+    return {
+        "reward": draw_png((7.6, 4.2), lambda figure: _draw_rewards(figure, record)),
+        "plane": draw_png((11.0, 4.8), lambda figure: _draw_planes(figure, record)),
     }
-    if record.importances:
-        height = 1.2 + 0.2 * len(record.importances)
-        drawn["importance"] = _draw(
-            (6.4, height), 1, lambda axes: _draw_importances(axes[0], record)
-        )
-    return drawn
-
-
-def _draw(
-    size: tuple[float, float], num_panels: int, draw: Callable[[Sequence[Axes]], None]
-) -> bytes:
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9.5}):
-        figure = Figure(size, 130, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(list(figure.subplots(1, num_panels, squeeze=False)[0]))
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()
 
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:
@@ -57,8 +33,8 @@ def _style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.tick_params(colors=MUTED)
 
 
-def _draw_rewards(axes: Axes, record: SearchRecord) -> None:
-    whole = record.whole
+def _draw_rewards(figure: Figure, record: SearchRecord) -> None:
+    axes, whole = figure.add_subplot(), record.whole
     numbers = [trial.number for trial in whole]
     rewards = [trial.reward or 0.0 for trial in whole]
     best = [max(rewards[: i + 1]) for i in range(len(rewards))]
@@ -73,7 +49,8 @@ def _draw_rewards(axes: Axes, record: SearchRecord) -> None:
     axes.legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="lower right")
 
 
-def _draw_planes(panels: Sequence[Axes], record: SearchRecord) -> None:
+def _draw_planes(figure: Figure, record: SearchRecord) -> None:
+    panels = figure.subplots(1, 2)
     # A network that was not trained to its end says nothing of its accuracy.
     for axes, ratio, name in (
         (panels[0], lambda row: row.step_ratio, "time of a training step"),
@@ -93,15 +70,8 @@ def _draw_planes(panels: Sequence[Axes], record: SearchRecord) -> None:
         axes.step(*zip(*front, strict=True), where="post", color=BLUE, lw=1.2, label="front")
         best = record.best_trial
         assert best is not None
-        axes.plot(
-            ratio(best),
-            100 * (best.top1 or 0.0),
-            "*",
-            ms=15,
-            color=ORANGE,
-            mec="white",
-            label="found",
-        )
+        top1 = 100 * (best.top1 or 0.0)
+        axes.plot(ratio(best), top1, "*", ms=15, color=ORANGE, mec="white", label="found")
         names = {run.name: run.role for run in record.compared if run.role != "found"}
         for number, (own, role) in enumerate(names.items()):
             runs = [run for run in record.compared if run.name == own and run.role != "found"]
@@ -130,40 +100,3 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
         if not front or y > front[-1][1]:
             front.append((x, y))
     return front
-
-
-def _draw_choices(panels: Sequence[Axes], record: SearchRecord) -> None:
-    best: list[TrialRecord] = best_trials(record)
-    stages = range(1, len(record.space.backbone.stages) + 1)
-    for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
-        every = {s: shares(record.space, best, f"stage{s}.{kind}") for s in stages}
-        choices = sorted({choice for share in every.values() for choice in share}, key=str)
-        bottoms = dict.fromkeys(stages, 0.0)
-        for index, choice in enumerate(choices):
-            heights = [100 * every[stage].get(choice, 0.0) for stage in stages]
-            axes.bar(
-                list(stages),
-                heights,
-                0.75,
-                list(bottoms.values()),
-                color=SHADES[index % len(SHADES)],
-                label=str(choice),
-            )
-            for stage, height in zip(stages, heights, strict=True):
-                bottoms[stage] += height
-        _style(axes, title, "stage", f"of the best {len(best)}, %" if kind == "operator" else "")
-        axes.set_xticks(list(stages))
-        axes.legend(
-            frameon=False,
-            labelcolor=TEXT,
-            fontsize=8,
-            ncols=2,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.16),
-        )
-
-
-def _draw_importances(axes: Axes, record: SearchRecord) -> None:
-    rows = list(reversed(record.importances.items()))
-    axes.barh([name for name, _ in rows], [100 * share for _, share in rows], color=BLUE)
-    _style(axes, "What the reward depends on (fANOVA)", "of its variance, %", "")

@@ -36,6 +36,16 @@ COMPARISON = "comparison "
 Outcome = Literal["whole", "pruned", "failed", "reused", "twin", "cut short", "running"]
 
 
+Role = Literal["found", "reference", "rival"]
+
+
+OUTCOMES: dict[TrialState, Outcome] = {
+    TrialState.COMPLETE: "whole",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,7 +83,7 @@ class ComparedRun(_Frozen):
     """A network trained in the end, by one seed, like all others."""
 
     name: str
-    role: Literal["found", "reference", "rival"]
+    role: Role
     seed: int
     top1: float
     """On the images that had no part in the search."""
@@ -117,7 +127,7 @@ class SearchRecord(_Frozen):
     @property
     def best_trial(self) -> TrialRecord | None:
         """The trial of the best reward."""
-        return max(self.whole, key=lambda t: (t.reward or 0.0, -t.number), default=None)
+        return best_of(self.whole)
 
     @property
     def front(self) -> list[TrialRecord]:
@@ -137,9 +147,10 @@ class SearchRecord(_Frozen):
 
         return [trial for trial in self.whole if not is_beaten(trial)]
 
-    def count(self, outcome: Outcome) -> int:
-        """Count the trials of an outcome."""
-        return sum(trial.outcome == outcome for trial in self.trials)
+
+def best_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """Return the trial of the highest reward, the first among equals."""
+    return max(trials, key=lambda t: (t.reward or 0.0, -t.number), default=None)
 
 
 def collect(
@@ -149,19 +160,17 @@ def collect(
     trials = study.get_trials(deepcopy=False)
     records = tuple(map(_record_of, trials))
     whole = [record for record in records if record.outcome == "whole"]
-    best = max(whole, key=lambda r: (r.reward or 0.0, -r.number), default=None)
+    best = best_of(whole)
     attributes = study.user_attrs
     times = [t for trial in trials for t in (trial.datetime_start, trial.datetime_complete) if t]
     now = datetime.now(UTC)
-    compared = [
+    compared = (
         ComparedRun.model_validate(value)
         for name, value in attributes.items()
         if name.startswith(COMPARISON)
-    ]
+    )
     # Not those of a network that was the best before.
-    compared = [
-        run for run in compared if run.role != "found" or (best and run.name == best.network)
-    ]
+    own = [run for run in compared if run.role != "found" or (best and run.name == best.network)]
     return SearchRecord(
         name=config.title,
         setting=attributes["setting"],
@@ -175,7 +184,7 @@ def collect(
         environment=current_environment(),
         best=space.network(best.chosen) if best else None,
         trials=records,
-        compared=tuple(sorted(compared, key=lambda run: (run.role, run.name, run.seed))),
+        compared=tuple(sorted(own, key=lambda run: (run.role, run.name, run.seed))),
         importances=importances(space, whole),
     )
 
@@ -184,22 +193,18 @@ def _record_of(trial: FrozenTrial) -> TrialRecord:
     found = trial.user_attrs
     names = ("parameters", "step_ratio", "step_noise", "step_ms", "reference_step_ms")
     names += ("size_ratio", "latency_ratio", "latency_noise", "device")
+    names += (NETWORK, TOP1, SECONDS, FAILURE, REUSED)
     return TrialRecord(
         number=trial.number,
         outcome=_outcome(trial),
-        network=found.get(NETWORK),
         chosen=trial.params,
-        top1=found.get(TOP1),
         reward=reward_of(trial),
-        seconds=found.get(SECONDS),
-        failure=found.get(FAILURE),
-        reused=found.get(REUSED),
         **{name: found.get(name) for name in names},
     )
 
 
 def _outcome(trial: FrozenTrial) -> Outcome:
-    if trial.state == TrialState.RUNNING or trial.state == TrialState.WAITING:
+    if not trial.state.is_finished():
         return "running"
     if TWIN in trial.user_attrs:
         return "twin"
@@ -207,12 +212,7 @@ def _outcome(trial: FrozenTrial) -> Outcome:
         return "reused"
     if not is_network(trial):
         return "cut short"
-    states: dict[TrialState, Outcome] = {
-        TrialState.COMPLETE: "whole",
-        TrialState.PRUNED: "pruned",
-        TrialState.FAIL: "failed",
-    }
-    return states[trial.state]
+    return OUTCOMES[trial.state]
 
 
 def importances(space: SearchSpace, whole: Sequence[TrialRecord]) -> dict[str, float]:
@@ -237,12 +237,7 @@ def importances(space: SearchSpace, whole: Sequence[TrialRecord]) -> dict[str, f
 
 
 def read_record(path: Path) -> SearchRecord:
-    """Read a search.json.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        SearchError: the file is no such record.
-    """
+    """Read a search.json."""
     text = path.read_bytes()
     try:
         return SearchRecord.model_validate_json(text)

@@ -21,18 +21,13 @@ log = logging.getLogger(__name__)
 
 
 def main(config: SearchConfig) -> Path:
-    """Search; return the report.
-
-    Raises:
-        SearchError: the study was made for something else; many networks in a row failed; the
-            target cannot be exported to.
-        StorageError: the database cannot be used.
-        ValueError, FileNotFoundError, DatasetError: the space or the data cannot be used.
-        PublishError: docs/results.md has no place for the section; nothing is searched then.
-        KeyboardInterrupt: Ctrl-C; the network under way counts as not trained.
-    """
+    """Search; return the report."""
     if config.record is not None:
-        return _write_again(config.record, config)
+        record, path = read_record(config.record), config.record
+        if config.publish:
+            return publish(record, config.readme)
+        stem = "report" if path.name == "search.json" else path.stem
+        return write_files(record, path.parent, stem, path.name)
     if config.publish:
         find_section(config.readme, section_name(config.title))
     space = config.space()
@@ -53,19 +48,14 @@ def main(config: SearchConfig) -> Path:
 
 def _search(worker: Worker) -> None:
     space = worker.space
+    num_known = sum(t.state == TrialState.COMPLETE for t in worker.trials())
     log.info(
-        "study %s: %s choices around %s, %d networks known, on %s",
-        worker.config.title,
-        f"{space.num_choices:,}",
-        space.backbone.name,
-        sum(t.state == TrialState.COMPLETE for t in worker.trials()),
-        worker.experiment.ranks.describe(),
+        f"study {worker.config.title}: {space.num_choices:,} choices around {space.backbone.name}, "
+        f"{num_known} networks known, on {worker.experiment.ranks.describe()}"
     )
     worker.run()
     if worker.others_are_at_work():
-        log.info(
-            "other workers are still at work: the last one compares, and has all in its report"
-        )
+        log.info("others are still at work: the last one compares, and has all in its report")
     else:
         compare(worker)
 
@@ -75,25 +65,10 @@ def write_found(record: SearchRecord, directory: Path) -> None:
     chosen = [("found.json", record.best_trial)]
     if record.setting["objective"] == "front":
         chosen += [(f"front/trial-{trial.number}.json", trial) for trial in record.front]
+    measured = ("top1", "step_ratio", "size_ratio", "latency_ratio", "reward")
     for name, trial in chosen:
         if trial is not None:
-            origin = {
-                "search": record.name,
-                "trial": trial.number,
-                "top1": trial.top1,
-                "step_ratio": trial.step_ratio,
-                "size_ratio": trial.size_ratio,
-                "latency_ratio": trial.latency_ratio,
-                "reward": trial.reward,
-                "reference": record.setting["reference"],
-            }
+            origin: dict[str, object] = {"search": record.name, "trial": trial.number}
+            origin |= {field: getattr(trial, field) for field in measured}
+            origin["reference"] = record.setting["reference"]
             write_variant_file(directory / name, record.space.network(trial.chosen), origin)
-
-
-def _write_again(path: Path, config: SearchConfig) -> Path:
-    record = read_record(path)
-    if not config.publish:
-        stem = "report" if path.name == "search.json" else path.stem
-        return write_files(record, path.parent, stem, path.name)
-    find_section(config.readme, section_name(record.name))
-    return publish(record, config.readme)

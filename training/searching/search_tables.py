@@ -1,15 +1,12 @@
 """SearchRecord -> tables: the found network, the best ones, their choices, and who was compared."""
 
-import math
-import statistics
 from collections import Counter
 from collections.abc import Sequence
-
-from scipy import stats
 
 from efficientnet.reporting.tables import NOTHING, Table, format_percent
 from training.searching.search_record import SearchRecord, TrialRecord, differences
 from training.searching.space import Choice, SearchSpace
+from training.studies.spread import spread
 
 # What is chosen of a stage -> how it is called.
 KINDS = {
@@ -42,6 +39,13 @@ def shares(
     asked = [t for t in trials if kind == "num_layers" or t.chosen[f"{stage}.num_layers"]]
     counts = Counter(trial.chosen[parameter] for trial in asked)
     return {c: counts[c] / max(len(asked), 1) for c in space.parameters[parameter]}
+
+
+def outcomes_table(record: SearchRecord) -> Table:
+    """Count the trials by what came of them: see TrialRecord."""
+    counted = Counter(trial.outcome for trial in record.trials)
+    rows = tuple((outcome, str(count)) for outcome, count in counted.most_common())
+    return Table(("outcome", "trials"), rows, frozenset({"outcome"}))
 
 
 def found_table(record: SearchRecord) -> Table:
@@ -115,32 +119,25 @@ def compared_table(record: SearchRecord) -> Table:
     rows: list[tuple[str, ...]] = []
     for role, name in names:
         runs = [run for run in record.compared if (run.role, run.name) == (role, name)]
-        cells = (
-            f"{name} ({role})",
-            _spread([100 * run.top1 for run in runs], 1),
-            _spread([run.step_ratio for run in runs], 2),
-            f"{runs[0].size_ratio:.2f}",
-            *([_spread([run.latency_ratio or 0.0 for run in runs], 2)] if has_latency else []),
-            _spread([run.reward for run in runs], 4),
-            NOTHING if role == "found" else _with_margin(differences(record.compared, name)),
+        latency = [spread([run.latency_ratio or 0.0 for run in runs]).text(2)] * has_latency
+        gains = [] if role == "found" else differences(record.compared, name)
+        rows.append(
+            (
+                f"{name} ({role})",
+                spread([100 * run.top1 for run in runs]).text(),
+                spread([run.step_ratio for run in runs]).text(2),
+                f"{runs[0].size_ratio:.2f}",
+                *latency,
+                spread([run.reward for run in runs]).text(4),
+                spread(gains).with_margin("+.4f") if gains else NOTHING,
+            )
         )
-        rows.append(cells)
-    columns = ("network", "top-1 %", "step x", "size x")
-    columns += ("latency x",) if has_latency else ()
+    columns = ("network", "top-1 %", "step x", "size x", *(["latency x"] * has_latency))
     columns += ("reward", "found is better by (margin)")
     return Table(columns, tuple(rows), frozenset({"network"}))
 
 
-def _spread(values: Sequence[float], decimals: int) -> str:
-    text = f"{statistics.fmean(values):.{decimals}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{decimals}f}"
-    return text
-
-
-def _with_margin(values: Sequence[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:+.4f}" if values else NOTHING
-    quantile = float(stats.t.ppf(0.975, len(values) - 1))
-    margin = quantile * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.fmean(values):+.4f} ({margin:.4f})"
+def importance_table(record: SearchRecord) -> Table:
+    """List the share of each choice in the reward's variance, largest first."""
+    rows = tuple((name, format_percent(share)) for name, share in record.importances.items())
+    return Table(("choice", "of the reward's variance"), rows, frozenset({"choice"}))

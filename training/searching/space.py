@@ -80,17 +80,15 @@ class SearchSpace(BaseModel):
             operator: Operator = chosen[f"stage{number}.operator"]
             num_layers = chosen[f"stage{number}.num_layers"]
             if num_layers:
-                stages.append(
-                    StageSpec(
-                        operator=operator,
-                        num_layers=num_layers,
-                        out_channels=stage.out_channels,
-                        stride=stage.stride,
-                        expand_ratio=chosen[f"stage{number}.expand_ratio"],
-                        kernel_size=chosen[f"stage{number}.kernel_size"],
-                        squeeze_ratio=self.squeeze_ratio if operator == "mbconv" else None,
-                    )
+                own = replace(
+                    stage,
+                    operator=operator,
+                    num_layers=num_layers,
+                    expand_ratio=chosen[f"stage{number}.expand_ratio"],
+                    kernel_size=chosen[f"stage{number}.kernel_size"],
+                    squeeze_ratio=self.squeeze_ratio if operator == "mbconv" else None,
                 )
+                stages.append(own)
         table = replace(self.backbone, stages=tuple(stages), name="found", published=None)
         digest = hashlib.sha256(json.dumps(asdict(table), sort_keys=True).encode()).hexdigest()
         return replace(table, name=f"found-{digest[:10]}")

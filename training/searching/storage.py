@@ -150,12 +150,7 @@ def _reason(error: BaseException) -> str:
 
 
 def open_storage(url: str | None, folder: Path, wait_s: float, heartbeat: int) -> PatientStorage:
-    """Open a database, or the file study.db of a folder; tables that are missing are made.
-
-    Raises:
-        StorageError: there is no such database, driver or right, or its tables are another
-            version's.
-    """
+    """Open a database, or the file study.db of a folder; tables that are missing are made."""
     options: dict[str, Any] = {"engine_kwargs": {"pool_pre_ping": True}}
     if url is None:
         try:
@@ -169,31 +164,25 @@ def open_storage(url: str | None, folder: Path, wait_s: float, heartbeat: int) -
         options["engine_kwargs"] = {"connect_args": {"timeout": 60}}
     else:
         address = _with_driver(url)
+    expected = "a disk of this machine that may be written: choose another folder with --output"
+    if url is not None:
+        expected = (
+            "a database that runs and may be written, as postgresql://USER@HOST/DATABASE, and its "
+            'driver (pip install "psycopg[binary]" for PostgreSQL, pymysql for MySQL)'
+        )
+    races = (IntegrityError, ProgrammingError, StorageInternalError)
     for number in range(NUM_FIRST_TRIES):
         try:
             return PatientStorage(address, wait_s, heartbeat, **options)
-        except (IntegrityError, ProgrammingError, StorageInternalError, OperationalError) as error:
+        except (OperationalError, ImportError, RuntimeError, *races) as error:
             # "already exists": another worker was faster.
-            is_race = not isinstance(error, OperationalError) or "exists" in str(error)
+            is_race = isinstance(error, races) or "exists" in str(error)
             if is_race and number + 1 < NUM_FIRST_TRIES:
                 time.sleep(0.2 * (number + 1))
                 continue
-            expected = (
-                "a disk of this machine that may be written: choose another folder with --output"
-                if url is None
-                else "a database that is there, runs, and may be written, as "
-                "postgresql://USER@HOST/DATABASE"
-            )
             raise StorageError(
                 f"{_shown(address)} cannot be used: {_reason(error)}; expected {expected}"
             ) from None
-        except ImportError as error:
-            raise StorageError(
-                f"{_shown(address)} needs a driver that is missing ({error}): pip install "
-                '"psycopg[binary]" for PostgreSQL, pymysql for MySQL'
-            ) from None
-        except RuntimeError as error:
-            raise StorageError(f"{_shown(address)}: {error}") from None
     raise AssertionError
 
 

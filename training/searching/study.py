@@ -9,25 +9,24 @@ from typing import Any
 import optuna
 from optuna import Study
 from optuna.pruners import MedianPruner, NopPruner
+from optuna.samplers import TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from efficientnet.errors import PipelineError
-from efficientnet.machine.environment import EnvironmentRecord
-from efficientnet.reporting.publishing import device_slug
 from training.recipe.config import config_to_json, flat_values
 from training.searching.experiment import Experiment
-from training.searching.samplers import NumberedSampler
-from training.searching.search_config import SearchConfig
+from training.searching.search_config import MAX_TRIALS, SearchConfig
 from training.searching.space import SearchSpace
 from training.searching.storage import PatientStorage
 
 SETTING = "setting"
 
 # Attributes of a trial.
-NETWORK, TOP1, FAILURE, REUSED, TWIN, SECONDS = (
-    *("network", "top1", "failure", "reused", "twin", "seconds"),
-)
+NETWORK, TOP1, FAILURE, SECONDS = "network", "top1", "failure", "seconds"
+REUSED, TWIN = "reused", "twin"
+
+NUM_RANDOM_TRIALS = 20
 
 # Not before so many networks are whole, and not after the first epoch, which says little.
 NUM_UNPRUNED_TRIALS, NUM_UNPRUNED_EPOCHS = 16, 2
@@ -41,6 +40,24 @@ NOT_OF_THE_SETTING = {
 
 class SearchError(PipelineError):
     """A search that cannot begin, or cannot go on."""
+
+
+class NumberedSampler(TPESampler):
+    """TPE after some random networks, seeded anew for each trial by its number.
+
+    Workers that begin together, and one that goes on, would otherwise draw the same networks.
+    """
+
+    def __init__(self, num_random_trials: int, seed: int) -> None:
+        super().__init__(n_startup_trials=num_random_trials)
+        self._num_random_trials, self._seed = num_random_trials, seed
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Seed it."""
+        digest = hashlib.sha256(f"{self._seed} {trial.number}".encode()).digest()
+        seed = int.from_bytes(digest[:4])
+        super().__init__(n_startup_trials=self._num_random_trials, seed=seed)
+        super().before_trial(study, trial)
 
 
 def setting_of(config: SearchConfig, experiment: Experiment, space: SearchSpace) -> dict[str, Any]:
@@ -88,7 +105,9 @@ def open_study(config: SearchConfig, storage: PatientStorage, setting: Mapping[s
     study = optuna.create_study(
         study_name=config.title,
         storage=storage,
-        sampler=NumberedSampler(config.sampler, config.seed),
+        sampler=NumberedSampler(
+            MAX_TRIALS if config.sampler == "random" else NUM_RANDOM_TRIALS, config.seed
+        ),
         pruner=MedianPruner(NUM_UNPRUNED_TRIALS, NUM_UNPRUNED_EPOCHS) if may_prune else NopPruner(),
         directions=directions,
         load_if_exists=True,
@@ -107,25 +126,15 @@ def open_study(config: SearchConfig, storage: PatientStorage, setting: Mapping[s
 
 def differences_between(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Name what differs between two settings."""
-    missing = object()
     said: list[str] = []
     for name in {**found, **asked}:
-        old, new = found.get(name, missing), asked.get(name, missing)
+        old, new = found.get(name), asked.get(name)
         if old != new:
             if isinstance(old, dict) and isinstance(new, dict):
                 said.append(f"another {name}: {old.get('name')} and now {new.get('name')}")
             else:
-                said.append(f"{name} {_said(old, missing)} and now {_said(new, missing)}")
+                said.append(f"{name} {json.dumps(old)} and now {json.dumps(new)}")
     return said
-
-
-def _said(value: Any, missing: object) -> str:
-    return "nothing" if value is missing else json.dumps(value)
-
-
-def device_of(environment: EnvironmentRecord) -> str:
-    """Name what a trial was measured on."""
-    return device_slug([environment])
 
 
 def is_network(trial: FrozenTrial) -> bool:

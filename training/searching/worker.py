@@ -6,12 +6,12 @@ trains, until all trials of lower numbers have said which network is theirs.
 """
 
 import logging
+import re
 import statistics
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -22,17 +22,16 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.clock import Call
-from efficientnet.network.cost import network_cost
 from efficientnet.network.variants import VariantSpec
+from efficientnet.reporting.publishing import device_slug
 from efficientnet.reporting.tables import format_percent
 from training.learning.memory import BatchTooLargeError
 from training.running.progress import format_seconds
 from training.searching.artifact_latency import ArtifactBench, ExportFailedError
 from training.searching.experiment import DivergedError, Experiment, train
-from training.searching.reward import Exponents, Ratio
 from training.searching.search_config import SearchConfig
 from training.searching.space import SearchSpace
-from training.searching.step_time import step_ratio, synthetic_step
+from training.searching.step_time import Ratio, step_ratio, synthetic_step
 from training.searching.storage import PatientStorage, signs_of_life
 from training.searching.study import (
     FAILURE,
@@ -43,7 +42,6 @@ from training.searching.study import (
     TWIN,
     SearchError,
     best_trial,
-    device_of,
     is_network,
     reward_of,
 )
@@ -63,10 +61,6 @@ class PrunedError(Exception):
     """A network behind the others."""
 
 
-class FailedError(Exception):
-    """A network that cannot be judged: too large, diverged, or refused by the export."""
-
-
 @dataclass(frozen=True, eq=False)
 class Worker:
     """One of those that work on a study."""
@@ -81,18 +75,13 @@ class Worker:
 
     @cached_property
     def _reference_step(self) -> Call:
+        return self._step_of(self.space.backbone)
+
+    def _step_of(self, spec: VariantSpec) -> Call:
         experiment = self.experiment
         return synthetic_step(
-            experiment.config_for(self.space.backbone),
-            experiment.network,
-            experiment.num_classes,
-            experiment.device,
+            experiment.config_for(spec), experiment.num_classes, experiment.ranks.device
         )
-
-    @property
-    def exponents(self) -> Exponents:
-        """Of the reward."""
-        return Exponents(self.config.w, self.config.v, self.config.u)
 
     def size_ratio_of(self, spec: VariantSpec) -> float:
         """Return the number of parameters over the reference's."""
@@ -101,22 +90,13 @@ class Worker:
 
     def step_ratio_of(self, spec: VariantSpec) -> Ratio:
         """Time a network's training step in turns with the reference's."""
-        experiment, config = self.experiment, self.config
-        step = synthetic_step(
-            experiment.config_for(spec),
-            experiment.network,
-            experiment.num_classes,
-            experiment.device,
+        config = self.config
+        return step_ratio(
+            self._step_of(spec), self._reference_step, config.turns, config.turn_seconds
         )
-        return step_ratio(step, self._reference_step, config.turns, config.turn_seconds)
 
     def run(self) -> None:
-        """Try networks until there are enough, or the time is over.
-
-        Raises:
-            SearchError: many in a row failed.
-            KeyboardInterrupt: Ctrl-C; the network under way counts as not trained.
-        """
+        """Try networks until there are enough, the time is over, or many in a row failed."""
         config = self.config
         began, took = time.monotonic(), list[float]()
         num_failed = num_reused = 0
@@ -181,30 +161,27 @@ class Worker:
         if first is not None:
             return self._take_over(trial, first)
         began = time.monotonic()
-        trial.set_user_attr("device", device_of(current_environment()))
-        trial.set_user_attr("began", datetime.now(UTC).isoformat())
+        trial.set_user_attr("device", device_slug([current_environment()]))
+        values = None
         try:
-            with _failures():
-                values = self._judge(trial, spec)
-            state = TrialState.COMPLETE
+            values, state = self._judge(trial, spec), TrialState.COMPLETE
         except PrunedError:
-            values, state = None, TrialState.PRUNED
-        except FailedError as failure:
-            trial.set_user_attr(FAILURE, str(failure))
-            log.warning("trial %d failed: %s", trial.number, failure)
-            values, state = None, TrialState.FAIL
+            state = TrialState.PRUNED
         except KeyboardInterrupt as interrupt:
             self._give_back(trial)
             raise type(interrupt)(
                 f"interrupted in trial {trial.number}, which counts as not trained; the same "
                 "command goes on"
             ) from None
-        except UpdateFinishedTrialError:
-            raise
-        except BaseException:
-            # Ours to look into, or the database's; the next worker may try the network again.
-            self._give_back(trial)
-            raise
+        except BaseException as error:
+            failure = failure_of(error)
+            if failure is None:
+                # The next worker may try the network again.
+                self._give_back(trial)
+                raise
+            trial.set_user_attr(FAILURE, failure)
+            log.warning("trial %d failed: %s", trial.number, failure)
+            state = TrialState.FAIL
         trial.set_user_attr(SECONDS, time.monotonic() - began)
         return values, state
 
@@ -253,55 +230,44 @@ class Worker:
     def _judge(self, trial: Trial, spec: VariantSpec) -> list[float]:
         """Measure a network's step, train it, and measure what is exported of it."""
         experiment, config = self.experiment, self.config
-        size = experiment.preprocess.image_size
-        cost = network_cost(spec, size, num_classes=experiment.num_classes)
-        size_ratio = self.size_ratio_of(spec)
-        trial.set_user_attr("parameters", cost.num_parameters)
-        trial.set_user_attr("multiply_adds", cost.multiply_adds)
-        trial.set_user_attr("size_ratio", size_ratio)
-        time_of = self.step_ratio_of(spec)
-        trial.set_user_attr("step_ratio", time_of.value)
-        trial.set_user_attr("step_noise", time_of.noise)
-        trial.set_user_attr("step_ms", time_of.own_ms)
-        trial.set_user_attr("reference_step_ms", time_of.reference_ms)
+        size_ratio, step_time = self.size_ratio_of(spec), self.step_ratio_of(spec)
+        _tell(
+            trial,
+            parameters=experiment.num_parameters(spec),
+            size_ratio=size_ratio,
+            step_ratio=step_time.value,
+            step_noise=step_time.noise,
+            step_ms=step_time.own_ms,
+            reference_step_ms=step_time.reference_ms,
+        )
 
-        seed = experiment.base.seed
-        training = train(experiment, spec, seed, experiment.dataset.val)
-        top1, epoch = 0.0, 0
-        while True:
-            try:
-                top1 = next(training)
-            except StopIteration as end:
-                state = end.value
-                break
-            epoch += 1
+        def on_epoch(top1: float, epoch: int) -> None:
             trial.set_user_attr(TOP1, top1)
             if not config.pareto:
                 # What the accuracy so far would be worth: a small network may be behind the others
                 # in accuracy and still be the better one.
-                trial.report(self.exponents.reward(top1, time_of.value, size_ratio), epoch)
+                trial.report(config.reward(top1, step_time.value, size_ratio), epoch)
                 if trial.should_prune():
                     raise PrunedError
-        latency = None
+
+        top1, state = train(experiment, spec, experiment.base.seed, on_epoch)
+        latency_ratio = None
         if self.bench is not None:
-            measured = self.bench.measure(spec, state.average.tensors, f"trial-{trial.number}")
-            latency = measured.value
-            trial.set_user_attr("latency_ratio", latency)
-            trial.set_user_attr("latency_noise", measured.noise)
-            trial.set_user_attr("latency_ms", measured.own_ms)
-            trial.set_user_attr("reference_latency_ms", measured.reference_ms)
-        reward = self.exponents.reward(top1, time_of.value, size_ratio, latency)
-        trial.set_user_attr("reward", reward)
+            latency = self.bench.measure(spec, state.average.tensors, f"trial-{trial.number}")
+            latency_ratio = latency.value
+            _tell(trial, latency_ratio=latency_ratio, latency_noise=latency.noise)
+        reward = config.reward(top1, step_time.value, size_ratio, latency_ratio)
+        _tell(trial, reward=reward)
         if not config.pareto:
             return [reward]
-        return [top1, time_of.value, size_ratio, *([] if latency is None else [latency])]
+        costs = (step_time.value, size_ratio, latency_ratio)
+        return [top1, *(cost for cost in costs if cost is not None)]
 
     def _tell_progress(
         self, trial: FrozenTrial, took: Sequence[float], began: float, num_workers: int
     ) -> None:
         config, trials = self.config, self.trials()
-        networks = [t for t in trials if is_network(t)]
-        best = best_trial(trials)
+        networks, best = [t for t in trials if is_network(t)], best_trial(trials)
         num_failed = sum(FAILURE in t.user_attrs for t in networks)
         num_pruned = sum(t.state == TrialState.PRUNED for t in networks)
         left_s = (config.trials - len(networks)) * statistics.fmean(took) / num_workers
@@ -309,34 +275,30 @@ class Worker:
             left_s = min(left_s, 3600 * config.hours - (time.monotonic() - began))
         log.info(
             "trial %d: %s; %s; %d of %d networks, %d pruned, %d failed, %s left",
-            trial.number,
-            describe(trial),
-            "none is whole yet"
-            if best is None
-            else f"best: {describe(best)} (trial {best.number})",
-            len(networks),
-            config.trials,
-            num_pruned,
-            num_failed,
+            *(trial.number, describe(trial)),
+            f"best: {describe(best)} (trial {best.number})" if best else "none is whole yet",
+            *(len(networks), config.trials, num_pruned, num_failed),
             format_seconds(max(left_s, 0.0)),
         )
 
 
-@contextmanager
-def _failures() -> Generator[None]:
-    # What makes a network fail, and the search go on.
-    try:
-        yield
-    except (BatchTooLargeError, DivergedError, ExportFailedError) as error:
-        raise FailedError(str(error)) from None
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise FailedError(f"out of memory: {str(error).partition('. ')[0]}") from None
-    except RuntimeError as error:
-        if OUT_OF_CPU_MEMORY not in str(error):
-            raise
-        raise FailedError(f"out of memory: {str(error).splitlines()[0]}") from None
+def _tell(trial: Trial, **found: float) -> None:
+    for name, value in found.items():
+        trial.set_user_attr(name, value)
+
+
+def failure_of(error: BaseException) -> str | None:
+    """Say why a network cannot be judged, so that the search goes on; None: no fault of it."""
+    text = str(error)
+    if isinstance(error, BatchTooLargeError | DivergedError | ExportFailedError):
+        return text
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and OUT_OF_CPU_MEMORY in text
+    ):
+        torch.cuda.empty_cache()
+        first, *_ = re.split(r"\n|\. ", text)
+        return f"out of memory: {first}"
+    return None
 
 
 def describe(trial: FrozenTrial) -> str:

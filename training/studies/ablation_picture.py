@@ -1,73 +1,53 @@
 """AblationRecord -> a PNG: top-1 over training time, and top-1 by magnitude and image size."""
 
-import io
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from training.studies.ablation_plan import (
-    FIXED,
-    PROGRESSIVE,
-    PROGRESSIVE_ADAPTIVE,
-    RANDOM,
-    RANDOM_ADAPTIVE,
-)
-from training.studies.ablation_results import (
-    PAPER_MAGNITUDES,
-    PAPER_SIZES,
-    AblationRecord,
-    Spread,
-    magnitude_grid,
-    paper_grid,
-    points,
-    spread,
-)
+from training.running.pictures import LINE, MUTED, TEXT, draw_png
+from training.studies import ablation_plan as plan
+from training.studies import ablation_results as results
+from training.studies.ablation_results import AblationRecord
+from training.studies.spread import Spread, spread
 
 COLORS = {
-    PROGRESSIVE_ADAPTIVE: "#1f5f9e",
-    PROGRESSIVE: "#7fb2e5",
-    FIXED: "#3d444d",
-    RANDOM: "#e8a06a",
-    RANDOM_ADAPTIVE: "#b3421e",
+    plan.PROGRESSIVE_ADAPTIVE: "#1f5f9e",
+    plan.PROGRESSIVE: "#7fb2e5",
+    plan.FIXED: "#3d444d",
+    plan.RANDOM: "#e8a06a",
+    plan.RANDOM_ADAPTIVE: "#b3421e",
 }
 SHADES = LinearSegmentedColormap.from_list("shades", ["#f6f9fc", "#8fbce6"])
-TEXT, MUTED, LINE = "#1f2328", "#59636e", "#d8dee4"
 
 
 def draw(record: AblationRecord) -> bytes:
     """Draw top-1 over time by schedule, and by magnitude and size beside the paper's; a PNG."""
-    widths = ([1.6] if record.has("schedules") else []) + (
-        [1.0, 1.0] if record.has("magnitudes") else []
-    )
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9.5}):
-        figure = Figure(
-            (4.1 * sum(widths) + 0.4, 4.8), 150, facecolor="white", layout="constrained"
-        )
-        FigureCanvasAgg(figure)
+    has_schedules, has_magnitudes = record.has("schedules"), record.has("magnitudes")
+    widths = [1.6] * has_schedules + [1.0, 1.0] * has_magnitudes
+
+    def draw_panels(figure: Figure) -> None:
         panels = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
-        if record.has("schedules"):
+        if has_schedules:
             _draw_schedules(panels.pop(0), record)
-        if record.has("magnitudes"):
+        if has_magnitudes:
             ours, papers = panels
             sizes, magnitudes = record.image_sizes, record.magnitudes
             title = f"Magnitude by size: {record.variant} on {record.name}"
-            _draw_grid(ours, magnitude_grid(record), sizes, magnitudes, title)
+            _draw_grid(ours, results.magnitude_grid(record), sizes, magnitudes, title)
+            sizes, magnitudes = results.PAPER_SIZES, results.PAPER_MAGNITUDES
             title = "The paper: ImageNet, Table 5"
-            _draw_grid(papers, paper_grid(), PAPER_SIZES, PAPER_MAGNITUDES, title)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", metadata={"Software": None})
-    return picture.getvalue()
+            _draw_grid(papers, results.paper_grid(), sizes, magnitudes, title)
+
+    return draw_png((4.1 * sum(widths) + 0.4, 4.8), draw_panels, 150)
 
 
 def _draw_schedules(axes: Axes, record: AblationRecord) -> None:
     for name, color in COLORS.items():
-        runs, values = record.of(name), points(record, name)
+        runs, values = record.of(name), results.points(record, name)
         seconds = [run.seconds for run in runs]
         time_s, top1 = spread(seconds), spread(values)
         axes.plot(seconds, values, "o", ms=3, color=color, alpha=0.55, mew=0)
@@ -76,7 +56,7 @@ def _draw_schedules(axes: Axes, record: AblationRecord) -> None:
             top1.mean,
             xerr=time_s.std or 0,
             yerr=top1.std or 0,
-            fmt="s" if name == FIXED else "o" if "progressive" in name else "D",
+            fmt="s" if name == plan.FIXED else "o" if "progressive" in name else "D",
             ms=9,
             mec="white",
             color=color,

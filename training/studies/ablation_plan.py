@@ -8,13 +8,13 @@ from typing import Literal
 
 import tyro
 
-from efficientnet.command import require_least, require_only_publishing
+from efficientnet.command import require_least
 from efficientnet.errors import PipelineError
-from efficientnet.images.datasets import data_name
 from efficientnet.network.variants import get_variant
 from training.recipe.config import Schedule, TrainConfig
 from training.recipe.recipes import DIGITS_RECIPE
 from training.running.command_line import parse
+from training.studies.config import StudyFlags
 
 Experiment = Literal["schedules", "magnitudes"]
 
@@ -30,13 +30,12 @@ class AblationError(PipelineError):
 
 
 @dataclass(frozen=True)
-class AblationConfig:
+class AblationConfig(StudyFlags):
     """What to train, how often, and where it goes."""
 
-    variant: tyro.conf.Positional[str] = "v2-b0"
+    kind = "ablation"
 
-    data: str | None = None
-    """As in training/run.py; None = the digits."""
+    variant: tyro.conf.Positional[str] = "v2-b0"
 
     image_sizes: tuple[int, int, int] = (32, 48, 64)
     """Pixels, rising. schedules: from the first to the last. magnitudes: each of them."""
@@ -69,21 +68,6 @@ class AblationConfig:
     jobs: int = 1
     """Runs at once, which share the cores; more than one makes their times less certain."""
 
-    name: str | None = None
-    """None = that of the data."""
-
-    output: Path | None = None
-    """Folder of the runs and the results; None = runs/ablation-NAME."""
-
-    publish: bool = False
-    """Copy the results to reports/published/<date>-<device>/ and a table into docs/results.md."""
-
-    readme: Path = Path("docs/results.md")
-
-    record: Path | None = None
-    """Train nothing: write text and picture of this record (an ablation.json, or a published one)
-    again, beside it; with --publish where published ones go, and into docs/results.md."""
-
     def __post_init__(self) -> None:
         get_variant(self.variant)
         for name in ("image_sizes", "magnitudes"):
@@ -91,24 +75,7 @@ class AblationConfig:
             if not values[0] < values[1] < values[2]:
                 raise ValueError(f"{name} are {values}, expected three rising ones")
         require_least(self, seeds=1, jobs=1)
-        if "/" in self.title:
-            raise ValueError(f"name is {self.title!r}, expected a file name's part; give --name")
-        require_only_publishing(self, "what was trained")
-
-    @property
-    def title(self) -> str:
-        """The ablation's name."""
-        return self.name or self.data_name
-
-    @property
-    def data_name(self) -> str:
-        """The data's name, without a path of this machine."""
-        return data_name(self.data)
-
-    @property
-    def directory(self) -> Path:
-        """The folder of the runs and the results."""
-        return self.output or Path("runs") / f"ablation-{self.title}"
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -128,17 +95,11 @@ class Row:
 class PlannedRun:
     """One training."""
 
-    rows: tuple[Row, ...]
-    """More than one where two experiments have the same training."""
+    row: Row
     seed: int
     directory: Path
     arguments: tuple[str, ...]
     """Of training/run.py."""
-
-    @property
-    def row(self) -> Row:
-        """The row that the run is named after."""
-        return self.rows[0]
 
     @property
     def config(self) -> TrainConfig:
@@ -155,7 +116,7 @@ def plan_rows(config: AblationConfig) -> tuple[Row, ...]:
         ValueError: the recipe has no range of regularisation, or values that no run may have.
     """
     common = common_flags(config)
-    base = parse([*common, "--progressive.num-stages", "1"])
+    base = parse([config.variant, *common, "--progressive.num-stages", "1"])
     if not isinstance(base, TrainConfig):
         raise ValueError("--flags cannot have --resume: start the same ablation again instead")
     pairs = {
@@ -168,20 +129,19 @@ def plan_rows(config: AblationConfig) -> tuple[Row, ...]:
             f"the recipe {base.recipe} of {config.variant} has one regularisation for all sizes; "
             'give a range, as --flags="--progressive.randaugment-magnitude 5 15"'
         )
-    most_stages = base.steps or base.epochs
 
     def flags(schedule: Schedule, num_stages: int, sizes: Sequence[int], regularisation: dict):
-        parts = ["--schedule", schedule, "--progressive.num-stages", min(num_stages, most_stages)]
+        num_stages = min(num_stages, base.steps or base.epochs)
+        parts = ["--schedule", schedule, "--progressive.num-stages", num_stages]
         parts += ["--progressive.image-size", *sizes, "--eval-image-size", sizes[1]]
         for kind, pair in regularisation.items():
             parts += [f"--progressive.{kind.replace('_', '-')}", *(f"{v:g}" for v in pair)]
-        return (*common[1:], *map(str, parts))
+        return (*common, *map(str, parts))
 
     rows: list[Row] = []
     first_size, _, last_size = config.image_sizes
-    schedules: tuple[tuple[str, Schedule, int, dict], ...] = ()
     if config.experiments != "magnitudes":
-        schedules = (
+        schedules: tuple[tuple[str, Schedule, int, dict], ...] = (
             (PROGRESSIVE_ADAPTIVE, "paper", NUM_STAGES, pairs),
             (PROGRESSIVE, "paper", NUM_STAGES, last),
             (FIXED, "fixed", 1, last),
@@ -195,11 +155,7 @@ def plan_rows(config: AblationConfig) -> tuple[Row, ...]:
         for magnitude in config.magnitudes:
             for size in config.image_sizes:
                 regularisation = last | {"randaugment_magnitude": (magnitude, magnitude)}
-                # One stage has the last size. The flags of fixed, where it is the same training,
-                # let plan_rounds train it once.
-                is_fixed = bool(schedules) and size == last_size and regularisation == last
-                sizes = (first_size if is_fixed else size, size)
-                values = flags("fixed", 1, sizes, regularisation)
+                values = flags("fixed", 1, (size, size), regularisation)
                 name = magnitude_row(magnitude, size)
                 rows.append(Row("magnitudes", name, size, values, magnitude))
     for row in rows:
@@ -208,21 +164,16 @@ def plan_rows(config: AblationConfig) -> tuple[Row, ...]:
 
 
 def common_flags(config: AblationConfig) -> list[str]:
-    """Return the arguments that all runs share, the variant first."""
+    """Return the flags that all runs share."""
     values = {
+        "--recipe": config.recipe,
         "--data": config.data,
         "--epochs": config.epochs,
         "--batch-size": config.batch_size,
         "--minival": config.minival,
     }
-    given = [part for flag, value in values.items() if value is not None for part in (flag, value)]
-    return [
-        config.variant,
-        "--recipe",
-        config.recipe,
-        *map(str, given),
-        *shlex.split(config.flags),
-    ]
+    given = [str(p) for flag, v in values.items() if v is not None for p in (flag, v)]
+    return [*given, *shlex.split(config.flags)]
 
 
 def magnitude_row(magnitude: float, image_size: int) -> str:
@@ -231,22 +182,17 @@ def magnitude_row(magnitude: float, image_size: int) -> str:
 
 
 def plan_rounds(config: AblationConfig, rows: Sequence[Row]) -> list[PlannedRun]:
-    """Lay out all runs: all rows of a seed before those of the next. Rows of equal flags share one.
+    """Lay out all runs: all rows of a seed before those of the next.
 
     Each round begins with another row, so that a machine that gets slower or faster favors nobody.
     """
-    same: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        same.setdefault(row.flags, []).append(row)
-    trainings = [tuple(group) for group in same.values()]
-    folder, stride = config.directory / "runs", -(-len(trainings) // config.seeds)
+    folder, stride = config.directory / "runs", -(-len(rows) // config.seeds)
     planned: list[PlannedRun] = []
     for seed in range(config.seeds):
-        shift = seed * stride % len(trainings)
-        for group in (*trainings[shift:], *trainings[:shift]):
-            row = group[0]
+        shift = seed * stride % len(rows)
+        for row in (*rows[shift:], *rows[:shift]):
             name = f"{'-'.join(row.name.replace('+', ' ').split())}-seed{seed}"
             place = ("--seed", str(seed), "--output", str(folder), "--name", name)
             arguments = (config.variant, *row.flags, *place)
-            planned.append(PlannedRun(group, seed, folder / name, arguments))
+            planned.append(PlannedRun(row, seed, folder / name, arguments))
     return planned

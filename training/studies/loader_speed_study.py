@@ -34,7 +34,7 @@ from training.batches.sampler import StepPlan, StepSampler
 from training.recipe.config import ProgressiveConfig
 from training.recipe.recipes import imagenet_recipe
 from training.recipe.stages import plan_stages
-from training.studies.loader_speed_config import LoaderSpeedConfig
+from training.studies.config import LoaderSpeedConfig
 
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg"})
 
@@ -214,16 +214,12 @@ class LoaderSubject:
             del batches
             gc.collect()
             core_s = _core_s_of_children() - core_s
-        # timm's and torch's own exceptions have no common base.
+        # timm's and torch's own exceptions have no common base; a worker's message ends with what
+        # it was, behind its traceback.
         except Exception as error:
-            raise LoaderSpeedError(describe_error(error)) from error
+            *_, last = (str(error).strip() or "(it has no message)").splitlines()
+            raise LoaderSpeedError(f"{type(error).__name__}: {last}") from error
         return Loaded(num_images / seconds, 1000 * core_s / len(files))
-
-
-def describe_error(error: Exception) -> str:
-    """Return type and message; of a worker's, which tells its traceback too, the last line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else '(it has no message)'}"
 
 
 def _core_s_of_children() -> float:

@@ -1,18 +1,17 @@
 """Finished runs of one recipe -> how far each came after each epoch, side by side."""
 
-import json
 import logging
 from datetime import UTC, datetime
-from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from efficientnet.errors import PipelineError
 from efficientnet.formats.checkpoint import read_checkpoint
 from efficientnet.images.datasets import data_name
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
 from efficientnet.reporting.tables import NOTHING, Table, format_percent
-from training.studies.side_by_side_config import SideBySideConfig
+from training.running.metrics import read_metrics
+from training.studies.config import SideBySideConfig
 
 SECTION = "fine-tuning"
 
@@ -79,7 +78,10 @@ def main(config: SideBySideConfig) -> SideBySide:
                 name=run.name,
                 start=record.train_config.get("weights"),
                 learning_rate=record.train_config["optimizer"]["learning_rate"],
-                epochs=read_epochs(run / "metrics.jsonl"),
+                epochs=tuple(
+                    Epoch(epoch=epoch.epoch, top1=epoch.top1, elapsed_s=epoch.elapsed_s)
+                    for epoch in read_metrics(run)
+                ),
             )
             for run, record in zip(config.runs, records, strict=True)
         ),
@@ -89,15 +91,6 @@ def main(config: SideBySideConfig) -> SideBySide:
         name = f"{SECTION}-{found.variant}-{found.data}.json"
         publish_part(found, name, config.readme, SECTION, section_of)
     return found
-
-
-def read_epochs(path: Path) -> tuple[Epoch, ...]:
-    """Read the epochs of a run."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return tuple(Epoch.model_validate(json.loads(line)) for line in lines)
-    except (OSError, ValueError, ValidationError) as error:
-        raise SideBySideError(f"{path} cannot be read: {error}") from None
 
 
 def section_of(found: SideBySide) -> str:

@@ -21,6 +21,7 @@ from training.batches.sampler import StepPlan, StepSampler
 from training.learning.distributed import Ranks
 from training.learning.state import new_state
 from training.learning.step import AUTOCAST_TYPES, TrainStep
+from training.recipe.config import TrainConfig
 from training.recipe.stages import plan_stages
 from training.studies.speed_plan import StepCase
 
@@ -31,19 +32,26 @@ LEARNING_RATE = 1e-6
 Step = Callable[[], object]
 
 
-def our_step(case: StepCase, device: torch.device) -> Step:
-    """Build training.learning.step.TrainStep and what it is fed with."""
-    config = case.train_config()
-    state = new_state(config, config.network_options(None), case.num_classes, device)
+def our_step(
+    config: TrainConfig,
+    num_classes: int,
+    device: torch.device,
+    batches: Iterator[Batch] | None = None,
+) -> Step:
+    """Build the step that training takes at the recipe's last stage, the batch in one pass.
+
+    It is fed with `batches`, or with the same random pixels again and again.
+    """
+    state = new_state(config, config.network_options(None), num_classes, device)
     state.model.train()
-    step = TrainStep(
-        state, config, Ranks(0, 1, device), case.num_classes, config.preprocess_spec(None)
+    step = TrainStep(state, config, Ranks(0, 1, device), num_classes, config.preprocess_spec(None))
+    stage = plan_stages(config.progressive, config.seed)[-1]
+    step.begin_stage(stage, config.batch_size)
+    source = batches or repeat(
+        random_batch(config.batch_size, stage.image_size, num_classes, device)
     )
-    (stage,) = plan_stages(config.progressive)
-    step.begin_stage(stage, case.micro_batch_size)
-    batches = repeat(_synthetic_batch(case, device)) if case.data is None else _fed(case, device)
     stop = torch.zeros((), device=device)
-    return lambda: step(batches, 1, LEARNING_RATE, stop)
+    return lambda: step(source, 1, LEARNING_RATE, stop)
 
 
 def timm_step(case: StepCase, device: torch.device) -> Step:
@@ -82,7 +90,7 @@ def timm_step(case: StepCase, device: torch.device) -> Step:
         torch.tensor([255 * value for value in values], device=device).view(1, 3, 1, 1)
         for values in (spec.mean, spec.std)
     )
-    batch = _synthetic_batch(case, device)
+    batch = random_batch(case.micro_batch_size, case.image_size, case.num_classes, device)
     pixels, labels = batch.images.contiguous(), batch.labels
     autocast_type = AUTOCAST_TYPES[case.precision]
     num_updates = 0
@@ -106,19 +114,16 @@ def timm_step(case: StepCase, device: torch.device) -> Step:
     return step
 
 
-def _synthetic_batch(case: StepCase, device: torch.device) -> Batch:
-    # In memory as the loader's batches: [N, H, W, 3].
+def random_batch(count: int, size: int, num_classes: int, device: torch.device) -> Batch:
+    """Return random pixels and labels, in memory as the loader's batches: [N, H, W, 3]."""
     generator = torch.Generator().manual_seed(0)
-    count, size = case.micro_batch_size, case.image_size
-    pixels = torch.randint(
-        256, (count, size, size, 3), generator=generator, dtype=torch.uint8
-    ).permute(0, 3, 1, 2)
-    labels = torch.randint(case.num_classes, (count,), generator=generator)
-    seeds = torch.arange(count)
-    return Batch(pixels.to(device), labels.to(device), seeds)
+    pixels = torch.randint(256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(num_classes, (count,), generator=generator)
+    return Batch(pixels.permute(0, 3, 1, 2).to(device), labels.to(device), torch.arange(count))
 
 
-def _fed(case: StepCase, device: torch.device) -> Iterator[Batch]:
+def loaded_batches(case: StepCase, device: torch.device) -> Iterator[Batch]:
+    """Return the batches of the loader, as in training."""
     assert case.data is not None
     config = case.train_config()
     samples = load_dataset(case.data).train

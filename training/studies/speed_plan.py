@@ -14,7 +14,6 @@ from efficientnet.network.architectures import peer_of
 from efficientnet.network.variants import Padding, get_variant
 from training.recipe.config import TrainConfig
 from training.recipe.recipes import imagenet_recipe
-from training.studies.speed_paper import PAPER_ROWS, TABLE_BATCH_SIZES
 
 OURS, TIMM, TIMM_AGAIN = "ours", "timm", "timm again"
 
@@ -22,6 +21,14 @@ IMAGENET_CLASSES = 1000
 
 # More steps than any measurement takes: the loader begins one epoch after the other.
 NUM_LOADER_STEPS = 1_000_000
+
+
+# Tan and Le 2021 (arXiv 2104.00298), tables 2 (of v1) and 3: variants, image sizes, batch sizes.
+# Table 3 does not tell its batch size.
+PAPER_TABLES: dict[Literal[2, 3], tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = {
+    2: (("b6",), (512, 380), (12, 24)),
+    3: (("b4", "b4-fused-1-3", "b4-fused-1-5", "b4-fused-1-7"), (380,), (32,)),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class SpeedConfig:
     """Processes that decode and augment; None = one per core."""
 
     table: Literal[2, 3] | None = None
-    """The V2 paper's table to stand beside: 2 = B6 by size and batch, 3 = B4 with fused stages."""
+    """The V2 paper's table whose rows are measured, for `python perf/paper.py` to set beside the
+    paper's: 2 = B6 by size and batch, 3 = B4 with fused stages."""
 
     peer: Literal["timm"] | None = None
     """Whose training step to compare with."""
@@ -67,7 +75,7 @@ class SpeedConfig:
     memory_limit_bytes: int | None = None
     """What a step on a CPU may take; None = 85 % of the machine's memory."""
 
-    output: Path = Path("reports/training_speed.jsonl")
+    output: Path = Path("reports/training-speed.jsonl")
     """Records are appended to it."""
 
     publish: bool = False
@@ -87,11 +95,6 @@ class SpeedConfig:
             )
         if sum(map(bool, (self.table, self.peer, self.data))) > 1:
             raise ValueError("--table, --peer and --data do not go together; give one of them")
-        counts = (len(self.image_size_list), len(self.batch_size_list))
-        if self.table == 2 and counts != (2, 2):
-            raise ValueError("table 2 has two image sizes and two batch sizes; give as many")
-        if self.table == 3 and counts != (1, 1):
-            raise ValueError("table 3 has one image size and one batch size; give one of each")
         require_positive(self, "seconds")
         # Batch norm needs more than one value per channel.
         require_least(self, image_sizes=16, batch_sizes=2, turns=1, threads=1)
@@ -101,7 +104,7 @@ class SpeedConfig:
     def variants(self) -> tuple[str, ...]:
         """Those that are measured."""
         if self.table:
-            return tuple(dict.fromkeys(row.variant for row in PAPER_ROWS[self.table]))
+            return PAPER_TABLES[self.table][0]
         return (self.variant or "v2-s",)
 
     @property
@@ -110,7 +113,7 @@ class SpeedConfig:
         if self.image_sizes:
             return self.image_sizes
         if self.table:
-            return tuple(dict.fromkeys(row.image_size for row in PAPER_ROWS[self.table]))
+            return PAPER_TABLES[self.table][1]
         return tuple(dict.fromkeys(imagenet_recipe(self.variants[0]).progressive.image_size))
 
     @property
@@ -119,7 +122,7 @@ class SpeedConfig:
         if self.batch_sizes:
             return self.batch_sizes
         if self.table:
-            return TABLE_BATCH_SIZES[self.table]
+            return PAPER_TABLES[self.table][2]
         return (16, 32, 64)
 
     def padding(self, variant: str) -> Padding:
@@ -180,12 +183,7 @@ class StepCase:
 
 
 def plan(config: SpeedConfig) -> list[tuple[StepCase, ...]]:
-    """List what is measured; those of one group take turns.
-
-    Raises:
-        FileNotFoundError, DatasetError: the data cannot be used.
-        ValueError: fewer images than a batch.
-    """
+    """List what is measured; those of one group take turns."""
     num_classes = IMAGENET_CLASSES
     if config.data is not None:
         dataset = load_dataset(config.data)

@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 
 from training.learning.memory import device_memory_bytes, peak_memory_bytes, reset_peak_memory
-from training.studies.speed_contenders import Step, our_step, timm_step
+from training.studies.speed_contenders import Step, loaded_batches, our_step, timm_step
 from training.studies.speed_plan import OURS, StepCase
 
 MIN_WARM_UP_STEPS, MAX_WARM_UP_STEPS = 2, 20
@@ -82,7 +82,7 @@ class StepSubject:
         # What the loader's workers have ready would make the first steps look too fast.
         min_steps = MIN_WARM_UP_STEPS + (2 * case.num_workers + 2 if case.data else 0)
         try:
-            self._step = (our_step if case.contender == OURS else timm_step)(case, self._device)
+            self._step = self._built()
             end = perf_counter() + max_s
             first_s, num_steps = self._one_step_s(), 1
             while num_steps + 1 < min_steps or (
@@ -96,6 +96,13 @@ class StepSubject:
         reset_peak_memory(self._device)
         compile_s = max(0.0, first_s - last_s) if case.is_compiled else None
         return StepWarmUp(num_steps + 1, compile_s)
+
+    def _built(self) -> Step:
+        case, device = self._case, self._device
+        if case.contender != OURS:
+            return timm_step(case, device)
+        batches = loaded_batches(case, device) if case.data else None
+        return our_step(case.train_config(), case.num_classes, device, batches)
 
     def turn(self, seconds: float, num_settling_steps: int) -> StepTurn | None:
         """Take uncounted steps to settle, then steps for some seconds, at least one.

@@ -1,4 +1,4 @@
-"""Records of training steps -> a table of each run, beside the paper's or timm's, published."""
+"""Records of training steps -> a table of each run, also beside timm's, published."""
 
 import logging
 from collections.abc import Sequence
@@ -8,8 +8,6 @@ from pathlib import Path
 from efficientnet.formats.records import TrainingSpeedRecord, read_records
 from efficientnet.machine.atomic import write_text
 from efficientnet.measuring.turns import Ratio, ratio
-from efficientnet.network.cost import network_cost
-from efficientnet.network.variants import get_variant
 from efficientnet.reporting.publishing import find_section, published_directory, write_section
 from efficientnet.reporting.tables import (
     NOTHING,
@@ -20,7 +18,6 @@ from efficientnet.reporting.tables import (
     format_rate,
     format_ratio,
 )
-from training.studies.speed_paper import PAPER_ROWS, TABLE_BATCH_SIZES
 from training.studies.speed_plan import TIMM
 
 Run = Sequence[TrainingSpeedRecord]
@@ -79,23 +76,26 @@ def document(records: Sequence[TrainingSpeedRecord], as_markdown: bool) -> str:
     """Write each run's title, table, and how it was measured."""
     parts: list[str] = []
     for run in runs_of(records):
-        table = _paper_table(run) if run[0].table else _table(run)
+        table = _table(run)
         if as_markdown:
             parts += [f"**{title_of(run)}**", table.markdown(), _how(run)]
         else:
-            parts += [title_of(run), table.aligned_text(), *table.notes, _how(run)]
+            parts += [title_of(run), table.aligned_text(), _how(run)]
     return "\n\n".join(parts)
 
 
 def _table(run: Run) -> Table:
     has_peer = len({record.contender for record in run}) > 1
     has_loader = any(record.is_loader_fed for record in run)
-    columns = ["px", "batch", "images/s", "step p50 ms", "memory", "of device", "of peak"]
+    has_variants = len({record.variant for record in run}) > 1
+    columns = ["variant"] * has_variants
+    columns += ["px", "batch", "images/s", "step p50 ms", "memory", "of device", "of peak"]
     columns += ["compile s"] * run[0].is_compiled + ["fed by", "of synthetic"] * has_loader
     columns += ["step of", "x timm", "turns"] * has_peer
     lines: list[tuple[str, ...]] = []
     for record in run:
-        line = [str(record.image_size), str(record.micro_batch_size), _speed(record.images_per_s)]
+        line = [record.variant] * has_variants
+        line += [str(record.image_size), str(record.micro_batch_size), _speed(record.images_per_s)]
         line += [format_ms(record.step_p50_ms), *_memory(record)]
         line.append(NOTHING if record.mfu is None else format_percent(record.mfu))
         if record.is_compiled:
@@ -111,49 +111,7 @@ def _table(run: Run) -> Table:
             line += [record.contender, format_ratio(found.median if found else None)]
             line.append(NOTHING if record.contender == TIMM else spread)
         lines.append(tuple(line))
-    return Table(tuple(columns), tuple(lines), frozenset({"fed by", "step of"}))
-
-
-def _paper_table(run: Run) -> Table:
-    """Set measured rows beside the paper's, in order: other sizes may stand in for the paper's."""
-    assert run[0].table is not None
-    printed = PAPER_ROWS[run[0].table]
-    is_table_3 = run[0].table == 3
-    columns = ["px", "batch", "images/s", "x", "memory", "of device"]
-    columns += ["paper px", "V100 batch", "V100", "x", "TPUv3 batch", "TPUv3", "x"]
-    if is_table_3:
-        columns = ["variant", "params M", "FLOPs G", *columns[:6]]
-        columns += ["paper params", "FLOPs", "V100", "x", "TPUv3", "x"]
-    lines: list[tuple[str, ...]] = []
-    for record, paper in zip(run, printed, strict=False):
-        line = [str(record.image_size), str(record.micro_batch_size), _speed(record.images_per_s)]
-        line += [format_ratio(_ratio(record.images_per_s, run[0].images_per_s)), *_memory(record)]
-        v100 = [_speed(paper.v100), format_ratio(_ratio(paper.v100, printed[0].v100))]
-        tpu = [_speed(paper.tpu), format_ratio(_ratio(paper.tpu, printed[0].tpu))]
-        if is_table_3:
-            cost = network_cost(
-                get_variant(record.variant), record.image_size, num_classes=record.num_classes
-            )
-            line = [record.variant, *_millions(cost.num_parameters, cost.multiply_adds), *line]
-            line += [*_millions(paper.num_parameters or 0, paper.multiply_adds or 0), *v100, *tpu]
-        else:
-            line += [str(paper.image_size), str(paper.v100_batch_size), *v100]
-            line += [str(paper.tpu_batch_size), *tpu]
-        lines.append(tuple(line))
-    notes = [
-        "x: of the first row's images/s; on another device than the paper's only that compares. "
-        "V100, TPUv3: the paper's images/s for a GPU and for a core."
-    ]
-    is_papers = all(
-        (record.image_size, record.micro_batch_size)
-        == (paper.image_size, paper.v100_batch_size or TABLE_BATCH_SIZES[3][0])
-        for record, paper in zip(run, printed, strict=False)
-    )
-    if not is_papers:
-        notes.append(
-            "Measured at OTHER image or batch sizes than the paper's, which px and batch tell."
-        )
-    return Table(tuple(columns), tuple(lines), frozenset({"variant"}), tuple(notes))
+    return Table(tuple(columns), tuple(lines), frozenset({"variant", "fed by", "step of"}))
 
 
 def timms_ratio(run: Run, record: TrainingSpeedRecord) -> Ratio | None:
@@ -192,10 +150,6 @@ def _memory(record: TrainingSpeedRecord) -> list[str]:
     return [about + format_bytes(num_bytes), about + share]
 
 
-def _millions(num_parameters: float, multiply_adds: float) -> list[str]:
-    return [f"{num_parameters / 1e6:.1f}", f"{multiply_adds / 1e9:.1f}"]
-
-
 def _how(run: Run) -> str:
     first = run[0]
     environment = first.environment
@@ -206,14 +160,9 @@ def _how(run: Run) -> str:
     text = (
         f"{device}, {first.num_threads} CPU threads, {', '.join(versions)}, "
         f"{first.started_at:%Y-%m-%d} UTC. Each row in a process of its own, channels_last, "
-        f"{first.num_classes} classes; memory: peak while steps counted, ~ predicted"
+        f"{first.num_classes} classes; memory: peak while steps counted, ~ predicted; of peak: "
+        f"operations of three forward passes per image, as a share of the device's {peak}."
     )
-    if first.table is None:
-        text += (
-            "; of peak: operations of three forward passes per image, as a share of the device's "
-            f"{peak}"
-        )
-    text += "."
     if any(record.is_loader_fed for record in run):
         text += f" The loader has {max(record.num_workers for record in run)} worker processes."
     if len({record.contender for record in run}) > 1:

@@ -27,11 +27,7 @@ _MAP_TYPES = {0: np.dtype(np.uint8), 1: np.dtype("<u2")}
 
 @cache
 def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
-    """Load the library.
-
-    Raises:
-        ArtifactError: it was not built, or not for this machine.
-    """
+    """Load the library."""
     hint = "'python -m efficientnet.runtimes.native.build' builds it with g++ (apt-get install g++)"
     if not path.is_file():
         raise ArtifactError(
@@ -72,15 +68,8 @@ WORK: tuple[Work, ...] = get_args(Work)
 def peak_per_s(work: Work, num_threads: int, level: str, library: Path = LIBRARY) -> float:
     """Measure what a level's instructions do at most, from registers alone, in several threads.
 
-    Args:
-        work: multiply-adds of int8 or bf16, or vector instructions, which are counted.
-        num_threads: each does as much, and what they did together is divided by the longest time.
-        level: of levels() but the portable one.
-        library: the engine.
-
-    Raises:
-        ArtifactError: see load_library.
-        ValueError: no such level here.
+    `work`: multiply-adds of int8 or bf16, or vector instructions, which are counted. What the
+    threads did together is divided by the longest time.
     """
     measure = load_library(library).engine_peak
 
@@ -151,14 +140,9 @@ class Engine:
         self.level: str = self._library.engine_level(self._handle).decode()
 
     def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Map images to logits [N, num_classes].
+        """Map float32 [N, 3, H, W], or pixels uint8 [N, H, W, 3], to logits [N, num_classes].
 
-        Args:
-            images: float32 [N, 3, H, W], or pixels uint8 [N, H, W, 3].
-
-        Raises:
-            ArtifactError: this process is a fork of the one that opened the program.
-            ValueError: another shape, or too many images.
+        Not in a fork of the process that opened the program.
         """
         is_pixels = images.dtype == np.uint8
         height, width = self.image_shape
@@ -176,9 +160,7 @@ class Engine:
     def read_tensor(self, index: int, tensor: Any) -> NDArray[Any]:
         """Return a map of the last image: uint8 or the bits of bfloat16, [H, W, C].
 
-        Args:
-            index: in the program's list of tensors.
-            tensor: its record there.
+        `index` is its place in the program's list of tensors, `tensor` its record there.
         """
         shape = tuple(int(tensor[side]) for side in ("height", "width", "channels"))
         values = np.empty(shape, _MAP_TYPES[int(tensor["dtype"])])

@@ -11,20 +11,12 @@ from torch.fx.experimental import _config as shape_settings
 
 from efficientnet.errors import PipelineError
 from efficientnet.formats.artifact import Binding
-from efficientnet.machine.gpu import Gpu, current_gpu, why_no_gpu
+from efficientnet.machine import gpu as gpus
 from efficientnet.precision import Precision
 from efficientnet.runtimes.torch_tensorrt_runtime import PACKAGE, import_torch_tensorrt, version_of
-from export.builders.aoti_builder import Batch, batches_for, weight_bytes_of
-from export.builders.writing import Built, default_output, programs_for, write_checked_artifact
-from export.graphs.folding import (
-    INPUT_NAME,
-    TORCH_TYPES,
-    InPrecision,
-    fold_batch_norm,
-    use_convolutions_in_squeeze_excite,
-)
-from export.inputs.config import TorchTrtConfig
-from export.inputs.rebuild import rebuild_command
+from export.builders import writing
+from export.graphs import folding
+from export.inputs.config import TorchTrtConfig, rebuild_command
 from export.inputs.reference import Reference, load_reference
 
 PROGRAM_FILE = "model.pt2"
@@ -48,22 +40,22 @@ def main(config: TorchTrtConfig) -> Path:
     version = version_of(torch_tensorrt)
     log.info("torch-tensorrt %s for %s", version, gpu.name)
     reference = load_reference(config)
-    output = default_output(config, reference, "torch-tensorrt")
-    batches = batches_for(config)
-    static_programs = programs_for(PROGRAM_FILE, (b for b in batches if isinstance(b, int)))
-    files = [program.file for program in static_programs] or [PROGRAM_FILE]
+    output = writing.default_output(config, reference, "torch-tensorrt")
+    files = writing.program_files(PROGRAM_FILE, config)
+    dtype = folding.TORCH_TYPES[config.precision]
 
-    def build(directory: Path, kept: tuple[str, ...]) -> Built:
-        network = network_for(reference, config.precision)
-        for file, batch in zip(files, batches, strict=True):
+    def build(directory: Path, _: tuple[str, ...]) -> writing.Built:
+        network = folding.fold_batch_norm(reference.model)
+        folding.use_convolutions_in_squeeze_excite(network)
+        on_gpu = folding.InPrecision(network, dtype).eval().cuda()
+        for file, batch in files.items():
             log.info("build %s", file)
-            build_program(torch_tensorrt, network, reference, config, batch, directory / file)
+            build_program(torch_tensorrt, on_gpu, reference, config, batch, directory / file)
         (directory / TIMING_CACHE_FILE).unlink(missing_ok=True)
-        return Built(
-            program_file=files[0],
-            weight_bytes=weight_bytes_of(reference.model, TORCH_TYPES[config.precision]),
-            other_files=tuple(files[1:]),
-            static_programs=static_programs,
+        return writing.Built(
+            next(iter(files)),
+            folding.weight_bytes_of(reference.model, dtype),
+            static_programs=writing.static_programs(files),
             log=(f"built by torch-tensorrt {version} for {gpu.name}",),
             target_device=gpu.name,
             binding=Binding(
@@ -75,19 +67,19 @@ def main(config: TorchTrtConfig) -> Path:
             ),
         )
 
-    return write_checked_artifact(reference, config, output, "torch-tensorrt", build)
+    return writing.write_checked_artifact(reference, config, output, "torch-tensorrt", build)
 
 
-def find_gpu(precision: Precision) -> Gpu:
+def find_gpu(precision: Precision) -> gpus.Gpu:
     """Return the GPU, if there is one that torch-tensorrt builds for in a precision."""
-    gpu = current_gpu()
+    gpu = gpus.current_gpu()
     if gpu is None:
         raise TorchTensorRTError(
-            f"no NVIDIA GPU answers here ({why_no_gpu()}), and torch-tensorrt builds for the GPU "
-            "it runs on: run this command on that machine; here 'python export/trt.py --flavor "
+            f"no NVIDIA GPU answers here ({gpus.why_no_gpu()}), and torch-tensorrt builds for the "
+            "GPU it runs on: run this command on that machine; here 'python export/trt.py --flavor "
             "rtx' builds for later, and 'python export/ort.py' makes an artifact for the CPU"
         )
-    capability = tuple(map(int, gpu.compute_capability.split(".")))
+    capability = gpus.numbers(gpu.compute_capability)
     if capability < LEAST_CAPABILITY:
         raise TorchTensorRTError(
             f"{gpu.name} has compute capability {gpu.compute_capability}, and no release of "
@@ -119,38 +111,25 @@ def load_package() -> Any:
         raise TorchTensorRTError(f"{PACKAGE} cannot be imported ({error}): {how}") from error
 
 
-def network_for(reference: Reference, precision: Precision) -> nn.Module:
-    """Return the network on the GPU, with the number format that its engine computes in."""
-    network = fold_batch_norm(reference.model)
-    use_convolutions_in_squeeze_excite(network)
-    return InPrecision(network, TORCH_TYPES[precision]).eval().cuda()
-
-
 def build_program(
     torch_tensorrt: Any,
     network: nn.Module,
     reference: Reference,
     config: TorchTrtConfig,
-    batch: Batch,
+    batch: writing.Batch,
     file: Path,
 ) -> None:
     """Build the engine of a network on the GPU, whose weights tell the precision, and write it."""
     shape = (3, reference.image_size, reference.image_size)
     if isinstance(batch, int):
-        num_images, dynamic_shapes = batch, None
-        images: Any = torch_tensorrt.Input((batch, *shape), dtype=torch.float32, name=INPUT_NAME)
+        num_images, dynamic_shapes, sizes = batch, None, {"shape": (batch, *shape)}
     else:
-        high = batch[1]
         # torch.export takes a batch of one for a constant.
         num_images = max(2, config.batch[1])
-        dynamic_shapes = ({0: torch.export.Dim("batch", min=1, max=high)},)
-        images = torch_tensorrt.Input(
-            min_shape=(1, *shape),
-            opt_shape=(config.batch[1], *shape),
-            max_shape=(high, *shape),
-            dtype=torch.float32,
-            name=INPUT_NAME,
-        )
+        dynamic_shapes = ({0: torch.export.Dim("batch", min=1, max=batch[1])},)
+        limits = {"min": 1, "opt": config.batch[1], "max": batch[1]}
+        sizes = {f"{name}_shape": (size, *shape) for name, size in limits.items()}
+    images: Any = torch_tensorrt.Input(**sizes, dtype=torch.float32, name=folding.INPUT_NAME)
     example = torch.zeros(num_images, *shape, device="cuda")
     # Without the second setting torch.export records a range from 1 as one from 2, and so does the
     # engine: a single image would be refused.
