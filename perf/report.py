@@ -1,9 +1,10 @@
-"""LatencyRecords and AccuracyRecords -> report.md, report.html and latency.png.
+"""LatencyRecords and AccuracyRecords -> report.md, report.html and pictures.
 
 No speed is shown without the accuracy of the same program, its environment and its date.
 
     python perf/report.py
     python perf/report.py --latency reports/latency.jsonl --publish
+    python perf/report.py --history reports/published
 """
 
 from efficientnet.command import late, parse_flags, run_command

@@ -313,6 +313,49 @@ def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
             row.ask("turn", 1, 0.1)
 
 
+def test_a_program_whose_process_is_killed_takes_nothing_from_the_others(
+    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measure, tried = latency.measure, []
+
+    def measure_and_kill(programs, *rest):
+        tried.append([program.program.runtime for program in programs])
+        if len(tried) == 2:
+            os.kill(programs[1].process._process.pid, signal.SIGKILL)
+        return measure(programs, *rest)
+
+    monkeypatch.setattr(latency, "measure", measure_and_kill)
+    output = tmp_path / "latency.jsonl"
+    scenarios = ("single_stream", "multi_stream")
+    paths = (tiny_checkpoint, tiny_artifact)
+
+    with raises_naming(ContenderError, "1 of 2", tiny_artifact, "SIGKILL", output):
+        latency.main(LatencyConfig(paths, 0.1, 2, 1, (1, 8), scenarios, output))
+
+    both = ["torch", "onnxruntime"]
+    assert tried == [both, both, ["torch"]]
+    found = [(record.scenario, record.runtime) for record in read_records(output, LatencyRecord)]
+    assert found == [*(("single_stream", runtime) for runtime in both), ("multi_stream", "torch")]
+
+
+def test_a_program_whose_device_is_gone_takes_nothing_from_the_others(
+    tiny_artifact: Path, tmp_path: Path
+):
+    gone = tmp_path / "tensorrt"
+    shutil.copytree(tiny_artifact, gone)
+    manifest = gone / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"onnxruntime"', '"tensorrt"', 1))
+    output = tmp_path / "latency.jsonl"
+
+    with raises_naming(ContenderError, "1 of 2", gone, output):
+        paths = (gone, tiny_artifact)
+        latency.main(LatencyConfig(paths, 0.1, 2, 1, (1,), ("single_stream",), output))
+
+    assert [record.runtime for record in read_records(output, LatencyRecord)] == ["onnxruntime"]
+    with raises_naming(ContenderError, gone):
+        latency.main(LatencyConfig((gone,), 0.1, 2, 1, (1,), ("single_stream",), output))
+
+
 def test_ctrl_c_is_left_to_the_process_that_measures(inputs, tiny_artifact: Path):
     row = contender(inputs, tiny_artifact)
     with running([row]):

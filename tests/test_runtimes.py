@@ -13,6 +13,7 @@ from efficientnet.formats.artifact import ArtifactError
 from efficientnet.runtimes import Runtime, open_runtime, openvino_runtime
 from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.onnxruntime_runtime import OnnxRuntime
+from efficientnet.runtimes.protocol import check_images
 from export import native
 from export.inputs.config import NativeConfig
 from perf.measurements.program_subject import NullRuntime
@@ -92,6 +93,16 @@ def test_a_pixel_that_is_no_number_is_refused_with_its_image(runtime: Runtime, v
     images[1, 2, 5, 7] = value
     with raises_naming(ValueError, "[1] of 3"):
         runtime.infer(images)
+
+
+def test_infinities_that_cancel_are_refused_and_numbers_whose_sum_overflows_are_not(
+    runtime: Runtime,
+):
+    images = digits(2)
+    images[0, 0, 0, :2] = np.inf, -np.inf
+    with raises_naming(ValueError, "[0] of 2"):
+        runtime.infer(images)
+    check_images(np.full((2, 3, 32, 32), np.finfo(np.float32).max), runtime.info)
 
 
 def test_arrays_are_read_in_their_order_whatever_their_strides(runtime: Runtime):

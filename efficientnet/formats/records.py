@@ -39,6 +39,35 @@ class _Measured(BaseModel):
     """UTC. The processes of one run of perf/latency.py take turns: their records have the same."""
 
 
+class TriedRate(BaseModel):
+    """What came of images at random times, so many a second."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images_per_s: float
+    """Planned."""
+    num_images: int
+    """Answered: all that were planned, or those until too many were late."""
+    num_late: int
+    """Of these, over the bound."""
+    p99_ms: float | None
+    """From the planned time to the answer; None with fewer than ten above it."""
+    held: bool
+    """Whether all were answered and p99 is within the bound."""
+
+
+class ServerLoad(BaseModel):
+    """The highest rate of images at random times (Poisson) whose p99 stays within a bound."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bound_ms: float
+    images_per_s: float
+    """Planned; 0 when none of those that were tried held."""
+    tried: tuple[TriedRate, ...]
+    """In order; the samples of the record are of the last."""
+
+
 class LatencyRecord(_Measured):
     """Time of a call at one batch size, measured in a process of its own."""
 
@@ -76,7 +105,9 @@ class LatencyRecord(_Measured):
     samples_ms: tuple[float, ...] | str
     """Every measured call in order, or the name of a .npy file beside the records."""
     throughput_images_per_s: float
-    """Images divided by the wall time of the turns."""
+    """Images divided by the wall time of the turns; of the scenario server, the rate that held."""
+    server: ServerLoad | None = None
+    """Of the scenario server, whose times are from the planned time of an image to its answer."""
     peak_device_memory_bytes: int | None
     """None on a CPU."""
     peak_process_memory_bytes: int
@@ -211,8 +242,13 @@ def append_record(path: Path, record: LatencyRecord | AccuracyRecord | TrainingS
     append_line(path, record.model_dump_json())
 
 
-def read_records(path: Path, kind: type[Record]) -> list[Record]:
+def read_records(path: Path, kind: type[Record], problems: list[str] | None = None) -> list[Record]:
     """Read the records of a .jsonl file, oldest first; a file that is not there holds none.
+
+    Args:
+        path: the file.
+        kind: of its lines.
+        problems: takes what is wrong with a line, and the others go on; None = nothing may be.
 
     Raises:
         ValueError: a line is damaged or of another format.
@@ -222,19 +258,31 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
     records: list[Record] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            version = _Version.model_validate_json(line).format_version
-            if version != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path}, line {number} has format version {version}, this program reads "
-                    f"{FORMAT_VERSION}; move the file away and measure again"
-                )
-            records.append(kind.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            problem = f"{field}: {first['msg']}" if field else first["msg"]
-            raise ValueError(
-                f"{path}, line {number} is damaged or not a {kind.__name__} ({problem}); "
-                "move the file away and measure again"
-            ) from None
+            records.append(_read_line(line, kind))
+        except ValueError as error:
+            problem = f"{path}, line {number} {error}"
+            if problems is None:
+                raise ValueError(f"{problem}; move the file away and measure again") from None
+            problems.append(problem)
     return records
+
+
+def _read_line(line: str, kind: type[Record]) -> Record:
+    problem = None
+    try:
+        record = kind.model_validate_json(line)
+        version = record.format_version
+        if version == FORMAT_VERSION:
+            return record
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        problem = f"{field}: {first['msg']}" if field else first["msg"]
+        try:
+            version = _Version.model_validate_json(line).format_version
+        except ValidationError:
+            version = FORMAT_VERSION
+    # Another version explains all else that is wrong with a line.
+    if version != FORMAT_VERSION:
+        raise ValueError(f"has format version {version}, this program reads {FORMAT_VERSION}")
+    raise ValueError(f"is damaged or not a {kind.__name__} ({problem})")

@@ -19,7 +19,11 @@ PROCESS = "efficientnet.measuring.contender_process"
 
 
 class ContenderError(PipelineError):
-    """A process that measures has failed."""
+    """A process that measures has failed: `contender`, where it was one."""
+
+    def __init__(self, message: str, contender: "Contender | None" = None) -> None:
+        super().__init__(message)
+        self.contender = contender
 
 
 class Contender:
@@ -83,7 +87,7 @@ class Contender:
         except (EOFError, ConnectionError):
             result, problem = None, self._epitaph()
         if problem is not None:
-            raise ContenderError(f"{self.name}: {problem}")
+            raise ContenderError(f"{self.name}: {problem}", self)
         return result
 
     def _epitaph(self) -> str:
@@ -95,12 +99,24 @@ class Contender:
 
 
 @contextmanager
-def running(contenders: Sequence[Contender]) -> Generator[None]:
-    """Start all, wait until each is ready, and end them afterwards."""
+def running(
+    contenders: Sequence[Contender], failures: list[ContenderError] | None = None
+) -> Generator[None]:
+    """Start all, wait until each is ready, and end them afterwards.
+
+    Args:
+        contenders: what is started.
+        failures: takes those that did not get ready, and the others go on; None = none may fail.
+    """
     with ExitStack() as stack:
         for contender in contenders:
             contender.start()
             stack.callback(contender.stop)
         for contender in contenders:
-            contender.wait()
+            try:
+                contender.wait()
+            except ContenderError as error:
+                if failures is None:
+                    raise
+                failures.append(error)
         yield

@@ -10,7 +10,13 @@ import tyro
 from efficientnet.command import JsonFlags, require_least, require_positive
 from efficientnet.network.architectures import peer_of
 from efficientnet.network.variants import Padding, get_variant
-from perf.measurements.scenarios import OFFLINE, SCENARIOS, SINGLE_STREAM, ScenarioName
+from perf.measurements.scenarios import (
+    OFFLINE,
+    SCENARIOS,
+    SERVER,
+    SINGLE_STREAM,
+    ScenarioName,
+)
 
 MAX_CALLS = 200
 
@@ -90,16 +96,28 @@ class LatencyConfig:
 
     scenarios: tuple[ScenarioName, ...] = (SINGLE_STREAM.name, OFFLINE.name)
     """What is measured of each path: one image at a time; eight (multi_stream); sixteen (batch16);
-    the batch size of the most images a second (offline)."""
+    the batch size of the most images a second (offline); the most images a second, at random times,
+    of which 99 of 100 are answered within --bound-ms (server)."""
 
     output: Path = Path("reports/latency.jsonl")
     """File that the records are appended to."""
 
     data: Data = None
 
+    bound_ms: float | None = None
+    """Of the scenario server, from the planned time to the answer, above 0; None = 5 times a call
+    of the slowest path."""
+
     def __post_init__(self) -> None:
         require_positive(self, "seconds")
         require_least(self, turns=1, threads=1, batches=1)
+        if self.bound_ms is not None:
+            require_positive(self, "bound_ms")
+            if SERVER.name not in self.scenarios:
+                raise ValueError(
+                    f"--bound-ms is {self.bound_ms:g}, which is of --scenarios {SERVER.name} only; "
+                    f"add {SERVER.name}, or leave it out"
+                )
         different = set(self.scenarios) & SCENARIOS.keys()
         if not different or len(different) < len(self.scenarios):
             raise ValueError(
@@ -279,8 +297,16 @@ class ReportConfig:
     accuracy: Path = Path("reports/accuracy.jsonl")
     """Records of perf/accuracy.py."""
 
+    layers: Path = Path("reports/layers.json")
+    """Layers of the programs, of perf/layers.py; shown where the file is there."""
+
+    history: Path | None = None
+    """Folder of older records (latency.jsonl in it, or in folders of it), such as
+    reports/published: times over commits, beside those of the commits in --latency; None = of the
+    latter only."""
+
     output: Path = Path("reports")
-    """Folder for report.md, report.html and latency.png."""
+    """Folder for report.md, report.html and the pictures."""
 
     publish: bool = False
     """Also copy report, picture and records to <output>/published/<date>-<device>/ and write the

@@ -7,15 +7,22 @@ from pathlib import Path
 
 from efficientnet.formats.records import AccuracyRecord, append_record, read_records
 from efficientnet.machine.environment import current_environment, num_usable_cores
+from efficientnet.measuring.contender import ContenderError
 from efficientnet.measuring.peaks import cpu_peaks, describe_peak, gpu_peak
 from efficientnet.measuring.programs import Program, read_programs, require_writable
 from efficientnet.measuring.progress import Progress
 from efficientnet.measuring.turns import TimeBudget
 from efficientnet.network.cost import DevicePeak
 from perf.measurements.config import LatencyConfig
-from perf.measurements.measured_programs import measure, open_programs, planned_s
+from perf.measurements.measured_programs import (
+    MeasuredRow,
+    measure,
+    measure_planned,
+    open_programs,
+    planned_s,
+)
 from perf.measurements.recording import make_record, results_table
-from perf.measurements.scenarios import SCENARIOS
+from perf.measurements.scenarios import SCENARIOS, Scenario
 from perf.measurements.stability import BELOW_FLOOR, instabilities, is_below_floor
 
 # Beside the latencies, where perf/accuracy.py writes by default.
@@ -25,7 +32,11 @@ log = logging.getLogger(__name__)
 
 
 def main(config: LatencyConfig) -> Path:
-    """Measure all paths and append the records; nothing is written when one of them fails."""
+    """Measure all paths and append the records; a path that fails takes nothing from the others.
+
+    Raises:
+        ContenderError: a path failed, or all did; the records of the others have been written.
+    """
     started_at = datetime.now(UTC)
     programs = read_programs(config.paths)
     batch_sizes = [choose_batch_sizes(program, config.batches) for program in programs]
@@ -51,15 +62,35 @@ def main(config: LatencyConfig) -> Path:
     )
     # Before the programs are opened: nothing else computes now.
     peaks = peaks_of(programs, num_threads)
+    rows: list[tuple[Scenario, MeasuredRow]] = []
+    failures: list[ContenderError] = []
     with (
-        open_programs(programs, batch_sizes, num_threads, config.data) as opened,
+        open_programs(programs, batch_sizes, num_threads, config.data, failures) as opened,
         Progress(planned_s(opened, scenarios, budget)) as progress,
     ):
-        rows = [
-            (scenario, row)
-            for scenario in scenarios
-            for row in measure(opened, scenario, budget, progress)
-        ]
+        for scenario in scenarios:
+            while opened:
+                try:
+                    own = (
+                        measure_planned(opened, scenario, budget, config.bound_ms, progress)
+                        if scenario.is_planned
+                        else measure(opened, scenario, budget, progress)
+                    )
+                    rows += [(scenario, row) for row in own]
+                    break
+                except ContenderError as error:
+                    alive = [
+                        program for program in opened if program.process is not error.contender
+                    ]
+                    if len(alive) == len(opened):
+                        raise
+                    # All take turns in the same order again: what was measured beside one that
+                    # failed half-way is not what the others are.
+                    log.warning("%s; %s is measured again without it", error, scenario.name)
+                    failures.append(error)
+                    opened = alive
+    if not rows:
+        raise failures[0]
     folder = config.output.parent
     records = [
         make_record(row, scenario.name, num_threads, started_at, folder, peaks)
@@ -78,6 +109,11 @@ def main(config: LatencyConfig) -> Path:
         log.info(
             "a speed is reported with its accuracy only: 'python perf/accuracy.py %s' measures it",
             " ".join(map(str, missing)),
+        )
+    if failures:
+        raise ContenderError(
+            f"{len(failures)} of {len(programs)} paths failed, the records of the others are in "
+            f"{config.output}: {'; '.join(map(str, failures))}"
         )
     return config.output
 

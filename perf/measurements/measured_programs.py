@@ -1,5 +1,6 @@
 """Programs -> running processes with their inputs -> what each of them measured."""
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -8,19 +9,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from efficientnet.formats.records import ServerLoad
 from efficientnet.images.datasets import data_name
 from efficientnet.images.preprocess import PreprocessSpec
 from efficientnet.measuring.clock import SETTLING_FRACTION, Turn, WarmUp
-from efficientnet.measuring.contender import Contender, running
+from efficientnet.measuring.contender import Contender, ContenderError, running
 from efficientnet.measuring.inputs import Inputs, prepare_inputs
 from efficientnet.measuring.programs import Program, images_for
 from efficientnet.measuring.progress import Progress
 from efficientnet.measuring.turns import TimeBudget, take_turns
-from efficientnet.reporting.tables import NOTHING, Table, format_rate
+from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_rate
 from efficientnet.runtimes import ProgramInfo
 from efficientnet.runtimes.names import title
 from perf.measurements.program_subject import ProgramSubject, ProgramTurn
 from perf.measurements.scenarios import Scenario
+from perf.measurements.server_load import (
+    BOUND_FACTOR,
+    RateSearch,
+    num_images_of,
+    poisson_times,
+)
 
 # A runtime that computes nothing has thousands of samples by then.
 MAX_NULL_SECONDS = 1.0
@@ -107,6 +115,8 @@ class MeasuredRow:
     measured: Measured
     overhead_ms: float
     """Of the harness, at that size."""
+    server: ServerLoad | None = None
+    """What the search for the highest rate found."""
 
 
 @contextmanager
@@ -115,8 +125,17 @@ def open_programs(
     batch_sizes: Sequence[tuple[int, ...]],
     num_threads: int,
     data: str | None,
+    failures: list[ContenderError] | None = None,
 ) -> Generator[list[MeasuredProgram]]:
-    """Prepare the inputs, start the processes and wait until all are ready; end them afterwards."""
+    """Prepare the inputs, start the processes and wait until all are ready; end them afterwards.
+
+    Args:
+        programs: what is opened.
+        batch_sizes: of each.
+        num_threads: of a call.
+        data: see images_for.
+        failures: takes programs that cannot be opened, which are not given then; None = none may.
+    """
     datasets = [images_for(program, data) for program in programs]
     names = _names(programs)
     largest = max(size for sizes in batch_sizes for size in sizes)
@@ -150,8 +169,9 @@ def open_programs(
                     data_name(dataset.source),
                 )
             )
-        with running([*nulls.values(), *(program.process for program in opened)]):
-            yield opened
+        with running(list(nulls.values())), running([p.process for p in opened], failures):
+            failed = [error.contender for error in failures or ()]
+            yield [program for program in opened if program.process not in failed]
 
 
 def measure(
@@ -175,14 +195,80 @@ def measure(
     ]
 
 
+def measure_planned(
+    programs: Sequence[MeasuredProgram],
+    scenario: Scenario,
+    budget: TimeBudget,
+    bound_ms: float | None,
+    progress: Progress,
+) -> list[MeasuredRow]:
+    """Search for each program the highest rate of images at random times that keeps the bound.
+
+    They take turns, each of which is one rate. Without a bound it is the same for all: some calls
+    of the slowest.
+    """
+    warm_ups = _warm_up(
+        [job for p in programs for job in (_single(p, budget), _null_single(p, budget))],
+        scenario.name,
+        progress,
+    )
+    alone = _sweep([(p, (1,)) for p in programs], scenario, budget, progress)
+    most = [rate[1] for rate in alone]
+    bound_ms = bound_ms or float(f"{BOUND_FACTOR * 1e3 / min(most):.2g}")
+    searches = {p: RateSearch(rate, bound_ms) for p, rate in zip(programs, most, strict=True)}
+    answers: dict[MeasuredProgram, ProgramTurn] = {}
+    waiting = list(programs)
+    for number in itertools.count():
+        for program in waiting:
+            search = searches[program]
+            rate = search.next_rate
+            assert rate is not None
+            text = f"{scenario.name}: {format_rate(rate)} images a second, {program.name}"
+            progress.begin(text)
+            times_s = poisson_times(rate, num_images_of(rate, budget.turn_s), SEED + number)
+            answers[program] = program.process.ask("planned", times_s, bound_ms)
+            search.note(rate, answers[program].turn, len(times_s))
+            progress.done(budget.turn_s)
+        waiting = [p for p in reversed(waiting) if searches[p].next_rate is not None]
+        if not waiting:
+            break
+    overheads = {
+        p.null: p.null.ask("turn", 1, _null_budget(budget).turn_s).turn.median_ms for p in programs
+    }
+    progress.write(rates_table(programs, [searches[p].found for p in programs]).aligned_text())
+    return [
+        MeasuredRow(
+            p,
+            Measured(1, warm_ups[_single(p, budget)], (answers[p],)),
+            overheads[p.null],
+            searches[p].found,
+        )
+        for p in programs
+    ]
+
+
+def rates_table(programs: Sequence[MeasuredProgram], loads: Sequence[ServerLoad]) -> Table:
+    """Lay out every rate that was tried, in the order in which it was."""
+    columns = ("program", "images/s tried", "answered", "late", "p99 ms", "bound ms", "held")
+    rows = tuple(
+        (
+            program.name,
+            format_rate(tried.images_per_s),
+            f"{tried.num_images:,}",
+            f"{tried.num_late:,}",
+            format_ms(tried.p99_ms),
+            format_ms(load.bound_ms),
+            "yes" if tried.held else "no",
+        )
+        for program, load in zip(programs, loads, strict=True)
+        for tried in load.tried
+    )
+    return Table(columns, rows, frozenset((columns[0], columns[-1])))
+
+
 def measure_jobs(jobs: Sequence[Job], scenario: str, progress: Progress) -> dict[Job, Measured]:
     """Warm all jobs up, then let them take turns; all have as many."""
-    warm_ups: dict[Job, WarmUp] = {}
-    for job in dict.fromkeys(jobs):
-        progress.begin(f"{scenario}: warm-up, {job.name}")
-        window_s, max_s = job.budget.window_s, job.budget.warm_up_s
-        warm_ups[job] = job.process.ask("warm_up", job.batch_size, window_s, max_s)
-        progress.done(3 * window_s)
+    warm_ups = _warm_up(jobs, scenario, progress)
     num_turns = jobs[0].budget.num_turns
 
     def turn(job: Job, number: int) -> ProgramTurn:
@@ -193,6 +279,24 @@ def measure_jobs(jobs: Sequence[Job], scenario: str, progress: Progress) -> dict
 
     answers = take_turns(warm_ups, num_turns, turn)
     return {job: Measured(job.batch_size, warm_ups[job], tuple(a)) for job, a in answers.items()}
+
+
+def _warm_up(jobs: Sequence[Job], scenario: str, progress: Progress) -> dict[Job, WarmUp]:
+    warm_ups: dict[Job, WarmUp] = {}
+    for job in dict.fromkeys(jobs):
+        progress.begin(f"{scenario}: warm-up, {job.name}")
+        window_s, max_s = job.budget.window_s, job.budget.warm_up_s
+        warm_ups[job] = job.process.ask("warm_up", job.batch_size, window_s, max_s)
+        progress.done(3 * window_s)
+    return warm_ups
+
+
+def _single(program: MeasuredProgram, budget: TimeBudget) -> Job:
+    return Job(program.name, program.process, 1, budget)
+
+
+def _null_single(program: MeasuredProgram, budget: TimeBudget) -> Job:
+    return Job(OVERHEAD, program.null, 1, _null_budget(budget))
 
 
 def planned_s(
@@ -231,7 +335,18 @@ def _fastest(
     # Of each program the size of the most images/s.
     if not _needs_sweep(sizes):
         return sizes
+    rates = _sweep(list(zip(programs, sizes, strict=True)), scenario, budget, progress)
+    progress.write(sweep_table(programs, rates).aligned_text())
+    return [(max(rate, key=lambda size, rate=rate: rate[size]),) for rate in rates]
 
+
+def _sweep(
+    pairs: Sequence[tuple[MeasuredProgram, tuple[int, ...]]],
+    scenario: Scenario,
+    budget: TimeBudget,
+    progress: Progress,
+) -> list[dict[int, float]]:
+    # Of each program images/s by batch size.
     def visit(pair: tuple[MeasuredProgram, int], number: int) -> Turn:
         program, size = pair
         text = f"{scenario.name}: sweep {number + 1} of {NUM_SWEEPS}, {program.name}, batch {size}"
@@ -240,11 +355,8 @@ def _fastest(
         progress.done(_sweep_s(budget))
         return answer.turn
 
-    pairs = list(zip(programs, sizes, strict=True))
     visits = take_turns(((p, size) for p, own in pairs for size in own), NUM_SWEEPS, visit)
-    rates = [{size: size * _calls_per_s(visits[p, size]) for size in own} for p, own in pairs]
-    progress.write(sweep_table(programs, rates).aligned_text())
-    return [(max(rate, key=lambda size, rate=rate: rate[size]),) for rate in rates]
+    return [{size: size * _calls_per_s(visits[p, size]) for size in own} for p, own in pairs]
 
 
 def _sweep_s(budget: TimeBudget) -> float:

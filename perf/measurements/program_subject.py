@@ -1,17 +1,21 @@
 """A program, inside the process that measures it -> its warm-ups, its turns, their memory."""
 
+import gc
 import resource
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from efficientnet.measuring.clock import TimedCall, Turn, WarmUp
+from efficientnet.measuring.clock import Call, TimedCall, Turn, WarmUp
 from efficientnet.measuring.inputs import map_inputs, rotate
 from efficientnet.measuring.machine_use import CpuUse
 from efficientnet.runtimes import ProgramInfo, open_runtime
 from efficientnet.runtimes.protocol import check_images
+from perf.measurements.server_load import answer_planned
 
 
 class NullRuntime:
@@ -48,23 +52,34 @@ class ProgramSubject:
 
     def warm_up(self, batch_size: int, window_s: float, max_s: float) -> WarmUp:
         """See warm_up_until_stable."""
-        return self._timed(batch_size).warm_up(window_s, max_s)
+        return TimedCall(self._call(batch_size)).warm_up(window_s, max_s)
 
     def turn(self, batch_size: int, seconds: float) -> ProgramTurn:
         """See measure_turn."""
-        timed, before = self._timed(batch_size), CpuUse.now()
-        turn = timed.turn(seconds)
+        timed = TimedCall(self._call(batch_size))
+        return self._watched(lambda: timed.turn(seconds))
+
+    def planned(self, times_s: list[float], bound_ms: float) -> ProgramTurn:
+        """See answer_planned."""
+        call = self._call(1)
+        gc.disable()
+        gc.collect()
+        return self._watched(lambda: answer_planned(call, time.perf_counter_ns, times_s, bound_ms))
+
+    def _watched(self, measure: Callable[[], Turn]) -> ProgramTurn:
+        before = CpuUse.now()
+        turn = measure()
         elsewhere = before.cores_busy_elsewhere()
         return ProgramTurn(turn, max(0, _peak_memory_bytes() - self._images.nbytes), elsewhere)
 
-    def _timed(self, batch_size: int) -> TimedCall:
+    def _call(self, batch_size: int) -> Call:
         batches = rotate(self._images, batch_size)
 
         # Bound as defaults: the harness should add as little to a call as it can.
         def call(infer=self._runtime.infer, batches=batches) -> object:
             return infer(next(batches))
 
-        return TimedCall(call)
+        return call
 
 
 def _peak_memory_bytes() -> int:

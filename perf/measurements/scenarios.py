@@ -30,6 +30,9 @@ class Scenario:
     """Its batch size in words: "at batch 1"."""
     batch_sizes: Callable[[tuple[int, ...]], tuple[int, ...]]
     """Of the sizes that a program is asked for, ascending, those that it is measured at."""
+    is_planned: bool
+    """Whether images come at random times, and a search finds the most a second that are answered
+    within a bound; otherwise a call begins when the one before it has ended."""
     picks_fastest: bool
     """Whether a sweep finds the size of the most images/s, the only one that is measured then;
     otherwise each size is a row of its own."""
@@ -55,8 +58,10 @@ def time_ratio(record: LatencyRecord, eager: LatencyRecord) -> float | None:
     return record.p50_ms / eager.p50_ms
 
 
-def rate_ratio(record: LatencyRecord, eager: LatencyRecord) -> float:
-    """Divide the images a second."""
+def rate_ratio(record: LatencyRecord, eager: LatencyRecord) -> float | None:
+    """Divide the images a second; None where the eager model kept no bound."""
+    if eager.throughput_images_per_s == 0:
+        return None
     return record.throughput_images_per_s / eager.throughput_images_per_s
 
 
@@ -77,6 +82,17 @@ def say_rate(own: LatencyRecord, eager: LatencyRecord) -> str:
     )
 
 
+def say_load(own: LatencyRecord, eager: LatencyRecord) -> str:
+    """Compare the loads that keep the bound in words."""
+    if own.server is None:
+        return ""
+    return (
+        f"answers 99 of 100 within {format_ms(own.server.bound_ms)} ms at up to "
+        f"{format_rate(own.throughput_images_per_s)} images a second "
+        f"({EAGER}: {format_rate(eager.throughput_images_per_s)})"
+    )
+
+
 def of_one_size(name: str, title: str, size: int) -> Scenario:
     """Make a scenario of calls of so many images; programs that do not take them have no row."""
     return Scenario(
@@ -85,6 +101,7 @@ def of_one_size(name: str, title: str, size: int) -> Scenario:
         where=f"at batch {size}",
         # One image is what every program takes, whatever sizes are tried for offline.
         batch_sizes=lambda asked: (size,) if size == 1 or size in asked else (),
+        is_planned=False,
         picks_fastest=False,
         compares="time",
         columns=(*PROGRAM, *SPEED, "time / eager", *WORTH),
@@ -102,6 +119,7 @@ OFFLINE = Scenario(
     title="Offline: the batch size of the most images a second",
     where="at the best batch size",
     batch_sizes=lambda asked: asked,
+    is_planned=False,
     picks_fastest=True,
     compares="rate",
     columns=(*PROGRAM, *SPEED, "images/s / eager", *WORTH),
@@ -109,9 +127,23 @@ OFFLINE = Scenario(
     headline=say_rate,
 )
 
+SERVER = Scenario(
+    name="server",
+    title="Server: the most images a second, at random times, whose p99 stays within a bound",
+    where="at random times",
+    batch_sizes=lambda _: (1,),
+    is_planned=True,
+    picks_fastest=False,
+    compares="rate",
+    # No time / floor: these times have waiting in them.
+    columns=(*PROGRAM, "bound ms", "images/s", *SPEED[:-1], "images/s / eager", *WORTH[1:]),
+    order=fastest_first,
+    headline=say_load,
+)
+
 # In the order in which they are measured and shown.
 SCENARIOS = {
-    scenario.name: scenario for scenario in (SINGLE_STREAM, MULTI_STREAM, BATCH16, OFFLINE)
+    scenario.name: scenario for scenario in (SINGLE_STREAM, MULTI_STREAM, BATCH16, OFFLINE, SERVER)
 }
 
 if TYPE_CHECKING:

@@ -3,15 +3,30 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from efficientnet.formats.records import TriedRate
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.clock import WARM_UP_TOLERANCE, min_samples, relative_spread
 from efficientnet.reporting.class_table import class_table
-from efficientnet.reporting.tables import Table, format_bytes, format_ms, format_percent
+from efficientnet.reporting.tables import (
+    Table,
+    format_bytes,
+    format_ms,
+    format_percent,
+    format_rate,
+)
 from efficientnet.runtimes.names import title
 from perf.measurements.stability import MAX_BUSY_ELSEWHERE, MAX_TURN_SPREAD
 from perf.pages.latency_tables import result_tables
 from perf.pages.rows import Group, Joined, Row, command_for_accuracy
 from perf.pages.verdict import verdict
+
+# Whoever reads more sentences than these looks at the tables instead.
+MAX_VERDICTS = 12
+
+MAX_LEFT_OUT = 50
+
+# Tan and Le 2021, table 7, V100, FP16, batch 16: milliseconds, and top-1 of ImageNet in %.
+PAPER = (("V2-S", 24, 83.9), ("V2-M", 57, 85.1), ("V2-L", 98, 85.7))
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,8 @@ class Section:
     paragraphs: tuple[str, ...] = ()
     bullets: tuple[str, ...] = ()
     table: Table | None = None
+    is_rows: bool = False
+    """Whether it is of single programs, which the page's script shows in a way of its own."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +51,13 @@ class Document:
     sections: tuple[Section, ...]
 
 
-def build_document(joined: Joined) -> Document:
-    """Write the report on at least one row."""
+def build_document(joined: Joined, problems: Sequence[str] = ()) -> Document:
+    """Write the report on at least one row.
+
+    Args:
+        joined: the rows.
+        problems: what could not be read.
+    """
     rows = [row for group in joined.groups for row in group.rows]
     machines = " / ".join(dict.fromkeys(machine_name(g.environment) for g in joined.groups))
     variants = ", ".join(
@@ -45,27 +67,38 @@ def build_document(joined: Joined) -> Document:
     for number, group in enumerate(joined.groups, start=1):
         suffix = f", machine {number}" if len(joined.groups) > 1 else ""
         sections += _result_sections(group, suffix)
+        sections += _rate_sections(group, suffix)
         sections += _class_sections(group, suffix)
     if joined.left_out:
         sections.append(_left_out_section(joined))
+    if problems:
+        sections.append(Section("Left out: not readable", bullets=tuple(problems[:MAX_LEFT_OUT])))
     sections.append(_method_section(rows))
     for number, group in enumerate(joined.groups, start=1):
         suffix = f", machine {number}" if len(joined.groups) > 1 else ""
         sections.append(Section("Environment" + suffix, table=_environment_table(group)))
-        sections.append(Section("Rows in detail" + suffix, table=_detail_table(group)))
+        sections.append(
+            Section("Rows in detail" + suffix, table=_detail_table(group), is_rows=True)
+        )
     sections += _paper_sections(rows)
     return Document(
         "Latency and accuracy",
         f"{variants}; measured {_dates(rows)} on {machines}",
-        tuple(
-            sentence
-            for number, group in enumerate(joined.groups, start=1)
-            for sentence in verdict(
-                group, f"On {_place(number, group)}: " if len(joined.groups) > 1 else ""
-            )
-        ),
+        _verdicts(joined.groups),
         tuple(sections),
     )
+
+
+def _verdicts(groups: Sequence[Group]) -> tuple[str, ...]:
+    sentences = [
+        sentence
+        for number, group in enumerate(groups, start=1)
+        for sentence in verdict(group, f"On {_place(number, group)}: " if len(groups) > 1 else "")
+    ]
+    rest = len(sentences) - MAX_VERDICTS
+    if rest > 0:
+        sentences[MAX_VERDICTS:] = [f"{rest:,} networks more: see the tables."]
+    return tuple(sentences)
 
 
 def machine_name(environment: EnvironmentRecord) -> str:
@@ -84,7 +117,39 @@ def _dates(rows: Sequence[Row]) -> str:
 
 
 def _result_sections(group: Group, suffix: str) -> list[Section]:
-    return [Section(heading + suffix, table=table) for heading, table in result_tables(group)]
+    return [
+        Section(heading + suffix, table=table, is_rows=True)
+        for heading, table in result_tables(group)
+    ]
+
+
+def _rate_sections(group: Group, suffix: str) -> list[Section]:
+    # Every rate that was tried, in order.
+    bullets = tuple(
+        f"{row.label} {title(row.latency.runtime, row.latency.precision)}, within "
+        f"{format_ms(row.latency.server.bound_ms)} ms: "
+        + "; ".join(map(_tried, row.latency.server.tried))
+        for row in group.rows
+        if row.latency.server
+    )
+    if not bullets:
+        return []
+    paragraph = (
+        "A bisection, and at the end the highest rate that held once more, with other times; if "
+        "it does not hold again, the next lower one. A rate is given up when more images are late "
+        "than p99 allows. One image a call, in the order in which they come; latency counts from "
+        "the planned time."
+    )
+    return [Section("Rates that were tried" + suffix, (paragraph,), bullets)]
+
+
+def _tried(rate: TriedRate) -> str:
+    rest = (
+        f"p99 {format_ms(rate.p99_ms)} ms"
+        if rate.held
+        else f"{rate.num_late:,} of {rate.num_images:,} late"
+    )
+    return f"{format_rate(rate.images_per_s)}/s {'held' if rate.held else 'did not'} ({rest})"
 
 
 def _class_sections(group: Group, suffix: str) -> list[Section]:
@@ -110,14 +175,16 @@ def _class_sections(group: Group, suffix: str) -> list[Section]:
 
 
 def _left_out_section(joined: Joined) -> Section:
+    rest = len(joined.left_out) - MAX_LEFT_OUT
+    more = f" {rest:,} more are not listed." if rest > 0 else ""
     return Section(
         "Unverified, left out: no accuracy measured",
-        paragraphs=("A speed is shown with the accuracy of the same program only.",),
+        paragraphs=("A speed is shown with the accuracy of the same program only." + more,),
         bullets=tuple(
             dict.fromkeys(
                 f"{record.variant} {title(record.runtime, record.precision)} "
                 f"(program {record.program_sha256[:7]}): run `{command_for_accuracy(record)}`"
-                for record in joined.left_out
+                for record in joined.left_out[:MAX_LEFT_OUT]
             )
         ),
     )
@@ -152,7 +219,8 @@ def _method_section(rows: Sequence[Row]) -> Section:
             f"calls, p90 {min_samples(90)}, p99 {min_samples(99):,}). No sample is removed; all "
             "are kept in `latency.jsonl`, or in a `.npy` file that it names.",
             f"Harness overhead: {overhead} ms a call, the median of a runtime that computes "
-            "nothing; it is contained in the times.",
+            "nothing, but reads its images once to refuse NaN, as all do; it is contained in the "
+            "times.",
             "A row is not stable when its warm-up did not settle, the medians of its turns differ "
             f"by more than {format_percent(MAX_TURN_SPREAD, 0)}, or other programs kept more than "
             f"{format_percent(MAX_BUSY_ELSEWHERE, 0)} of the cores busy.",
@@ -217,8 +285,6 @@ def _paper_sections(rows: Sequence[Row]) -> list[Section]:
     )
     if is_measured:
         return []
-    line = (
-        "V2-S 24 ms, V2-M 57 ms, V2-L 98 ms (Tan and Le 2021, table 7: V100, FP16, batch 16): "
-        "not measured here: no V100."
-    )
+    points = ", ".join(f"{name} {ms} ms" for name, ms, _ in PAPER)
+    line = f"{points} (Tan and Le 2021, table 7: V100, FP16, batch 16): not measured here: no V100."
     return [Section("The paper's latency", paragraphs=(line,))]

@@ -1,5 +1,6 @@
 """The rows of a machine -> one table per scenario, with notes on what is missing or unstable."""
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,8 +39,11 @@ class _Notes:
     marks: dict[str, str] = field(default_factory=dict)
 
     def mark(self, text: str) -> str:
-        mark = self.marks.setdefault(text, f"({chr(ord('a') + len(self.marks) % 26)})")
-        return mark
+        number = len(self.marks)
+        letters = ("", *string.ascii_lowercase)[number // 26 % 27] + string.ascii_lowercase[
+            number % 26
+        ]
+        return self.marks.setdefault(text, f"({letters})")
 
     def noted(self, text: str, *reasons: str) -> str:
         return " ".join((text, *(self.mark(reason) for reason in reasons)))
@@ -74,6 +78,8 @@ def _ratio(row: Row, notes: _Notes) -> str:
             "no ratio: the eager model of the same weights was not measured in the same run, "
             "or its accuracy was not",
         )
+    if row.ratio is None and row.latency.server is not None:
+        return notes.noted(NOTHING, "no ratio: the eager model kept the bound at no rate")
     return format_ratio(row.ratio) if row.ratio is not None else notes.percentile(None)
 
 
@@ -102,6 +108,21 @@ def _top1(row: Row, notes: _Notes) -> str:
     return notes.noted(f"{format_percent(accuracy.top1)} ({accuracy.num_images:,})", *where)
 
 
+def _rate(row: Row, notes: _Notes) -> str:
+    record = row.latency
+    if record.server is None or record.server.images_per_s > 0:
+        return format_rate(record.throughput_images_per_s)
+    lowest = min(tried.images_per_s for tried in record.server.tried)
+    return notes.noted(
+        "none",
+        f"p99 was over the bound at every rate that was tried, down to {lowest:.3g} a second",
+    )
+
+
+def _bound(row: Row, _: _Notes) -> str:
+    return format_ms(row.latency.server.bound_ms) if row.latency.server else NOTHING
+
+
 def _balanced(row: Row, _: _Notes) -> str:
     classes = row.accuracy.class_accuracy
     return format_percent(classes.balanced) if classes else NOTHING
@@ -121,7 +142,8 @@ COLUMNS: dict[str, Callable[[Row, _Notes], str]] = {
     "p50 ms": lambda row, notes: notes.percentile(row.latency.p50_ms),
     "p90 ms": lambda row, notes: notes.percentile(row.latency.p90_ms),
     "p99 ms": lambda row, notes: notes.percentile(row.latency.p99_ms),
-    "images/s": lambda row, _: format_rate(row.latency.throughput_images_per_s),
+    "images/s": _rate,
+    "bound ms": _bound,
     "time / eager": _ratio,
     "images/s / eager": _ratio,
     "time / floor": _floor_ratio,

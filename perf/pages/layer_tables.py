@@ -174,6 +174,15 @@ def limits_table(program: ProgramLayers) -> Table:
     return Table(columns, tuple(rows), frozenset(("first of them", "kind", "nearest limit")))
 
 
+def least_ms(program: ProgramLayers, layer: LayerTime) -> float | None:
+    """Return below what its limits do not let a layer go; None where they are not known."""
+    if layer.limits_ms:
+        return max(layer.limits_ms.values())
+    if layer.operations and program.operations_per_s:
+        return 1e3 * layer.operations / program.operations_per_s
+    return None
+
+
 def _likeness(module: str) -> tuple[str, ...]:
     # Blocks of a stage but the first are alike: features.3.0.block.1.0, features.3.1.block.1.0, ...
     parts = module.split(".")

@@ -28,6 +28,9 @@ TEXT_SIZE = 10.5
 # A name and a value share the line above a bar; longer ones are set smaller.
 MAX_CHARACTERS = 56
 
+# Of a panel; a picture of thousands is none.
+MAX_BARS = 24
+
 # A tail many times the median would leave nothing of the bars; what lies beyond is marked.
 MAX_TAIL = 1.6
 
@@ -45,20 +48,19 @@ class Palette:
 
 
 LIGHT = Palette("#ffffff", "#1f2328", "#59636e", "#d8dee4", "#9aa4af", "#1f77d0")
-DARK = Palette("#161b22", "#e6edf3", "#9da7b1", "#30363d", "#77818c", "#58a6ff")
 
 
 def draw(groups: Sequence[Group], palette: Palette = LIGHT) -> bytes:
     """Draw a panel for each scenario of each group, one below the other, and return a PNG.
 
     A bar of a time is the median, the tick after it p90 and the dot p99; a percentile of
-    too few calls is not drawn.
+    too few calls is not drawn. Of many rows the first ones are shown, in the scenario's order.
     """
     panels: list[tuple[Group, list[Row], Scenario]] = []
     for group in groups:
         for scenario in SCENARIOS.values():
             if rows := group.of(scenario):
-                panels.append((group, rows, scenario))
+                panels.append((group, rows[:MAX_BARS], scenario))
     axis = AXIS_INCHES + (PLACE_INCHES if len(groups) > 1 else 0)
     heights = [TITLE_INCHES + ROW_INCHES * len(rows) + axis for _, rows, _ in panels]
     with mpl.rc_context(

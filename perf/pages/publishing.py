@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from efficientnet.machine.atomic import replaced_directory
@@ -25,7 +25,7 @@ REPORT_FILE = "report.md"
 def publish(
     joined: Joined,
     document: Document,
-    picture: bytes,
+    pictures: Mapping[str, tuple[str, bytes]],
     latency_path: Path,
     published: Path,
     readme: Path,
@@ -44,14 +44,16 @@ def publish(
     with replaced_directory(directory) as fresh:
         # What other commands published of the same day and machine stays.
         for path in directory.glob("*") if directory.is_dir() else ():
-            if path.name not in (*used, PICTURE_FILE, REPORT_FILE) and path.suffix != ".npy":
+            if path.name not in (*used, *pictures, REPORT_FILE) and path.suffix != ".npy":
                 shutil.copyfile(path, fresh / path.name)
         for name, lines in used.items():
             (fresh / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         for path in samples:
             shutil.copyfile(path, fresh / path.name)
-        (fresh / PICTURE_FILE).write_bytes(picture)
-        (fresh / REPORT_FILE).write_text(to_markdown(document, PICTURE_FILE), encoding="utf-8")
+        for name, (_, picture) in pictures.items():
+            (fresh / name).write_bytes(picture)
+        texts = {name: text for name, (text, _) in pictures.items()}
+        (fresh / REPORT_FILE).write_text(to_markdown(document, texts), encoding="utf-8")
     link = Path(os.path.relpath(directory, readme.parent)).as_posix()
     write_section(readme, RESULTS, readme_results(joined, document, link))
     return directory

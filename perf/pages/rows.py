@@ -1,16 +1,19 @@
 """Records -> rows of a report: each speed with its accuracy, and with the eager row of its run."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 from efficientnet.formats.records import AccuracyRecord, LatencyRecord
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.runtimes.names import EAGER_RUNTIME
 from perf.measurements.scenarios import SCENARIOS, Scenario, rate_ratio, time_ratio
 from perf.measurements.stability import eager_of, instabilities
+
+Record = TypeVar("Record", LatencyRecord, AccuracyRecord)
 
 
 @dataclass(frozen=True)
@@ -86,27 +89,35 @@ def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord
         newest[_identity(record)] = record
     current = _weights_of_the_newest_runs(newest.values())
     newest = {key: r for key, r in newest.items() if r.checkpoint_sha256 in current[_network(r)]}
-    left_out = [r for r in newest.values() if find_accuracy(r, accuracies) is None]
+    accuracies_of = _by(accuracies, _program)
+    runs = _by(latencies, _run)
+
+    def accuracy_of(record: LatencyRecord) -> AccuracyRecord | None:
+        return find_accuracy(record, accuracies_of.get(_program(record), ()))
+
+    left_out: list[LatencyRecord] = []
     by_machine: dict[str, list[LatencyRecord]] = {}
     for record in newest.values():
-        if record not in left_out:
-            key = _machine(record.environment).model_dump_json()
-            by_machine.setdefault(key, []).append(record)
+        if accuracy_of(record) is None:
+            left_out.append(record)
+        else:
+            by_machine.setdefault(_machine(record.environment), []).append(record)
     groups: list[Group] = []
     for records in by_machine.values():
         labels = _labels(records)
         rows: list[Row] = []
         for record, label in zip(records, labels, strict=True):
-            accuracy = find_accuracy(record, accuracies)
+            accuracy = accuracy_of(record)
             assert accuracy is not None
             # Its eager row may be older than the newest: what counts is that they took turns.
-            eager = eager_of(record, latencies)
-            eager_accuracy = find_accuracy(eager, accuracies) if eager else None
+            eager = eager_of(record, runs[_run(record)])
+            eager_accuracy = accuracy_of(eager) if eager else None
             reference = (
                 Row(eager, eager_accuracy, None, label) if eager and eager_accuracy else None
             )
             rows.append(Row(record, accuracy, reference, label))
-        groups.append(Group(_machine(records[0].environment), tuple(sorted(rows, key=_order))))
+        environment = records[0].environment.model_copy(update={"git_commit": None})
+        groups.append(Group(environment, tuple(sorted(rows, key=_order))))
     return Joined(tuple(groups), tuple(left_out))
 
 
@@ -114,16 +125,10 @@ def find_accuracy(
     record: LatencyRecord, accuracies: Sequence[AccuracyRecord]
 ) -> AccuracyRecord | None:
     """Find the newest accuracy of the same program in the same runtime, rather on this machine."""
-    found = [
-        accuracy
-        for accuracy in accuracies
-        if accuracy.program_sha256 == record.program_sha256
-        and accuracy.runtime == record.runtime
-        and accuracy.precision == record.precision
-        and accuracy.preprocess_sha256 == record.preprocess_sha256
-    ]
-    here = [a for a in found if is_same_machine(a.environment, record.environment)]
-    return (here or found or [None])[-1]
+    found = [accuracy for accuracy in accuracies if _program(accuracy) == _program(record)]
+    found.reverse()
+    here = (a for a in found if is_same_machine(a.environment, record.environment))
+    return next(here, found[0] if found else None)
 
 
 def is_same_machine(one: EnvironmentRecord, other: EnvironmentRecord) -> bool:
@@ -156,16 +161,31 @@ def find_directory(record: LatencyRecord) -> Path | None:
     return None
 
 
-def _machine(environment: EnvironmentRecord) -> EnvironmentRecord:
-    return environment.model_copy(update={"git_commit": None})
+def _machine(environment: EnvironmentRecord) -> str:
+    # All of it but the commit.
+    return environment.model_dump_json(exclude={"git_commit"})
+
+
+def _program(record: LatencyRecord | AccuracyRecord) -> tuple[str, ...]:
+    return record.program_sha256, record.runtime, record.precision, record.preprocess_sha256
+
+
+def _run(record: LatencyRecord) -> tuple[object, ...]:
+    # What has the same took turns: see eager_of.
+    return record.started_at, record.checkpoint_sha256, record.scenario
+
+
+def _by(records: Sequence[Record], key: Callable[[Record], Hashable]) -> dict[Any, list[Record]]:
+    found: dict[Any, list[Record]] = {}
+    for record in records:
+        found.setdefault(key(record), []).append(record)
+    return found
 
 
 def _identity(record: LatencyRecord) -> tuple[object, ...]:
     return (
-        _machine(record.environment).model_dump_json(),
-        record.program_sha256,
-        record.runtime,
-        record.precision,
+        _machine(record.environment),
+        *_program(record)[:3],
         record.scenario,
         record.timed_region,
         record.num_threads,
@@ -175,8 +195,7 @@ def _identity(record: LatencyRecord) -> tuple[object, ...]:
 
 
 def _network(record: LatencyRecord) -> tuple[object, ...]:
-    machine = _machine(record.environment).model_dump_json()
-    return machine, record.variant, record.image_size, record.data
+    return _machine(record.environment), record.variant, record.image_size, record.data
 
 
 def _weights_of_the_newest_runs(

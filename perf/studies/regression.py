@@ -6,10 +6,11 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -39,6 +40,8 @@ NUM_IMAGES = 256
 SUMMARY_FILE, RECORD_FILE, BENCHMARK_FILE = "summary.md", "regression.json", "benchmark.json"
 
 EXPORT_COMMANDS = {"ort": "export/ort.py", "ov": "export/ov.py"}
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +256,7 @@ def _median(program: ProgramComparison, which: str) -> float:
 
 def _train(base: Revision, variant: str, folder: Path) -> Path:
     log.info("training %s on the embedded digits, by the base", variant)
-    flags = ["--epochs", "2", "--output", str(folder / "runs"), "--num-workers", "0"]
+    flags = ["--epochs", "4", "--output", str(folder / "runs"), "--num-workers", "0"]
     return folder / base.run(["training/run.py", variant, *flags], folder)
 
 
@@ -275,11 +278,12 @@ def _compare(
     num_threads: int,
     folder: Path,
 ) -> ProgramComparison:
-    programs = {r.tree: _build(r, export, checkpoint, folder) for r in (base, head)}
+    # Side by side, like the accuracies below: nothing is measured then.
+    programs = _of_both(base, head, lambda r: _build(r, export, checkpoint, folder))
     contenders = {
-        BASE: (base, programs[base.tree]),
-        HEAD: (head, programs[head.tree]),
-        AGAIN: (base, programs[base.tree]),
+        BASE: (base, programs[0]),
+        HEAD: (head, programs[1]),
+        AGAIN: (base, programs[0]),
     }
     generator = random.Random()
     samples: dict[str, list[list[list[float]]]] = {name: [] for name in contenders}
@@ -292,10 +296,12 @@ def _compare(
             samples[name].append(own)
     ratio = bootstrap_ratio(_ratios(samples[HEAD], samples[BASE]))
     noise = bootstrap_ratio(_ratios(samples[AGAIN], samples[BASE]))
-    accuracies = [
-        _accuracy(r, programs[r.tree], folder / f"accuracy-{r.tree.name}-{export}.jsonl")
-        for r in (base, head)
-    ]
+    program_of = dict(zip((base, head), programs, strict=True))
+    accuracies = _of_both(
+        base,
+        head,
+        lambda r: _accuracy(r, program_of[r], folder / f"accuracy-{r.tree.name}-{export}.jsonl"),
+    )
     accuracy, p_value = judge_accuracy(*accuracies)
     return ProgramComparison(
         name=f"{accuracies[0].variant} {export}",
@@ -315,6 +321,12 @@ def _compare(
         p_value=p_value,
         accuracy=accuracy,
     )
+
+
+def _of_both(base: Revision, head: Revision, of: Callable[[Revision], T]) -> tuple[T, T]:
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(of, (base, head))
+    return first, second
 
 
 def _build(revision: Revision, export: str, checkpoint: Path, folder: Path) -> Path:

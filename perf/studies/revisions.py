@@ -76,6 +76,9 @@ class Contender:
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def wait(self) -> None:
+        """Wait until it has opened its program."""
         self._receive()
 
     def __enter__(self) -> Self:
@@ -126,6 +129,9 @@ def take_turns(
             name: stack.enter_context(Contender(*contenders[name], images, num_threads))
             for name in names
         }
+        # They open their programs side by side: nothing is measured yet.
+        for contender in running.values():
+            contender.wait()
         for _ in range(WARM_UP_TURNS):
             for contender in running.values():
                 contender.take_turn(turn_s)
