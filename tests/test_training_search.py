@@ -143,7 +143,7 @@ def test_a_search_finds_a_network_that_trains_like_any_other(tmp_path: Path):
     assert {run.seed for run in record.compared} == {1}
     text = report.read_text()
     require_named(text, "| whole | 3 |", "two-width-2", "A * S^w * P^v", "tiny (rival)")
-    for name in ("reward", "plane"):
+    for name in ("reward", "plane", "choices"):
         assert (tmp_path / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
 
     # The same command again: nothing is trained. More trials: it goes on.

@@ -1,26 +1,33 @@
-"""SearchRecord -> PNGs: reward over trials, and accuracy against time and size."""
+"""SearchRecord -> PNGs: reward over trials, accuracy against time and size, choices of the best."""
 
 import statistics
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from training.running.pictures import LINE, MUTED, TEXT, draw_png
 from training.searching.search_record import SearchRecord
+from training.searching.search_tables import KINDS, best_trials, shares
 
 BLUE, LIGHT, ORANGE = "#1f5f9e", "#9cc3ea", "#b3421e"
+SHADES = ("#1f5f9e", "#7fb2e5", "#c9dff5", "#e8a06a", "#b3421e")
 
 
 def pictures(record: SearchRecord) -> dict[str, bytes]:
     """Draw what there is to draw: the end of the file's name -> a PNG."""
     if not record.whole:
         return {}
-    return {
+    drawn = {
         "reward": draw_png((7.6, 4.2), lambda figure: _draw_rewards(figure, record)),
         "plane": draw_png((11.0, 4.8), lambda figure: _draw_planes(figure, record)),
+        "choices": draw_png((11.0, 4.0), lambda figure: _draw_choices(figure, record)),
     }
+    if record.importances:
+        size = (6.4, 1.2 + 0.2 * len(record.importances))
+        drawn["importance"] = draw_png(size, lambda figure: _draw_importances(figure, record))
+    return drawn
 
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:
@@ -85,9 +92,9 @@ def _draw_planes(figure: Figure, record: SearchRecord) -> None:
                 label=f"{own}{' (reference)' if role == 'reference' else ''}",
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.xaxis.set_minor_formatter(FormatStrFormatter("%g"))
-        axes.tick_params(axis="x", which="minor", labelsize=7, colors=MUTED)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         reference = record.setting["reference"]
         _style(axes, f"Accuracy against {name}", f"{name}, {reference} = 1", "top-1, minival, %")
     panels[0].legend(frameon=False, labelcolor=TEXT, fontsize=8.5, loc="lower right")
@@ -100,3 +107,29 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
         if not front or y > front[-1][1]:
             front.append((x, y))
     return front
+
+
+def _draw_choices(figure: Figure, record: SearchRecord) -> None:
+    best, stages = best_trials(record), range(1, len(record.space.backbone.stages) + 1)
+    panels = figure.subplots(1, len(KINDS), sharey=True)
+    for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
+        every = [shares(record.space, best, f"stage{stage}.{kind}") for stage in stages]
+        bottoms = [0.0] * len(stages)
+        choices = sorted({choice for share in every for choice in share}, key=str)
+        for choice, color in zip(choices, SHADES, strict=False):
+            heights = [100 * share.get(choice, 0.0) for share in every]
+            axes.bar(list(stages), heights, 0.75, bottoms, color=color, label=str(choice))
+            bottoms = [low + height for low, height in zip(bottoms, heights, strict=True)]
+        _style(axes, title, "stage", f"of the best {len(best)}, %" if axes is panels[0] else "")
+        axes.set_xticks(list(stages))
+        axes.set_ylim(0, 100)
+        axes.legend(
+            frameon=False, labelcolor=TEXT, fontsize=8, ncols=3, loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+        )  # fmt: skip
+
+
+def _draw_importances(figure: Figure, record: SearchRecord) -> None:
+    axes, rows = figure.add_subplot(), list(reversed(record.importances.items()))
+    axes.barh([name for name, _ in rows], [100 * share for _, share in rows], color=BLUE)
+    _style(axes, "What the reward depends on (fANOVA)", "of its variance, %", "")

@@ -12,7 +12,12 @@ from training.searching.search_pictures import pictures
 from training.searching.search_record import SearchRecord
 from training.studies.spread import MARGIN
 
-ALT = {"reward": "Reward over trials", "plane": "Accuracy against step time and size"}
+ALT = {
+    "reward": "Reward over trials",
+    "plane": "Accuracy against step time and size",
+    "choices": "Choices of the best networks",
+    "importance": "Importance of each choice",
+}
 
 # In the setting.
 PARAMETERS = "reference's parameters"
@@ -50,7 +55,7 @@ def publish(record: SearchRecord, readme: Path) -> Path:
         parts.append(tables.networks_table(record, [record.best_trial]).markdown())
         if record.compared:
             parts += [tables.compared_table(record).markdown(), MARGIN]
-        parts.append(f"![{ALT['plane']}]({link}/{stem}-plane.png)")
+        parts += [f"![{ALT[name]}]({link}/{stem}-{name}.png)" for name in ("plane", "choices")]
     parts.append(f"[All of it]({link}/{stem}.md), [all trials]({link}/{stem}.json).")
     write_section(readme, stem, "\n\n".join(parts))
     return text
@@ -110,12 +115,13 @@ def to_markdown(record: SearchRecord, shown: dict[str, str]) -> str:
             "Stages: layers x operator (F fused, M MBConv) expansion k kernel.",
             *_front(record),
             f"## Choices of the best {len(tables.best_trials(record))}, and of all in brackets",
+            f"![{ALT['choices']}]({shown['choices']})",
             tables.choices_table(record).markdown(),
         ]
         if record.importances:
             parts += [
                 "## What the reward depends on",
-                tables.importance_table(record).markdown(),
+                f"![{ALT['importance']}]({shown['importance']})",
                 "Share of each choice in the reward's variance (fANOVA; Hutter et al. 2014), of "
                 "the networks that were trained to their end.",
             ]

@@ -135,9 +135,3 @@ def compared_table(record: SearchRecord) -> Table:
     columns = ("network", "top-1 %", "step x", "size x", *(["latency x"] * has_latency))
     columns += ("reward", "found is better by (margin)")
     return Table(columns, tuple(rows), frozenset({"network"}))
-
-
-def importance_table(record: SearchRecord) -> Table:
-    """List the share of each choice in the reward's variance, largest first."""
-    rows = tuple((name, format_percent(share)) for name, share in record.importances.items())
-    return Table(("choice", "of the reward's variance"), rows, frozenset({"choice"}))
