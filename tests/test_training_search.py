@@ -142,7 +142,9 @@ def test_a_search_finds_a_network_that_trains_like_any_other(tmp_path: Path):
     assert Counter(run.role for run in record.compared) == {"found": 1, "reference": 1, "rival": 1}
     assert {run.seed for run in record.compared} == {1}
     text = report.read_text()
-    require_named(text, "| whole | 3 |", "two-width-2", "A * S^w * P^v", "tiny (rival)")
+    require_named(
+        text, "| trained to their end | 3 |", "two-width-2", "A * S^w * P^v", "tiny (rival)"
+    )
     for name in ("reward", "plane", "choices"):
         assert (tmp_path / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from efficientnet.reporting.tables import NOTHING, Table, format_percent
-from training.searching.search_record import SearchRecord, TrialRecord, differences
+from training.searching.search_record import Outcome, SearchRecord, TrialRecord, differences
 from training.searching.space import Choice, SearchSpace
 from training.studies.spread import spread
 
@@ -18,6 +18,16 @@ KINDS = {
 
 NUM_LISTED = 10
 MIN_BEST, BEST_SHARE = 10, 0.1
+
+OUTCOME_NAMES: dict[Outcome, str] = {
+    "whole": "trained to their end",
+    "pruned": "pruned",
+    "failed": "failed",
+    "reused": "chosen again, result taken over",
+    "twin": "left to another worker",
+    "cut short": "cut short",
+    "running": "under way",
+}
 
 OPERATORS = {"mbconv": "MBConv", "fused_mbconv": "Fused-MBConv"}
 
@@ -42,10 +52,10 @@ def shares(
 
 
 def outcomes_table(record: SearchRecord) -> Table:
-    """Count the trials by what came of them: see TrialRecord."""
+    """Count the trials by what came of them."""
     counted = Counter(trial.outcome for trial in record.trials)
-    rows = tuple((outcome, str(count)) for outcome, count in counted.most_common())
-    return Table(("outcome", "trials"), rows, frozenset({"outcome"}))
+    rows = tuple((OUTCOME_NAMES[outcome], str(count)) for outcome, count in counted.most_common())
+    return Table(("networks", "trials"), rows, frozenset({"networks"}))
 
 
 def found_table(record: SearchRecord) -> Table:
