@@ -53,7 +53,7 @@ def shares(
 
 def outcomes_table(record: SearchRecord) -> Table:
     """Count the trials by what came of them."""
-    counted = Counter(trial.outcome for trial in record.trials)
+    counted = Counter[Outcome](trial.outcome for trial in record.trials)
     rows = tuple((OUTCOME_NAMES[outcome], str(count)) for outcome, count in counted.most_common())
     return Table(("networks", "trials"), rows, frozenset({"networks"}))
 
