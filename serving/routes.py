@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from efficientnet.images.preprocess import ImageError, ImageTooLargeError
 from serving import open_inference
+from serving.admission import OWN_PATHS
 from serving.answers import (
     ClassifiedPicture,
     ModelFacts,
@@ -25,7 +26,6 @@ from serving.answers import (
 )
 from serving.api_description import describe, problems
 from serving.batching import Images
-from serving.gate import OWN_PATHS
 from serving.open_inference import ServedModel, TimedPiece
 from serving.pictures import DESCRIPTIONS, read_picture, read_pictures
 from serving.refusals import Refusal, in_one_line, problem_response, refusal_response, too_large

@@ -27,11 +27,11 @@ from PIL import Image
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_artifact
 from efficientnet.images.decoding import IMAGE_FORMATS, MAX_PIXELS
 from efficientnet.runtimes import open_runtime
+from serving.admission import Gate, with_cors
 from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
 from serving.batching import Batcher, Images
 from serving.decoders import DecoderError, Decoders
 from serving.decoding_process import DecodingJob
-from serving.gate import Gate, with_cors
 from serving.metrics import of_this_process
 from serving.open_inference import Counters, ServedModel
 from serving.routes import app, is_path

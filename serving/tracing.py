@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from efficientnet.errors import PipelineError
-from serving.gate import PROBES
+from serving.admission import PROBES
 from serving.stages import StageTimes
 
 if TYPE_CHECKING:

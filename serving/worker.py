@@ -21,8 +21,8 @@ import uvicorn
 from bentoml._internal.context import server_context
 from starlette.types import Message, Receive, Scope, Send
 
+from serving.admission import Gate, with_cors
 from serving.connections import SilentConnections, limited
-from serving.gate import Gate, with_cors
 from serving.refusals import cannot_classify, refusal_response
 from serving.routes import app, is_path
 from serving.settings import BACKLOG, Settings

@@ -23,9 +23,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from efficientnet.images.datasets import load_dataset
-from serving.answers import PROBLEMS, Prediction, Problem
-from serving.demo import running_service
-from serving.gate import (
+from serving.admission import (
     ELSEWHERE,
     MAX_ADDRESS_BYTES,
     PROBES,
@@ -33,6 +31,8 @@ from serving.gate import (
     Gate,
     with_cors,
 )
+from serving.answers import PROBLEMS, Prediction, Problem
+from serving.demo import running_service
 from serving.refusals import Refusal, refusal_response
 from serving.settings import PREFIX, VARIABLES, Settings, read_settings
 from serving.stages import StageTimes

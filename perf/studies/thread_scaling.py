@@ -31,7 +31,7 @@ from perf.measurements.config import ScalingConfig
 from perf.studies.scaling_plot import draw_scaling
 
 SEED = 0
-SECTION = "scaling"
+SECTION = "threads"
 
 log = logging.getLogger(__name__)
 

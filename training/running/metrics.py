@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
 from efficientnet.machine.atomic import write_bytes, write_text
-from training.running.pictures import draw_png
+from training.running.drawing import draw_png
 from training.running.progress import format_seconds
 
 METRICS_FILE = "metrics.jsonl"

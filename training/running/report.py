@@ -21,8 +21,8 @@ from efficientnet.reporting.class_table import class_table
 from efficientnet.reporting.tables import NOTHING, Table, format_bytes, format_percent, format_rate
 from training.learning.evaluation import MAX_CONFUSION_CLASSES, Evaluation
 from training.recipe.config import TrainConfig, config_to_json, flat_values
+from training.running.drawing import LINE, MUTED, TEXT, draw_png
 from training.running.metrics import CURVES_FILE, EpochMetrics
-from training.running.pictures import LINE, MUTED, TEXT, draw_png
 from training.running.progress import format_seconds
 from training.running.run_folder import REPORT_FILE, Run
 

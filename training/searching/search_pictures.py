@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from training.running.pictures import LINE, MUTED, TEXT, draw_png
+from training.running.drawing import LINE, MUTED, TEXT, draw_png
 from training.searching.search_record import SearchRecord
 from training.searching.search_tables import KINDS, best_trials, shares
 

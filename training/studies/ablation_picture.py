@@ -8,7 +8,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from training.running.pictures import LINE, MUTED, TEXT, draw_png
+from training.running.drawing import LINE, MUTED, TEXT, draw_png
 from training.studies import ablation_plan as plan
 from training.studies import ablation_results as results
 from training.studies.ablation_results import AblationRecord

@@ -1,7 +1,7 @@
 """Artifacts -> the time of a call on 1, 2, 4, ... threads, in turns: a table and a picture.
 
-python perf/scaling.py artifacts/v2-s/native-int8 artifacts/v2-s/openvino-int8
-python perf/scaling.py artifacts/v2-s/native-int8 --threads 1 2 3 --seconds 30
+python perf/threads.py artifacts/v2-s/native-int8 artifacts/v2-s/openvino-int8
+python perf/threads.py artifacts/v2-s/native-int8 --threads 1 2 3 --seconds 30
 """
 
 from efficientnet.command import late, parse_flags, run_command

@@ -38,7 +38,7 @@ def test_each_program_is_measured_on_each_number_of_threads_and_published(
     tiny_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
 ):
     (tmp_path / "r.md").write_text("<!-- scaling: written by a command -->\n<!-- /scaling -->\n")
-    command = [sys.executable, ROOT / "perf/scaling.py", tiny_artifact, tiny_checkpoint]
+    command = [sys.executable, ROOT / "perf/threads.py", tiny_artifact, tiny_checkpoint]
     command += ["--threads", "1", "2", "--seconds", "0.2", "--turns", "2"]
     command += ["--publish", "--readme", "r.md", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -61,6 +61,6 @@ def test_programs_of_different_images_are_not_drawn_together(
     record = json.loads((other / RECORD_FILE).read_text())
     record["preprocess"]["image_size"] = 64
     (other / RECORD_FILE).write_text(json.dumps({**record, "preprocess_sha256": ""}))
-    command = [sys.executable, ROOT / "perf/scaling.py", tiny_artifact, other, "--threads", "1"]
+    command = [sys.executable, ROOT / "perf/threads.py", tiny_artifact, other, "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 1 and "64 px" in done.stderr and "32 px" in done.stderr
