@@ -1,8 +1,8 @@
-"""Checkpoint -> what answers fastest on this CPU, from one process and in less than a minute.
+"""Checkpoint -> what answers fastest on this CPU, from one process and in about a minute.
 
 ONNX Runtime and OpenVINO, in float32, in bf16 where the processor has it, and in int8 if the
-accuracy gate lets it. `export/all.py` makes everything, searches for mixtures where int8 loses too
-much, and measures as it should be.
+accuracy gate lets it; the native engine in int8. `export/all.py` makes everything, searches for
+mixtures where int8 loses too much, and measures as it should be.
 
     python export/quick.py
     python export/quick.py --checkpoint runs/lite0-20261122T101500Z/checkpoint

@@ -14,7 +14,7 @@ from export.graphs.calibration import METHOD, record_calibration
 from export.graphs.folding import fold_batch_norm
 from export.graphs.precision import calibrate
 from export.inputs.config import NativeConfig, rebuild_command
-from export.inputs.reference import load_reference
+from export.inputs.reference import Reference, load_reference
 
 SCRIPT = "export/native.py"
 
@@ -32,7 +32,11 @@ def main(config: NativeConfig) -> Path:
             "products here; measure it beside OpenVINO in fp32 (python export/ov.py), or take "
             "--precision int8"
         )
-    reference = load_reference(config)
+    return write_native(load_reference(config), config)
+
+
+def write_native(reference: Reference, config: NativeConfig) -> Path:
+    """Export, check and write one artifact; return its directory."""
     output = default_output(config, reference, "native")
     # Another machine may have to ask for the portable kernels.
     rebuild = rebuild_command(SCRIPT, replace(config, reference=True), reference.checkpoint)

@@ -1,4 +1,4 @@
-"""Checkpoint -> what answers fastest on this CPU, from one process and in less than a minute."""
+"""Checkpoint -> what answers fastest on this CPU, from one process and in about a minute."""
 
 import logging
 import statistics
@@ -15,10 +15,18 @@ from efficientnet.measuring.inputs import rotate
 from efficientnet.measuring.turns import take_turns
 from efficientnet.precision import Precision
 from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.native_runtime import require_kernels
 from efficientnet.runtimes.openvino_runtime import own_precision
+from export.builders.native_builder import write_native
 from export.builders.onnxruntime_builder import write_onnxruntime
 from export.builders.openvino_builder import write_openvino
-from export.inputs.config import ExportConfig, OpenVinoConfig, OrtConfig, rebuild_command
+from export.inputs.config import (
+    ExportConfig,
+    NativeConfig,
+    OpenVinoConfig,
+    OrtConfig,
+    rebuild_command,
+)
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import QuickConfig
 from export.studies import export_table
@@ -31,6 +39,9 @@ SECONDS = 0.5
 TURNS = 4
 # ONNX Runtime's threads go on waiting for work for a while after a call.
 PAUSE_S = 0.05
+
+# Its artifacts' first word, by what an export is set with.
+NAMES = {OrtConfig: "onnxruntime", OpenVinoConfig: "openvino", NativeConfig: "native"}
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +57,7 @@ def main(config: QuickConfig) -> Path:
             export(reference, OpenVinoConfig(precision=p), folder)
             for p in dict.fromkeys(of_openvino)
         ),
+        export(reference, NativeConfig(precision="int8"), folder),
     ]
     lines = with_latency(lines, reference)
     default, _ = export_table.choose_default(lines)
@@ -57,9 +69,11 @@ def main(config: QuickConfig) -> Path:
     return folder / export_table.DEFAULT_LINK
 
 
-def export(reference: Reference, config: OrtConfig | OpenVinoConfig, folder: Path) -> Line:
+def export(
+    reference: Reference, config: OrtConfig | OpenVinoConfig | NativeConfig, folder: Path
+) -> Line:
     """Write one artifact, or say why there is none."""
-    name = "onnxruntime" if isinstance(config, OrtConfig) else "openvino"
+    name = NAMES[type(config)]
     log.info("%s %s", name, config.precision)
     config = replace(
         config,
@@ -71,9 +85,12 @@ def export(reference: Reference, config: OrtConfig | OpenVinoConfig, folder: Pat
         if isinstance(config, OrtConfig):
             rebuild = rebuild_command("export/ort.py", config, reference.checkpoint)
             output = write_onnxruntime(reference, config, rebuild=rebuild)
-        else:
+        elif isinstance(config, OpenVinoConfig):
             rebuild = rebuild_command("export/ov.py", config, reference.checkpoint)
             output = write_openvino(reference, config, rebuild=rebuild)
+        else:
+            require_kernels("the artifact", config.reference)
+            output = write_native(reference, config)
     except PipelineError as error:
         log.info("left out: %s", error)
         return Line(name=name, precision=config.precision, artifact=None, left_out=str(error))
