@@ -19,12 +19,13 @@ from quick import hold_contenders_here, tell_peaks
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What serving/run.py becomes is no command of its own.
+# What others start is no command of its own.
+STARTED = {"supervisor", "decoding_process"}
 COMMANDS = [
     f"{path.parent.name}/{path.name}"
     for stage in ("training", "export", "perf", "serving")
     for path in sorted((ROOT / stage).glob("*.py"))
-    if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.stem != "supervisor"
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8") and path.stem not in STARTED
 ]
 
 # All in one process: what they share is imported once. training/run.py has a help of each variant.

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,7 +163,10 @@ def test_a_run_that_was_killed_goes_on_and_does_nothing_twice(
     assert second.stdout.splitlines() == [str(table)]
     assert {path: path.stat().st_ino for path in done} == done
     assert len(rows_of(table)) == 11
-    require_named(second.stderr, f"{len(done)} of 11", BROKEN)
+    # Ray's processes may have ended a part after the command.
+    (told,) = re.findall(r"(\d+) of 11 pictures", second.stderr)
+    assert int(told) >= len(done)
+    require_named(second.stderr, BROKEN)
 
 
 def test_a_part_that_fails_is_told_in_one_line_and_the_others_stay(

@@ -16,7 +16,8 @@ from efficientnet.images.datasets import load_dataset
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from processes import wait_until
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -79,6 +80,18 @@ def answer_of(address: str, picture: bytes) -> list[tuple[str, float]]:
     return [(entry["label"], entry["probability"]) for entry in response.json()]
 
 
+def filled_part(row: Locator) -> float:
+    track, filled = (row.locator(name).bounding_box() for name in (".bar", ".bar span"))
+    assert track and filled
+    return filled["width"] / track["width"]
+
+
+def bottom_of(row: Locator) -> float:
+    box = row.bounding_box()
+    assert box
+    return box["y"] + box["height"]
+
+
 def expect_shown(page: Page, answer: list[tuple[str, float]]) -> None:
     rows = page.locator("#classes li")
     expect(rows).to_have_count(len(answer))
@@ -87,11 +100,9 @@ def expect_shown(page: Page, answer: list[tuple[str, float]]) -> None:
     percents = [f"{100 * probability:.1f} %" for _, probability in answer]
     expect(page.locator("#classes .percent")).to_have_text(percents)
     for row, (_, probability) in zip(rows.all(), answer, strict=True):
-        track = row.locator(".bar").bounding_box()
-        filled = row.locator(".bar span").bounding_box()
-        assert track and filled
         assert float(row.get_attribute("data-probability") or "nan") == probability
-        assert filled["width"] == pytest.approx(track["width"] * probability, abs=2)
+        # Bars grow.
+        assert wait_until(lambda row=row, part=probability: abs(filled_part(row) - part) < 0.01, 10)
 
 
 def test_page_shows_a_dropped_digit_beside_the_classes_that_the_service_answers(
@@ -411,8 +422,8 @@ def test_on_a_phone_the_five_best_are_seen_without_scrolling(
         answer_with(page, *probabilities)
         hand_over(page, "drop", digit(0))
         expect(page.locator("#classes li")).to_have_count(5)
-        bottoms = [row.bounding_box() for row in page.locator("#classes li").all()]
-        assert all(box and box["y"] + box["height"] <= height for box in bottoms)
+        rows = page.locator("#classes li")
+        assert wait_until(lambda rows=rows: max(map(bottom_of, rows.all())) <= height, 5)
         page.unroute("**/classify")
     page.close()
 

@@ -84,6 +84,8 @@ def test_too_few_images_for_one_batch_say_which_flag_to_change():
         StepPlan(1437, imagenet_recipe("v2-s"), [32] * 4)
 
 
+# A test has one core.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_batches_have_the_size_of_their_stage_whatever_the_number_of_workers():
     samples = load_dataset("digits").train[:64]
     stages = plan_stages(CONFIG.progressive)
