@@ -12,7 +12,7 @@ HEAD_S = 10.0
 
 # What a refused client is still sending is read for so long: closed before, the connection would
 # be reset, and the refusal lost on its way.
-LINGER_S = 1.0
+LINGER_S = 5.0
 
 
 def limited(protocol_class: type[Any], max_per_address: int) -> type[Any]:
