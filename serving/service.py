@@ -25,6 +25,7 @@ from bentoml.exceptions import BentoMLException
 from PIL import Image
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_artifact
+from efficientnet.images.datasets import SAMPLE_PHOTOS
 from efficientnet.images.decoding import IMAGE_FORMATS, MAX_PIXELS
 from efficientnet.runtimes import open_runtime
 from serving.admission import Gate, with_cors
@@ -53,6 +54,8 @@ SETTINGS = read_settings(os.environ)
 
 # Packages that a picture goes through; no other is anybody's business.
 PACKAGES = ("bentoml", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "pillow", "tensorrt")
+
+NUM_IMAGENET_CLASSES = 1000
 
 # Backstop for what our own time limit does not reach.
 TIMEOUT_MARGIN_S = 30
@@ -117,6 +120,13 @@ def _require_same(sha256: str) -> None:
         )
 
 
+def trained_on(manifest: ArtifactManifest) -> str:
+    """Name what the network was trained on: published weights come with none of their images."""
+    if manifest.data != SAMPLE_PHOTOS:
+        return PurePath(manifest.data).name
+    return "ImageNet" if len(manifest.class_names) == NUM_IMAGENET_CLASSES else "data of others"
+
+
 def service_info(manifest: ArtifactManifest, sha256: str) -> ServiceInfo:
     """Say what answers.
 
@@ -135,7 +145,7 @@ def service_info(manifest: ArtifactManifest, sha256: str) -> ServiceInfo:
         precision=manifest.precision,
         num_classes=len(manifest.class_names),
         class_names=manifest.class_names,
-        trained_on=PurePath(manifest.data).name,
+        trained_on=trained_on(manifest),
         workers=SETTINGS.workers,
         threads=SETTINGS.threads_per_worker,
         limits=Limits(

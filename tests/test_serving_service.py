@@ -655,3 +655,15 @@ def test_a_manifest_that_names_other_classes_than_its_program_has_is_refused(
     result = serve("--artifact", str(edited))
     assert result.returncode == 1
     require_named(result.stderr, "class_names", 9, 10)
+
+
+@pytest.mark.parametrize(
+    ("data", "num_classes", "expected"),
+    [("photos/pets", 37, "pets"), ("sample-photos", 1000, "ImageNet"), ("sample-photos", 37, None)],
+)
+def test_what_published_weights_were_trained_on_is_not_the_sample_photographs(
+    service_module: Any, tiny_artifact: Path, data: str, num_classes: int, expected: str | None
+):
+    names = tuple(map(str, range(num_classes)))
+    manifest = read_artifact(tiny_artifact).model_copy(update={"data": data, "class_names": names})
+    assert service_module.trained_on(manifest) == (expected or "data of others")
