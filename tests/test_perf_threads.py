@@ -37,7 +37,7 @@ def test_numbers_of_threads_that_cannot_be_measured_are_refused():
 def test_each_program_is_measured_on_each_number_of_threads_and_published(
     tiny_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
 ):
-    (tmp_path / "r.md").write_text("<!-- scaling: written by a command -->\n<!-- /scaling -->\n")
+    (tmp_path / "r.md").write_text("<!-- threads: written by a command -->\n<!-- /threads -->\n")
     command = [sys.executable, ROOT / "perf/threads.py", tiny_artifact, tiny_checkpoint]
     command += ["--threads", "1", "2", "--seconds", "0.2", "--turns", "2"]
     command += ["--publish", "--readme", "r.md", "--json"]
@@ -47,7 +47,7 @@ def test_each_program_is_measured_on_each_number_of_threads_and_published(
     assert [time.num_threads for time in found.times] == [1, 2, 1, 2]
     assert len(found.programs) == 2 and all(len(time.turn_p50_ms) == 2 for time in found.times)
     shown = (tmp_path / "r.md").read_text()
-    name = "scaling-tiny-32px-batch-1"
+    name = "threads-tiny-32px-batch-1"
     (picture,) = (tmp_path / "reports/published").glob(f"*/{name}.png")
     assert picture.relative_to(tmp_path).as_posix() in shown and "**tiny, 32 px, batch 1**" in shown
     assert Scaling.model_validate_json(picture.with_suffix(".json").read_text()) == found

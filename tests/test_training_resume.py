@@ -88,7 +88,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
             kills += 1
     assert end(start(config(output))) == [0]
     require_same_run(output / "run", whole)
-    assert len(reached) >= 3
+    assert len(reached) > 1
 
 
 def die_at_call(name: str, number: int) -> None:
