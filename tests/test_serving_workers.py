@@ -27,7 +27,7 @@ from processes import child_pids, listening_ports, process_exists, wait_until
 from efficientnet.images.datasets import load_dataset
 from serving.answers import Problem
 from serving.demo import free_port, stop, wait_until_ready
-from serving.supervisor import refuse_new_connections
+from serving.supervisor import listening_socket, refuse_new_connections
 
 with warnings.catch_warnings():
     # Deprecations inside BentoML's and OpenTelemetry's own imports.
@@ -341,3 +341,24 @@ def test_connections_that_have_begun_are_kept_when_no_more_may_begin(
             with taken:
                 client.sendall(b"late")
                 assert taken.recv(10) == b"late"
+
+
+def test_answers_wait_for_no_acknowledgement():
+    async def has_no_delay() -> bool:
+        accepted = asyncio.get_running_loop().create_future()
+
+        class Protocol(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                connection = transport.get_extra_info("socket")
+                accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                transport.close()
+
+        listener = listening_socket("127.0.0.1", 0)
+        server = await asyncio.get_running_loop().create_server(Protocol, sock=listener)
+        async with server:
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            found = await accepted
+            writer.close()
+        return bool(found)
+
+    assert asyncio.run(has_no_delay())
