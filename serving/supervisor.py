@@ -266,8 +266,8 @@ def listening_socket(host: str, port: int) -> socket.socket:
         ServeError: nothing can listen there.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Without the protocol asyncio does not set TCP_NODELAY, and the body of an answer waits 40 ms for
-    # the client to have acknowledged the head.
+    # Without the protocol asyncio does not set TCP_NODELAY, and the body of an answer waits 40 ms
+    # for the client to have acknowledged the head.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     # Connections that were closed a moment ago do not count.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
