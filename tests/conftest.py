@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -271,3 +272,31 @@ def fitted_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Padding
 @pytest.fixture(scope="session")
 def fitted_checkpoint(fitted_checkpoints: dict[Padding, Path]) -> Path:
     return fitted_checkpoints["same"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by Playwright; a test of a page is skipped where one of them is missing."""
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium on this machine")
+    # Chromium's sandbox does not start as root, as in most containers.
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """A page at a module's `address`, whose scripts must raise nothing."""
+    page = browser.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    yield page
+    assert not errors
+    page.close()

@@ -1,7 +1,4 @@
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -13,13 +10,7 @@ from perf.pages import report
 
 pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+from playwright.sync_api import Browser, Page, expect
 
 NUM_IMAGES = 200
 PROGRAMS = {
@@ -27,16 +18,6 @@ PROGRAMS = {
     "onnxruntime": (3.0, "fp32", 180),
     "native": (1.5, "int8", 172),
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    # Chromium's sandbox does not start as root, as in most containers.
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -76,17 +57,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
                     append_record(folder / "latency.jsonl", record)
     report.main(config_of(folder))
     return f"file://{folder / 'out' / 'report.html'}"
-
-
-@pytest.fixture
-def page(browser: Browser, address: str) -> Iterator[Page]:
-    page = browser.new_page()
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
-    yield page
-    assert not errors
-    page.close()
 
 
 def rows(page: Page) -> int:
