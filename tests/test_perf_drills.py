@@ -22,7 +22,7 @@ def config(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Dri
     photos = folder / "photos"
     photos.mkdir()
     for number in range(3):
-        Image.new("RGB", (40, 30), (80 * number, 9, 9)).save(photos / f"{number}.jpg")
+        Image.new("RGB", (1600, 1200), (80 * number, 9, 9)).save(photos / f"{number}.jpg")
     return DrillsConfig(
         tiny_artifact,
         photos,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import socket
 import time
@@ -14,6 +15,10 @@ import aiohttp
 T = TypeVar("T")
 
 REQUEST_TIMEOUT_S = 90.0
+
+# Of the loopback network, which clients with a connection for each request come from in turn: one
+# address has 28,000 ports, and keeps each for a minute after its use.
+SOURCES = tuple(f"127.0.2.{number}" for number in range(1, 101))
 
 # In the place of a status: nobody listens any more, or the connection broke without an answer.
 REFUSED_CONNECTION, LOST = 0, -1
@@ -44,7 +49,11 @@ class Seen:
 
 
 async def send(session: aiohttp.ClientSession, address: str, picture: bytes) -> Seen:
-    """Send a picture."""
+    """Send a picture.
+
+    Raises:
+        OSError: this side has no port or descriptor left, which tells nothing of the service.
+    """
     started = time.monotonic()
     headers = {"Content-Type": "image/jpeg"}
     try:
@@ -57,7 +66,9 @@ async def send(session: aiohttp.ClientSession, address: str, picture: bytes) -> 
                 "Retry-After" in answer.headers,
                 answer.headers.get("X-Artifact-SHA256", ""),
             )
-    except aiohttp.ClientConnectorError:
+    except aiohttp.ClientConnectorError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE):
+            raise
         return Seen(REFUSED_CONNECTION, started, time.monotonic() - started)
     except (aiohttp.ClientError, TimeoutError):
         return Seen(LOST, started, time.monotonic() - started)
@@ -161,13 +172,22 @@ def with_session(
 
     Args:
         work: given the session.
-        is_fresh: whether each request has a connection of its own, as those of many clients: one
-            that was left open may be closed while the next request is on its way.
+        is_fresh: whether each request has a connection and an address of its own, as those of many
+            clients: one that was left open may be closed while the next request is on its way.
     """
+    sources = itertools.cycle(SOURCES)
+
+    def open_socket(info: tuple[Any, ...]) -> socket.socket:
+        opened = socket.socket(*info[:3])
+        if is_fresh:
+            opened.bind((next(sources), 0))
+        return opened
 
     async def run() -> T:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0, family=socket.AF_INET, force_close=is_fresh)
+        connector = aiohttp.TCPConnector(
+            limit=0, family=socket.AF_INET, force_close=is_fresh, socket_factory=open_socket
+        )
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             return await work(session)
 

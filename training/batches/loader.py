@@ -1,5 +1,6 @@
 """Labelled images -> batches of tensors, in an order that follows from the seed and the step."""
 
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from training.recipe.config import TrainConfig
 from training.recipe.stages import Stage
 
 EVAL_BATCH_SIZE = 64
+
+# Within which a process that has died is seen to have.
+SEEN_S = 2.0
 
 
 class LoaderError(PipelineError):
@@ -114,7 +118,13 @@ def eval_batches(
 def explained_worker_deaths() -> Generator[None]:
     """Turn torch's RuntimeError, raised wherever the main thread is, into a LoaderError."""
     try:
-        yield
+        try:
+            yield
+        except (ConnectionError, EOFError):
+            # One that dies as it hands over a batch is first seen as a broken connection; which
+            # one it was is raised here, by torch's handler of the signal.
+            time.sleep(SEEN_S)
+            raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
