@@ -6,6 +6,7 @@ the worker processes is `serving.supervisor`, or BentoML's master after `bentoml
 an address, which the server then fetches, and its errors are lists.
 """
 
+import gc
 import io
 import logging
 import os
@@ -380,4 +381,8 @@ class Classifier:
             ) from None
         self._counters = Counters()
         self._metrics.tell_model(self.info)
+        # All that is there stays: looked through again and again by the garbage collector, it was a
+        # third of what the event loop did.
+        gc.collect()
+        gc.freeze()
         self.is_warm = True
