@@ -46,6 +46,8 @@ ALLOWANCE_S = 10.0
 MAX_GROWTH_BYTES = 10_000_000
 
 NUM_CLIENTS = 32
+# Sent between two looks at processes and memory.
+BLOCK = 500
 REQUESTS = "requests"
 BOUNDARY = b"fuzz"
 
@@ -83,7 +85,7 @@ class Findings:
     faults: list[str] = field(default_factory=list)
     longest_s: float = 0.0
     sizes: list[int] = field(default_factory=list)
-    """Bytes of the service, each 500 requests."""
+    """Bytes of the service, after each BLOCK."""
 
 
 def mutate(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
@@ -294,7 +296,7 @@ def send_all(
 
     numbered = enumerate(inputs)
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
-        while block := list(islice(numbered, 500)):
+        while block := list(islice(numbered, BLOCK)):
             list(pool.map(send, block))
             if processes != [service, *service.children(recursive=True)]:
                 findings.faults.append(f"a process has ended or come by input {block[-1][0]}")
@@ -309,6 +311,12 @@ def growth_of(sizes: Sequence[int]) -> float:
     if not quarter:
         return 0.0
     return float(np.mean(sizes[-quarter:]) - np.mean(sizes[-2 * quarter : -quarter]))
+
+
+def slope_of(sizes: Sequence[int]) -> float:
+    """Return how much memory an input of the last half leaves."""
+    last = sizes[len(sizes) // 2 :]
+    return float(np.polyfit(BLOCK * np.arange(len(last)), last, 1)[0]) if len(last) > 1 else 0.0
 
 
 def own_bytes(process: psutil.Process) -> int:
@@ -329,9 +337,10 @@ def fuzz(artifact: Path, num_files: int, num_requests: int, seed: int, keep: Pat
         for kind, inputs in plans.items():
             findings = send_all(port, kind, inputs, service, keep)
             counts = ", ".join(f"{n} x {s}" for s, n in sorted(findings.statuses.items()))
+            held = [f"{size / 1e6:.1f} MB" for size in findings.sizes[-1:]]
             print(
-                f"{kind}: {counts}; longest {findings.longest_s:.2f} s, then "
-                f"{findings.sizes[-1] / 1e6:.1f} MB",
+                f"{kind}: {counts}; longest {findings.longest_s:.2f} s, then {', '.join(held)}, "
+                f"{slope_of(findings.sizes):+.0f} bytes each",
                 flush=True,
             )
             sizes += findings.sizes
