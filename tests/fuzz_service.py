@@ -378,9 +378,10 @@ def plans_of(
 
     # Of one kind after the other, what each takes for the first time would look like a leak.
     in_turn = zip(*(zip(repeat(kind), files(kind)) for kind in by_kind), strict=True)
+    whole = zip(repeat(REQUESTS), mutations(valid, num_requests, str(seed)))
     return [
-        chain.from_iterable(in_turn),
-        zip(repeat(REQUESTS), mutations(valid, num_requests, str(seed))),
+        *([chain.from_iterable(in_turn)] if num_files else []),
+        *([whole] if num_requests else []),
     ]
 
 
