@@ -47,7 +47,7 @@ from serving.settings import (
     read_settings,
 )
 from serving.stages import StageTimes
-from serving.tracing import traced
+from serving.tracing import TracingError, is_traced, traced
 from serving.uploads import Uploads
 from serving.work import AbandonedError, IsWanted, WorkQueue
 
@@ -99,7 +99,7 @@ class GatedService(bentoml.Service[Any]):
             is_path,
             SETTINGS.allowed_hosts,
             SETTINGS.api_key,
-            lambda: app.state.classifier.is_draining,
+            lambda: app.state.classifier.is_draining or app.state.classifier.is_leaving,
         )
         return with_cors(gate, SETTINGS.cors_origins)
 
@@ -136,7 +136,7 @@ def _require_same(sha256: str) -> None:
     if sha256 and found != sha256:
         raise ArtifactError(
             f"the artifact there now, {found[:12]}, is another than {sha256[:12]}, which "
-            "CLASSIFIER_ARTIFACT_SHA256 names or the service was started with; put that one back, "
+            "CLASSIFIER_ARTIFACT_SHA256 names or the service was given; put that one back, "
             "or start the service again to serve the new one"
         )
 
@@ -231,7 +231,7 @@ class Classifier:
     """Classifies pictures with one exported EfficientNet."""
 
     def __init__(self) -> None:
-        self.is_warm = self.is_draining = False
+        self.is_warm = self.is_draining = self.is_leaving = False
         self.settings = SETTINGS
         self._metrics = of_this_process()
         self.work = WorkQueue(
@@ -305,9 +305,14 @@ class Classifier:
         """Stop before any worker starts when there is no artifact, and have all serve this one.
 
         Raises:
-            BentoMLException: missing, damaged, or not ours.
+            BentoMLException: missing, damaged, or not ours; or a collector for traces is named that
+                cannot be sent to.
         """
         _require_artifact()
+        try:
+            is_traced()
+        except TracingError as error:
+            raise BentoMLException(str(error)) from None
         os.environ.setdefault(ARTIFACT_SHA256_VARIABLE, artifact_sha256(SETTINGS.artifact))
 
     @bentoml.on_shutdown

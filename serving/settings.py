@@ -52,7 +52,8 @@ class Settings:
 
     artifact_sha256: str = ""
     """SHA-256 of the manifest.json of the only artifact to be served; empty = of the one that is
-    there at the start, also for workers that are started later. CLASSIFIER_ARTIFACT_SHA256."""
+    there at the start, or that the service is changed to, also for workers that are started later.
+    CLASSIFIER_ARTIFACT_SHA256."""
 
     workers: int = 1
     """Processes, each with the network in memory. CLASSIFIER_WORKERS."""
