@@ -215,6 +215,11 @@ class ArtifactManifest(_Frozen):
     weight_bytes: int
 
     @property
+    def is_for_time_only(self) -> bool:
+        """Whether it was allowed to lose all of the network's answers: it was made to be timed."""
+        return self.quantization is not None and self.quantization.max_drop >= 1
+
+    @property
     def prepared_sizes(self) -> tuple[int, ...]:
         """Batch sizes that are computed in ways of their own, ascending."""
         files = (program.batch_size for program in self.static_programs)

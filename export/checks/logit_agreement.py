@@ -61,13 +61,16 @@ def error_unit(reference: NDArray[np.float32]) -> float:
     return float(max(logits.std(), np.abs(logits - logits.mean()).max() / 3))
 
 
-def tolerances_for(precision: Precision, reference: NDArray[np.float32]) -> ParityTolerances:
+def tolerances_for(
+    precision: Precision, reference: NDArray[np.float32], is_for_time_only: bool = False
+) -> ParityTolerances:
     """Return what a precision may differ by from the eager model's logits [N, num_classes].
 
     A different top-1 class counts when the reference prefers its own by more than the flip margin:
     the relative tolerance in standard deviations, so that both must be off by half of it. No such
     flip is allowed; of int8 and fp8 three images in a hundred are, for which half a standard
-    deviation is the margin: there the accuracy gate decides.
+    deviation is the margin: there the accuracy gate decides. Of an artifact for time only, which
+    may lose any answer, the largest error alone is limited.
     """
     std = float(reference.std())
     relative = RELATIVE_TOLERANCE[precision]
@@ -75,8 +78,8 @@ def tolerances_for(precision: Precision, reference: NDArray[np.float32]) -> Pari
     unit = std if is_quantized else error_unit(reference)
     return ParityTolerances(
         max_abs_logit_error=relative * unit,
-        max_mean_logit_error=MEAN_TOLERANCE[precision] * std,
-        min_top1_agreement=0.97 if is_quantized else 1.0,
+        max_mean_logit_error=None if is_for_time_only else MEAN_TOLERANCE[precision] * std,
+        min_top1_agreement=0.0 if is_for_time_only else 0.97 if is_quantized else 1.0,
         flip_margin=(QUANTIZED_FLIP_MARGIN if is_quantized else relative) * std,
     )
 
