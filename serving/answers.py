@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from efficientnet.errors import require_names
 from efficientnet.formats.artifact import AccuracyGate
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.runtimes.probabilities import softmax, top_classes
 
 BAR_WIDTH = 40

@@ -109,8 +109,8 @@ class StockConfig(MeasuredFlags):
     """Training images that the stock tools choose the ranges of int8 by, at least 64."""
 
     made: bool = False
-    """Take the stock artifacts that an earlier call made for these batch sizes: it can make them
-    before a machine is quiet, and this one measures."""
+    """Take the stock artifacts that an earlier call made, for these batch sizes among others: what
+    is made on a busy machine can be measured on a quiet one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

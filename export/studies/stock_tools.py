@@ -32,7 +32,7 @@ def find_stock_artifacts(reference: Reference, config: ExportConfig, folder: Pat
     """Return what make_stock_artifacts wrote earlier.
 
     Raises:
-        ArtifactError: one is missing, of another checkpoint, or for other batch sizes.
+        ArtifactError: one is missing, of another checkpoint, or not for all batch sizes.
     """
     found: list[Path] = []
     for runtime, precision in tools():
@@ -40,12 +40,12 @@ def find_stock_artifacts(reference: Reference, config: ExportConfig, folder: Pat
         manifest = read_manifest(path)
         require_made_of(reference, path, manifest)
         # ONNX Runtime takes any size up to the largest.
-        sizes = (*(manifest.static_batches or config.static_batches), manifest.input.batch.max)
-        expected = (*config.static_batches, config.max_batch_size)
-        if sizes != expected:
+        prepared = manifest.static_batches or range(1, manifest.input.batch.max + 1)
+        missing = [size for size in config.static_batches if size not in prepared]
+        if missing:
             raise ArtifactError(
-                f"{path} is for batches of {sizes}, expected {expected}: make the stock artifacts "
-                "again, without --made"
+                f"{path} is not prepared for batches of {', '.join(map(str, missing))}: make the "
+                "stock artifacts again, without --made"
             )
         found.append(path)
     return found
