@@ -167,6 +167,7 @@ def service_info(manifest: ArtifactManifest, sha256: str) -> ServiceInfo:
         num_classes=len(manifest.class_names),
         class_names=manifest.class_names,
         trained_on=trained_on(manifest),
+        gate=manifest.gate,
         workers=SETTINGS.workers,
         threads=SETTINGS.threads_per_worker,
         limits=Limits(

@@ -23,7 +23,7 @@ from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.images import datasets
 from efficientnet.images.datasets import load_dataset
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import VARIANTS, NetworkOptions, Padding, VariantSpec
 from export import ort, ov

@@ -369,7 +369,7 @@ from functools import partial
 from pathlib import Path
 from efficientnet.measuring.contender import Contender, running
 from efficientnet.images.datasets import load_dataset
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.measuring.inputs import prepare_inputs
 from perf.measurements.program_subject import ProgramSubject
 spec = PreprocessSpec.model_validate_json({TINY_PREPROCESS.model_dump_json()!r})
