@@ -12,13 +12,6 @@ struct DepthwiseScratch {
   alignas(64) int32_t sums[2][STRIP][64];
 };
 
-// Bands of output rows that stand side by side in a group's 64 bytes, each with the same channels: see bands_of.
-struct Bands {
-  int count = 1;
-  int64_t step = 0;    // bytes from a band's outputs to the next one's
-  int rows[4] = {};    // of each band that exist, from the first one on
-};
-
 // Interleaves `FOURS` fours of rows of columns [0, count): to[column][four][chunk][4 registers].
 template <int ROWS, int FOURS>
 static inline void interleave(const uint8_t* from, int64_t row_bytes, int count, uint8_t* to) {

@@ -13,6 +13,13 @@ static inline int conv_channel(int tile, int lane, bool is_bf16) { return is_bf1
 // A last group of 32 channels or fewer takes as much of a register as 64 would: so rows of several bands of the map stand in it side by side.
 static int bands_of(int channels, bool is_bf16) { return is_bf16 || channels > 32 ? 1 : channels > 16 ? 2 : 4; }
 
+// Bands of output rows that stand side by side in a group's 64 bytes, each with the same channels: see bands_of.
+struct Bands {
+  int count = 1;
+  int64_t step = 0;    // bytes from a band's outputs to the next one's
+  int rows[4] = {};    // of each band that exist, from the first one on
+};
+
 // The same of a depthwise group of which so many channels exist; where it is computed in bands, each band has all of them.
 static int depthwise_channel(int tile, int lane, int channels, bool is_bf16) {
   return is_bf16 ? tile * 16 + lane : (lane / 4 * 16 + tile * 4 + lane % 4) % (GROUP / bands_of(channels, is_bf16));
@@ -30,8 +37,10 @@ static int64_t depthwise_share(int channels, bool is_bf16, int64_t rows, int par
 }
 
 // Depthwise: kernel rows in fours, for one output row or two (see depthwise.h).
-static int depthwise_rows(const Layer& l) { return l.stride == 1 ? 2 : 1; }
-static int depthwise_fours(const Layer& l) { return (l.kernel + (depthwise_rows(l) - 1) + 3) / 4; }
+constexpr int depthwise_rows(int stride) { return stride == 1 ? 2 : 1; }
+constexpr int depthwise_fours(int kernel, int stride) { return (kernel + depthwise_rows(stride) - 1 + 3) / 4; }
+static int depthwise_rows(const Layer& l) { return depthwise_rows(l.stride); }
+static int depthwise_fours(const Layer& l) { return depthwise_fours(l.kernel, l.stride); }
 static size_t depthwise_group_bytes(const Layer& l, bool is_bf16) {
   if (is_bf16) return size_t(l.kernel) * size_t(l.kernel) * GROUP * 4;
   return size_t(depthwise_rows(l)) * size_t(l.kernel) * size_t(depthwise_fours(l)) * 256;
