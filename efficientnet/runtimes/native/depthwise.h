@@ -1,5 +1,5 @@
-// Depthwise convolution of u8 maps, 64 channels at a time, from a buffer [rows][width + margins][64]. Included inside each file's own
-// namespace.
+// Depthwise convolution of u8 maps with registers of 32 bytes (of 64: depthwise512.h), 64 channels at a time, from a buffer
+// [rows][width + margins][64]. Included inside each file's own namespace.
 //
 // vpdpbusd adds four neighboring bytes up, and a channel's neighbors lie in other rows: so the bytes of four rows of a column are
 // interleaved once (8 unpacks for 64 channels) and every output that sees the column takes one product of it. At stride 1 two output

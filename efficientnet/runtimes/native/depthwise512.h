@@ -11,7 +11,7 @@ constexpr int STRIP = 32;  // outputs at most
 struct DepthwiseScratch {
   alignas(64) uint8_t words[2][STRIP][64];
   alignas(64) uint8_t bytes[2][STRIP][64];
-  alignas(64) uint8_t columns[53 * 512];  // of bf16
+  alignas(64) uint8_t columns[53 * 512];  // widened, of bf16
 };
 
 // Where a strip's bytes go.
@@ -135,8 +135,10 @@ static void depthwise_group(const Packed& p, int group, const uint8_t* from, int
         while (bands.count > 1 && num_bands < bands.count && y + r < bands.rows[num_bands]) num_bands++;
         for (int b = 0; b < num_bands; b++) {
           uint8_t* band_out = out + b * bands.step;
-          for (int x = 0; x < strip; x++, band_out += target.pixel)
-            Lanes::store(band_out, mask, Lanes::from_byte(Lanes::load(scratch.bytes[r][x]), b * band));
+          if (bands.count == 1)
+            for (int x = 0; x < strip; x++, band_out += target.pixel) Lanes::store(band_out, mask, Lanes::load(scratch.bytes[r][x]));
+          else
+            for (int x = 0; x < strip; x++, band_out += target.pixel) Lanes::store_half(band_out, mask, Lanes::from_byte(Lanes::load(scratch.bytes[r][x]), b * band));
         }
         if (!keeps_sums) continue;
         const Lanes::Mask in_bands(num_bands * band);

@@ -27,14 +27,17 @@ struct Products {
     }
   }
 
-  // `count` pixels side by side, in shares as equal as they can be; of pixels by twos, but for a last one.
+  // `count` pixels side by side, in shares as equal as they can be; of pixels by twos, but for a last one, or by fours.
   template <class E>
   static void finish(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, int count, const uint8_t* weights, const int32_t* bias,
                      const E& epilogue, Target& target, Prefetch& prefetch) {
+    const bool is_half = is_half_group(epilogue.columns, false);
+    const int unit = is_half ? 4 : 2;
     for (int shares = (count + MOST_PIXELS - 1) / MOST_PIXELS; count > 0; shares--) {
-      const int equal = ((count + shares - 1) / shares + 1) / 2 * 2, n = equal < count ? equal : count;
+      const int equal = ((count + shares - 1) / shares + unit - 1) / unit * unit, n = equal < count ? equal : count;
       prefetch.take((p.row_blocks * p.layer->kernel * n + 3) / 4);
-      finished<E>(n, std::make_index_sequence<MOST_PIXELS>())(p, from, pixel, kernel_row, weights, bias, epilogue, target);
+      if (is_half) (n > 8 ? finished_half<12, E> : n > 4 ? finished_half<8, E> : finished_half<4, E>)(p, from, pixel, kernel_row, weights, bias, epilogue, target, n);
+      else finished<E>(n, std::make_index_sequence<MOST_PIXELS>())(p, from, pixel, kernel_row, weights, bias, epilogue, target);
       from += n * pixel;
       count -= n;
     }
@@ -49,14 +52,14 @@ struct Products {
   }
 
   // Sums of N pixels: a[N] of the group's first tile, b[N] of its second.
-  template <int N, bool IS_BF16>
+  template <int N, bool IS_BF16, int TILES = 2>
   static inline __attribute__((always_inline)) void sum(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, const uint8_t* weights,
                                                         const int32_t* bias, Lanes::V* a, Lanes::V* b) {
     using V = Lanes::V;
     constexpr int NEXT = Lanes::BYTES == 64 ? 1024 : 32;  // from a register of weights to the one beside it
     for (int i = 0; i < N; i++) {
       a[i] = Lanes::load(bias);
-      b[i] = Lanes::load(bias + Lanes::WORDS);
+      if (TILES == 2) b[i] = Lanes::load(bias + Lanes::WORDS);
     }
     const int words = p.row_words, rows = p.layer->kernel;
     const int64_t blocks_bytes = int64_t(p.row_blocks) * 2048;
@@ -65,11 +68,11 @@ struct Products {
         const uint8_t* block = weights + w * 128;
         const uint8_t* in = from + w * 4;
         for (int j = 0; j < (words - w < 16 ? words - w : 16); j++, block += 64, in += 4) {
-          const V w0 = Lanes::load(block), w1 = Lanes::load(block + NEXT);
+          const V w0 = Lanes::load(block), w1 = TILES == 2 ? Lanes::load(block + NEXT) : w0;
           for (int i = 0; i < N; i++) {
             const V q = Lanes::broadcast32(in + i * pixel);
             a[i] = dot<IS_BF16>(a[i], q, w0);
-            b[i] = dot<IS_BF16>(b[i], q, w1);
+            if (TILES == 2) b[i] = dot<IS_BF16>(b[i], q, w1);
           }
         }
       }
@@ -100,6 +103,24 @@ struct Products {
     Target t = target;
     pairs<0, N>(epilogue, a, b, t);
     target = t;
+  }
+
+  // The first `count` of N pixels of a half group: what is read behind them is not used.
+  template <int N, class E>
+  static __attribute__((noinline)) void finished_half(const Packed& p, const uint8_t* from, int64_t pixel, int64_t kernel_row, const uint8_t* weights,
+                                                      const int32_t* bias, const E& shared, Target& target, int count) {
+    Lanes::V a[N];
+    sum<N, false, 1>(p, from, pixel, kernel_row, weights, bias, a, nullptr);
+    const E epilogue = shared;
+    Target t = target;
+    fours<0, N>(epilogue, a, count, t);
+    target = t;
+  }
+
+  template <int I, int N, class E>
+  static inline __attribute__((always_inline)) void fours(const E& epilogue, const Lanes::V* a, int count, Target& t) {
+    epilogue.four(a[I], a[I + 1], a[I + 2], a[I + 3], I + 4 < N ? 4 : count - I, t);
+    if constexpr (I + 4 < N) fours<I + 4, N>(epilogue, a, count, t);
   }
 
   // Unrolled, so that sums stay in registers.

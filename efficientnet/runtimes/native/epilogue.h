@@ -3,7 +3,7 @@
 //
 // Packing 32 -> 16 -> 8 bits works within 128 bits. So that bytes come out in order, sums stand in an order of their own: a convolution's
 // group of 32 channels is two tiles of 16, tile t's lane 4 l + i is channel 8 l + 4 t + i (two pixels side by side fill 64 bytes, and one
-// permute parts them); a depthwise group of 64 is four tiles, tile t's lane 4 l + i is channel 16 l + 4 t + i.
+// permute parts them), a half group's one tile is in order (four pixels fill 64 bytes); a depthwise group of 64 is four tiles, tile t's lane 4 l + i is channel 16 l + 4 t + i.
 
 // What follows a sum: an activation (or none), a residual (or none); or an activation of which only the sums over pixels are kept.
 // A ramp is a table of one line.
@@ -83,6 +83,31 @@ struct Epilogue {
 
   // The same from registers of 16 sums.
   inline __attribute__((always_inline)) void pair(V a, V b, V c, V d, bool has_two, Target& t) const { registers(a, b, c, d, scales, has_two, t); }
+
+  // Up to four pixels of a half group.
+  template <class L = Lanes>
+  inline __attribute__((always_inline)) void four(V a, V b, V c, V d, int count, Target& t) const {
+    const typename L::Mask mask(columns);
+    const F s = Lanes::loadf(scales);
+    void* out[4];
+    const void* residual[4];
+    for (int i = 0; i < 4; i++) {
+      out[i] = t.out;
+      residual[i] = t.residual;
+      if (i + 1 < count) t.next();
+    }
+    t.next();
+    const V q = finish(a, b, c, d, s, s, s, s, has_residual(MODE) ? L::load_four(residual, mask) : Lanes::zero());
+    if (MODE == SUMS) {
+      alignas(64) uint8_t bytes[4][16];
+      void* rows[4] = {bytes[0], bytes[1], bytes[2], bytes[3]};
+      L::store_four(rows, 4, typename L::Mask(16), q);
+      for (int i = 0; i < count; i++)
+        for (int c = 0; c < 16; c++) totals[c] += bytes[i][c];
+    } else {
+      L::store_four(out, count, mask, q);
+    }
+  }
 
  private:
   inline __attribute__((always_inline)) void registers(V a, V b, V c, V d, const float* second_scales, bool has_two, Target& t) const {
