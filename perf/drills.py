@@ -1,8 +1,9 @@
 """A service in trouble -> what its clients see, beside what is promised: a table a drill.
 
 overload: ten times what it can do. slow-clients: a thousand that send a byte a second. kill: a
-worker ended in mid-load. drain: SIGTERM in mid-load. artifact: swapped, deleted, written over, and
-a worker ended after it. memory: many requests, and the slope of its memory.
+worker ended in mid-load. drain: SIGTERM in mid-load. change: another artifact by serving/change.py
+in mid-load. artifact: swapped, deleted, written over, and a worker ended after it. memory: many
+requests, and the slope of its memory.
 
     python perf/drills.py artifacts/v2-s/onnxruntime-fp32 --photos photos
     python perf/drills.py artifacts/lite0/default --photos photos --drills kill drain --seconds 10

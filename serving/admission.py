@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from hmac import compare_digest
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,13 +35,15 @@ ANY_HOST = "*"
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
-SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-}
+# As ASGI has them, since they go with every answer.
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+CONTENT_POLICY = b"content-security-policy"
 # Answers that are no page load nothing; a page says itself what it loads.
-NOTHING_LOADED = "default-src 'none'; frame-ancestors 'none'"
+NOTHING_LOADED = b"default-src 'none'; frame-ancestors 'none'"
 
 # Of BentoML's family, so that its configuration of the log decides.
 log = logging.getLogger("bentoml.access")
@@ -155,12 +157,16 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = scope["gate.request_id"]
-                headers.update(SECURITY_HEADERS)
-                headers.setdefault("Content-Security-Policy", NOTHING_LOADED)
+                headers: list[tuple[bytes, bytes]] = [
+                    *message.get("headers", ()),
+                    *SECURITY_HEADERS,
+                ]
+                headers.append((b"x-request-id", scope["gate.request_id"].encode()))
+                if not any(name == CONTENT_POLICY for name, _ in headers):
+                    headers.append((CONTENT_POLICY, NOTHING_LOADED))
                 if self._is_draining():
-                    headers["Connection"] = "close"
+                    headers.append((b"connection", b"close"))
+                message = {**message, "headers": headers}
             await send(message)
 
         try:

@@ -2,6 +2,7 @@
 
     python serving/run.py
     python serving/run.py --artifact artifacts/tiny/onnxruntime-fp32 --port 3001
+    python serving/run.py --allow-change    # of the artifact while it runs, by serving/change.py
 
 The page is at /, the API's description at /docs, the metrics at /metrics. Ctrl-C stops it.
 """
@@ -17,8 +18,14 @@ from typing import NoReturn
 from efficientnet import PROJECT_ROOT
 from efficientnet.command import parse_flags, run_command
 from efficientnet.formats.artifact import read_artifact
-from serving.settings import ARTIFACT_VARIABLE, PROCESS_ENVIRONMENT, read_settings
-from serving.supervisor import listening_socket
+from serving.control import own_folder
+from serving.settings import (
+    ARTIFACT_SHA256_VARIABLE,
+    ARTIFACT_VARIABLE,
+    PROCESS_ENVIRONMENT,
+    read_settings,
+)
+from serving.supervisor import ServeError, listening_socket
 
 # What a service writes while it runs, mostly metrics, fits in this.
 NEEDED_DISK_BYTES = 1_000_000
@@ -40,6 +47,10 @@ class ServeConfig:
     port: int = 3000
     """TCP port, 1 to 65535."""
 
+    allow_change: bool = False
+    """Let this user of this machine change the artifact while the service runs, by
+    serving/change.py; on Linux."""
+
     def __post_init__(self) -> None:
         """Check the limits."""
         if not 1 <= self.port <= 65535:
@@ -58,16 +69,23 @@ def main(config: ServeConfig) -> NoReturn:
 
     Raises:
         ArtifactError: missing, damaged, or not ours.
-        ServeError: the port is taken.
+        ServeError: the port is taken, or settings contradict each other.
         OSError: the disk is full.
     """
     settings = read_settings(os.environ)
+    if config.allow_change and settings.artifact_sha256:
+        raise ServeError(
+            f"{ARTIFACT_SHA256_VARIABLE} allows one artifact, and --allow-change any: "
+            "unset the one, or leave out the other"
+        )
     artifact = config.artifact.absolute() if config.artifact else settings.artifact
     manifest = read_artifact(artifact)
     listening_socket(config.host, config.port).close()
     environment = {
         **PROCESS_ENVIRONMENT,
-        "BENTOML_HOME": str(_own_bentoml_home(config.port)),
+        # A starting service empties the metrics folder of its BentoML home, so two services with
+        # the same one would lose metrics. A port has one service.
+        "BENTOML_HOME": str(own_folder() / f"serve-{config.port}"),
         **os.environ,
         ARTIFACT_VARIABLE: str(artifact),
     }
@@ -83,6 +101,7 @@ def main(config: ServeConfig) -> NoReturn:
     log.info("metrics  %s/metrics", address)
     command = [sys.executable, "-m", "serving.supervisor"]
     command += ["--host", config.host, "--port", str(config.port)]
+    command += ["--allow-change"] if config.allow_change else []
     os.chdir(PROJECT_ROOT)
     os.execve(sys.executable, command, environment)
 
@@ -91,22 +110,6 @@ def address_of(host: str, port: int) -> str:
     """Return the address that a browser on this machine takes."""
     host = {"0.0.0.0": "localhost", "::": "localhost", "127.0.0.1": "localhost"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _own_bentoml_home(port: int) -> Path:
-    # A starting service empties the metrics folder of its BentoML home, so two services with the
-    # same one would lose metrics. A port has one service.
-    #
-    # In memory where there is such a file system: metrics are memory-mapped files, and a worker
-    # that writes to one when the disk has become full is killed, again and again.
-    shared_memory = Path("/dev/shm")
-    if os.access(shared_memory, os.W_OK):
-        home = shared_memory / f"efficientnet-{os.getuid()}"
-        home.mkdir(mode=0o700, exist_ok=True)
-        if home.stat().st_uid == os.getuid():
-            return home / f"serve-{port}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "efficientnet" / f"serve-{port}"
 
 
 def _check_disk(home: Path) -> None:

@@ -4,6 +4,9 @@ In the place of BentoML's master process, which opens two more ports, where ever
 machine can have commands run, and waits for seconds before it replaces a worker. Workers are forked
 from this process, which has imported all they need: a new one serves when it has opened the
 artifact.
+
+A command of the same user may have another artifact served (see serving.control): new workers open
+it beside the old ones, which take no more connections when all of the new ones are ready.
 """
 
 import ctypes
@@ -16,11 +19,10 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,14 +30,9 @@ from typing import Any
 
 from efficientnet.command import parse_flags, run_command
 from efficientnet.errors import PipelineError
-from efficientnet.formats.artifact import MANIFEST_FILE, read_artifact
-from serving.settings import (
-    ARTIFACT_SHA256_VARIABLE,
-    ARTIFACT_VARIABLE,
-    BACKLOG,
-    artifact_sha256,
-    read_settings,
-)
+from serving.control import Answer, Command, Control, control_path
+from serving.pinning import PinnedArtifact, pin
+from serving.settings import BACKLOG, read_settings
 
 LONGEST_PAUSE_S = 60.0
 
@@ -55,8 +52,9 @@ NO_NEW_CONNECTIONS = (
     (0x06, 0, 0, 0xFFFFFFFF),
 )
 
-# Of the process that looks.
-OPEN_FILES = Path("/proc/self/fd")
+# Has a worker take no more connections, and end when those that it has have ended; before it takes
+# any, this signal ends it at once, as by itself it does.
+LEAVE = signal.SIGUSR1
 
 log = logging.getLogger("bentoml.supervisor")
 
@@ -71,6 +69,7 @@ class SupervisorConfig:
 
     host: str
     port: int
+    allow_change: bool = False
 
 
 @dataclass
@@ -78,10 +77,20 @@ class Worker:
     """A process, and what it has said."""
 
     number: int
+    artifact: PinnedArtifact
     process: BaseProcess
     connection: Connection
     is_ready: bool = False
+    is_leaving: bool = False
     problem: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """An artifact that new workers open, and who asked for it."""
+
+    command: Command
+    artifact: PinnedArtifact
 
 
 class Supervisor:
@@ -93,23 +102,31 @@ class Supervisor:
 
     Args:
         num_workers: processes at once.
+        artifact: that they serve, until a command names another.
         start_worker: forks one that talks through a connection; its number starts at 1.
         start_stand_in: forks one that says a reason.
         on_end: called with the process id of each worker that has ended.
+        control: where commands come from; None = nowhere.
     """
 
     def __init__(
         self,
         num_workers: int,
-        start_worker: Callable[[int], tuple[BaseProcess, Connection]],
+        artifact: PinnedArtifact,
+        start_worker: Callable[[int, PinnedArtifact], tuple[BaseProcess, Connection]],
         start_stand_in: Callable[[str], BaseProcess],
         on_end: Callable[[int], None],
+        control: Control | None = None,
     ) -> None:
+        self._numbers = range(1, num_workers + 1)
+        self._artifact = artifact
         self._start_worker = start_worker
         self._start_stand_in = start_stand_in
         self._on_end = on_end
+        self._control = control
+        self._change: Change | None = None
         self._workers: list[Worker] = []
-        self._due = dict.fromkeys(range(1, num_workers + 1), 0.0)
+        self._due = dict.fromkeys(self._numbers, 0.0)
         self._stand_in: BaseProcess | None = None
         self._num_failures = 0
         self._was_ready = False
@@ -125,12 +142,17 @@ class Supervisor:
         """
         while True:
             self._start_due()
-            if signals in wait(self._waited_for(signals), self._seconds_to_next()):
+            heard = wait(self._waited_for(signals), self._seconds_to_next())
+            if signals in heard:
                 return
             for worker in list(self._workers):
                 self._listen(worker)
                 if not worker.process.is_alive():
-                    self._replace(worker)
+                    self._take_off(worker)
+            if self._change:
+                self._go_on(self._change, heard)
+            if self._control in heard:
+                self._hear(self._control)
 
     def terminate(self) -> None:
         """Have all processes answer what they have and end."""
@@ -146,6 +168,9 @@ class Supervisor:
                 log.error("process %d did not end in %.0f s and is killed", process.pid, timeout_s)
                 process.kill()
                 process.join()
+        self._artifact.close()
+        if self._change:
+            self._change.artifact.close()
 
     def _processes(self) -> list[BaseProcess]:
         processes = [worker.process for worker in self._workers]
@@ -155,12 +180,18 @@ class Supervisor:
         now = time.monotonic()
         for number in [number for number, due in self._due.items() if due <= now]:
             del self._due[number]
-            self._workers.append(Worker(number, *self._start_worker(number)))
+            self._start(number, self._artifact)
+
+    def _start(self, number: int, artifact: PinnedArtifact) -> None:
+        self._workers.append(Worker(number, artifact, *self._start_worker(number, artifact)))
 
     def _waited_for(self, signals: socket.socket) -> list[Any]:
         sentinels = [worker.process.sentinel for worker in self._workers]
         silent = [worker.connection for worker in self._workers if not worker.connection.closed]
-        return [signals, *sentinels, *silent]
+        commands: list[Any] = [self._control] if self._control else []
+        if self._change and self._change.artifact is not self._artifact:
+            commands.append(self._change.command.connection)
+        return [signals, *sentinels, *silent, *commands]
 
     def _seconds_to_next(self) -> float | None:
         due = min(self._due.values(), default=None)
@@ -176,6 +207,8 @@ class Supervisor:
             if said:
                 worker.problem = said
                 continue
+            if worker.is_leaving:
+                continue
             worker.is_ready = self._was_ready = True
             self._num_failures = 0
             log.info("worker %d is ready, process %d", worker.number, worker.process.pid)
@@ -183,11 +216,19 @@ class Supervisor:
                 self._stand_in.terminate()
                 self._stand_in = None
 
-    def _replace(self, worker: Worker) -> None:
+    def _take_off(self, worker: Worker) -> None:
         self._workers.remove(worker)
         worker.process.join()
         self._on_end(worker.process.pid or 0)
         how = f"worker {worker.number} (process {worker.process.pid}) {_ending(worker.process)}"
+        if worker.is_leaving:
+            log.info("%s, as it was told to", how)
+        elif self._change and worker.artifact is not self._artifact:
+            self._call_off(self._change, worker.problem or how)
+        else:
+            self._replace(worker, how)
+
+    def _replace(self, worker: Worker, how: str) -> None:
         if worker.is_ready:
             log.error("%s; another is started", how)
             self._due[worker.number] = 0.0
@@ -199,8 +240,60 @@ class Supervisor:
         self._num_failures += 1
         self._due[worker.number] = time.monotonic() + pause
         log.error("no worker %d: %s; tried again in %.0f s", worker.number, reason, pause)
-        if self._stand_in is None and not any(other.is_ready for other in self._workers):
+        if self._stand_in is None and not any(
+            other.is_ready and not other.is_leaving for other in self._workers
+        ):
             self._stand_in = self._start_stand_in(reason)
+
+    def _hear(self, control: Control) -> None:
+        command = control.accept()
+        if command is None:
+            return
+        if self._change:
+            command.answer(Answer(problem="it is changing already; ask again when that is done"))
+            return
+        try:
+            artifact = pin(command.artifact)
+        except (PipelineError, OSError) as error:
+            log.error("no change to %s: %s", command.artifact, error)
+            command.answer(Answer(problem=str(error)))
+            return
+        log.info("change to %s, %s", command.artifact, artifact.sha256[:12])
+        self._change = Change(command, artifact)
+        try:
+            for number in self._numbers:
+                self._start(number, artifact)
+        except OSError as error:
+            self._call_off(self._change, f"no process can be started: {error}")
+
+    def _go_on(self, change: Change, heard: Collection[Any]) -> None:
+        if self._artifact is not change.artifact:
+            if change.command.connection in heard:
+                self._call_off(change, "the command was ended before the new workers were ready")
+                return
+            if not all(w.is_ready for w in self._workers if w.artifact is change.artifact):
+                return
+            self._let_go(self._artifact)
+            self._due.clear()
+            self._artifact.close()
+            self._artifact = change.artifact
+        if not any(worker.is_leaving for worker in self._workers):
+            log.info("changed to %s", change.artifact.sha256[:12])
+            change.command.answer(Answer(artifact_sha256=change.artifact.sha256))
+            self._change = None
+
+    def _call_off(self, change: Change, reason: str) -> None:
+        log.error("no change to %s: %s", change.command.artifact, reason)
+        self._let_go(change.artifact)
+        change.artifact.close()
+        change.command.answer(Answer(problem=reason))
+        self._change = None
+
+    def _let_go(self, artifact: PinnedArtifact) -> None:
+        for worker in self._workers:
+            if worker.artifact is artifact:
+                worker.is_leaving = True
+                os.kill(worker.process.pid or 0, LEAVE)
 
 
 def _ending(process: BaseProcess) -> str:
@@ -219,10 +312,13 @@ def main(config: SupervisorConfig) -> None:
     metrics = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
     shutil.rmtree(metrics, ignore_errors=True)
     metrics.mkdir(parents=True)
-    with listening_socket(config.host, config.port) as listener, pinned(settings.artifact) as path:
-        os.environ[ARTIFACT_VARIABLE] = str(path)
-        os.environ[ARTIFACT_SHA256_VARIABLE] = settings.artifact_sha256 or artifact_sha256(path)
-        # Imported with these variables, and once for all workers.
+    with ExitStack() as at_end:
+        listener = at_end.enter_context(listening_socket(config.host, config.port))
+        at_end.callback(shutil.rmtree, metrics, ignore_errors=True)
+        control = Control(control_path(config.port)) if config.allow_change else None
+        if control:
+            at_end.callback(control.close)
+        # Imported with the environment's settings, and once for all workers.
         from bentoml._internal.log import configure_server_logging
         from prometheus_client.multiprocess import mark_process_dead
 
@@ -232,9 +328,14 @@ def main(config: SupervisorConfig) -> None:
         application = worker.build_application()
         fork = multiprocessing.get_context("fork")
 
-        def start_worker(number: int) -> tuple[BaseProcess, Connection]:
+        def start_worker(number: int, artifact: PinnedArtifact) -> tuple[BaseProcess, Connection]:
             ours, theirs = fork.Pipe(duplex=False)
-            arguments = (application, listener, theirs, number, settings)
+            served = replace(
+                settings,
+                artifact=artifact.path,
+                artifact_sha256=settings.artifact_sha256 or artifact.sha256,
+            )
+            arguments = (application, listener, theirs, number, served)
             process = fork.Process(target=worker.run_worker, args=arguments)
             process.start()
             theirs.close()
@@ -245,18 +346,18 @@ def main(config: SupervisorConfig) -> None:
             process.start()
             return process
 
-        supervisor = Supervisor(settings.workers, start_worker, start_stand_in, mark_process_dead)
-        try:
-            with signals_as_socket() as signals:
-                supervisor.run(signals)
-                log.info("the service ends when all that it has accepted is answered")
-                supervisor.terminate()
-                time.sleep(settings.drain_s)
-                refuse_new_connections(listener)
-                supervisor.end(worker.GRACE_S + END_MARGIN_S)
-        finally:
-            supervisor.end(0)
-            shutil.rmtree(metrics, ignore_errors=True)
+        artifact = pin(settings.artifact)
+        supervisor = Supervisor(
+            settings.workers, artifact, start_worker, start_stand_in, mark_process_dead, control
+        )
+        at_end.callback(supervisor.end, 0)
+        with signals_as_socket() as signals:
+            supervisor.run(signals)
+            log.info("the service ends when all that it has accepted is answered")
+            supervisor.terminate()
+            time.sleep(settings.drain_s)
+            refuse_new_connections(listener)
+            supervisor.end(worker.GRACE_S + END_MARGIN_S)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -298,28 +399,6 @@ def refuse_new_connections(listener: socket.socket) -> None:
     buffer = ctypes.create_string_buffer(code)
     program = struct.pack("HP", len(NO_NEW_CONNECTIONS), ctypes.addressof(buffer))
     listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
-
-
-@contextmanager
-def pinned(artifact: Path) -> Generator[Path]:
-    """Give a folder of links to the files of an artifact that are open in this process.
-
-    It holds the same artifact for every process that is forked from this one, when another takes
-    the directory's place or it is deleted. Files that are written over are other files here, too.
-    Where there is no /proc it is the directory itself, and what takes its place is refused.
-
-    Raises:
-        ArtifactError: see read_artifact.
-    """
-    manifest = read_artifact(artifact)
-    if not OPEN_FILES.is_dir():
-        yield artifact
-        return
-    with tempfile.TemporaryDirectory(prefix="efficientnet-served-") as folder, ExitStack() as files:
-        for name in (MANIFEST_FILE, manifest.program_file, *manifest.other_files):
-            file = files.enter_context((artifact / name).open("rb"))
-            (Path(folder) / name).symlink_to(OPEN_FILES / str(file.fileno()))
-        yield Path(folder)
 
 
 @contextmanager

@@ -126,10 +126,19 @@ def traced(app: ASGIApp, environment: Mapping[str, str] = os.environ) -> ASGIApp
     """Have the requests of an application traced where a collector is named; else return it.
 
     Raises:
+        TracingError: see is_traced.
+    """
+    return Traces(app) if is_traced(environment) else app
+
+
+def is_traced(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether a collector is named.
+
+    Raises:
         TracingError: it speaks another protocol than ours, or the package for it is missing.
     """
     if not any(environment.get(name) for name in ENDPOINTS):
-        return app
+        return False
     for name in PROTOCOLS:
         if environment.get(name, PROTOCOL) != PROTOCOL:
             raise TracingError(f"{name} is '{environment[name]}', expected {PROTOCOL}")
@@ -140,7 +149,7 @@ def traced(app: ASGIApp, environment: Mapping[str, str] = os.environ) -> ASGIApp
             f"a collector for traces is named, and what sends to it is missing ({error}): "
             f"pip install {PACKAGE}, or unset {' and '.join(ENDPOINTS)}"
         ) from error
-    return Traces(app)
+    return True
 
 
 def _provider() -> "TracerProvider":

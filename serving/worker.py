@@ -52,6 +52,8 @@ class DrainingServer(uvicorn.Server):
         on_draining: called at the end's beginning; readiness goes down.
         drain_s: how long new connections come after that.
         max_per_address: connections of one address.
+        on_leaving: called when connections are left to other workers; readiness stays.
+        longest_s: how long those that there are may last then.
     """
 
     def __init__(
@@ -62,8 +64,14 @@ class DrainingServer(uvicorn.Server):
         on_draining: Callable[[], None],
         drain_s: float,
         max_per_address: int,
+        on_leaving: Callable[[], None] = lambda: None,
+        longest_s: float = 0.0,
     ) -> None:
         super().__init__(config)
+        self._on_leaving = on_leaving
+        self._longest_s = longest_s
+        self._is_leaving = False
+        self._left_at: float | None = None
         self._max_per_address = max_per_address
         self._silent = SilentConnections()
         self._listener = listener
@@ -89,9 +97,26 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Do what is done ten times a second; return whether to end."""
+        connections = self.server_state.connections
         if counter % 10 == 0:
-            self._silent.close(self.server_state.connections)
+            self._silent.close(connections)
+        if self._left_at is not None:
+            is_late = time.monotonic() > self._left_at + self._longest_s
+            self.should_exit |= is_late or not connections
+        elif self._is_leaving:
+            self._left_at = time.monotonic()
+            self._on_leaving()
+            while self.servers:
+                self.servers.pop().close()
         return await super().on_tick(counter)
+
+    def leave(self) -> None:
+        """Take no more connections, which other workers do, and end when the last has ended.
+
+        None is closed in which a request may be on its way: the next answer tells its client to
+        open another, and one without a request ends in its usual time.
+        """
+        self._is_leaving = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Answer what has come, and end."""
@@ -137,17 +162,24 @@ def run_worker(
 ) -> None:
     """Serve until SIGTERM.
 
+    SIGUSR1 has it leave: see DrainingServer. Before it serves, the signal ends it at once.
+
     Args:
         application: see build_application.
         listener: bound; shared with other workers.
         supervisor: is told what keeps the worker from serving: nothing, or else it ends.
         number: of this worker, from 1.
-        settings: of the service.
+        settings: of the service, with the artifact that this worker serves.
     """
+    from serving import service
+
     end_with_parent()
     server_context.worker_index = number
+    # Those that were read when the service started name another artifact after a change.
+    service.SETTINGS = settings
 
     def tell() -> bool:
+        signal.signal(signal.SIGUSR1, lambda *_: server.leave())
         problem = app.state.classifier.work.problem
         supervisor.send(problem)
         return not problem
@@ -155,9 +187,20 @@ def run_worker(
     def drain() -> None:
         app.state.classifier.is_draining = True
 
-    config = _config(application)
-    limits = settings.drain_s, settings.max_connections_per_address
-    DrainingServer(config, listener, tell, drain, *limits).run()
+    def leave() -> None:
+        app.state.classifier.is_leaving = True
+
+    server = DrainingServer(
+        _config(application),
+        listener,
+        tell,
+        drain,
+        settings.drain_s,
+        settings.max_connections_per_address,
+        leave,
+        settings.timeout_s + LAST_REQUESTS_S,
+    )
+    server.run()
     os._exit(0)  # without waiting for a thread that is at a picture nobody waits for
 
 
@@ -188,6 +231,9 @@ def _config(application: Any) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        # In C: in Python, a request's head and body take a millisecond more.
+        loop="uvloop",
+        http="httptools",
         # No address takes web sockets; uvicorn's protocol for them has none of the limits.
         ws="none",
         timeout_graceful_shutdown=GRACE_S,

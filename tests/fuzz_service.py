@@ -20,12 +20,12 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ ALLOWANCE_S = 10.0
 MAX_GROWTH_BYTES = 10_000_000
 
 NUM_CLIENTS = 32
+# Sent between two looks at processes and memory.
+BLOCK = 500
 REQUESTS = "requests"
 BOUNDARY = b"fuzz"
 
@@ -79,11 +81,12 @@ WORDS += (b"Expect: 100-continue\r\n", b"Host: a\r\nHost: b\r\n", b"--" + BOUNDA
 class Findings:
     """What came of all that was sent."""
 
-    statuses: Counter[str] = field(default_factory=Counter)
+    statuses: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """Of each kind."""
     faults: list[str] = field(default_factory=list)
     longest_s: float = 0.0
     sizes: list[int] = field(default_factory=list)
-    """Bytes of the service, each 500 requests."""
+    """Bytes of the service, after each BLOCK."""
 
 
 def mutate(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
@@ -273,19 +276,18 @@ def ask(port: int, request: bytes, patience_s: float) -> tuple[str, float]:
 
 
 def send_all(
-    port: int, kind: str, inputs: Iterator[bytes], service: psutil.Process, keep: Path
+    port: int, inputs: Iterator[tuple[str, bytes]], service: psutil.Process, keep: Path
 ) -> Findings:
-    """Send each of the inputs, and look at answers, processes and memory."""
-    is_whole = kind != REQUESTS
+    """Send each of the inputs, of which each has a kind; look at answers, processes and memory."""
     findings = Findings()
     processes = [service, *service.children(recursive=True)]
 
-    def send(numbered: tuple[int, bytes]) -> None:
-        number, request = numbered
-        is_patient = is_whole or number % PATIENT_EVERY == 0
+    def send(numbered: tuple[int, tuple[str, bytes]]) -> None:
+        number, (kind, request) = numbered
+        is_patient = kind != REQUESTS or number % PATIENT_EVERY == 0
         longest_s = TIMEOUT_S + ALLOWANCE_S
         status, seconds = ask(port, request, longest_s if is_patient else PATIENCE_S)
-        findings.statuses[status] += 1
+        findings.statuses[kind][status] += 1
         findings.longest_s = max(findings.longest_s, seconds)
         if status[0] == "5" or (is_patient and (seconds > longest_s or status == UNFINISHED)):
             path = keep / f"{kind}-{number}"
@@ -294,7 +296,7 @@ def send_all(
 
     numbered = enumerate(inputs)
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
-        while block := list(islice(numbered, 500)):
+        while block := list(islice(numbered, BLOCK)):
             list(pool.map(send, block))
             if processes != [service, *service.children(recursive=True)]:
                 findings.faults.append(f"a process has ended or come by input {block[-1][0]}")
@@ -311,6 +313,12 @@ def growth_of(sizes: Sequence[int]) -> float:
     return float(np.mean(sizes[-quarter:]) - np.mean(sizes[-2 * quarter : -quarter]))
 
 
+def slope_of(sizes: Sequence[int]) -> float:
+    """Return how much memory an input of the last half leaves."""
+    last = sizes[len(sizes) // 2 :]
+    return float(np.polyfit(BLOCK * np.arange(len(last)), last, 1)[0]) if len(last) > 1 else 0.0
+
+
 def own_bytes(process: psutil.Process) -> int:
     """Return the memory that a process shares with no other."""
     return process.memory_full_info().uss
@@ -322,35 +330,35 @@ def fuzz(artifact: Path, num_files: int, num_requests: int, seed: int, keep: Pat
     log_path = keep / "service.log"
     os.environ["CLASSIFIER_TIMEOUT_S"] = str(TIMEOUT_S)
     is_good = True
-    sizes: list[int] = []
     with running_service(artifact, log_path) as port:
         service = process_at(port)
-        plans = plans_of(port, num_files, num_requests, seed)
-        for kind, inputs in plans.items():
-            findings = send_all(port, kind, inputs, service, keep)
-            counts = ", ".join(f"{n} x {s}" for s, n in sorted(findings.statuses.items()))
+        for inputs in plans_of(port, num_files, num_requests, seed):
+            findings = send_all(port, inputs, service, keep)
+            for kind, statuses in findings.statuses.items():
+                counts = ", ".join(f"{n} x {s}" for s, n in sorted(statuses.items()))
+                print(f"{kind}: {counts}")
+            sizes = findings.sizes
             print(
-                f"{kind}: {counts}; longest {findings.longest_s:.2f} s, then "
-                f"{findings.sizes[-1] / 1e6:.1f} MB",
+                f"longest {findings.longest_s:.2f} s; memory, MB: "
+                f"{' '.join(f'{size / 1e6:.0f}' for size in sizes[:: len(sizes) // 20 or 1])}; "
+                f"{slope_of(sizes):+.0f} bytes for each of the last half",
                 flush=True,
             )
-            sizes += findings.sizes
+            if (growth := growth_of(sizes)) > MAX_GROWTH_BYTES:
+                findings.faults.append(f"memory grew by {growth / 1e6:.1f} MB in the last quarter")
             for fault in findings.faults:
-                print(f"FOUND {kind}: {fault}")
+                print(f"FOUND: {fault}")
             is_good &= not findings.faults
-    growth = growth_of(sizes)
-    print(f"memory of the last quarter beside that of the third: {growth / 1e6:+.1f} MB")
-    if growth > MAX_GROWTH_BYTES:
-        print(f"FOUND: memory grew: {sizes}")
-        is_good = False
     for line in sorted(set(FAULTS.findall(log_path.read_text(errors="replace")))):
         print(f"FOUND in the log: {line}")
         is_good = False
     return is_good
 
 
-def plans_of(port: int, num_files: int, num_requests: int, seed: int) -> dict[str, Iterator[bytes]]:
-    """Return what is sent, which is the same for a seed."""
+def plans_of(
+    port: int, num_files: int, num_requests: int, seed: int
+) -> list[Iterator[tuple[str, bytes]]]:
+    """Return the files, of all kinds in turn, and the requests: the same for a seed."""
     facts = httpx.get(f"http://127.0.0.1:{port}/model").json()
     by_kind = pictures()
     valid = requests(by_kind["PNG"][0], facts["image_size"], facts["variant"])
@@ -368,8 +376,13 @@ def plans_of(port: int, num_files: int, num_requests: int, seed: int) -> dict[st
                 mutated = with_checksums(mutated)
             yield request_of("POST /classify", mutated or b"\0", Content_Type="image/x")
 
-    plans = {kind: files(kind) for kind in by_kind} if num_files else {}
-    return plans | ({REQUESTS: mutations(valid, num_requests, str(seed))} if num_requests else {})
+    # Of one kind after the other, what each takes for the first time would look like a leak.
+    in_turn = zip(*(zip(repeat(kind), files(kind)) for kind in by_kind), strict=True)
+    whole = zip(repeat(REQUESTS), mutations(valid, num_requests, str(seed)))
+    return [
+        *([chain.from_iterable(in_turn)] if num_files else []),
+        *([whole] if num_requests else []),
+    ]
 
 
 def require_answered(port: int, request: bytes) -> None:

@@ -3,7 +3,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fuzz_service import fuzz, growth_of, mutations, pictures
+from fuzz_service import fuzz, growth_of, mutations, pictures, slope_of
 
 from efficientnet.images.decoding import IMAGE_FORMATS
 
@@ -36,6 +36,8 @@ def test_memory_that_grows_to_the_end_is_told_from_what_warms_up():
     assert growth_of([100, 150, 180, 190, 190, 190, 190, 190]) == 0
     assert growth_of([100, 110, 120, 130, 140, 150, 160, 170]) == 20
     assert growth_of([1, 2, 3]) == 0
+    assert slope_of([100, 900, 1000, 1500, 2000, 2500]) == pytest.approx(1)
+    assert slope_of([100]) == 0
 
 
 def test_every_kind_that_is_read_is_mutated_and_a_seed_gives_the_same_again():

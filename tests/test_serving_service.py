@@ -36,6 +36,7 @@ from serving.demo import free_port, stop, wait_until_ready
 from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
 from serving.stages import Stage, StageTimes
+from serving.tracing import PACKAGE
 from serving.work import IsWanted, WorkQueue
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -636,6 +637,18 @@ def test_a_bento_names_the_package_of_its_runtime(
     found = re.findall(r"^    - (onnxruntime|openvino)==\d", text, re.M)
     assert found == ([package] if package else [])
     assert "    - pillow==" in text
+
+
+def test_a_bento_holds_what_sends_traces_and_does_not_start_where_they_cannot_be_sent(
+    service_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bentofile = (ROOT / "bentofile.yaml").read_text()
+    assert re.search(rf"^    - {PACKAGE}==\d", bentofile, re.M)
+    check = service_module.Classifier.inner.check_artifact
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    with raises_naming(service_module.BentoMLException, "OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"):
+        check()
 
 
 def test_an_artifact_for_a_gpu_is_not_packed(tiny_artifact: Path) -> None:

@@ -14,66 +14,23 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import uvicorn
 from facts import require_named
-from processes import child_pids, listening_ports, process_exists, wait_until
+from processes import listening_ports, process_exists, wait_until
+from services import ROOT, running
 
-from efficientnet.images.datasets import load_dataset
 from serving.answers import Problem
-from serving.demo import free_port, stop, wait_until_ready
+from serving.demo import free_port
 from serving.supervisor import listening_socket, refuse_new_connections
 
 with warnings.catch_warnings():
     # Deprecations inside BentoML's and OpenTelemetry's own imports.
     warnings.simplefilter("ignore")
     from serving.worker import DrainingServer
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Running:
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path
-
-    @property
-    def workers(self) -> set[int]:
-        return {pid for pid in child_pids(self.process.pid) if process_exists(pid)}
-
-    def num_ready(self) -> int:
-        return self.log.read_text().count("is ready, process")
-
-    def get(self, path: str) -> httpx.Response:
-        # A connection of its own: it may go to any worker.
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=30)
-
-    def classify(self) -> httpx.Response:
-        picture = load_dataset("digits").val[0].read()
-        files = {"image": ("picture", picture)}
-        return httpx.post(f"http://127.0.0.1:{self.port}/classify", files=files, timeout=30)
-
-
-@contextmanager
-def running(artifact: Path, folder: Path, **variables: str) -> Iterator[Running]:
-    port, log = free_port(), folder / "service.log"
-    command = [sys.executable, "serving/run.py", "--artifact", str(artifact), "--port", str(port)]
-    environment = {**os.environ, "BENTOML_HOME": str(folder / "home"), **variables}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        wait_until_ready(process, port, log)
-        yield Running(process, port, log)
-    finally:
-        stop(process)
 
 
 @pytest.fixture

@@ -49,18 +49,19 @@ class RunningService:
 
 
 @contextmanager
-def running_service(artifact: Path, **settings: str) -> Generator[RunningService]:
+def running_service(artifact: Path, *flags: str, **settings: str) -> Generator[RunningService]:
     """Give a ready service.
 
     Args:
         artifact: what is served.
+        flags: of serving/run.py.
         settings: environment variables of the service.
 
     Raises:
         LoadError: it ended, or did not get ready.
     """
     command = [str(PROJECT_ROOT / "serving" / "run.py"), "--artifact", str(artifact)]
-    command += ["--host", HOST, "--port"]
+    command += [*flags, "--host", HOST, "--port"]
     with (
         tempfile.TemporaryDirectory(prefix="efficientnet-load-") as home,
         _running(

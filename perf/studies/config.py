@@ -163,7 +163,7 @@ class RegressionConfig:
             raise ValueError("--exports names none, expected some of eager, ort, ov")
 
 
-DrillName = Literal["overload", "slow-clients", "kill", "drain", "artifact", "memory"]
+DrillName = Literal["overload", "slow-clients", "kill", "drain", "change", "artifact", "memory"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,7 @@ class DrillsConfig:
         "slow-clients",
         "kill",
         "drain",
+        "change",
         "artifact",
         "memory",
     )

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -20,6 +22,7 @@ import numpy as np
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from efficientnet import PROJECT_ROOT
 from efficientnet.formats.artifact import MANIFEST_FILE, read_artifact
 from efficientnet.images.datasets import read_photos
 from efficientnet.machine.atomic import write_text
@@ -47,6 +50,8 @@ RECOVERY_S = 5.0
 # Of the median before and after, which differ by themselves.
 MAX_SLOWDOWN = 1.5
 MAX_GAP_S = 2.0
+# Of the capacity, as the new workers take some to get ready.
+LOAD_OF_CHANGE = 0.25
 # 200,000 requests that each left this behind would have left 20 MB.
 MAX_BYTES_PER_REQUEST = 100.0
 
@@ -340,6 +345,58 @@ def lost(seen: Sequence[Seen]) -> list[Seen]:
     return [s for s in seen if s.status not in (200, 429, 503, REFUSED_CONNECTION)]
 
 
+def change(scene: Scene) -> list[Finding]:
+    """Another artifact is given to the service in mid-load."""
+    with (
+        tempfile.TemporaryDirectory(prefix="efficientnet-drill-") as scratch,
+        running_service(scene.artifact, "--allow-change", CLASSIFIER_WORKERS="2") as service,
+    ):
+        other = _copy(scene.artifact, Path(scratch) / "other")
+        _rename(other)
+        (old, *_) = {s.artifact for s in scene.alone(service)}
+        rate = LOAD_OF_CHANGE * scene.capacity(service, min(5.0, scene.short_s))
+        before = _at_rate(scene, service, rate, scene.short_s / 3)
+        command = [sys.executable, str(PROJECT_ROOT / "serving" / "change.py")]
+        command += ["--to", str(other), "--port", str(service.port)]
+        meanwhile, started = list[Seen](), time.monotonic()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as changing:
+            while changing.poll() is None:
+                meanwhile += _at_rate(scene, service, rate, 1.0)
+        seconds = time.monotonic() - started
+        after = _at_rate(scene, service, rate, scene.short_s / 3)
+    seen = [*before, *meanwhile, *after]
+    by_old = sum(s.artifact == old for s in seen if s.is_answered)
+    by_new = sum(s.artifact != old for s in seen if s.is_answered)
+    broken = lost(seen)
+    return [
+        Finding(
+            what="sent",
+            found=f"{len(seen)} at {rate:.1f} a second: {_statuses(seen)}",
+            promised="200 only",
+            is_kept=all(s.is_answered for s in seen),
+        ),
+        Finding(
+            what="accepted and then lost",
+            found=str(len(broken)),
+            promised="none",
+            is_kept=not broken,
+        ),
+        Finding(
+            what="answered",
+            found=f"{by_old} by the old one, {by_new} by the new one",
+            promised="both; after the command's end by the new one",
+            is_kept=changing.returncode == 0
+            and by_old > 0 < by_new
+            and all(s.artifact != old for s in after),
+        ),
+        Finding(what="the command took", found=f"{seconds:.1f} s"),
+        Finding(
+            what="meanwhile, p50 and p99",
+            found=f"{_milliseconds(meanwhile)}; before {_milliseconds(before)}",
+        ),
+    ]
+
+
 def artifact(scene: Scene) -> list[Finding]:
     """The artifact on the disk changes, and a worker is killed after it."""
     return [_changed(scene, how, change) for how, change in CHANGES.items()]
@@ -347,8 +404,7 @@ def artifact(scene: Scene) -> list[Finding]:
 
 def _changed(scene: Scene, how: str, change: Callable[[Path], None]) -> Finding:
     with tempfile.TemporaryDirectory(prefix="efficientnet-drill-") as scratch:
-        copy = Path(scratch) / "artifact"
-        shutil.copytree(scene.artifact, copy)
+        copy = _copy(scene.artifact, Path(scratch) / "artifact")
         with running_service(copy) as service:
             (old, *_) = {s.artifact for s in scene.alone(service)}
             change(copy)
@@ -407,12 +463,19 @@ def memory(scene: Scene) -> list[Finding]:
     ]
 
 
+def _copy(artifact: Path, path: Path) -> Path:
+    return Path(shutil.copytree(artifact, path))
+
+
+def _rename(path: Path) -> None:
+    """Make it another artifact, of the same program."""
+    manifest = path / MANIFEST_FILE
+    manifest.write_text(manifest.read_text() + "\n")
+
+
 def _swap(path: Path) -> None:
-    other = path.with_name("other")
-    shutil.copytree(path, other)
-    manifest = other / MANIFEST_FILE
-    text = manifest.read_text()
-    manifest.write_text(text + "\n")  # the same program, under another name
+    other = _copy(path, path.with_name("other"))
+    _rename(other)
     path.rename(path.with_name("old"))
     other.rename(path)
 
@@ -435,13 +498,18 @@ DRILLS: dict[DrillName, tuple[str, Callable[[Scene], list[Finding]]]] = {
     "slow-clients": ("Clients that send a byte a second", slow_clients),
     "kill": ("One worker of two is killed under load", kill),
     "drain": ("SIGTERM under load", drain),
+    "change": ("The artifact is changed under load", change),
     "artifact": ("The artifact changes, and the only worker is killed", artifact),
     "memory": ("Many requests", memory),
 }
 
 
 def _at_rate(
-    scene: Scene, service: RunningService, rate: float, seconds: float, meanwhile: Callable
+    scene: Scene,
+    service: RunningService,
+    rate: float,
+    seconds: float,
+    meanwhile: Callable | None = None,
 ) -> list[Seen]:
     address = f"{service.address}/classify"
     return with_session(
