@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import QUANTIZATION
+from common_fixtures import QUANTIZATION
 from facts import raises_naming
 from networks import random_network
 

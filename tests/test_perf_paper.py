@@ -10,7 +10,7 @@ from test_perf_report import CPU, make_latency
 from efficientnet.formats.records import append_record
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import VARIANTS
-from perf.studies import paper
+from perf.studies import paper, paper_network
 from perf.studies.config import PaperConfig
 from perf.studies.paper import PaperRecord, PaperTimes, RowRecord, measure_row, section_of, verdict
 from perf.studies.paper_tables import NVIDIA_MS, TABLES, TIMM, PaperRow, PaperTable
@@ -128,12 +128,13 @@ def test_a_row_is_measured_in_a_process_of_its_own():
     assert times.precision == "fp32" and len(times.samples_ms) == paper.TURNS
 
 
-@pytest.mark.usefixtures("own_processes")  # they limit their memory
 def test_a_table_is_measured_and_rows_that_fail_leave_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(TABLES, "10", SMALL)
+    # In this process, whose memory is not to be limited.
+    monkeypatch.setattr(paper_network, "_limit_memory", lambda: None)
     here = current_environment()
     changes = {"environment": here, "scenario": "offline", "batch_size": 2}
     append_record(Path("reports/latency.jsonl"), make_latency("openvino", 0.5, **changes))

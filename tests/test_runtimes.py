@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
-from conftest import digits
+from common_fixtures import digits
 from facts import raises_naming
 
 from efficientnet.formats.artifact import ArtifactError
