@@ -67,6 +67,12 @@ def interrupt_after(step: int, number: signal.Signals, said: Path) -> None:
     training_processes.main = telling
 
 
+@pytest.fixture(autouse=True)
+def no_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave that to test_training_memory.py: it takes half as long as these trainings."""
+    monkeypatch.setattr("training.learning.memory.saved_bytes", lambda *_: 0)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
