@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from efficientnet.errors import require_names
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.formats.artifact import AccuracyGate
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.runtimes.probabilities import softmax, top_classes
 
 BAR_WIDTH = 40
@@ -167,6 +168,9 @@ class ServiceInfo(_Answer):
     """In the order of the network's outputs."""
     trained_on: str
     """Data set, or name of the folder."""
+    gate: AccuracyGate | None
+    """What quantising lost of the network's answers, and what it might; null where nothing was
+    quantised."""
     workers: int
     """Processes, each with the network in memory."""
     threads: int

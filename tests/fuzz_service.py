@@ -429,7 +429,7 @@ def main() -> None:
 
 def tiny_artifact(folder: Path) -> Path:
     """Export the network that tests serve."""
-    from conftest import write_tiny_checkpoint
+    from common_fixtures import write_tiny_checkpoint
 
     write_tiny_checkpoint(folder / "checkpoint")
     command = [sys.executable, "export/ort.py", "--checkpoint", str(folder / "checkpoint")]

@@ -34,7 +34,7 @@ def hold_contenders_here(patch: Callable[[Any, str, Any], None] = setattr) -> No
             reason = str(error)
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ContenderError(f"{self.name}: {reason}")
+        raise ContenderError(f"{self.name}: {reason}", self)
 
     def wait(self: Any) -> None:
         self.subject = answer(self, lambda: pickle.loads(self._opener)())

@@ -25,14 +25,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Print each ratio, and how far they stray in each scenario."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="After -- stand flags of perf/latency.py, as -- --seconds 10."
+    )
     parser.add_argument("paths", nargs=2, type=Path)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--most", type=float, default=0.03)
     parser.add_argument("--data", help="of perf/latency.py")
-    parser.add_argument("flags", nargs="*", help="of perf/latency.py, after --")
-    arguments = parser.parse_args()
-    flags = [*arguments.flags, *(("--data", arguments.data) if arguments.data else ())]
+    # By hand: argparse takes no positional arguments both before and after the flags.
+    words = [*sys.argv[1:], "--"]
+    cut = words.index("--")
+    arguments, flags = parser.parse_args(words[:cut]), words[cut + 1 : -1]
+    flags += ["--data", arguments.data] if arguments.data else []
     reports: dict[str, list[float]] = defaultdict(list)
     within: dict[str, list[float]] = defaultdict(list)
     for number in range(arguments.repeats):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.network.variants import VARIANTS, NetworkOptions
 from training.learning.distributed import Ranks
 from training.learning.state import TrainState, new_state

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_PREPROCESS
+from common_fixtures import TINY_PREPROCESS
 from facts import raises_naming
 
 from efficientnet.formats.checkpoint import (

@@ -6,7 +6,7 @@ from efficientnet.network.cost import DevicePeak
 
 @pytest.fixture
 def known_peaks() -> None:
-    """Measure them, where conftest.py tells them."""
+    """Measure them, where common_fixtures.py tells them."""
 
 
 @pytest.mark.parametrize(

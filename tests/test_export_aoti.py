@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from conftest import digits, write_tiny_checkpoint
+from common_fixtures import digits, write_tiny_checkpoint
 from facts import raises_naming, require_named
 
 from efficientnet.formats.artifact import ArtifactError, read_artifact

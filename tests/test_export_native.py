@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import TINY_PREPROCESS
+from common_fixtures import TINY_PREPROCESS
 from facts import raises_naming
 from networks import random_network
 from onnx import numpy_helper

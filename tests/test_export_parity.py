@@ -193,6 +193,14 @@ def test_int8_logits_of_another_size_are_refused(reference: Reference):
         require_parity(record)
 
 
+def test_logits_of_an_artifact_for_time_only_need_only_be_finite(reference: Reference):
+    expected = reference.parity_logits
+    tolerances = tolerances_for("int8", expected, is_for_time_only=True)
+    require_parity(compare_logits(-100 * expected, expected, tolerances))
+    with raises_naming(ParityError, "largest"):
+        require_parity(compare_logits(np.full_like(expected, np.nan), expected, tolerances))
+
+
 @pytest.mark.parametrize("config", [ExportConfig, AccuracyConfig, LatencyConfig])
 def test_data_may_be_addresses_and_commands_as_in_training(config: type[Any]):
     for source in ("https://host/train-{0..9}.tar", "pipe:cat //x/./train-0.tar"):

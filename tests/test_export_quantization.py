@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import QUANTIZATION
+from common_fixtures import QUANTIZATION
 from facts import raises_naming
 from networks import random_network
 
@@ -490,6 +490,16 @@ def test_an_int8_export_of_a_network_at_chance_is_refused(tiny_checkpoint: Path,
     with raises_naming(GateError, "held-out images", "--size", "--data"):
         ort.main(OrtConfig(tiny_checkpoint, tmp_path / "artifact", "int8", num_parity_images=64))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_at_chance_is_exported_for_time_only(tiny_checkpoint: Path, tmp_path: Path):
+    config = OrtConfig(tiny_checkpoint, tmp_path / "artifact", "int8", num_parity_images=64)
+    manifest = read_artifact(ort.main(replace(config, max_drop=100)))
+    assert manifest.is_for_time_only
+    # What it loses is measured all the same.
+    assert manifest.gate is not None and manifest.gate.max_drop == 1
+    assert manifest.gate.drop == pytest.approx(manifest.gate.reference_top1 - manifest.gate.top1)
+    assert manifest.parity is not None and manifest.parity.tolerances.min_top1_agreement == 0
 
 
 def test_images_without_labels_are_judged_by_the_eager_models_own_sure_answers(

@@ -8,7 +8,7 @@ import onnx
 import openvino
 import pytest
 from commands import run
-from conftest import QUANTIZATION
+from common_fixtures import QUANTIZATION
 from facts import raises_naming, require_named
 from onnx import numpy_helper
 

@@ -1,13 +1,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from facts import raises_naming
 
+from efficientnet.command import parse_flags
+from efficientnet.formats.artifact import ArtifactError
 from efficientnet.machine.environment import current_environment
 from export.inputs.config import OpenVinoConfig
+from export.inputs.reference import load_reference
+from export.inputs.study_config import StockConfig
 from export.ov import main as export_openvino
 from export.studies.stock_comparison import (
     Comparison,
@@ -16,11 +22,12 @@ from export.studies.stock_comparison import (
     publish,
     section_of,
 )
+from export.studies.stock_tools import find_stock_artifacts
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def comparison(batch_size: int) -> Comparison:
+def comparison(batch_size: int, is_for_time_only: bool = False) -> Comparison:
     ratios = tuple(
         Ratio(program="openvino-int8", p50_ms=10.0, other=other, ratio=r, low=r, high=2 * r)
         for other, r in (("eager", 0.25), ("stock-openvino-bf16", 0.5))
@@ -33,6 +40,7 @@ def comparison(batch_size: int) -> Comparison:
         started_at=datetime.now(UTC),
         batch_size=batch_size,
         image_size=384,
+        is_for_time_only=is_for_time_only,
         ratios=ratios,
     )
 
@@ -41,6 +49,8 @@ def test_a_comparison_tells_the_ratios_and_on_what_they_were_measured():
     text = section_of(comparison(1))
     assert "| openvino-int8 | 10.0 | 0.25 (0.25 to 0.50) | 0.50 (0.50 to 1.00) |" in text
     assert "v2-s, 384 px, batch 1" in text and "avx2" in text and "2 threads" in text
+    assert "Time only" not in text
+    assert "Time only" in section_of(comparison(1, is_for_time_only=True))
 
 
 def test_comparisons_are_published_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -66,6 +76,12 @@ def test_the_stock_tools_take_turns_with_ours(fitted_checkpoint: Path, tmp_path:
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    stock = tmp_path / "artifacts/tiny/stock"
+    again = parse_flags(StockConfig, None, [*command[2:], "--made"]).export_config
+    reference = load_reference(again)
+    assert sorted(find_stock_artifacts(reference, again, stock)) == sorted(stock.iterdir())
+    with raises_naming(ArtifactError, "batches of 4", "--made"):
+        find_stock_artifacts(reference, replace(again, batches=(1, 4)), stock)
     found = Comparisons.model_validate(json.loads(done.stdout.splitlines()[-1])).comparisons
     assert [one.batch_size for one in found] == [1, 2]
     for one in found:

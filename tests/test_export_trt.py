@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import digits
+from common_fixtures import digits
 from facts import raises_naming, require_named
 from onnx import helper
 

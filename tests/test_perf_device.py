@@ -86,14 +86,16 @@ def test_a_job_that_crashes_is_killed_or_hangs_leaves_the_others(tmp_path: Path)
     )
     ends = run(
         [
-            job("good", "pass"),
-            job("crashes", "raise RuntimeError('no such kernel')"),
-            job("is killed", "import os; os.kill(os.getpid(), 9)"),
-            job("hangs", hang, seconds=3),
-            job("says so", f"raise SystemExit({jobs.OUT_OF_TIME})"),
-            job("last", "pass"),
+            # It hangs for as long as its share of the time.
+            job("hangs", hang, 2),
+            job("good", "pass", 5),
+            job("crashes", "raise RuntimeError('no such kernel')", 5),
+            job("is killed", "import os; os.kill(os.getpid(), 9)", 5),
+            job("says so", f"raise SystemExit({jobs.OUT_OF_TIME})", 5),
+            job("last", "pass", 5),
         ],
         tmp_path,
+        minutes=0.4,
     )
     assert {name: end.status for name, end in ends.items()} == {
         "good": "done",

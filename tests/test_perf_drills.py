@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 from facts import raises_naming, require_named
 from PIL import Image
 
+from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
+from perf.studies import drills
 from perf.studies.config import DrillName, DrillsConfig
 from perf.studies.drill_clients import LOST, REFUSED_CONNECTION, Seen
 from perf.studies.drills import DRILLS, DrillRecord, Finding, lost, main, to_markdown
@@ -16,27 +19,37 @@ from perf.studies.drills import DRILLS, DrillRecord, Finding, lost, main, to_mar
 OF_TIME = {"refused, p50 and p99", "next answer after", "one client 5 s later, p50 and p99"}
 
 
+def write_photos(folder: Path, size: tuple[int, int]) -> Path:
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", size, (80 * number, 9, 9)).save(folder / f"{number}.jpg")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def config(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> DrillsConfig:
     folder = tmp_path_factory.mktemp("drills")
-    photos = folder / "photos"
-    photos.mkdir()
-    for number in range(3):
-        Image.new("RGB", (1600, 1200), (80 * number, 9, 9)).save(photos / f"{number}.jpg")
     return DrillsConfig(
         tiny_artifact,
-        photos,
-        seconds=6,
+        write_photos(folder / "photos", (1600, 1200)),
+        seconds=4.5,
         slow_clients=120,
         requests=1000,
         output=folder / "out",
     )
 
 
-@pytest.mark.parametrize("drill", DRILLS)
-def test_what_is_promised_in_trouble_is_kept(config: DrillsConfig, drill: DrillName):
-    if drill == "memory":
-        pytest.skip("1,000 requests are too few for a slope")
+# 1,000 requests are too few for the slope of the memory.
+@pytest.mark.parametrize("drill", sorted(DRILLS.keys() - {"memory"}))
+def test_what_is_promised_in_trouble_is_kept(
+    config: DrillsConfig, drill: DrillName, monkeypatch: pytest.MonkeyPatch
+):
+    if drill == "overload":
+        # What is sent in a second takes ten to be answered, and the queue is empty then.
+        config = replace(config, seconds=1)
+        monkeypatch.setattr(drills, "RECOVERY_S", 0.1)
+    # One that is deleted is as one that is replaced, see test_serving_workers.py.
+    monkeypatch.delitem(drills.CHANGES, "deleted")
     folder = main(replace(config, drills=(drill,)))
     record = DrillRecord.model_validate_json((folder / f"{drill}.json").read_text())
     promised = [finding for finding in record.findings if finding.is_kept is not None]
@@ -55,8 +68,9 @@ def is_of_time(finding: Finding) -> bool:
     return finding.what in OF_TIME or "later" in finding.what
 
 
-def test_memory_is_watched_over_many_requests(config: DrillsConfig):
-    folder = main(replace(config, drills=("memory",)))
+def test_memory_is_watched_over_many_requests(config: DrillsConfig, tmp_path: Path):
+    small = write_photos(tmp_path / "photos", (160, 120))
+    folder = main(replace(config, photos=small, drills=("memory",)))
     record = DrillRecord.model_validate_json((folder / "memory.json").read_text())
     found = {finding.what: finding.found for finding in record.findings}
     require_named(found["sent"], "1000 x 200")
@@ -68,12 +82,21 @@ def test_what_nobody_took_is_not_lost_and_what_broke_is():
     assert [s.status for s in lost(seen)] == [LOST, 500]
 
 
-def test_the_table_says_which_promise_is_not_kept(config: DrillsConfig):
-    folder = main(replace(config, drills=("artifact",)))
-    record = DrillRecord.model_validate_json((folder / "artifact.json").read_text())
-    finding = Finding(what="lost", found="3", promised="none", is_kept=False)
-    text = to_markdown(record.model_copy(update={"findings": (finding,)}))
-    assert "| lost | 3 | none: NOT KEPT |" in text
+def test_the_table_says_which_promise_is_not_kept():
+    record = DrillRecord(
+        drill="kill",
+        title="One worker is killed",
+        variant="tiny",
+        runtime="onnxruntime",
+        precision="fp32",
+        image_size=32,
+        program_sha256="0" * 64,
+        num_photos=3,
+        findings=(Finding(what="lost", found="3", promised="none", is_kept=False),),
+        environment=current_environment(),
+        started_at=datetime.now(UTC),
+    )
+    assert "| lost | 3 | none: NOT KEPT |" in to_markdown(record)
 
 
 def test_publishing_without_a_place_for_the_tables_does_nothing(

@@ -43,9 +43,6 @@ CPU_PEAK = DevicePeak(1e11, 1e10, "measured")
 TINY_PREPROCESS = SPEC.model_copy(update={"image_size": 32})
 
 
-pytestmark = pytest.mark.usefixtures("own_processes")
-
-
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory):
     """One real run of the command on a checkpoint and an artifact."""
@@ -292,6 +289,7 @@ def contender(inputs: Inputs, program: Path) -> Contender:
     return Contender("row", opener, (descriptor,))
 
 
+@pytest.mark.usefixtures("own_processes")
 def test_a_program_or_a_call_that_fails_says_why_in_one_line(
     inputs, tiny_artifact: Path, tmp_path: Path
 ):
@@ -305,6 +303,7 @@ def test_a_program_or_a_call_that_fails_says_why_in_one_line(
         row.ask("turn", 65, 0.1)
 
 
+@pytest.mark.usefixtures("own_processes")
 def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
     row = contender(inputs, tiny_artifact)
     with running([row]):
@@ -313,6 +312,7 @@ def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
             row.ask("turn", 1, 0.1)
 
 
+@pytest.mark.usefixtures("own_processes")
 def test_a_program_whose_process_is_killed_takes_nothing_from_the_others(
     tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -356,6 +356,7 @@ def test_a_program_whose_device_is_gone_takes_nothing_from_the_others(
         latency.main(LatencyConfig((gone,), 0.1, 2, 1, (1,), ("single_stream",), output))
 
 
+@pytest.mark.usefixtures("own_processes")
 def test_ctrl_c_is_left_to_the_process_that_measures(inputs, tiny_artifact: Path):
     row = contender(inputs, tiny_artifact)
     with running([row]):
@@ -369,7 +370,7 @@ from functools import partial
 from pathlib import Path
 from efficientnet.measuring.contender import Contender, running
 from efficientnet.images.datasets import load_dataset
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.measuring.inputs import prepare_inputs
 from perf.measurements.program_subject import ProgramSubject
 spec = PreprocessSpec.model_validate_json({TINY_PREPROCESS.model_dump_json()!r})

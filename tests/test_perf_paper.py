@@ -10,7 +10,7 @@ from test_perf_report import CPU, make_latency
 from efficientnet.formats.records import append_record
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import VARIANTS
-from perf.studies import paper
+from perf.studies import paper, paper_network
 from perf.studies.config import PaperConfig
 from perf.studies.paper import PaperRecord, PaperTimes, RowRecord, measure_row, section_of, verdict
 from perf.studies.paper_tables import NVIDIA_MS, TABLES, TIMM, PaperRow, PaperTable
@@ -128,12 +128,13 @@ def test_a_row_is_measured_in_a_process_of_its_own():
     assert times.precision == "fp32" and len(times.samples_ms) == paper.TURNS
 
 
-@pytest.mark.usefixtures("own_processes")  # they limit their memory
 def test_a_table_is_measured_and_rows_that_fail_leave_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(TABLES, "10", SMALL)
+    # In this process, whose memory is not to be limited.
+    monkeypatch.setattr(paper_network, "_limit_memory", lambda: None)
     here = current_environment()
     changes = {"environment": here, "scenario": "offline", "batch_size": 2}
     append_record(Path("reports/latency.jsonl"), make_latency("openvino", 0.5, **changes))
@@ -180,6 +181,55 @@ def test_training_rows_come_from_the_records_of_training_speed(
     monkeypatch.chdir(tmp_path)
     text = paper.main(PaperConfig("3")).read_text()
     assert text.count("not measured: run python training/speed.py --table 3") == 4
+
+
+def test_latencies_of_each_runtime_stand_beside_table_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    here, other_day = current_environment(), datetime(2026, 11, 1, tzinfo=UTC)
+    small = (PaperRow("None", "tiny", 32, 155, tpu=262), PaperRow("Fused", "b0", 32, 216))
+    table = PaperTable("Table 3: small", "images/s", small, True, has_latencies=True)
+    monkeypatch.setitem(TABLES, "3", table)
+    for runtime, ms, changes in (
+        ("torch", 9.0, {"started_at": other_day}),
+        ("torch", 8.0, {}),
+        ("openvino", 2.0, {}),
+        ("openvino", 0.5, {"precision": "int8", "turn_p50_ms": (0.5, 0.7, 0.9)}),
+        ("onnxruntime", 3.0, {"image_size": 64}),
+        ("onnxruntime", 3.0, {"num_threads": 1}),
+        ("onnxruntime", 3.0, {"scenario": "offline"}),
+        ("onnxruntime", 3.0, {"environment": CPU.model_copy(update={"cpu": "Another CPU"})}),
+        ("native", 4.0, {"variant": "b0", "precision": "bf16"}),
+    ):
+        record = make_latency(runtime, ms, **{"environment": here, **changes})
+        append_record(Path("reports/latency.jsonl"), record)
+
+    path = paper.main(PaperConfig("3", threads=2))
+
+    text = path.read_text()
+    header, _, *lines = (line for line in text.splitlines() if line.startswith("|"))
+    first, second = (
+        dict(zip(header.split(" | "), line.split(" | "), strict=True)) for line in lines
+    )
+    assert (first["paper: V100"], first["paper: TPU core"]) == ("155", "262")
+    none = "not measured"
+    assert {name: cell for name, cell in first.items() if name.endswith(", ms")} == {
+        "eager PyTorch fp32, ms": "8.00",
+        "ONNX Runtime fp32, ms": none,
+        "OpenVINO fp32, ms": "2.00",
+        "OpenVINO int8, ms": "0.700",
+        "native engine bf16, ms": none,
+    }
+    assert (second["native engine bf16, ms"], second["OpenVINO fp32, ms"]) == ("4.00", none)
+    assert "All its programs took turns" in text and "no verdict: not a V100" not in text
+    record = PaperRecord.model_validate_json(path.with_suffix(".json").read_text())
+    (eager, *_), changes = record.rows[0].latencies, {"started_at": other_day}
+    rows = (
+        record.rows[0],
+        record.rows[1].model_copy(update={"latencies": (eager, eager.model_copy(update=changes))}),
+    )
+    assert "Of 2 runs" in section_of(record.model_copy(update={"rows": rows}))
 
 
 def test_nvidias_numbers_stand_beside_and_a_projection_says_its_error():

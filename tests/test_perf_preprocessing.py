@@ -6,7 +6,7 @@ from facts import raises_naming
 from PIL import Image
 
 from efficientnet.images.datasets import DatasetError
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from perf.measurements import preprocessing
 from perf.measurements.preprocessing import (
     PreprocessingConfig,

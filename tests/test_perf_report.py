@@ -651,12 +651,12 @@ def test_the_page_has_what_two_rows_are_compared_by(folder: Path):
     assert eager["hits"] is None
 
 
-def test_ten_thousand_records_are_a_page_whose_rows_the_script_shows_in_pages(tmp_path: Path):
+def test_a_thousand_records_are_a_page_whose_rows_the_script_shows_in_pages(tmp_path: Path):
     with (
         (tmp_path / "latency.jsonl").open("w") as latencies,
         (tmp_path / "accuracy.jsonl").open("w") as accuracies,
     ):
-        for number in range(10_000):
+        for number in range(1_000):
             runtime = ("onnxruntime", "openvino", "native")[number % 3]
             program: dict[str, Any] = {"program_sha256": f"{number:064x}"}
             latency = make_latency(runtime, 1 + number / 1000, num_samples=20, **program)
@@ -666,8 +666,8 @@ def test_ten_thousand_records_are_a_page_whose_rows_the_script_shows_in_pages(tm
     report.main(config_of(tmp_path))
 
     page = (tmp_path / "out" / "report.html").read_text()
-    assert len(data_of(page)["rows"]) == 10_000
-    assert len(page) < 12_000_000
+    assert len(data_of(page)["rows"]) == 1_000
+    assert len(page) < 1_500_000
     # What the browser lays out before the script runs.
     assert page.count("<tr>") < 50 and "ROWS_A_PAGE" in page
     assert (tmp_path / "out" / "latency.png").stat().st_size < 2_000_000

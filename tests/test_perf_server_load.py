@@ -1,11 +1,10 @@
 import itertools
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 from facts import raises_naming
 
 from efficientnet.formats.records import LatencyRecord, read_records
@@ -19,11 +18,8 @@ from perf.measurements.server_load import (
     poisson_times,
 )
 
-COMMAND = [
-    sys.executable,
-    str(Path(__file__).resolve().parent.parent / "perf" / "latency.py"),
-]
-FLAGS = ["--seconds", "0.2", "--turns", "2", "--threads", "1", "--bound-ms", "2000"]
+FLAGS = ["--seconds", "0.2", "--turns", "2", "--threads", "1"]
+FLAGS += ["--scenarios", "server", "--bound-ms", "2000"]
 
 
 class Machine:
@@ -141,13 +137,7 @@ def test_a_bound_below_a_call_is_kept_by_no_rate():
 def test_the_command_measures_all_programs_at_one_bound(tiny_artifact: Path, tmp_path: Path):
     other = shutil.copytree(tiny_artifact, tmp_path / "other")
     # A bound that holds whatever else runs meanwhile.
-    done = subprocess.run(
-        [*COMMAND, str(tiny_artifact), str(other), *FLAGS, "--scenarios", "server"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("perf/latency.py", tiny_artifact, other, *FLAGS, cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
     records = read_records(tmp_path / "reports" / "latency.jsonl", LatencyRecord)

@@ -1,17 +1,14 @@
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 from facts import raises_naming
 
 from efficientnet.formats.checkpoint import RECORD_FILE
 from perf.measurements.config import ScalingConfig
 from perf.studies.thread_scaling import Scaling, thread_counts
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -38,10 +35,9 @@ def test_each_program_is_measured_on_each_number_of_threads_and_published(
     tiny_artifact: Path, tiny_checkpoint: Path, tmp_path: Path
 ):
     (tmp_path / "r.md").write_text("<!-- threads: written by a command -->\n<!-- /threads -->\n")
-    command = [sys.executable, ROOT / "perf/threads.py", tiny_artifact, tiny_checkpoint]
-    command += ["--threads", "1", "2", "--seconds", "0.2", "--turns", "2"]
-    command += ["--publish", "--readme", "r.md", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    flags = ["--threads", "1", "2", "--seconds", "0.2", "--turns", "2"]
+    flags += ["--publish", "--readme", "r.md", "--json"]
+    done = run("perf/threads.py", tiny_artifact, tiny_checkpoint, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = Scaling.model_validate_json(done.stdout)
     assert [time.num_threads for time in found.times] == [1, 2, 1, 2]
@@ -61,6 +57,5 @@ def test_programs_of_different_images_are_not_drawn_together(
     record = json.loads((other / RECORD_FILE).read_text())
     record["preprocess"]["image_size"] = 64
     (other / RECORD_FILE).write_text(json.dumps({**record, "preprocess_sha256": ""}))
-    command = [sys.executable, ROOT / "perf/threads.py", tiny_artifact, other, "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = run("perf/threads.py", tiny_artifact, other, "--threads", "1", cwd=tmp_path)
     assert done.returncode == 1 and "64 px" in done.stderr and "32 px" in done.stderr

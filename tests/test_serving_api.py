@@ -75,6 +75,7 @@ def test_info_names_what_answers(service: httpx.Client, tiny_artifact: Path):
     assert info.preprocess == manifest.preprocess
     assert info.preprocess_sha256 == manifest.preprocess.sha256
     assert (info.workers, info.num_classes, info.trained_on) == (1, 10, "digits")
+    assert info.gate == manifest.gate
     assert info.limits.max_upload_bytes == 20_000_000
     assert info.versions["efficientnet-pipeline"] == VERSION
     assert {"python", "onnxruntime", "bentoml"} <= set(info.versions)

@@ -237,7 +237,7 @@ def test_a_pool_whose_decoders_all_hang_is_stuck_until_they_are_ended():
 def test_a_pool_that_cannot_start_a_decoder_is_stuck_and_tries_again_after_pauses(
     command_line: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ):
-    deadline = time.monotonic() + 4
+    deadline = time.monotonic() + 2.5
     with decoders(command_line=command_line) as (pool, _):
         assert not pool.is_stuck  # before anything is known
         assert wait_until(lambda: pool._num_failures >= 2)

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,14 @@ def test_mutated_pictures_and_requests_find_nothing(
 
 
 def test_a_service_that_fails_is_found(
-    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    service_port: int, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    @contextmanager
+    def running(_: Path, log: Path) -> Iterator[int]:
+        log.touch()
+        yield service_port
+
+    monkeypatch.setattr("fuzz_service.running_service", running)
     monkeypatch.setattr("fuzz_service.ask", lambda *_: ("504", 1.0))
     monkeypatch.setattr("fuzz_service.require_answered", lambda *_: None)
     assert not fuzz(tiny_artifact, num_files=1, num_requests=0, seed=1, keep=tmp_path)

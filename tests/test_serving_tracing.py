@@ -131,6 +131,7 @@ def test_a_collector_that_does_not_answer_harms_no_request(
 ):
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")  # it is tried for so long at the end
     with running_service(tiny_artifact) as port:
         digit = load_dataset("digits").val[0].read()
         for _ in range(5):

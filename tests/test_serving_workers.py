@@ -134,7 +134,7 @@ def test_an_artifact_of_another_hash_than_the_setting_says_is_not_served(
 def test_readiness_goes_down_first_and_what_comes_until_the_end_is_served(
     artifact: Path, tmp_path: Path
 ):
-    with running(artifact, tmp_path, CLASSIFIER_DRAIN_S="3", CLASSIFIER_WORKERS="2") as service:
+    with running(artifact, tmp_path, CLASSIFIER_DRAIN_S="2", CLASSIFIER_WORKERS="2") as service:
         assert wait_until(lambda: service.num_ready() == 2)
         service.process.send_signal(signal.SIGTERM)
         assert wait_until(lambda: service.get("/readyz").status_code == 503)
@@ -229,7 +229,7 @@ def test_a_connection_on_which_no_request_comes_is_closed(monkeypatch: pytest.Mo
         half.sendall(REQUEST + REQUEST[:-2])
         assert b"served" in answer_of(half)
         # One that is used goes on, although it is without a request now and then.
-        end = time.monotonic() + 3
+        end = time.monotonic() + 1.5
         while time.monotonic() < end:
             used.sendall(REQUEST)
             assert b"served" in answer_of(used)

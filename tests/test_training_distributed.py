@@ -1,23 +1,26 @@
 """One training shared by several processes (gloo, on the CPU)."""
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from facts import raises_naming
+from processes import fork
 from small_trainings import small_run, with_stages
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from training_processes import end, require_equal, saved_state, start, start_ranks
 
+from efficientnet.command import run_command
 from training.learning import distributed
 from training.recipe.config import TrainConfig
-from training.running.begin_run import directory_of
+from training.running.begin_run import directory_of, main
+from training.running.command_line import parse
 from training.running.metrics import read_metrics
 
 # Between processes only the order of additions differs, and training makes that grow. The held-out
@@ -105,43 +108,48 @@ def test_ranks_resume_to_the_same_bits(by_two: Path, tmp_path: Path):
     require_equal(saved_state(tmp_path / "run"), saved_state(by_two))
 
 
-DYING_SCRIPT = """
-import os, sys
-from test_training_distributed import die_at_step
-from efficientnet.command import run_command
-from training.run import main, parse
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    die_at_step(1, 7)
-if __name__ == "__main__":
-    run_command(lambda: parse(sys.argv[1:]), main)
-"""
+def run_under_torchrun(words: list[str], log: Path) -> None:
+    """Do what torchrun does; its processes are forks, which have torch loaded."""
+    from torch.distributed import run as torchrun
+
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    multiprocessing.set_start_method(None, force=True)
+    launch = torchrun.elastic_launch
+
+    def launch_forks(config: Any, entrypoint: object) -> Any:
+        config.start_method = "fork"
+        return launch(config, train_and_die_once)
+
+    torchrun.elastic_launch = launch_forks
+    torchrun.main(words)
+
+
+def train_and_die_once(_: str, script: str, *words: str) -> None:
+    """One of the processes dies by itself in the second epoch, the first time only."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        die_at_step(1, 7)
+    try:
+        run_command(lambda: parse(words), main)
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def test_torchrun_restarts_a_killed_worker_and_the_run_ends_as_if_nothing_had_happened(
     alone: Path, tmp_path: Path
 ):
-    # One of the processes dies by itself in the second epoch, the first time only.
-    script = tmp_path / "dying.py"
-    script.write_text(DYING_SCRIPT)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("--max-restarts", "2", str(script), "tiny", "--output", str(tmp_path)),
+    words = [
+        *("--standalone", "--nproc-per-node", "2", "--max-restarts", "2"),
+        *("training/run.py", "tiny", "--output", str(tmp_path)),
         *("--name", "run", "--epochs", "3", "--batch-size", "256", "--micro-batch-size", "64"),
         # The size of `alone`.
         *("--progressive.num-stages", "3", "--progressive.image-size", "16", "24"),
         *("--eval-image-size", "24"),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    with (tmp_path / "log").open("w") as log:
-        torchrun = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        try:
-            code = torchrun.wait(timeout=400)
-        finally:
-            torchrun.kill()
-    assert code == 0, (tmp_path / "log").read_text()
-    run = tmp_path / "run"
+    assert end(fork(run_under_torchrun, words, tmp_path / "log")) == [0]
     assert "go on with" in (tmp_path / "log").read_text()
-    require_same_curves(run, alone)
+    require_same_curves(tmp_path / "run", alone)
 
 
 def test_a_process_does_not_meet_at_the_port_that_a_dead_process_left_behind():

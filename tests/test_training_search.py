@@ -13,7 +13,7 @@ from efficientnet.network.variants import VARIANTS
 from training.recipe.config import TrainConfig
 from training.running.command_line import parse
 from training.searching import search_study, worker
-from training.searching.search_config import SearchConfig, target_of
+from training.searching.search_config import TARGETS, SearchConfig, target_of
 from training.searching.search_pictures import pareto_front
 from training.searching.search_record import SearchRecord, importances, read_record
 from training.searching.search_report import section_name, to_markdown
@@ -80,6 +80,8 @@ def test_an_empty_or_contradictory_space_is_refused(
         ({"w": float("nan")}, ("--w", "nan", "-10", "10")),
         ({"minival": 0.9}, ("--minival", 0.9, 0.5)),
         ({"target_artifact": "onnx"}, ("--target-artifact", "onnx", "ort", "ov-int8")),
+        ({"target_artifact": "native-fp32"}, ("--target-artifact", "native-fp32")),
+        ({"target_artifact": "int8"}, ("--target-artifact", "int8")),
         ({"rivals": ("b99",)}, ("b99", "v2-s")),
         ({"record": Path("x"), "trials": 5}, ("--trials", "--record")),
     ],
@@ -96,6 +98,9 @@ def test_targets_are_a_runtime_and_a_precision():
     assert target_of("torch-trt") == ("torch_trt.py", "fp16")
     assert target_of("torch-trt-fp32") == ("torch_trt.py", "fp32")
     assert target_of("ort") == ("ort.py", "fp32")
+    for name in TARGETS:
+        command, usual = target_of(name)
+        assert target_of(f"{name}-{usual}") == (command, usual), "the runtime has no such precision"
 
 
 def test_the_reward_is_the_papers():

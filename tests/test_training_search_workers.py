@@ -6,21 +6,21 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any
 
 import optuna
-import psycopg
 import pytest
 from facts import raises_naming
 from optuna.trial import TrialState
 from processes import wait_until
 from searches import FOUR_NETWORKS, brief, outcomes, searched, worker_of
-from sqlalchemy import event
-from sqlalchemy.exc import OperationalError, PendingRollbackError
+from sqlalchemy import NullPool, create_engine, event, text
+from sqlalchemy.exc import OperationalError, PendingRollbackError, ProgrammingError
 
 from training.searching import storage, worker
 from training.searching.experiment import DivergedError
@@ -174,16 +174,18 @@ def test_an_error_that_waiting_does_not_mend_is_raised_at_once(tmp_path: Path):
         opened.get_trial(99)
 
 
-EXPECTED = "postgresql://USER@HOST/DATABASE"
+EXPECTED = "postgresql://USER@HOST/DATABASE or mysql://USER@HOST/DATABASE"
 
 
 @pytest.mark.parametrize(
     ("url", "facts"),
     [
         ("postgresql://nobody@127.0.0.1:1/none", ("127.0.0.1:1/none", EXPECTED)),
+        ("mysql://nobody@127.0.0.1:1/none", ("127.0.0.1:1/none", EXPECTED)),
         ("oracel://x/y", ("oracel://x/y", EXPECTED)),
         ("runs/study.db", ("runs/study.db", EXPECTED)),
-        ("postgresql://me:secret@127.0.0.1:1/none", ("me:***@127.0.0.1", EXPECTED)),
+        ("mysql://me:secret@host:port/x", ("mysql://me:***@host:port/x", EXPECTED)),
+        ("mariadb://me:secret@127.0.0.1:1/none", ("mariadb://me:***@127.0.0.1", EXPECTED)),
     ],
 )
 def test_a_database_that_cannot_be_used_is_told_at_once_without_its_password(
@@ -194,70 +196,156 @@ def test_a_database_that_cannot_be_used_is_told_at_once_without_its_password(
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "driver"), [("postgresql://me@x/y", "psycopg"), ("mysql://me:secret@x/y", "pymysql")]
+)
+def test_a_driver_that_is_not_installed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, driver: str
+):
+    monkeypatch.setitem(sys.modules, driver, None)
+    with raises_naming(StorageError, url.replace("secret", "***"), driver, ".[search]"):
+        open_storage(url, tmp_path, 60, 20)
+
+
 def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with raises_naming(StorageError, tmp_path / "file", "--output"):
         open_storage(None, tmp_path / "file", 60, 20)
 
 
-def server_programs() -> Path | None:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return found[-1].parent if found else None
+@dataclass(frozen=True)
+class Kind:
+    """A database server of Debian's: how it is made, run and reached."""
+
+    package: str
+    user: str
+    make: str
+    serve: str
+    url: str
+    stopped_by: signal.Signals
 
 
-@pytest.fixture(name="server")
-def _server() -> Iterator["Server"]:
-    programs = server_programs()
-    if programs is None or shutil.which("setpriv") is None:
-        pytest.skip("PostgreSQL is not installed (Debian: postgresql)")
+KINDS = {
+    "PostgreSQL": Kind(
+        "postgresql",
+        "postgres",
+        "initdb -D {folder}/data -U tester --auth trust -N",
+        "postgres -D {folder}/data -k {folder} -p {port} -c listen_addresses=127.0.0.1 -F",
+        "postgresql://tester@127.0.0.1:{port}/postgres",
+        signal.SIGINT,
+    ),
+    "MariaDB": Kind(
+        "mariadb-server",
+        "mysql",
+        "mariadb-install-db --no-defaults --datadir={folder}/data --skip-name-resolve "
+        "--auth-root-authentication-method=normal",
+        "mariadbd --no-defaults --datadir={folder}/data --socket={folder}/socket --port={port} "
+        "--pid-file={folder}/pid --bind-address=127.0.0.1 --innodb-flush-log-at-trx-commit=0",
+        "mysql://root@127.0.0.1:{port}/test",
+        signal.SIGTERM,
+    ),
+}
+PLACES = [*map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"))), "/usr/sbin", os.defpath]
+
+
+class Server:
+    """A database server of this test's own, on loopback."""
+
+    def __init__(self, kind: Kind, folder: Path) -> None:
+        self._kind, self._folder = kind, folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = kind.url.format(port=self._port)
+        self._as_user: list[str] = []
+        if os.getuid() == 0:  # It refuses to run as root.
+            user = pwd.getpwnam(kind.user)
+            os.chown(folder, user.pw_uid, user.pw_gid)
+            ids = ["--reuid", str(user.pw_uid), "--regid", str(user.pw_gid), "--clear-groups"]
+            self._as_user = ["setpriv", *ids]
+        assert self._begin(kind.make).wait() == 0, self._told()
+
+    def start(self) -> None:
+        self._process = self._begin(self._kind.serve)
+        assert wait_until(self._answers, 30), self._told()
+
+    def stop(self) -> None:
+        self._process.send_signal(self._kind.stopped_by)
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            self.number("select 1")
+        except OperationalError:
+            return False
+        return True
+
+    def _begin(self, command: str) -> subprocess.Popen[bytes]:
+        program, *flags = command.format(folder=self._folder, port=self._port).split()
+        found = shutil.which(program, path=os.pathsep.join(PLACES))
+        assert found is not None
+        with (self._folder / "log").open("ab") as log:
+            return subprocess.Popen(
+                [*self._as_user, found, *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+            )
+
+    def _told(self) -> str:
+        return (self._folder / "log").read_text()
+
+    def number(self, query: str) -> int:
+        engine = create_engine(storage._with_driver(self.url), poolclass=NullPool)
+        with engine.connect() as connection:
+            return connection.execute(text(query)).scalar_one()
+
+
+@pytest.fixture(name="server", params=KINDS)
+def _server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    kind = KINDS[request.param]
+    programs = (kind.make.split()[0], kind.serve.split()[0], "setpriv")
+    if None in (shutil.which(name, path=os.pathsep.join(PLACES)) for name in programs):
+        pytest.skip(f"{request.param} is not installed (Debian: {kind.package})")
     # Not in tmp_path, which another user, as whom it must run, may not look into.
     folder = Path(tempfile.mkdtemp(prefix="search-server-"))
     try:
-        server = Server(programs, folder)
+        server = Server(kind, folder)
         server.start()
-        yield server
-        server.stop()
+        try:
+            yield server
+        finally:
+            server.stop()
     finally:
         shutil.rmtree(folder)
 
 
-class Server:
-    """A PostgreSQL of this test's own, on loopback."""
-
-    def __init__(self, programs: Path, folder: Path) -> None:
-        self._programs, self._folder = programs, folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self._as_user: list[str] = []
-        if os.getuid() == 0:  # It refuses to run as root.
-            user = pwd.getpwnam("postgres")
-            os.chown(folder, user.pw_uid, user.pw_gid)
-            ids = ["--reuid", str(user.pw_uid), "--regid", str(user.pw_gid), "--clear-groups"]
-            self._as_user = ["setpriv", *ids]
-        self._run("initdb", "-D", folder / "data", "-U", "tester", "--auth", "trust", "-N")
-
-    @property
-    def url(self) -> str:
-        return f"postgresql://tester@127.0.0.1:{self.port}/postgres"
-
-    def start(self) -> None:
-        options = f"-p {self.port} -k {self._folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-        log = self._folder / "log"
-        self._run("pg_ctl", "start", "-w", "-D", self._folder / "data", "-l", log, "-o", options)
-
-    def stop(self) -> None:
-        self._run("pg_ctl", "stop", "-w", "-m", "fast", "-D", self._folder / "data")
-
-    def _run(self, program: str, *arguments: object) -> None:
-        words = [*self._as_user, str(self._programs / program), *map(str, arguments)]
-        subprocess.run(
-            words, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, cwd="/"
-        )
-
-    def numbers(self, query: LiteralString) -> list[int]:
-        with psycopg.connect(self.url) as connection:
-            return [row[0] for row in connection.execute(query).fetchall()]
+def test_a_server_that_is_started_again_is_waited_for_and_nothing_told_is_lost(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(storage, "SECONDS_BETWEEN_TRIES", 0.2)
+    opened = open_storage(server.url, tmp_path, 60, 20)
+    study = optuna.create_study(storage=opened)
+    trial = study.ask()
+    chosen = trial.suggest_categorical("a", [1, 2])
+    server.stop()
+    restart = threading.Timer(0.5, server.start)
+    restart.start()
+    trial.set_user_attr(NETWORK, "x" * 300)
+    trial.report(0.1 + 0.2, 1)
+    opened.record_heartbeat(trial._trial_id)
+    study.tell(trial, 1 / 3)
+    restart.join()
+    assert opened.back_since > 0
+    again = open_storage(server.url, tmp_path, 60, 20)
+    (told,) = again.get_all_trials(study._study_id)
+    assert (told.params, told.user_attrs) == ({"a": chosen}, {NETWORK: "x" * 300})
+    assert (told.intermediate_values, told.value) == ({1: 0.1 + 0.2}, 1 / 3)
+    assert opened._get_stale_trial_ids(study._study_id) == []
+    for one in (opened, again):
+        one.scoped_session.remove()
+        one.engine.dispose()
 
 
 @pytest.mark.slow
@@ -271,25 +359,26 @@ def test_four_workers_share_a_server_that_goes_away_and_one_of_them_is_killed(
     words += ["--kernel-sizes", "3", "--operators", "mbconv"]
     logs = [tmp_path / f"worker-{number}.log" for number in range(4)]
     workers: list[subprocess.Popen[bytes]] = []
+
+    def begin(number: int) -> subprocess.Popen[bytes]:
+        with logs[number].open("ab") as output:
+            return subprocess.Popen(
+                [*words, "--output", str(tmp_path / f"worker-{number}")],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+
     try:
-        for number, path in enumerate(logs):
-            with path.open("wb") as output:
-                workers.append(
-                    subprocess.Popen(
-                        [*words, "--output", str(tmp_path / f"worker-{number}")],
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        cwd=ROOT,
-                        env=os.environ | {"PYTHONPATH": str(ROOT)},
-                    )
-                )
-        told = "select count(*)::int from trials where state = 'COMPLETE'"
+        workers += [begin(number) for number in range(len(logs))]
 
         def has(count: int) -> bool:
             try:
-                return server.numbers(told) >= [count]
-            except psycopg.errors.UndefinedTable:
-                return False
+                told = "select count(*) from trials where state = 'COMPLETE'"
+                return server.number(told) >= count
+            except ProgrammingError:
+                return False  # no table yet
 
         assert wait_until(lambda: has(2), 200), [path.read_text() for path in logs]
         workers[0].send_signal(signal.SIGKILL)
@@ -297,7 +386,8 @@ def test_four_workers_share_a_server_that_goes_away_and_one_of_them_is_killed(
         server.stop()
         time.sleep(8)
         server.start()
-        for process in workers[1:]:
+        workers[0] = begin(0)  # the same command again
+        for process in workers:
             assert process.wait(timeout=400) == 0, [path.read_text() for path in logs]
     finally:
         for process in workers:
@@ -306,7 +396,7 @@ def test_four_workers_share_a_server_that_goes_away_and_one_of_them_is_killed(
     assert any("waiting" in path.read_text() for path in logs[1:])
     assert any("answers again" in path.read_text() for path in logs[1:])
     # The last to end has all of it.
-    records = [read_record(tmp_path / f"worker-{number}" / "search.json") for number in (1, 2, 3)]
+    records = [read_record(tmp_path / f"worker-{number}" / "search.json") for number in range(4)]
     record = max(records, key=lambda r: len(r.whole) + outcomes(r)["pruned"])
     trained = [t for t in record.trials if t.outcome in ("whole", "pruned", "failed")]
     assert trials <= len(trained) <= trials + 3

@@ -1,9 +1,9 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import write_tiny_checkpoint
 from facts import raises_naming
 from small_trainings import epoch_metrics
 
@@ -13,8 +13,10 @@ from training.running.metrics import write_metrics
 from training.studies.side_by_side_study import SideBySideConfig, SideBySideError, main, table_of
 
 
-def write_run(folder: Path, top1: list[float], weights: str | None, **changes: object) -> Path:
-    write_tiny_checkpoint(folder / "checkpoint")
+def write_run(
+    checkpoint: Path, folder: Path, top1: list[float], weights: str | None, **changes: object
+) -> Path:
+    shutil.copytree(checkpoint, folder / "checkpoint")
     record = json.loads((folder / "checkpoint" / "checkpoint.json").read_text())
     config = replace(digits_recipe("tiny"), weights=weights)
     record |= {"train_config": config_to_json(config), **changes}
@@ -25,13 +27,13 @@ def write_run(folder: Path, top1: list[float], weights: str | None, **changes: o
 
 
 def test_runs_stand_beside_each_other_epoch_by_epoch_and_in_the_readme(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("<!-- fine-tuning: by a command -->\n<!-- /fine-tuning -->\n")
-    tuned = write_run(tmp_path / "tuned", [0.5, 0.75], "package:lite0")
-    scratch = write_run(tmp_path / "scratch", [0.25, 0.3, 0.35], None)
+    tuned = write_run(tiny_checkpoint, tmp_path / "tuned", [0.5, 0.75], "package:lite0")
+    scratch = write_run(tiny_checkpoint, tmp_path / "scratch", [0.25, 0.3, 0.35], None)
     found = main(SideBySideConfig((tuned, scratch), publish=True, readme=readme))
     assert [curve.start for curve in found.curves] == ["package:lite0", None]
     assert table_of(found).rows == (
@@ -43,10 +45,10 @@ def test_runs_stand_beside_each_other_epoch_by_epoch_and_in_the_readme(
     assert len(list(tmp_path.glob("reports/published/*/fine-tuning-tiny-digits.json"))) == 1
 
 
-def test_runs_on_other_images_are_not_compared(tmp_path: Path):
+def test_runs_on_other_images_are_not_compared(tiny_checkpoint: Path, tmp_path: Path):
     runs = (
-        write_run(tmp_path / "a", [0.5], None),
-        write_run(tmp_path / "b", [0.5], None, data="sample-photos"),
+        write_run(tiny_checkpoint, tmp_path / "a", [0.5], None),
+        write_run(tiny_checkpoint, tmp_path / "b", [0.5], None, data="sample-photos"),
     )
     with raises_naming(SideBySideError, "data"):
         main(SideBySideConfig(runs))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from processes import fork
 
+from training.learning import memory
 from training.learning.step import TrainStep
 from training.recipe.config import TrainConfig
 from training.running import report
@@ -131,9 +132,10 @@ def _child(
     os.environ.update(environment)
     # The loader's workers are forks of this process, as in the command, and end with it.
     multiprocessing.set_start_method(None, force=True)
-    # The pictures are tested elsewhere, and take longer than an epoch.
+    # They are tested elsewhere: pictures take longer than an epoch, memory half as long.
     rundir.draw_curves = lambda *_: Path()
     report.draw_confusion = lambda *_: b""
+    memory.saved_bytes = lambda *_: 0
     torch.set_num_threads(1)
     # An error is a traceback on stderr and exit code 1, as multiprocessing has it.
     logging.basicConfig(level=logging.WARNING)

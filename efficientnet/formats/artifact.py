@@ -15,7 +15,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from efficientnet.errors import PipelineError, first_problem, require_names, require_version
-from efficientnet.images.preprocess import PreprocessSpec, require_sha256
+from efficientnet.images.preprocess_spec import PreprocessSpec, require_sha256
 from efficientnet.machine.atomic import (
     dangling_link_hint,
     replaced_directory,
@@ -213,6 +213,11 @@ class ArtifactManifest(_Frozen):
     flops_per_image: int
     """Floating-point operations of convolutions and classifier: two for each multiply-add."""
     weight_bytes: int
+
+    @property
+    def is_for_time_only(self) -> bool:
+        """Whether it was allowed to lose all of the network's answers: it was made to be timed."""
+        return self.quantization is not None and self.quantization.max_drop >= 1
 
     @property
     def prepared_sizes(self) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from efficientnet.errors import PipelineError, first_problem, require_names, require_version
-from efficientnet.images.preprocess import PreprocessSpec, require_sha256
+from efficientnet.images.preprocess_spec import PreprocessSpec, require_sha256
 from efficientnet.machine.atomic import (
     dangling_link_hint,
     replaced_directory,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from efficientnet.formats.artifact import MANIFEST_FILE, ArtifactError, read_artifact
 from efficientnet.formats.checkpoint import RECORD_FILE, newest_checkpoint, read_checkpoint
 from efficientnet.images.datasets import Dataset, load_held_out
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.machine.atomic import dangling_link_hint
 from efficientnet.network.variants import VariantSpec, spec_of
 from efficientnet.precision import Precision

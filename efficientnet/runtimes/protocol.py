@@ -15,7 +15,7 @@ from efficientnet.formats.artifact import (
     ArtifactManifest,
     read_manifest,
 )
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.machine.atomic import dangling_link_hint
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.machine.processor import has_vnni

@@ -172,7 +172,9 @@ def check_parity(
 ) -> formats.ArtifactManifest:
     """Compare a program with the eager model; return the manifest with what was found."""
     runtime = open_program(directory, manifest)
-    tolerances = logit_agreement.tolerances_for(manifest.precision, reference.parity_logits)
+    tolerances = logit_agreement.tolerances_for(
+        manifest.precision, reference.parity_logits, manifest.is_for_time_only
+    )
     found = logit_agreement.run_in_batches(
         runtime, reference.parity_images, reference.parity_logits, manifest.prepared_sizes
     )

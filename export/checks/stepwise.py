@@ -72,14 +72,15 @@ class StepwiseParity:
         steps = [*self._shared]
         named = _graph_of_artifact(reference, directory, manifest)
         if named is not None:
-            steps.append(self._compare_graph(*named, manifest.precision))
+            steps.append(self._compare_graph(*named, manifest.precision, manifest.is_for_time_only))
         provider = f" ({manifest.provider})" if manifest.provider else ""
         found = logit_agreement.run_in_batches(
             runtime, reference.parity_images, reference.parity_logits, manifest.prepared_sizes
         )
         name = f"{manifest.runtime}{provider} {manifest.precision}"
         show = _show_of_artifact(directory, manifest)
-        steps.append(self._compare(name, manifest.precision, found, show))
+        is_for_time_only = manifest.is_for_time_only
+        steps.append(self._compare(name, manifest.precision, found, show, is_for_time_only))
         broken = next((i for i, step in enumerate(steps) if step.record.problem), None)
         seen = steps if broken is None else steps[: broken + 1]
         return StepwiseParityRecord(
@@ -111,7 +112,11 @@ class StepwiseParity:
         )
 
     def _compare_graph(
-        self, name: str, graph: onnx.ModelProto | str, precision: Precision
+        self,
+        name: str,
+        graph: onnx.ModelProto | str,
+        precision: Precision,
+        is_for_time_only: bool = False,
     ) -> ComparedStep:
         # A text is the reason why there is no graph.
         if isinstance(graph, str):
@@ -125,13 +130,19 @@ class StepwiseParity:
         batches = (images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE))
         found = [np.asarray(session.run(None, {INPUT_NAME: batch})[0]) for batch in batches]
         show = partial(layers.show_onnx, graph, False)
-        return self._compare(name, precision, np.concatenate(found).astype(np.float32), show)
+        answers = np.concatenate(found).astype(np.float32)
+        return self._compare(name, precision, answers, show, is_for_time_only)
 
     def _compare(
-        self, name: str, precision: Precision, found: Array, show: layers.Show | None
+        self,
+        name: str,
+        precision: Precision,
+        found: Array,
+        show: layers.Show | None,
+        is_for_time_only: bool = False,
     ) -> ComparedStep:
         logits, images = self._reference.parity_logits, self._reference.parity_images
-        tolerances = logit_agreement.tolerances_for(precision, logits)
+        tolerances = logit_agreement.tolerances_for(precision, logits, is_for_time_only)
         return _compare(name, precision, found, logits, tolerances, images, show)
 
 

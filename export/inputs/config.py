@@ -66,7 +66,8 @@ class ExportConfig:
     all."""
 
     max_drop: float = 0.5
-    """Points of top-1 that int8 and fp8 may lose on them."""
+    """Points of top-1 that int8 and fp8 may lose on them; 100: all, for an artifact that is only
+    timed, of a network that may know nothing."""
 
     keeps_blocks: bool = True
     """Of int8 and fp8: where too much is lost, keep the costliest blocks in a higher precision, as

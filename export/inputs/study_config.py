@@ -108,9 +108,15 @@ class StockConfig(MeasuredFlags):
     num_calibration_images: int = 256
     """Training images that the stock tools choose the ranges of int8 by, at least 64."""
 
+    made: bool = False
+    """Take the stock artifacts that an earlier call made, for these batch sizes among others: what
+    is made on a busy machine can be measured on a quiet one."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_least(self, batch_sizes=1)
+        if self.made and not self.paths:
+            raise ValueError("--made only measures, expected artifacts of ours to measure beside")
         names = [path.name for path in self.paths]
         if len(set(names)) < len(names):
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from efficientnet.formats.artifact import read_manifest
 from efficientnet.machine.environment import current_environment, num_usable_cores
 from efficientnet.machine.processor import cpu_features
 from efficientnet.measuring.turns import ratio
@@ -16,7 +17,7 @@ from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_rati
 from export.builders.measuring import measure
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import StockConfig
-from export.studies.stock_tools import make_stock_artifacts
+from export.studies.stock_tools import find_stock_artifacts, make_stock_artifacts
 
 SECTION = "stock"
 
@@ -47,6 +48,8 @@ class Comparison(Measured):
     cpu_features: tuple[str, ...]
     batch_size: int
     image_size: int
+    is_for_time_only: bool = False
+    """Whether one of ours may lose any answer: the network is none to be used."""
     ratios: tuple[Ratio, ...]
 
 
@@ -64,7 +67,8 @@ def main(config: StockConfig) -> Comparisons | str:
         find_section(config.readme, SECTION)
     reference = load_reference(config.export_config)
     folder = Path("artifacts") / reference.variant / "stock"
-    stock = make_stock_artifacts(reference, config.export_config, folder)
+    get_stock = find_stock_artifacts if config.made else make_stock_artifacts
+    stock = get_stock(reference, config.export_config, folder)
     if not config.paths:
         return "\n".join(map(str, stock))
     found: list[Comparison] = []
@@ -112,6 +116,7 @@ def compare(
         started_at=started_at,
         batch_size=batch_size,
         image_size=reference.image_size,
+        is_for_time_only=any(read_manifest(path).is_for_time_only for path in config.paths),
         ratios=tuple(ratios),
     )
 
@@ -132,6 +137,7 @@ def section_of(comparison: Comparison) -> str:
         f"{c.environment.cpu} ({features}), {c.num_threads} threads, {c.started_at:%Y-%m-%d} UTC. "
         "Ours / theirs: median of the ratios of the medians within a turn, and their range; less "
         "than 1 is faster."
+        f"{' Time only: any loss of top-1 was allowed.' if c.is_for_time_only else ''}"
     )
 
 

@@ -15,16 +15,55 @@ import torch
 from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from efficientnet.formats.artifact import QuantizationRecord
+from efficientnet.formats.artifact import ArtifactError, QuantizationRecord, read_manifest
 from efficientnet.precision import Precision
 from efficientnet.runtimes.openvino_runtime import openvino_core, own_precision
 from export.builders import openvino_builder
 from export.builders.writing import Builder, Built, write_checked_artifact
+from export.checks.parity import require_made_of
 from export.graphs import calibration, folding
 from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference
 
 log = logging.getLogger(__name__)
+
+
+def find_stock_artifacts(reference: Reference, config: ExportConfig, folder: Path) -> list[Path]:
+    """Return what make_stock_artifacts wrote earlier.
+
+    Raises:
+        ArtifactError: one is missing, of another checkpoint, or not for all batch sizes.
+    """
+    found: list[Path] = []
+    for runtime, precision in tools():
+        path = folder_of(folder, runtime, precision)
+        manifest = read_manifest(path)
+        require_made_of(reference, path, manifest)
+        # ONNX Runtime takes any size up to the largest.
+        prepared = manifest.static_batches or range(1, manifest.input.batch.max + 1)
+        missing = [size for size in config.static_batches if size not in prepared]
+        if missing:
+            raise ArtifactError(
+                f"{path} is not prepared for batches of {', '.join(map(str, missing))}: make the "
+                "stock artifacts again, without --made"
+            )
+        found.append(path)
+    return found
+
+
+def tools() -> tuple[tuple[str, Precision], ...]:
+    """Name the runtimes and precisions of the stock artifacts, in order."""
+    return (
+        ("onnxruntime", "fp32"),
+        ("onnxruntime", "int8"),
+        ("openvino", own_precision()),
+        ("openvino", "int8"),
+    )
+
+
+def folder_of(folder: Path, runtime: str, precision: Precision) -> Path:
+    """Name a stock artifact's directory."""
+    return folder / f"stock-{runtime}-{precision}"
 
 
 def make_stock_artifacts(reference: Reference, config: ExportConfig, folder: Path) -> list[Path]:
@@ -94,17 +133,17 @@ def make_stock_artifacts(reference: Reference, config: ExportConfig, folder: Pat
             quantization = record(directory, "nncf.quantize, mixed")
             return built_openvino(model, directory, "int8", quantization)
 
-        tools: list[tuple[str, Precision, Builder]] = [
-            ("onnxruntime", "fp32", onnxruntime_fp32),
-            ("onnxruntime", "int8", onnxruntime_int8),
-            ("openvino", float_precision, openvino_float),
-            ("openvino", "int8", openvino_int8),
-        ]
+        builders: tuple[Builder, ...] = (
+            onnxruntime_fp32,
+            onnxruntime_int8,
+            openvino_float,
+            openvino_int8,
+        )
         made: list[Path] = []
-        for runtime, precision, build in tools:
+        for (runtime, precision), build in zip(tools(), builders, strict=True):
             log.info("stock %s %s", runtime, precision)
             own = replace(config, precision=precision)
-            output = folder / f"stock-{runtime}-{precision}"
+            output = folder_of(folder, runtime, precision)
             made.append(
                 write_checked_artifact(reference, own, output, runtime, build, is_judged=False)
             )

@@ -357,8 +357,8 @@ class LoadConfig:
     missing is skipped with the reason."""
 
     peer_packages: Path | None = None
-    """Folder of packages for the peers only: `pip install --target FOLDER litserve`. In our own
-    environment what LitServe brings, uvloop and httptools, would change our service, too."""
+    """Folder of packages for the peers only: `pip install --target FOLDER litserve`, which keeps
+    the versions that LitServe brings out of our own environment."""
 
     seed: int = 0
     """Of the Poisson schedule."""

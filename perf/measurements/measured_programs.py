@@ -11,7 +11,7 @@ from pathlib import Path
 
 from efficientnet.formats.records import ServerLoad
 from efficientnet.images.datasets import data_name
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.measuring.clock import SETTLING_FRACTION, Turn, WarmUp
 from efficientnet.measuring.contender import Contender, ContenderError, running
 from efficientnet.measuring.inputs import Inputs, prepare_inputs

@@ -29,7 +29,7 @@ TILES = frozenset(("amx",))
 PRODUCTS_OF_A_REGISTER = {DType.U8: 64, DType.BF16: 32}
 BYTES_OF = {DType.U8: 1, DType.BF16: 2}
 
-# Instructions for 64 values of a map, 16 lanes wide: epilogue.h and depthwise.h.
+# Instructions for 64 values of a map, 16 lanes wide: epilogue.h and depthwise512.h.
 # u8: 4 conversions, scalings and conversions back, 2 packs, 1 pack, 1 permute, 2 stores; to which
 # come an activation's 2 indices, 8 look-ups of bytes, 2 products, 2 sums and 2 shifts, or a line's
 # 2 sums and 2 shifts, and a residual's load, 2 unpacks, 2 halves, 2 products and 2 sums.

@@ -3,6 +3,7 @@
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from efficientnet.formats.class_accuracy import is_at_chance
 from efficientnet.measuring.clock import min_samples
@@ -21,8 +22,9 @@ from perf.measurements.stability import BELOW_FLOOR, is_below_floor
 from perf.pages.rows import Group, Row, is_same_machine
 
 
+@cache
 def result_tables(group: Group) -> list[tuple[str, Table]]:
-    """Lay out each scenario that was measured, with its title."""
+    """Lay out each scenario that was measured, with its title; of a group once."""
     return [
         (scenario.title, _result_table(group, scenario))
         for scenario in SCENARIOS.values()

@@ -1,7 +1,9 @@
 """LatencyRecords, AccuracyRecords, layers and history -> report.md, report.html and pictures."""
 
+import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -31,6 +33,23 @@ class ReportError(PipelineError):
 
 def main(config: ReportConfig) -> Path:
     """Join the records and write the report; return the path of report.md."""
+    with _no_collection():
+        return _write_report(config)
+
+
+@contextmanager
+def _no_collection() -> Generator[None]:
+    # Of ten thousand records none is garbage, and the collector looks at all again and again.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _write_report(config: ReportConfig) -> Path:
     problems: list[str] = []
     read = read_records(config.latency, LatencyRecord, problems)
     latencies = [record for record in read if record.scenario in SCENARIOS]

@@ -51,7 +51,7 @@ class Row:
         return instabilities(self.latency)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """The rows of one machine with one set of versions; nothing is compared across groups."""
 
@@ -61,7 +61,7 @@ class Group:
 
     def of(self, scenario: Scenario) -> list[Row]:
         """Return the rows of a scenario, the eager model first, then in the scenario's order."""
-        return [row for row in self.rows if row.scenario == scenario]
+        return [row for row in self.rows if row.latency.scenario == scenario.name]
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,17 @@ def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord
         return find_accuracy(record, accuracies_of.get(_program(record), ()))
 
     left_out: list[LatencyRecord] = []
-    by_machine: dict[str, list[LatencyRecord]] = {}
+    by_machine: dict[str, list[tuple[LatencyRecord, AccuracyRecord]]] = {}
     for record in newest.values():
-        if accuracy_of(record) is None:
+        if (accuracy := accuracy_of(record)) is None:
             left_out.append(record)
         else:
-            by_machine.setdefault(_machine(record.environment), []).append(record)
+            by_machine.setdefault(_machine(record.environment), []).append((record, accuracy))
     groups: list[Group] = []
-    for records in by_machine.values():
-        labels = _labels(records)
+    for pairs in by_machine.values():
+        labels = _labels([record for record, _ in pairs])
         rows: list[Row] = []
-        for record, label in zip(records, labels, strict=True):
-            accuracy = accuracy_of(record)
-            assert accuracy is not None
+        for (record, accuracy), label in zip(pairs, labels, strict=True):
             # Its eager row may be older than the newest: what counts is that they took turns.
             eager = eager_of(record, runs[_run(record)])
             eager_accuracy = accuracy_of(eager) if eager else None
@@ -116,7 +114,7 @@ def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord
                 Row(eager, eager_accuracy, None, label) if eager and eager_accuracy else None
             )
             rows.append(Row(record, accuracy, reference, label))
-        environment = records[0].environment.model_copy(update={"git_commit": None})
+        environment = pairs[0][0].environment.model_copy(update={"git_commit": None})
         groups.append(Group(environment, tuple(sorted(rows, key=_order))))
     return Joined(tuple(groups), tuple(left_out))
 
@@ -133,7 +131,8 @@ def find_accuracy(
 
 def is_same_machine(one: EnvironmentRecord, other: EnvironmentRecord) -> bool:
     """Compare all of an environment but the commit."""
-    return _machine(one) == _machine(other)
+    # Mostly they are the same in all: that is told faster.
+    return one == other or _machine(one) == _machine(other)
 
 
 def command_for_accuracy(record: LatencyRecord) -> str:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from efficientnet.formats.records import LatencyRecord, Record, TrainingSpeedRecord
 from efficientnet.machine.atomic import write_text
@@ -20,7 +20,8 @@ from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
 from efficientnet.network.variants import get_variant
 from efficientnet.reporting.publishing import Measured, device_slug, find_section, publish_part
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_rate
-from efficientnet.runtimes.names import EAGER_RUNTIME, title
+from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES, title
+from perf.measurements.scenarios import SINGLE_STREAM
 from perf.studies import paper_tables
 from perf.studies.candidates import read_all
 from perf.studies.config import PaperConfig
@@ -28,6 +29,10 @@ from perf.studies.paper_network import open_row
 from perf.studies.paper_tables import DEVICE_CLASS, PRECISION, TABLES, TIMM, PaperRow, PaperTable
 
 SECTION = "paper"
+
+# Whose latency in fp32 a table tells on a CPU, measured or not; others stand beside them if they
+# were measured.
+CPU_RUNTIMES = (EAGER_RUNTIME, "onnxruntime", "openvino")
 
 TURNS = 5
 
@@ -48,6 +53,19 @@ class PaperTimes(BaseModel):
     samples_ms: tuple[tuple[float, ...], ...]
     """Of each turn, every call."""
     elapsed_s: float
+
+
+class RuntimeLatency(BaseModel):
+    """Time of one image by a program of the row's network, of a record of perf/latency.py."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runtime: str
+    precision: str
+    ms: float
+    """Median of the turns' medians, host memory to host memory."""
+    started_at: AwareDatetime
+    """The programs of one run have the same, and took turns."""
 
 
 class RowRecord(BaseModel):
@@ -71,6 +89,8 @@ class RowRecord(BaseModel):
     artifact_value: float | None
     projected: float | None
     """What the cost model makes of `ours` on the paper's device: no measurement."""
+    latencies: tuple[RuntimeLatency, ...] = ()
+    """The newest of each program, of a table that has them."""
 
 
 class PaperRecord(Measured):
@@ -109,6 +129,9 @@ def main(config: PaperConfig) -> Path:
     for row in table.rows:
         if table.is_training:
             rows.append(_of_training(row, config, trainings))
+            if table.has_latencies:
+                own = _latencies(row, latencies, num_threads)
+                rows[-1] = rows[-1].model_copy(update={"latencies": own})
         else:
             found = measure_row(row, config, num_threads) if row in asked else "not asked for"
             rows.append(_record(row, found, table, latencies))
@@ -153,6 +176,8 @@ def verdict(row: RowRecord, record: PaperRecord) -> str:
 def section_of(record: PaperRecord) -> str:
     """Write a table and how it was measured as Markdown."""
     table, libraries = TABLES[record.table], record.environment.libraries
+    runs = {latency.started_at for row in record.rows for latency in row.latencies}
+    write_table = _training_table if table.is_training else _answer_table
     nvidia = (paper_tables.NVIDIA_BATCH_SIZE, paper_tables.NVIDIA_MS)
     notes = {
         f"Paper: {DEVICE_CLASS}; its precision is not printed. Here: training/speed.py, whose own "
@@ -161,6 +186,12 @@ def section_of(record: PaperRecord) -> str:
         f"{libraries.get('torch')}, {record.precision}, channels_last, random weights (time only), "
         f"images on the device, each call waited for, {record.num_threads} threads, each row in a "
         "process of its own; the median call.": not table.is_training,
+        "Latencies, which the paper does not print: one image, host memory to host memory, "
+        f"{record.num_threads} threads, of whatever weights and accuracy, by perf/latency.py.": (
+            table.has_latencies
+        ),
+        "All its programs took turns.": len(runs) == 1,
+        f"Of {len(runs)} runs: only programs of one run took turns.": len(runs) > 1,
         _no_v100(record.device): not record.environment.gpus,
         f"'Reproduced' is within {format_percent(BAND, 0)}, between the same class of device, "
         "precision and batch size only.": True,
@@ -180,7 +211,7 @@ def section_of(record: PaperRecord) -> str:
     said = " ".join(note for note, is_said in notes.items() if is_said)
     return (
         f"**{table.title}, {record.unit}, on {record.device}**\n\n"
-        f"{_table(record).markdown()}\n\n{said} {record.started_at:%Y-%m-%d} UTC."
+        f"{write_table(record).markdown()}\n\n{said} {record.started_at:%Y-%m-%d} UTC."
     )
 
 
@@ -269,6 +300,25 @@ def _best_artifact(
     return best(found, key=lambda record: _value(record, table)) if found else None
 
 
+def _latencies(
+    row: PaperRow, latencies: Sequence[LatencyRecord], num_threads: int
+) -> tuple[RuntimeLatency, ...]:
+    # The newest of each program; records are in order.
+    newest = {
+        (record.runtime, record.precision): RuntimeLatency(
+            runtime=record.runtime,
+            precision=record.precision,
+            ms=statistics.median(record.turn_p50_ms),
+            started_at=record.started_at,
+        )
+        for record in latencies
+        if (record.variant, record.image_size) == (row.network, row.image_size)
+        and (record.scenario, record.timed_region) == (SINGLE_STREAM.name, "end_to_end")
+        and record.num_threads == num_threads
+    }
+    return tuple(newest.values())
+
+
 def _value(record: LatencyRecord, table: PaperTable) -> float:
     if table.unit == "images/s":
         return record.throughput_images_per_s
@@ -324,7 +374,40 @@ def _with_projection(
     return row.model_copy(update={"projected": row.ours * scale})
 
 
-def _table(record: PaperRecord) -> Table:
+def _training_table(record: PaperRecord) -> Table:
+    table, programs = TABLES[record.table], _programs_of(record)
+    tpu = ("paper: TPU core",) if any(row.tpu for row in table.rows) else ()
+    latencies = tuple(f"{title(*program)}, ms" for program in programs)
+    rows: list[tuple[str, ...]] = []
+    for printed, row in zip(table.rows, record.rows, strict=True):
+        found = {(latency.runtime, latency.precision): latency.ms for latency in row.latencies}
+        rows.append(
+            (
+                row.label,
+                str(row.image_size),
+                str(row.batch_size or NOTHING),
+                "out of memory" if printed.is_out_of_memory else format_rate(row.paper),
+                *(format_rate(printed.tpu) for _ in tpu),
+                f"not measured: {row.why_not}" if row.ours is None else format_rate(row.ours),
+                *(format_ms(found[p]) if p in found else "not measured" for p in programs),
+                verdict(row, record),
+            )
+        )
+    columns = ("row", "px", "batch", f"paper: {DEVICE_CLASS}", *tpu, "ours", *latencies, "verdict")
+    return Table(columns, tuple(rows), frozenset(("row", "verdict")))
+
+
+def _programs_of(record: PaperRecord) -> list[tuple[str, str]]:
+    # Runtime and precision, the eager model first.
+    if not TABLES[record.table].has_latencies:
+        return []
+    found = {(one.runtime, one.precision) for row in record.rows for one in row.latencies}
+    if not record.environment.gpus:
+        found |= {(runtime, "fp32") for runtime in CPU_RUNTIMES}
+    return sorted(found, key=lambda program: (list(RUNTIMES).index(program[0]), program[1]))
+
+
+def _answer_table(record: PaperRecord) -> Table:
     table = TABLES[record.table]
     write = format_ms if record.unit == "ms" else format_rate
     nvidia_ms, nvidia = paper_tables.NVIDIA_MS, paper_tables.NVIDIA_COLUMNS

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from efficientnet.images.datasets import SAMPLE_PHOTOS, load_dataset
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.measuring.clock import TimedCall
 from efficientnet.measuring.inputs import map_inputs, prepare_inputs
 from efficientnet.network.model import build_model

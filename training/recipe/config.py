@@ -8,7 +8,7 @@ import tyro
 from pydantic import TypeAdapter
 
 from efficientnet.command import require_least
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.network.variants import NetworkOptions, Padding, VariantSpec, spec_of
 
 Schedule = Literal["paper", "released", "fixed", "random"]

@@ -9,7 +9,7 @@ import torch
 
 from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.images.datasets import SAMPLE_PHOTOS
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.model import build_model
 from efficientnet.network.variants import get_variant

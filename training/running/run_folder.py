@@ -32,7 +32,7 @@ from efficientnet.formats.checkpoint import (
     save_checkpoint,
 )
 from efficientnet.images.datasets import Dataset, data_name
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.machine.atomic import dangling_link_hint, point_link
 from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import NetworkOptions

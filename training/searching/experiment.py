@@ -15,7 +15,7 @@ from torch import Tensor
 
 from efficientnet.errors import PipelineError
 from efficientnet.images.datasets import Dataset, Sample
-from efficientnet.images.preprocess import PreprocessSpec
+from efficientnet.images.preprocess_spec import PreprocessSpec
 from efficientnet.network.cost import network_cost
 from efficientnet.network.model import EfficientNet
 from efficientnet.network.variants import VARIANTS, NetworkOptions, VariantSpec

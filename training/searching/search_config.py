@@ -12,6 +12,7 @@ from efficientnet.errors import first_problem
 from efficientnet.network.scaling import V1_MIN_KEPT_CHANNELS
 from efficientnet.network.variant_file import read_variant_file
 from efficientnet.network.variants import Operator, VariantSpec, get_variant, scale_variant
+from efficientnet.runtimes.names import RUNTIMES
 from training.searching.space import SearchSpace
 from training.studies.config import StudyFlags
 
@@ -21,7 +22,7 @@ MAX_TRIALS = 1000
 TARGETS = {
     "ort": ("ort.py", "fp32"),
     "ov": ("ov.py", "fp32"),
-    "native": ("native.py", "fp32"),
+    "native": ("native.py", "int8"),
     "trt": ("trt.py", "fp16"),
     "torch-trt": ("torch_trt.py", "fp16"),
     "aoti": ("aoti.py", "fp32"),
@@ -174,12 +175,13 @@ class SearchConfig(StudyFlags):
 
 def target_of(name: str) -> tuple[str, str]:
     """Return the command of export/ and the precision that a target stands for."""
-    for runtime, (command, usual) in TARGETS.items():
-        rest = name.removeprefix(runtime)
-        if name == runtime:
+    for target, (command, usual) in TARGETS.items():
+        if name == target:
             return command, usual
-        if rest != name and rest[1:] in ("fp32", "fp16", "bf16", "int8", "fp8"):
-            return command, rest[1:]
+        exports = [e for r in RUNTIMES.values() if f"{r.command}.py" == command for e in r.exports]
+        for precision in (p for export in exports for p in export.precisions):
+            if name == f"{target}-{precision}":
+                return command, precision
     raise ValueError(
         f"--target-artifact is {name!r}, expected {', '.join(TARGETS)}, with a precision where it "
         "is not the usual one, as ov-int8"

@@ -8,6 +8,7 @@ needs a disk of this machine; workers on several machines take PostgreSQL or MyS
 import functools
 import logging
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -41,9 +42,11 @@ RETURN_S = 3 * SECONDS_BETWEEN_TRIES
 # Workers that begin at the same moment all want to make the tables; one of them does.
 NUM_FIRST_TRIES = 10
 
-# The address of a server -> the driver that is installed with the extra "search".
+# The address of a server -> the driver that is installed with the extra "search". MariaDB is told
+# as MySQL: Optuna knows it by that name only.
 DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
-DRIVERS |= {"mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
+DRIVERS |= {"mysql": "mysql+pymysql", "mariadb": "mysql+pymysql"}
+EXPECTED_URL = "postgresql://USER@HOST/DATABASE or mysql://USER@HOST/DATABASE"
 
 WAITED_FOR = (
     "set_study_user_attr",
@@ -166,10 +169,7 @@ def open_storage(url: str | None, folder: Path, wait_s: float, heartbeat: int) -
         address = _with_driver(url)
     expected = "a disk of this machine that may be written: choose another folder with --output"
     if url is not None:
-        expected = (
-            "a database that runs and may be written, as postgresql://USER@HOST/DATABASE, and its "
-            'driver (pip install "psycopg[binary]" for PostgreSQL, pymysql for MySQL)'
-        )
+        expected = f"a database that exists, runs and may be written, as {EXPECTED_URL}"
     races = (IntegrityError, ProgrammingError, StorageInternalError)
     for number in range(NUM_FIRST_TRIES):
         try:
@@ -180,8 +180,9 @@ def open_storage(url: str | None, folder: Path, wait_s: float, heartbeat: int) -
             if is_race and number + 1 < NUM_FIRST_TRIES:
                 time.sleep(0.2 * (number + 1))
                 continue
+            shown = _shown(url or address)
             raise StorageError(
-                f"{_shown(address)} cannot be used: {_reason(error)}; expected {expected}"
+                f"{shown} cannot be used: {_reason(error)}; expected {expected}"
             ) from None
     raise AssertionError
 
@@ -190,21 +191,22 @@ def _with_driver(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     address = f"{DRIVERS.get(scheme, scheme)}{separator}{rest}"
     try:
-        make_url(address).get_dialect()
-    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        make_url(address).get_dialect().import_dbapi()
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise StorageError(
-            f"--storage is {_shown(url)}, expected postgresql://USER@HOST/DATABASE or mysql://...: "
-            f"{str(error).splitlines()[0]}"
+            f"--storage is {_shown(url)}, expected {EXPECTED_URL}: {str(error).splitlines()[0]}"
+        ) from None
+    except ImportError as error:
+        raise StorageError(
+            f"--storage is {_shown(url)}, whose driver is not installed ({error}): "
+            'pip install ".[search]", which brings psycopg for PostgreSQL and PyMySQL for MySQL'
         ) from None
     return address
 
 
 def _shown(url: str) -> str:
     # A password is nobody's business in a log.
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return repr(url)
+    return re.sub("(://[^:/@]*):.*@", r"\1:***@", url)
 
 
 @contextmanager

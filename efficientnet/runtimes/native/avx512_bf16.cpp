@@ -12,7 +12,7 @@ namespace {
 #include "epilogue.h"
 #include "dot.h"
 #include "conv.h"
-#include "depthwise.h"
+#include "depthwise512.h"
 #include "depthwise_bf16.h"
 #include "steps.h"
 #include "peak.h"

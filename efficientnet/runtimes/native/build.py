@@ -28,6 +28,8 @@ COMMON_FLAGS = [
     "-pthread",
     "-Wall",
     "-Wextra",
+    # GCC 12 warns of what its own headers leave undefined on purpose.
+    "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
     "-fno-math-errno",
     "-fno-trapping-math",

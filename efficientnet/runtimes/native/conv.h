@@ -16,12 +16,18 @@ struct ConvScratch {
   alignas(64) int32_t sums[2][RUN * CONV_GROUP];
 };
 
-template <class E, bool IS_BF16>
+template <class E, bool IS_BF16, class P = Products>
 static void conv_units(const Packed& p, int group, const Source& source, const Target& target, void* totals, ConvScratch& scratch, Prefetch& prefetch) {
   const E epilogue(p, group * CONV_GROUP, totals);
   Pending<E> pending{epilogue, target, prefetch};
   const uint8_t* weights = p.weights + size_t(group) * p.group_bytes;
   const int32_t* bias = reinterpret_cast<const int32_t*>(p.bias) + group * CONV_GROUP;
+  if constexpr (P::FINISHES && !IS_BF16) {
+    Target t = target;
+    for (int s = 0; s < source.segments; s++)
+      P::finish(p, source.start + s * source.segment, source.pixel, source.kernel_row, source.length, weights, bias, epilogue, t, prefetch);
+    return;
+  }
   const int steps = Products::steps(p);
   int flip = 0;
   for (int s = 0; s < source.segments; s++) {

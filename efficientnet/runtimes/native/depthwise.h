@@ -1,5 +1,5 @@
-// Depthwise convolution of u8 maps, 64 channels at a time, from a buffer [rows][width + margins][64]. Included inside each file's own
-// namespace.
+// Depthwise convolution of u8 maps with registers of 32 bytes (of 64: depthwise512.h), 64 channels at a time, from a buffer
+// [rows][width + margins][64]. Included inside each file's own namespace.
 //
 // vpdpbusd adds four neighboring bytes up, and a channel's neighbors lie in other rows: so the bytes of four rows of a column are
 // interleaved once (8 unpacks for 64 channels) and every output that sees the column takes one product of it. At stride 1 two output
@@ -10,13 +10,6 @@ constexpr int STRIP = 24;  // outputs; (24 - 1) * 2 + 5 columns of 512 bytes at 
 struct DepthwiseScratch {
   alignas(64) uint8_t columns[(STRIP * 2 + 5) * 512];
   alignas(64) int32_t sums[2][STRIP][64];
-};
-
-// Bands of output rows that stand side by side in a group's 64 bytes, each with the same channels: see bands_of.
-struct Bands {
-  int count = 1;
-  int64_t step = 0;    // bytes from a band's outputs to the next one's
-  int rows[4] = {};    // of each band that exist, from the first one on
 };
 
 // Interleaves `FOURS` fours of rows of columns [0, count): to[column][four][chunk][4 registers].

@@ -3,7 +3,7 @@
 //
 // Packing 32 -> 16 -> 8 bits works within 128 bits. So that bytes come out in order, sums stand in an order of their own: a convolution's
 // group of 32 channels is two tiles of 16, tile t's lane 4 l + i is channel 8 l + 4 t + i (two pixels side by side fill 64 bytes, and one
-// permute parts them); a depthwise group of 64 is four tiles, tile t's lane 4 l + i is channel 16 l + 4 t + i.
+// permute parts them), a half group's one tile is in order (four pixels fill 64 bytes); a depthwise group of 64 is four tiles, tile t's lane 4 l + i is channel 16 l + 4 t + i.
 
 // What follows a sum: an activation (or none), a residual (or none); or an activation of which only the sums over pixels are kept.
 // A ramp is a table of one line.
@@ -56,46 +56,75 @@ struct Epilogue {
     return Lanes::adds16(x, offset);
   }
 
-  // Four registers of sums, their scales and residual -> bytes.
-  inline __attribute__((always_inline)) V finish(V a, V b, V c, V d, F sa, F sb, F sc, F sd, V residual) const {
-    V x = Lanes::pack32(Lanes::scaled(a, sa), Lanes::scaled(b, sb)), y = Lanes::pack32(Lanes::scaled(c, sc), Lanes::scaled(d, sd));
-    if (has_table(MODE)) {
-      x = table.at(x);
-      y = table.at(y);
-    }
-    if (MODE == RAMP) {
-      x = Lanes::adds16(Lanes::mulhrs16(x, multiplier), offset);
-      y = Lanes::adds16(Lanes::mulhrs16(y, multiplier), offset);
-    } else if (!has_table(MODE) || has_residual(MODE)) {
-      // A byte in the upper half of 16 bits is 256 times its value; half of that is what the multiplier wants.
-      x = line(x, Lanes::low8(Lanes::zero(), residual));
-      y = line(y, Lanes::high8(Lanes::zero(), residual));
-    }
-    return Lanes::pack16(shift.right(x), shift.right(y));
+  // Two registers of sums and their scales (and a residual, widened) -> bytes that are words yet.
+  inline __attribute__((always_inline)) V words(V a, V b, F sa, F sb, V residual) const {
+    V x = Lanes::pack32(Lanes::scaled(a, sa), Lanes::scaled(b, sb));
+    if (has_table(MODE)) x = table.at(x);
+    if (MODE == RAMP) x = Lanes::adds16(Lanes::mulhrs16(x, multiplier), offset);
+    else if (!has_table(MODE) || has_residual(MODE)) x = line(x, residual);
+    return shift.right(x);
   }
 
-  // Two pixels (or one) of a convolution's group, whose sums lie behind one another: at once in 64 bytes, or one after the other.
+  // Four registers of sums, their scales and residual -> bytes.
+  inline __attribute__((always_inline)) V finish(V a, V b, V c, V d, F sa, F sb, F sc, F sd, V residual) const {
+    // A byte in the upper half of 16 bits is 256 times its value; half of that is what the multiplier wants.
+    return Lanes::pack16(words(a, b, sa, sb, Lanes::low8(Lanes::zero(), residual)), words(c, d, sc, sd, Lanes::high8(Lanes::zero(), residual)));
+  }
+
+  // Two pixels (or one) of a convolution's group: at once in 64 bytes, or one after the other.
   inline __attribute__((always_inline)) void pixels(const int32_t* sums, bool has_two, Target& t) const {
-    constexpr bool IS_WIDE = Lanes::BYTES == 64;
-    const Lanes::Mask mask(columns < 32 ? columns : 32);
-    for (int i = 0; i < (has_two && !IS_WIDE ? 2 : 1); i++, sums += 32) {
-      const int32_t* second = !IS_WIDE ? sums + 8 : has_two ? sums + 32 : sums;
-      const float* second_scales = IS_WIDE ? scales : scales + 8;
-      Target u = t;
-      if (IS_WIDE && has_two) u.next();
-      const V r = has_residual(MODE) ? Lanes::load_pair(t.residual, u.residual, mask) : Lanes::zero();
-      const V q = finish(Lanes::load(sums), Lanes::load(sums + 16), Lanes::load(second), Lanes::load(second + 16), Lanes::loadf(scales),
-                         Lanes::loadf(scales + 16), Lanes::loadf(second_scales), Lanes::loadf(second_scales + 16), r);
-      if (MODE == SUMS) {
-        alignas(64) uint8_t bytes[2][32];
-        Lanes::store_pair(bytes[0], bytes[1], Lanes::Mask(32), q);
-        for (int c = 0; c < 32; c++) totals[c] += bytes[0][c] + (IS_WIDE && has_two ? bytes[1][c] : 0);
-      } else {
-        Lanes::store_pair(t.out, u.out, mask, q);
-      }
-      t = u;
-      t.next();
+    if (Lanes::BYTES == 64) {
+      const int32_t* second = has_two ? sums + 32 : sums;
+      return pair(Lanes::load(sums), Lanes::load(sums + 16), Lanes::load(second), Lanes::load(second + 16), has_two, t);
     }
+    for (int i = 0; i < (has_two ? 2 : 1); i++, sums += 32)
+      registers(Lanes::load(sums), Lanes::load(sums + 16), Lanes::load(sums + 8), Lanes::load(sums + 24), scales + 8, false, t);
+  }
+
+  // The same from registers of 16 sums.
+  inline __attribute__((always_inline)) void pair(V a, V b, V c, V d, bool has_two, Target& t) const { registers(a, b, c, d, scales, has_two, t); }
+
+  // Up to four pixels of a half group.
+  template <class L = Lanes>
+  inline __attribute__((always_inline)) void four(V a, V b, V c, V d, int count, Target& t) const {
+    const typename L::Mask mask(columns);
+    const F s = Lanes::loadf(scales);
+    void* out[4];
+    const void* residual[4];
+    for (int i = 0; i < 4; i++) {
+      out[i] = t.out;
+      residual[i] = t.residual;
+      if (i + 1 < count) t.next();
+    }
+    t.next();
+    const V q = finish(a, b, c, d, s, s, s, s, has_residual(MODE) ? L::load_four(residual, mask) : Lanes::zero());
+    if (MODE == SUMS) {
+      alignas(64) uint8_t bytes[4][16];
+      void* rows[4] = {bytes[0], bytes[1], bytes[2], bytes[3]};
+      L::store_four(rows, 4, typename L::Mask(16), q);
+      for (int i = 0; i < count; i++)
+        for (int c = 0; c < 16; c++) totals[c] += bytes[i][c];
+    } else {
+      L::store_four(out, count, mask, q);
+    }
+  }
+
+ private:
+  inline __attribute__((always_inline)) void registers(V a, V b, V c, V d, const float* second_scales, bool has_two, Target& t) const {
+    const Lanes::Mask mask(columns < 32 ? columns : 32);
+    Target u = t;
+    if (has_two) u.next();
+    const V r = has_residual(MODE) ? Lanes::load_pair(t.residual, u.residual, mask) : Lanes::zero();
+    const V q = finish(a, b, c, d, Lanes::loadf(scales), Lanes::loadf(scales + 16), Lanes::loadf(second_scales), Lanes::loadf(second_scales + 16), r);
+    if (MODE == SUMS) {
+      alignas(64) uint8_t bytes[2][32];
+      Lanes::store_pair(bytes[0], bytes[1], Lanes::Mask(32), q);
+      for (int c = 0; c < 32; c++) totals[c] += bytes[0][c] + (has_two ? bytes[1][c] : 0);
+    } else {
+      Lanes::store_pair(t.out, u.out, mask, q);
+    }
+    t = u;
+    t.next();
   }
 };
 

@@ -57,6 +57,7 @@ struct Step {
   Packed packed;               // of convolution or depthwise
   Packed expand, project;      // computed with it; layer == nullptr: none
   Map in, out, residual;       // of all that is computed together
+  Map seen;                    // by a depthwise convolution: what is expanded of `in`, of which no map is made, or `in` itself
   bool has_residual = false;
   int expanded = 0;            // channels between a convolution and its projection
   bool keeps_sums = false;     // depthwise and head: its outputs' sums are kept, and the head writes no map

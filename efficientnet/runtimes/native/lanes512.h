@@ -87,6 +87,8 @@ struct Lanes {
     explicit Mask(int count) : bits(count >= 64 ? ~0ull : count <= 0 ? 0 : (1ull << count) - 1) {}
   };
   static void store(void* p, Mask m, V v) { _mm512_mask_storeu_epi8(p, m.bits, v); }
+  // Of the first 32 bytes: a store of 64 would reach into the next line, masked or not.
+  static void store_half(void* p, Mask m, V v) { _mm256_mask_storeu_epi8(p, __mmask32(m.bits), _mm512_castsi512_si256(v)); }
   // From a byte (a multiple of 8) on, the first ones behind the last.
   static V from_byte(V v, int byte) {
     return _mm512_permutexvar_epi64(_mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(byte / 8)), v);
@@ -108,6 +110,23 @@ struct Lanes {
   static V load_pair(const void* p0, const void* p1, Mask m) {
     const __m256i a = _mm256_maskz_loadu_epi8(__mmask32(m.bits), p0), b = _mm256_maskz_loadu_epi8(__mmask32(m.bits), p1);
     return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+  }
+
+  // Four rows of 16 bytes in the order that packing leaves them in (four of each, four times), and back: a square turned over.
+  static V turned(V v) { return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v); }
+  static void store_four(void* const* to, int count, Mask m, V v) {
+    v = turned(v);
+    _mm_mask_storeu_epi8(to[0], __mmask16(m.bits), _mm512_castsi512_si128(v));
+    if (count > 1) _mm_mask_storeu_epi8(to[1], __mmask16(m.bits), _mm512_extracti32x4_epi32(v, 1));
+    if (count > 2) _mm_mask_storeu_epi8(to[2], __mmask16(m.bits), _mm512_extracti32x4_epi32(v, 2));
+    if (count > 3) _mm_mask_storeu_epi8(to[3], __mmask16(m.bits), _mm512_extracti32x4_epi32(v, 3));
+  }
+  static V load_four(const void* const* from, Mask m) {
+    const __mmask16 bits = __mmask16(m.bits);
+    V v = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(bits, from[0]));
+    v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi8(bits, from[1]), 1);
+    v = _mm512_inserti32x4(v, _mm_maskz_loadu_epi8(bits, from[2]), 2);
+    return turned(_mm512_inserti32x4(v, _mm_maskz_loadu_epi8(bits, from[3]), 3));
   }
 
   // Three planes of floats -> u8 pixels of four bytes, the fourth zero.

@@ -23,12 +23,14 @@ static float* means_of(const Step& step, const Call& call) {
   const int size = step.sums_group, groups = (in.channels + size - 1) / size;
   const int64_t units = step.sums_units;
   auto start = [&](int q) {
-    return size == GROUP ? depthwise_share(in.channels, in.is_bf16, units, q, call.parts) : share_start(units * groups, q, call.parts);
+    return size == GROUP ? depthwise_share(in.channels, in.is_bf16, units, q, call.parts) : conv_share(in.channels, in.is_bf16, units, q, call.parts);
   };
   int part = 0;
   for (int g = 0; g < groups; g++) {
     alignas(64) int32_t sums[GROUP] = {};
-    if (units) {
+    if (units && size == GROUP && is_split_by_rows(in, call.parts)) {
+      for (int q = 0; q < call.parts; q++) add_sums(sums, call.sums + size_t(q) * call.sums_stride + g * size, size, in.is_bf16);
+    } else if (units) {
       while (start(part + 1) <= g * units) part++;
       for (int q = part; q < call.parts && start(q) < (g + 1) * units; q++) {
         if (start(q) == start(q + 1)) continue;
@@ -139,11 +141,7 @@ static void run_squeeze_excite(const Step& step, int phase, const Call& call) {
     return;
   }
   // The part scales what it wrote itself, in its own cache.
-  const int64_t end = depthwise_share(in.channels, in.is_bf16, in.height, call.part + 1, call.parts);
-  for (int64_t at = depthwise_share(in.channels, in.is_bf16, in.height, call.part, call.parts); at < end;) {
-    const int group = int(at / in.height);
-    const int64_t first = at % in.height, last = smaller(in.height, first + end - at);
-    at += last - first;
+  for_depthwise_share(in, call.part, call.parts, [&](int group, int64_t first, int64_t last) {
     const int count = int(smaller(GROUP, in.channels - group * GROUP));
     alignas(64) float z[GROUP] = {};
     const float* bias = excite_bias + group * GROUP;
@@ -170,7 +168,7 @@ static void run_squeeze_excite(const Step& step, int phase, const Call& call) {
     }
     if (in.is_bf16) scale_pixels_bf16(step, call, group, first, last, z);
     else scale_pixels(step, call, group, first, last, multipliers);
-  }
+  });
 }
 
 static void run_classifier(const Step& step, int phase, const Call& call) {

@@ -8,10 +8,25 @@ static inline size_t align64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 static inline int row_bytes_of(const Layer& l, const Map& in) { return l.kernel * int(in.pixel_bytes); }
 
 // The channel of a group whose sum is in a lane of a tile; see epilogue.h.
-static inline int conv_channel(int tile, int lane, bool is_bf16) { return is_bf16 ? tile * 16 + lane : lane / 4 * 8 + tile * 4 + lane % 4; }
+static inline int conv_channel(int tile, int lane, bool is_in_order) { return is_in_order ? tile * 16 + lane : lane / 4 * 8 + tile * 4 + lane % 4; }
+
+// A last group of 16 channels or fewer is one tile, in order, where sums become bytes in registers: those of four pixels at once.
+#ifdef __AMX_TILE__
+constexpr bool HAS_HALF_GROUPS = false;
+#else
+constexpr bool HAS_HALF_GROUPS = Lanes::BYTES == 64;
+#endif
+static bool is_half_group(int channels, bool is_bf16) { return HAS_HALF_GROUPS && !is_bf16 && channels <= 16; }
 
 // A last group of 32 channels or fewer takes as much of a register as 64 would: so rows of several bands of the map stand in it side by side.
 static int bands_of(int channels, bool is_bf16) { return is_bf16 || channels > 32 ? 1 : channels > 16 ? 2 : 4; }
+
+// Bands of output rows that stand side by side in a group's 64 bytes, each with the same channels: see bands_of.
+struct Bands {
+  int count = 1;
+  int64_t step = 0;    // bytes from a band's outputs to the next one's
+  int rows[4] = {};    // of each band that exist, from the first one on
+};
 
 // The same of a depthwise group of which so many channels exist; where it is computed in bands, each band has all of them.
 static int depthwise_channel(int tile, int lane, int channels, bool is_bf16) {
@@ -21,6 +36,13 @@ static int depthwise_channel(int tile, int lane, int channels, bool is_bf16) {
 static size_t conv_group_bytes(const Layer& l, const Map& in) { return size_t(l.kernel) * size_t((row_bytes_of(l, in) + 63) / 64) * 2048; }
 static int groups_of(const Layer& l, int channels) { return (channels + (l.kind == CONV ? CONV_GROUP : GROUP) - 1) / (l.kind == CONV ? CONV_GROUP : GROUP); }
 
+// A part's first unit of a convolution's output (rows, or runs of pixels), numbered group by group; those of a half group cost half.
+static int64_t conv_share(int channels, bool is_bf16, int64_t units, int part, int parts) {
+  const int whole = (channels - 1) / CONV_GROUP, last = is_half_group(channels - whole * CONV_GROUP, is_bf16) ? 1 : 2;
+  const int64_t before = whole * units, at = share_start(before * 2 + units * last, part, parts);
+  return at < before * 2 ? at / 2 : before + (at - before * 2) / last;
+}
+
 // A part's first row of a depthwise convolution, numbered group by group. Where the last group is computed in bands, its rows cost less.
 static int64_t depthwise_share(int channels, bool is_bf16, int64_t rows, int part, int parts) {
   const int64_t whole = (channels - 1) / GROUP, before = whole * rows;
@@ -29,9 +51,31 @@ static int64_t depthwise_share(int channels, bool is_bf16, int64_t rows, int par
   return at < before * 4 ? at / 4 : before + (at - before * 4) * bands / 4;
 }
 
+// Rows of a map from which on each part takes rows of all channels. What a part reads next it then wrote itself, but for the rows at the
+// border, which both expand. Lower maps are split by channels, where each part reads its part of the weights only.
+constexpr int ROWS_OF_PART = 14;
+static bool is_split_by_rows(const Map& map, int parts) { return map.height >= ROWS_OF_PART * parts; }
+
+// Calls work(group, first row, end) for all that a part does of a map that is computed in depthwise groups.
+template <class Work>
+static void for_depthwise_share(const Map& map, int part, int parts, const Work& work) {
+  if (is_split_by_rows(map, parts)) {
+    for (int g = 0; g * GROUP < map.channels; g++) work(g, share_start(map.height, part, parts), share_start(map.height, part + 1, parts));
+    return;
+  }
+  const int64_t end = depthwise_share(map.channels, map.is_bf16, map.height, part + 1, parts);
+  for (int64_t at = depthwise_share(map.channels, map.is_bf16, map.height, part, parts); at < end;) {
+    const int64_t first = at % map.height, last = first + end - at < map.height ? first + end - at : map.height;
+    work(int(at / map.height), first, last);
+    at += last - first;
+  }
+}
+
 // Depthwise: kernel rows in fours, for one output row or two (see depthwise.h).
-static int depthwise_rows(const Layer& l) { return l.stride == 1 ? 2 : 1; }
-static int depthwise_fours(const Layer& l) { return (l.kernel + (depthwise_rows(l) - 1) + 3) / 4; }
+constexpr int depthwise_rows(int stride) { return stride == 1 ? 2 : 1; }
+constexpr int depthwise_fours(int kernel, int stride) { return (kernel + depthwise_rows(stride) - 1 + 3) / 4; }
+static int depthwise_rows(const Layer& l) { return depthwise_rows(l.stride); }
+static int depthwise_fours(const Layer& l) { return depthwise_fours(l.kernel, l.stride); }
 static size_t depthwise_group_bytes(const Layer& l, bool is_bf16) {
   if (is_bf16) return size_t(l.kernel) * size_t(l.kernel) * GROUP * 4;
   return size_t(depthwise_rows(l)) * size_t(l.kernel) * size_t(depthwise_fours(l)) * 256;
@@ -55,7 +99,7 @@ static void pack_conv(const Layer& l, const Map& in, int outputs, const uint8_t*
     for (int tile = 0; tile < 2; tile++) {
       const uint8_t* filters[16];
       for (int lane = 0; lane < 16; lane++) {
-        const int n = g * CONV_GROUP + conv_channel(tile, lane, in.is_bf16);
+        const int n = g * CONV_GROUP + conv_channel(tile, lane, in.is_bf16 || is_half_group(outputs - g * CONV_GROUP, in.is_bf16));
         filters[lane] = n < outputs ? from + n * filter : nullptr;
       }
       for (int ky = 0; ky < l.kernel; ky++)
@@ -157,7 +201,7 @@ static void pack(const Program& program, const Layer& l, const Map& in, const Ma
   float* scales = reinterpret_cast<float*>(bias + size_t(p.groups * channels) * 4);
   for (int at = 0; at < p.groups * channels; at++) {
     const int tile = at % channels / 16, lane = at % 16, first = at / channels * channels;
-    const int n = first + (is_conv ? conv_channel(tile, lane, in.is_bf16) : depthwise_channel(tile, lane, out.channels - first, in.is_bf16));
+    const int n = first + (is_conv ? conv_channel(tile, lane, in.is_bf16 || is_half_group(out.channels - first, in.is_bf16)) : depthwise_channel(tile, lane, out.channels - first, in.is_bf16));
     if (n >= out.channels) continue;
     __builtin_memcpy(bias + at * 4, program.blob<uint8_t>(l.bias) + n * 4, 4);
     if (!in.is_bf16) scales[at] = program.blob<float>(l.scales)[n];

@@ -1,4 +1,4 @@
-// What is computed together: a 3x3 convolution and the projection behind it (the expanded map stays in L1), an expansion and the
+// What is computed together: a 3x3 convolution and the projection behind it (the expanded map stays in L1), an expansion (or the stem) and the
 // depthwise convolution behind it (group of channels by group of channels, in L2), the head and its mean. See docs/native.md.
 #include "plan.h"
 
@@ -115,7 +115,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
     step.program = &program;
     if (layer->input >= 0) step.in = maps[size_t(layer->input)];
     const bool has_next = fuses && feeds_next(i) && layer->residual == -1;
-    if (has_next && is_pointwise(*layer) && layer->activation != NONE && layers[i + 1].kind == DEPTHWISE) {
+    if (has_next && layer->kind == CONV && layer->activation != NONE && layers[i + 1].kind == DEPTHWISE) {
       step.expand.layer = layer;
       layer = &layers[++i];
     } else if (has_next && layer->kind == CONV && layer->kernel > 1 && is_pointwise(layers[i + 1]) &&
@@ -127,6 +127,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
     step.kind = Kind(layer->kind);
     step.main = layer;
     step.layer = int(i);
+    if (layer->input >= 0) step.seen = maps[size_t(layer->input)];
     if (last.output >= 0) step.out = maps[size_t(last.output)];
     if (last.residual >= 0) {
       step.has_residual = true;

@@ -76,15 +76,9 @@ static void run_conv(const Step& step, const Call& call) {
   const Packed& p = step.packed;
   const Map& out = step.out;
   const bool flat = is_flat(*step.main, step.in);
-  const int64_t pixels = int64_t(out.height) * out.width, units = flat ? (pixels + RUN - 1) / RUN : out.height;
-  const int64_t total = units * p.groups, end = share_start(total, call.part + 1, call.parts);
-  for (int64_t at = share_start(total, call.part, call.parts); at < end;) {
-    const int group = int(at / units);
-    const int64_t first = at % units, last = smaller(units, first + end - at);
-    at += last - first;
-    const int64_t from = flat ? first * RUN : first, to = flat ? smaller(last * RUN, pixels) : last;
-    const Source source = source_at(*step.main, step.in, out.width, call, from, to);
-    const Target target = target_at(step, call, flat ? from : from * out.width, group * CONV_GROUP, step.has_residual);
+  auto group_pixels = [&](int group, int64_t from, int64_t to) {
+    const Source source = source_at(*step.main, step.in, out.width, call, flat ? from : from / out.width, flat ? to : to / out.width);
+    const Target target = target_at(step, call, from, group * CONV_GROUP, step.has_residual);
     if (step.keeps_sums) {
       int32_t* sums = call.sums + size_t(call.part) * call.sums_stride + group * CONV_GROUP;
       for (int i = 0; i < CONV_GROUP; i++) sums[i] = 0;
@@ -92,6 +86,19 @@ static void run_conv(const Step& step, const Call& call) {
     } else {
       conv_group(p, group, source, target, step.has_residual, scratch_of(call).conv, *call.prefetch);
     }
+  };
+  if (!step.keeps_sums && is_split_by_rows(out, call.parts)) {
+    for (int g = 0; g < p.groups; g++)
+      group_pixels(g, share_start(out.height, call.part, call.parts) * out.width, share_start(out.height, call.part + 1, call.parts) * out.width);
+    return;
+  }
+  // Numbered group by group, in each by runs of pixels or row by row.
+  const int64_t pixels = int64_t(out.height) * out.width, unit = flat ? RUN : out.width, units = (pixels + unit - 1) / unit;
+  const int64_t end = conv_share(out.channels, out.is_bf16, units, call.part + 1, call.parts);
+  for (int64_t at = conv_share(out.channels, out.is_bf16, units, call.part, call.parts); at < end;) {
+    const int64_t first = at % units, last = smaller(units, first + end - at);
+    group_pixels(int(at / units), first * unit, smaller(last * unit, pixels));
+    at += last - first;
   }
 }
 
@@ -131,7 +138,7 @@ static int depthwise_input_rows(const Layer& l, int64_t rows) { return int((rows
 
 // A depthwise step's buffer: [rows][left margin, the input's pixels, right margin][64].
 static int64_t buffer_width(const Step& step) {
-  return larger(step.in.width + step.main->pad_left, (step.out.width - 1) * step.main->stride + step.main->kernel);
+  return larger(step.seen.width + step.main->pad_left, (step.out.width - 1) * step.main->stride + step.main->kernel);
 }
 
 static int64_t depthwise_rows_at_once(const Step& step) {
@@ -168,23 +175,23 @@ static void depthwise_rows_of(const Packed& p, int group, const uint8_t* from, i
   else depthwise_rows_of<5, 2>(p, group, from, row_bytes, rows, target, bands, keeps_sums, totals, scratch);
 }
 
-// A group's expansion of the input's rows [y, end), or its channels as they are, into a buffer's pixels.
+// A group's expansion's rows [y, end), or the input's own, into a buffer's pixels.
 static void fill_rows(const Step& step, const Call& call, int group, int64_t y, int64_t end, uint8_t* to, int64_t row_bytes) {
   const Packed& expand = step.expand;
   const Map& in = step.in;
   if (!expand.layer) return copy_rows(in, call, group, y, end, to, row_bytes);
   // Pixels by pieces that stay in L1 for both halves of the group.
-  const int64_t piece = larger(RUN, EXPAND_PIECE / int64_t(in.pixel_bytes) / RUN * RUN), pixel = GROUP * value_bytes(in);
+  const int64_t width = step.seen.width, pixel = GROUP * value_bytes(in);
+  const int64_t rows = larger(1, larger(RUN, EXPAND_PIECE / int64_t(in.pixel_bytes) / RUN * RUN) / width);
   const bool flat = is_flat(*expand.layer, in);
-  const int64_t rows = flat ? larger(1, piece / in.width) : 1;
   for (int64_t from = y; from < end; from += rows) {
     const int64_t until = smaller(end, from + rows);
-    const Source source = source_at(*expand.layer, in, in.width, call, flat ? from * in.width : from, flat ? until * in.width : until);
+    const Source source = source_at(*expand.layer, in, int(width), call, flat ? from * width : from, flat ? until * width : until);
     Target target;
     target.out = to + (from - y) * row_bytes;
     target.pixel = pixel;
-    target.skip = row_bytes - in.width * pixel;
-    target.width = in.width;
+    target.skip = row_bytes - width * pixel;
+    target.width = int(width);
     for (int g = group * 2; g < group * 2 + 2 && g < expand.groups; g++, target.out += CONV_GROUP * value_bytes(in))
       conv_group(expand, g, source, target, false, scratch_of(call).conv, *call.prefetch);
   }
@@ -194,24 +201,18 @@ static void fill_rows(const Step& step, const Call& call, int group, int64_t y, 
 static void run_depthwise(const Step& step, const Call& call) {
   const Packed& p = step.packed;
   const Layer& l = *step.main;
-  const Map &in = step.in, &out = step.out;
+  const Map &seen = step.seen, &out = step.out;
   Scratch& scratch = scratch_of(call);
   const int zero_point = step.program->tensors[size_t(l.input)].zero_point;
-  const int64_t pixel = GROUP * value_bytes(in), width = buffer_width(step), row_bytes = width * pixel, rows_at_once = depthwise_rows_at_once(step);
-  const int64_t end = depthwise_share(out.channels, out.is_bf16, out.height, call.part + 1, call.parts);
-  int64_t at = depthwise_share(out.channels, out.is_bf16, out.height, call.part, call.parts);
-  if (at == end) return;
+  const int64_t pixel = GROUP * value_bytes(seen), width = buffer_width(step), row_bytes = width * pixel, rows_at_once = depthwise_rows_at_once(step);
   // Margins left and right are never written again in this step.
   const int64_t buffer_rows = depthwise_input_rows(l, rows_at_once);
   for (int64_t y = 0; y < buffer_rows; y++) {
     uint8_t* row = scratch.buffer + y * row_bytes;
     __builtin_memset(row, zero_point, size_t(l.pad_left * pixel));
-    __builtin_memset(row + (l.pad_left + in.width) * pixel, zero_point, size_t((width - l.pad_left - in.width) * pixel));
+    __builtin_memset(row + (l.pad_left + seen.width) * pixel, zero_point, size_t((width - l.pad_left - seen.width) * pixel));
   }
-  while (at < end) {
-    const int group = int(at / out.height);
-    const int64_t first = at % out.height, last = smaller(out.height, first + end - at);
-    at += last - first;
+  for_depthwise_share(out, call.part, call.parts, [&](int group, int64_t first, int64_t last) {
     int32_t* sums = call.sums + size_t(call.part) * call.sums_stride + group * GROUP;
     for (int i = 0; i < GROUP; i++) sums[i] = 0;
     const int num_bands = bands_of(out.channels - group * GROUP, out.is_bf16);
@@ -237,7 +238,7 @@ static void run_depthwise(const Step& step, const Call& call) {
             else for (int64_t x = 0; x < width; x++) __builtin_memset(pixels + x * pixel, zero_point, size_t(band_bytes));
           }
         };
-        const int64_t inside = larger(have, smaller(stop, -top)), below = larger(inside, smaller(stop, in.height - top));
+        const int64_t inside = larger(have, smaller(stop, -top)), below = larger(inside, smaller(stop, seen.height - top));
         pad(have, inside);
         if (inside < below) fill_rows(step, call, group, top + inside, top + below, to + (inside - start) * row_bytes + l.pad_left * pixel, row_bytes);
         pad(below, stop);
@@ -247,9 +248,9 @@ static void run_depthwise(const Step& step, const Call& call) {
       depthwise_rows_of(p, group, scratch.buffer, row_bytes, int(count), target_at(step, call, (first + y) * out.width, group * GROUP, false),
                         bands, step.keeps_sums, totals, scratch.depthwise);
       if (!step.keeps_sums) continue;
-      for (int b = 0; b < num_bands; b++) add_sums(sums, totals + b * GROUP / num_bands, GROUP / num_bands, in.is_bf16);
+      for (int b = 0; b < num_bands; b++) add_sums(sums, totals + b * GROUP / num_bands, GROUP / num_bands, seen.is_bf16);
     }
-  }
+  });
 }
 
 #include "means.h"
@@ -299,6 +300,7 @@ static size_t scratch_bytes(const Step& step) {
 static void needs(const Step& step, int part, int parts, Prefetch& prefetch) {
   const Packed& p = step.packed;
   auto add_share = [&](const Packed& of, int groups, int scale) {
+    if (is_split_by_rows(step.out, parts)) return prefetch.add(of.weights, of.group_bytes * size_t(of.groups));
     // A group that two parts share is wanted by both.
     const int64_t first = int64_t(groups) * part / parts * scale, last = smaller((int64_t(groups) * (part + 1) + parts - 1) / parts * scale, of.groups);
     if (first < last) prefetch.add(of.weights + size_t(first) * of.group_bytes, size_t(last - first) * of.group_bytes);
