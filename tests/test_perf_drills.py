@@ -1,3 +1,4 @@
+import asyncio
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,7 +11,7 @@ from PIL import Image
 
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
-from perf.studies import drills
+from perf.studies import drill_clients, drills
 from perf.studies.config import DrillName, DrillsConfig
 from perf.studies.drill_clients import LOST, REFUSED_CONNECTION, Seen
 from perf.studies.drills import DRILLS, DrillRecord, Finding, lost, main, to_markdown
@@ -80,6 +81,26 @@ def test_memory_is_watched_over_many_requests(config: DrillsConfig, tmp_path: Pa
 def test_what_nobody_took_is_not_lost_and_what_broke_is():
     seen = [Seen(status, 0.0, 0.1) for status in (200, 429, 503, REFUSED_CONNECTION, LOST, 500)]
     assert [s.status for s in lost(seen)] == [LOST, 500]
+
+
+def test_clients_have_no_more_requests_on_their_way_than_descriptors(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    num_open, most = 0, 0
+
+    async def send(*_: object) -> Seen:
+        nonlocal num_open, most
+        num_open += 1
+        most = max(most, num_open)
+        await asyncio.sleep(0.2)
+        num_open -= 1
+        return Seen(200, 0.0, 0.01)
+
+    monkeypatch.setattr(drill_clients, "send", send)
+    monkeypatch.setattr(drill_clients, "MAX_OPEN", 3)
+    session: Any = None
+    seen = asyncio.run(drill_clients.send_at_rate(session, "", [b""], rate=20, seconds=1))
+    assert 3 < len(seen) <= 20 and most == 3
 
 
 def test_the_table_says_which_promise_is_not_kept():

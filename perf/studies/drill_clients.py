@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import itertools
+import resource
 import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -22,6 +23,10 @@ SOURCES = tuple(f"127.0.2.{number}" for number in range(1, 101))
 
 # In the place of a status: nobody listens any more, or the connection broke without an answer.
 REFUSED_CONNECTION, LOST = 0, -1
+
+
+# Requests on their way at once: each takes a descriptor, of which this process has so many.
+MAX_OPEN = min(5000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 @dataclass(frozen=True)
@@ -82,24 +87,30 @@ async def send_at_rate(
     seconds: float,
     meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> list[Seen]:
-    """Send pictures evenly, whether or not earlier ones are answered.
+    """Send pictures evenly, whether or not earlier ones are answered, up to MAX_OPEN of them.
 
     Args:
         session: of the clients.
         address: that takes a picture as the body.
         pictures: sent in turn.
         rate: a second.
-        seconds: for which they are sent.
+        seconds: for which they are sent, fewer where there is no room for more.
         meanwhile: what happens beside it.
     """
     beside = [asyncio.create_task(meanwhile())] if meanwhile else []
     start = time.monotonic()
     tasks: list[asyncio.Task[Seen]] = []
+    room = asyncio.Semaphore(MAX_OPEN)
     for index, picture in zip(range(max(1, round(rate * seconds))), itertools.cycle(pictures)):
         remaining = start + index / rate - time.monotonic()
         if remaining > 0:
             await asyncio.sleep(remaining)
-        tasks.append(asyncio.create_task(send(session, address, picture)))
+        await room.acquire()
+        if time.monotonic() - start > seconds:
+            break
+        task = asyncio.create_task(send(session, address, picture))
+        task.add_done_callback(lambda _: room.release())
+        tasks.append(task)
     seen = await asyncio.gather(*tasks)
     await asyncio.gather(*beside)
     return seen
