@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,14 +190,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "tiny-run", make) / "checkpoint"
 
 
-@pytest.fixture(scope="session")
-def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(factory: pytest.TempPathFactory, name: str, config: OrtConfig) -> Path:
+    """Have ONNX Runtime's artifact of a tiny network made once, into a folder of that name."""
     artifact = Path("tiny") / "onnxruntime-fp32"
 
     def make(folder: Path) -> None:
-        ort.main(OrtConfig(checkpoint=tiny_checkpoint, output=folder / artifact))
+        ort.main(replace(config, output=folder / artifact))
 
-    return made_once(tmp_path_factory, "tiny-artifacts", make) / artifact
+    return made_once(factory, name, make) / artifact
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory, "tiny-artifacts", OrtConfig(tiny_checkpoint))
 
 
 @pytest.fixture(scope="session")
@@ -237,12 +243,8 @@ def fitted_checkpoint(fitted_checkpoints: dict[Padding, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def fitted_artifact(fitted_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    artifact = Path("tiny") / "onnxruntime-fp32"
-
-    def make(folder: Path) -> None:
-        ort.main(OrtConfig(fitted_checkpoint, folder / artifact, num_parity_images=64))
-
-    return made_once(tmp_path_factory, "fitted-artifacts", make) / artifact
+    config = OrtConfig(fitted_checkpoint, num_parity_images=64)
+    return exported(tmp_path_factory, "fitted-artifacts", config)
 
 
 @pytest.fixture(scope="module")

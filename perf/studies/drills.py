@@ -321,7 +321,6 @@ def drain(scene: Scene) -> list[Finding]:
         seen = _at_rate(scene, service, rate, scene.short_s, terminate)
     last_taken = max((s.sent_at for s in seen if s.is_answered), default=0.0)
     none_taken = [s.sent_at for s in seen if s.status == REFUSED_CONNECTION]
-    broken = lost(seen)
     return [
         Finding(what="sent", found=f"{len(seen)} at {rate:.1f} a second: {_statuses(seen)}"),
         Finding(
@@ -331,12 +330,7 @@ def drain(scene: Scene) -> list[Finding]:
             is_kept=0 < not_ready_at[0] < min(none_taken, default=float("inf")),
         ),
         Finding(what="pictures are taken for", found=f"{last_taken - sent_at[0]:.2f} s more"),
-        Finding(
-            what="accepted and then lost",
-            found=str(len(broken)),
-            promised="none",
-            is_kept=not broken,
-        ),
+        _none_lost(seen),
         Finding(what="ended after", found=f"{ended_at[0] - sent_at[0]:.2f} s"),
     ]
 
@@ -344,6 +338,16 @@ def drain(scene: Scene) -> list[Finding]:
 def lost(seen: Sequence[Seen]) -> list[Seen]:
     """Return those that were taken, and neither answered nor told to come again."""
     return [s for s in seen if s.status not in (200, 429, 503, REFUSED_CONNECTION)]
+
+
+def _none_lost(seen: Sequence[Seen]) -> Finding:
+    broken = lost(seen)
+    return Finding(
+        what="accepted and then lost",
+        found=str(len(broken)),
+        promised="none",
+        is_kept=not broken,
+    )
 
 
 def change(scene: Scene) -> list[Finding]:
@@ -368,7 +372,6 @@ def change(scene: Scene) -> list[Finding]:
     seen = [*before, *meanwhile, *after]
     by_old = sum(s.artifact == old for s in seen if s.is_answered)
     by_new = sum(s.artifact != old for s in seen if s.is_answered)
-    broken = lost(seen)
     return [
         Finding(
             what="sent",
@@ -376,12 +379,7 @@ def change(scene: Scene) -> list[Finding]:
             promised="200 only",
             is_kept=all(s.is_answered for s in seen),
         ),
-        Finding(
-            what="accepted and then lost",
-            found=str(len(broken)),
-            promised="none",
-            is_kept=not broken,
-        ),
+        _none_lost(seen),
         Finding(
             what="answered",
             found=f"{by_old} by the old one, {by_new} by the new one",
