@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 from starlette.datastructures import UploadFile
@@ -163,7 +162,7 @@ async def model(request: Request) -> ModelFacts:
 
 
 @app.exception_handler(HTTPException)
-async def answer_http_error(request: Request, error: HTTPException) -> JSONResponse:
+async def answer_http_error(request: Request, error: HTTPException) -> Response:
     """Give every refusal the same form."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
@@ -186,7 +185,7 @@ async def answer_http_error(request: Request, error: HTTPException) -> JSONRespo
 
 
 @app.exception_handler(OSError)
-async def answer_os_error(request: Request, error: OSError) -> JSONResponse:
+async def answer_os_error(request: Request, error: OSError) -> Response:
     """Answer a full disk in its own way."""
     # Uploads above 1 MB are buffered in the temporary folder while they arrive.
     if error.errno == errno.ENOSPC:
@@ -196,13 +195,13 @@ async def answer_os_error(request: Request, error: OSError) -> JSONResponse:
 
 @app.exception_handler(AbandonedError)
 @app.exception_handler(ClientDisconnect)
-async def answer_nobody(_: Request, __: AbandonedError | ClientDisconnect) -> JSONResponse:
+async def answer_nobody(_: Request, __: AbandonedError | ClientDisconnect) -> Response:
     """End a request whose client is gone; the status is for metrics and the log."""
     return problem_response("client_gone", "the client is gone")
 
 
 @app.exception_handler(Exception)
-async def answer_bug(request: Request, _: Exception) -> JSONResponse:
+async def answer_bug(request: Request, _: Exception) -> Response:
     """Answer what nobody expected; the gate logs it."""
     return problem_response("internal_error", _fault(request))
 
@@ -260,7 +259,7 @@ async def run(
     return results
 
 
-def _disk_is_full() -> JSONResponse:
+def _disk_is_full() -> Response:
     return problem_response(
         "disk_full", "the disk of the service is full, so it cannot take the upload"
     )

@@ -42,7 +42,7 @@ def submit(batcher: Batcher, *values: float, is_wanted: Callable[[], bool] = lam
 
 @contextmanager
 def batcher_of(network: Network, max_images: int = 4, max_wait_s: float = 0) -> Iterator[Batcher]:
-    batcher = Batcher(network.infer, max_images, max_wait_s)
+    batcher = Batcher(network.infer, network.infer, max_images, max_wait_s)
     try:
         yield batcher
     finally:
@@ -156,7 +156,7 @@ def test_every_size_is_called_before_the_service_is_ready():
     network = Network()
     with batcher_of(network, max_images=3) as batcher:
         batcher.warm_up((1,))
-        assert network.sizes == [1, 2, 3]
+        assert network.sizes == [1, 2, 3, 1]  # the last as beside other work
 
 
 def test_what_waits_at_the_end_is_told():
