@@ -89,6 +89,25 @@ def test_an_image_waits_for_one_that_is_being_prepared():
         assert network.sizes == [2]
 
 
+@pytest.mark.parametrize("is_short", [True, False])
+def test_beside_pictures_that_are_decoded_threads_share_a_lone_image_of_a_long_call_only(
+    is_short: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("serving.batching.SHORT_CALL_S", 60.0 if is_short else 0.0)
+    alone, beside = Network(), Network()
+    batcher = Batcher(alone.infer, beside.infer, 4, 0.0)
+    batcher.warm_up((1,))
+    alone.sizes.clear()
+    beside.sizes.clear()
+    for values in ((1,), (1, 2)):
+        submit(batcher, *values).result(30)
+        with batcher.coming():
+            submit(batcher, *values).result(30)
+    batcher.close()
+    assert alone.sizes == ([1, 2] if is_short else [1, 1, 2])
+    assert beside.sizes == ([1, 2] if is_short else [2])
+
+
 def test_an_image_does_not_wait_longer_than_the_limit_nor_when_a_call_is_full():
     network = Network()
     with batcher_of(network, max_wait_s=0.01) as batcher, batcher.coming():
