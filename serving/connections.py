@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from starlette.types import Scope
 
@@ -19,16 +19,9 @@ HEAD_S = 10.0
 LINGER_S = 5.0
 
 
-class Refuser(Protocol):
-    """Says no where no application needs to be asked."""
-
-    def __call__(self, request: Scope) -> bytes | None:
-        """Return the whole answer, with `Connection: close`, or None for the application's.
-
-        Args:
-            request: whose head has come; ASGI's.
-        """
-        ...
+# Takes a request of ASGI whose head has come, and gives the whole answer, with `Connection: close`,
+# or None where the application is to answer.
+Refuser = Callable[[Scope], bytes | None]
 
 
 def limited(
@@ -39,6 +32,11 @@ def limited(
     Where an answer ends a connection whose request is still being sent, the rest is thrown away as
     it comes, without being looked at. An application hears of this by `is_body_coming` in the
     scope, which tells whether there is a rest.
+
+    Args:
+        protocol_class: of uvicorn, made with httptools.
+        max_per_address: connections.
+        refuser: says no where no application needs to be asked.
     """
     num_of = Counter[str]()
 
@@ -51,11 +49,12 @@ def limited(
             super().connection_made(transport)
             if self.client is None:  # a Unix socket's
                 return
-            self._address = self.client[0]
-            num_of[self._address] += 1
-            if num_of[self._address] > max_per_address:
+            address: str = self.client[0]
+            self._address = address
+            num_of[address] += 1
+            if num_of[address] > max_per_address:
                 self.connections.discard(self)
-                transport.write(_refusal(self._address, max_per_address))
+                transport.write(_refusal(address, max_per_address))
                 self._uncount()
                 self.end_gently()
 

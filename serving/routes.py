@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -226,7 +226,8 @@ async def short_lane(scope: Scope, receive: Receive, send: Send) -> None:
     except Exception as error:
         kind = next(kind for kind in type(error).__mro__ if kind in app.exception_handlers)
         bug = error if kind is Exception else None
-        response = await app.exception_handlers[kind](request, error)
+        handler: Any = app.exception_handlers[kind]
+        response = await handler(request, error)
     await response(scope, receive, send)
     if bug:
         raise bug
