@@ -191,9 +191,9 @@ def on_cores(cores: Collection[int]) -> Generator[None]:
 
 def overload(scene: Scene) -> list[Finding]:
     """Ten times what it can do."""
-    own, *others = sorted(os.sched_getaffinity(0))
+    own, *rest = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
-        with on_cores(others or [own]):
+        with on_cores(rest or [own]):
             service = stack.enter_context(running_service(scene.artifact))
         # Clients that computed on the service's cores would be late, and take its time.
         stack.enter_context(on_cores([own]))
@@ -230,7 +230,7 @@ def overload(scene: Scene) -> list[Finding]:
         ),
         Finding(
             what="clients",
-            found=f"on {'a core of their own' if others else 'the only core'}, of which they take "
+            found=f"on {'a core of their own' if rest else 'the only core'}, of which they take "
             f"{clients_s / sending_s:.2f}; late themselves by {lateness.p99_ms:.1f} ms (p99)",
         ),
         Finding(
