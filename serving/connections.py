@@ -1,4 +1,4 @@
-"""Connections of uvicorn -> those that say nothing, or are too many of one address, are closed."""
+"""Connections of uvicorn -> ended where they are silent or too many, refused when all is full."""
 
 import asyncio
 import time
