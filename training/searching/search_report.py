@@ -143,7 +143,8 @@ def to_markdown(record: SearchRecord, shown: dict[str, str]) -> str:
         f"{setting['epochs']} epochs of batches of {setting['batch_size']}; "
         f"{record.space.num_choices:,} choices, {record.sampler}, seed {record.seed}. "
         f"{on}. {record.started_at:%Y-%m-%d %H:%M} to {record.finished_at:%H:%M} UTC; torch "
-        f"{record.environment.libraries.get('torch')}, commit {record.environment.git_commit}.",
+        f"{record.environment.libraries.get('torch')}, commit "
+        f"{record.environment.git_commit or 'unknown'}.",
     ]
     if len(devices) > 1:
         parts.append(
