@@ -74,6 +74,18 @@ def test_a_page_has_a_place_for_what_each_command_publishes():
         find_section(page, section)
 
 
+def test_each_published_section_tells_its_commit():
+    found = [
+        (page.name, *match)
+        for page in PAGES
+        for match in re.findall(
+            r"<!-- ([\w-]+): written .*? -->\n(.*?)<!-- /\1 -->", page.read_text(), re.S
+        )
+    ]
+    assert len(found) > 20
+    assert not [f"{page}: {name}" for page, name, text in found if "\nCommit" not in text]
+
+
 def test_the_commands_that_take_no_time_run(tmp_path: Path):
     texts = "\n".join(page.read_text() for page in PAGES)
     commands = set(re.findall(r"(?:`|^ *)python (-m efficientnet[^`\n#]*)", texts, re.M))

@@ -56,8 +56,13 @@ def publish(record: SearchRecord, readme: Path) -> Path:
         if record.compared:
             parts += [tables.compared_table(record).markdown(), MARGIN]
         parts += [f"![{ALT[name]}]({link}/{stem}-{name}.png)" for name in ("plane", "choices")]
-    parts.append(f"[All of it]({link}/{stem}.md), [all trials]({link}/{stem}.json).")
-    write_section(readme, stem, "\n\n".join(parts))
+    where = record.environment
+    parts.append(
+        f"{where.gpus[0] if where.gpus else f'{where.num_cores} cores of {where.processor}'}, "
+        f"{record.finished_at:%Y-%m-%d} UTC. [All of it]({link}/{stem}.md), "
+        f"[all trials]({link}/{stem}.json)."
+    )
+    write_section(readme, stem, "\n\n".join(parts), [record.environment])
     return text
 
 

@@ -41,7 +41,7 @@ def publish(record: AblationRecord, readme: Path) -> Path:
         f"{setting(record)} {MARGIN} [All tables]({link}/{stem}.md), "
         f"[all runs]({link}/{stem}.json)."
     )
-    write_section(readme, stem, "\n\n".join(parts))
+    write_section(readme, stem, "\n\n".join(parts), record.environments)
     return text
 
 
