@@ -12,7 +12,7 @@ requests, and the slope of its memory.
 from efficientnet.command import late, parse_flags, run_command
 from perf.service_load.config import DrillsConfig
 
-main = late("perf.service_load.drills", needs=("aiohttp", "psutil"))
+main = late("perf.service_load.drills", needs=("uvloop", "psutil"))
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(DrillsConfig, __doc__), main)
