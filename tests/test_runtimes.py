@@ -46,11 +46,14 @@ def program(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Path:
     return programs[request.param]
 
 
-@pytest.fixture(params=[*PROGRAMS, "null"])
+@pytest.fixture(params=PROGRAMS)
 def runtime(request: pytest.FixtureRequest, programs: dict[str, Path]) -> Runtime:
-    if request.param == "null":
-        return NullRuntime(open_runtime(programs["onnxruntime"]).info)
     return open_runtime(programs[request.param])
+
+
+def test_the_null_runtime_answers_as_many_images_as_it_is_given(programs: dict[str, Path]):
+    null = NullRuntime(open_runtime(programs["onnxruntime"]).info)
+    assert null.infer(digits(7)).shape == (7, 10)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 64])

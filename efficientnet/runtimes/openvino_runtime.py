@@ -76,13 +76,15 @@ class OpenVinoRuntime:
             if self._any is None:
                 self._any = self._compile(None).create_infer_request()
             request = self._any
-        (logits,) = request.infer({0: images}).values()
+        # Copying the images would take up to a tenth of a small network's call.
+        (logits,) = request.infer({0: images}, share_inputs=True).values()
         return np.array(logits, dtype=np.float32)
 
     def _infer_in_streams(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         logits = np.empty((len(images), len(self.info.class_names)), np.float32)
         for index in range(len(images)):
-            self._streams.start_async({0: images[index : index + 1]}, logits[index])
+            single = {0: images[index : index + 1]}
+            self._streams.start_async(single, logits[index], share_inputs=True)
         self._streams.wait_all()
         return logits
 

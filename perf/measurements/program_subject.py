@@ -14,19 +14,21 @@ from efficientnet.measuring.clock import Call, TimedCall, Turn, WarmUp
 from efficientnet.measuring.inputs import map_inputs, rotate
 from efficientnet.measuring.machine_use import CpuUse
 from efficientnet.runtimes import ProgramInfo, open_runtime
-from efficientnet.runtimes.protocol import check_images
 from perf.measurements.server_load import answer_planned
 
 
 class NullRuntime:
-    """Answers zeros for a program: what that takes is the overhead of the harness around it."""
+    """Answers zeros for a program: what that takes is the overhead of the harness around it.
+
+    It does not look at the images, as each of the runtimes does to refuse NaN: that is a part of
+    their calls, and most of it is reading the images from memory, which then are in the cache.
+    """
 
     def __init__(self, info: ProgramInfo) -> None:
         self.info = info
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
-        check_images(images, self.info)
         return np.zeros((len(images), len(self.info.class_names)), dtype=np.float32)
 
 

@@ -86,7 +86,12 @@ def torch_benchmark(program: Program, folder: Path, seconds: float, num_threads:
 
 
 TOOLS = {
-    "openvino": OtherTool("benchmark_app", "openvino", "with filling its input", benchmark_app),
+    "openvino": OtherTool(
+        "benchmark_app",
+        "openvino",
+        "the call inside the library, of inputs that lie ready",
+        benchmark_app,
+    ),
     EAGER_RUNTIME: OtherTool(
         "torch.utils.benchmark", "torch", "a tensor in, a tensor out", torch_benchmark
     ),
