@@ -7,6 +7,7 @@ that nobody expected ends here, in one line of the log: a server that sees it cl
 
 import ipaddress
 import logging
+import math
 import re
 import secrets
 import socket
@@ -18,7 +19,14 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.refusals import Refusal, in_one_line, printable, problem_response
+from serving.refusals import (
+    Refusal,
+    as_http,
+    in_one_line,
+    printable,
+    problem_response,
+    refusal_response,
+)
 
 # A path and its question; no address of the service is longer than 100.
 MAX_ADDRESS_BYTES = 4000
@@ -44,6 +52,10 @@ SECURITY_HEADERS = (
 CONTENT_POLICY = b"content-security-policy"
 # Answers that are no page load nothing; a page says itself what it loads.
 NOTHING_LOADED = b"default-src 'none'; frame-ancestors 'none'"
+
+# Thousands of lines a second would take the time that answers need.
+OVERLOADED = 429
+OVERLOAD_LINES_S = 1.0
 
 # Of BentoML's family, so that its configuration of the log decides.
 log = logging.getLogger("bentoml.access")
@@ -82,6 +94,7 @@ class Gate:
         self._is_path = lambda path: path in OWN_PATHS or is_path(path)
         here = {"localhost", socket.gethostname().lower()}
         self._hosts = {host.lower() for host in allowed_hosts} | here
+        self._overload_logged_at, self._num_unlogged = -math.inf, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on."""
@@ -150,6 +163,20 @@ class Gate:
             return False
         return True
 
+    def refuse(self, scope: Scope, refusal: Refusal) -> bytes:
+        """Return what a request is answered with, whatever it holds, and write its log line."""
+        number = _request_id(scope)
+        named: Scope = {
+            **scope,
+            "asked_path": printable(scope["path"]),
+            "asked_method": printable(scope["method"], 20),
+            "gate.request_id": number,
+        }
+        self._log(named, refusal.status_code, time.monotonic())
+        headers = (*SECURITY_HEADERS, (CONTENT_POLICY, NOTHING_LOADED))
+        own = ((b"x-request-id", number.encode()), (b"connection", b"close"))
+        return as_http(refusal_response(refusal), (*headers, *own))
+
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, status = time.monotonic(), 0
 
@@ -178,15 +205,27 @@ class Gate:
                 response = problem_response("internal_error", sentence)
                 await response(scope, receive, send_named)
         if scope["path"] not in PROBES:
-            log.info(
-                "%s %s %s %d %.0f ms, request %s",
-                (scope.get("client") or ["-"])[0],
-                scope["asked_method"],
-                scope["asked_path"],
-                status,
-                1000 * (time.monotonic() - started),
-                scope["gate.request_id"],
-            )
+            self._log(scope, status, started)
+
+    def _log(self, scope: Scope, status: int, started: float) -> None:
+        now, others = time.monotonic(), ""
+        if status == OVERLOADED:
+            if now < self._overload_logged_at + OVERLOAD_LINES_S:
+                self._num_unlogged += 1
+                return
+            if self._num_unlogged:
+                others = f", and {self._num_unlogged} other {OVERLOADED} before it"
+            self._overload_logged_at, self._num_unlogged = now, 0
+        log.info(
+            "%s %s %s %d %.0f ms, request %s%s",
+            (scope.get("client") or ["-"])[0],
+            scope["asked_method"],
+            scope["asked_path"],
+            status,
+            1000 * (now - started),
+            scope["gate.request_id"],
+            others,
+        )
 
 
 def _request_id(scope: Scope) -> str:

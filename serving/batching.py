@@ -5,6 +5,8 @@ the next one. Only while others are being decoded does an image wait for them, a
 single client never waits.
 """
 
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -21,9 +23,23 @@ from serving.work import AbandonedError, IsWanted, all_of
 
 Images = NDArray[np.float32]
 
+# Of the threads that compute: less urgent than to take requests and to refuse them, more than to
+# decode what then waits for the network.
+NICENESS = 5
+
 # Prepared images that wait, in calls; threads that have more wait with them, so that memory is
 # bounded.
 CALLS_AHEAD = 2
+
+# A network that takes longer for an image is not held up much by pictures that are decoded, and
+# would be by having one thread for it.
+SHORT_CALL_S = 0.01
+
+
+def be_less_urgent() -> None:
+    """Have this thread, and those that it starts, wait for a core when the event loop wants it."""
+    if sys.platform == "linux":  # where it is not the whole process
+        os.nice(NICENESS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ class Batcher:
 
     Args:
         infer: maps float32 images [N, 3, H, W] to logits [N, classes].
+        infer_beside: the same, while other work wants the cores; see runtimes.protocol.
         max_images: in a call.
         max_wait_s: for which an image waits for others that are being prepared.
         on_call: told the number of images of each call.
@@ -48,11 +65,14 @@ class Batcher:
     def __init__(
         self,
         infer: Callable[[Images], Images],
+        infer_beside: Callable[[Images], Images],
         max_images: int,
         max_wait_s: float,
         on_call: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._infer = infer
+        self._infer_beside = infer_beside
+        self._is_short = False
         self._max_images = max_images
         self._max_wait_s = max_wait_s
         self._on_call = on_call
@@ -72,6 +92,9 @@ class Batcher:
         """
         for num_images in range(1, self._max_images + 1):
             self._infer(np.zeros((num_images, *image_shape), np.float32))
+        started = time.monotonic()
+        self._infer_beside(np.zeros((1, *image_shape), np.float32))
+        self._is_short = time.monotonic() - started < SHORT_CALL_S
 
     @contextmanager
     def coming(self) -> Generator[None]:
@@ -130,6 +153,7 @@ class Batcher:
         return job.answer
 
     def _work(self) -> None:
+        be_less_urgent()
         while (jobs := self._next()) is not None:
             self._call_since = time.monotonic()
             self._call(jobs)
@@ -170,8 +194,9 @@ class Batcher:
         images = jobs[0].images
         if len(jobs) > 1:
             images = np.concatenate([job.images for job in jobs])
+        is_alone = not self._num_coming or (len(images) == 1 and not self._is_short)
         try:
-            logits = self._infer(images)
+            logits = (self._infer if is_alone else self._infer_beside)(images)
         except Exception as error:
             if len(jobs) > 1:  # whose image it is shows when each has a call of its own
                 for job in jobs:

@@ -1,8 +1,12 @@
-"""Connections of uvicorn -> those that say nothing, or are too many of one address, are closed."""
+"""Connections of uvicorn -> ended where they are silent or too many, refused when all is full."""
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from starlette.types import Scope
 
 from serving.answers import Problem
 from serving.refusals import PROBLEM_TYPE
@@ -11,36 +15,134 @@ from serving.refusals import PROBLEM_TYPE
 HEAD_S = 10.0
 
 # What a refused client is still sending is read for so long: closed before, the connection would
-# be reset, and the refusal lost on its way.
+# be reset, and the answer lost on its way.
 LINGER_S = 5.0
 
 
-def limited(protocol_class: type[Any], max_per_address: int) -> type[Any]:
-    """Return a protocol that answers 429 to more connections of an address than that."""
+# Takes a request of ASGI whose head has come, and gives the whole answer, with `Connection: close`,
+# or None where the application is to answer.
+Refuser = Callable[[Scope], bytes | None]
+
+
+def limited(
+    protocol_class: type[Any], max_per_address: int, refuser: Refuser = lambda _: None
+) -> type[Any]:
+    """Return a protocol that answers 429 to more connections of an address than that.
+
+    Where an answer ends a connection whose request is still being sent, the rest is thrown away as
+    it comes, without being looked at. An application hears of this by `is_body_coming` in the
+    scope, which tells whether there is a rest.
+
+    Args:
+        protocol_class: of uvicorn, made with httptools.
+        max_per_address: connections.
+        refuser: says no where no application needs to be asked.
+    """
+    num_of = Counter[str]()
 
     class Limited(protocol_class):
-        _is_refused = False
+        _address: str | None = None
+        _end: asyncio.TimerHandle | None = None
+        """Set where what comes is thrown away."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if self.client is None:  # a Unix socket's
                 return
-            address = self.client[0]
-            # This one is among them.
-            if sum(c.client is not None and c.client[0] == address for c in self.connections) > (
-                max_per_address
-            ):
-                self._is_refused = True
+            address: str = self.client[0]
+            self._address = address
+            num_of[address] += 1
+            if num_of[address] > max_per_address:
                 self.connections.discard(self)
                 transport.write(_refusal(address, max_per_address))
-                transport.write_eof()
-                self.loop.call_later(LINGER_S, transport.close)
+                self._uncount()
+                self.end_gently()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._uncount()
+            if self._end:
+                self._end.cancel()
+            super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if not self._is_refused:
+            if not self._end:
                 super().data_received(data)
 
+        def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+            refusal = refuser(cycle.scope)
+            if refusal is None:
+                super()._start_asgi_task(cycle, app)
+                return
+            cycle.response_started = cycle.response_complete = True
+            self.transport.write(refusal)
+            self.end_gently()
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            cycle = self.cycle
+            if cycle is not None and cycle.scope is self.scope:
+                self.scope["is_body_coming"] = lambda: cycle.more_body
+                cycle.transport = _Gentle(self, cycle)
+
+        def end_gently(self) -> None:
+            if self._end or self.transport.is_closing():
+                return
+            self._end = self.loop.call_later(LINGER_S, self.transport.close)
+            self.transport.write_eof()
+            self.transport.resume_reading()
+
+        def shutdown(self) -> None:
+            if not self._end:  # it ends by itself
+                super().shutdown()
+
+        def _uncount(self) -> None:
+            if self._address is not None:
+                num_of[self._address] -= 1
+                if not num_of[self._address]:
+                    del num_of[self._address]
+                self._address = None
+
     return Limited
+
+
+class _Gentle:
+    """The transport of one answer: its head and its body go together, in half the time.
+
+    Closed before the request has come, it is not closed at once.
+    """
+
+    def __init__(self, protocol: Any, cycle: Any) -> None:
+        self._protocol = protocol
+        self._cycle = cycle
+        self._transport = protocol.transport
+        self._head = b""
+        self._has_begun = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._head = data
+            self._protocol.loop.call_soon(self._send_head)  # where the body comes later
+        elif self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head + data)
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        self._send_head()
+        if self._cycle.more_body:
+            self._protocol.end_gently()
+        else:
+            self._transport.close()
+
+    def _send_head(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
 
 
 class SilentConnections:

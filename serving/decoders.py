@@ -92,7 +92,10 @@ class Decoders:
         self._num_decoders = num_decoders
         self._on_end = on_end
         self._command_line = command_line
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # For the keeper alone, which would wake at every picture.
+        self._is_missing = threading.Condition(lock)
         self._idle: list[_Decoder] = []
         self._busy: dict[_Decoder, float] = {}
         self._num_failures = 0
@@ -159,6 +162,7 @@ class Decoders:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+            self._is_missing.notify()
         self._keeper.join(ANSWER_S)
         if self._forker:
             self._forker.close()
@@ -187,9 +191,11 @@ class Decoders:
             self._on_end(reason)
         with self._changed:
             del self._busy[decoder]
-            if not reason:
+            if reason:
+                self._is_missing.notify()
+            else:
                 self._idle.append(decoder)
-            self._changed.notify_all()
+                self._changed.notify()
 
     def _death(self, decoder: "_Decoder") -> tuple[EndReason, ImageError]:
         code = self._end(decoder)
@@ -223,7 +229,7 @@ class Decoders:
     def _keep(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closed or self._num_missing)
+                self._is_missing.wait_for(lambda: self._is_closed or self._num_missing)
                 if self._is_closed:
                     return
             try:
@@ -259,7 +265,7 @@ class Decoders:
         log.error("no decoder could be started: %s; tried again in %.0f s", how, pause)
         with self._changed:
             self._num_failures += 1
-            self._changed.wait_for(lambda: self._is_closed, pause)
+            self._is_missing.wait_for(lambda: self._is_closed, pause)
 
 
 class _NoMemoryError(Exception):

@@ -52,6 +52,10 @@ REQUEST = struct.Struct("<Q")
 REPLY = struct.Struct("<BdI")
 MAX_SENTENCE_BYTES = 4000
 
+# Less urgent than to take requests and to refuse them, which on a busy machine would wait for the
+# time slices of several decoders.
+NICENESS = 10
+
 
 class Outcome(IntEnum):
     """What became of a picture."""
@@ -182,6 +186,7 @@ def _decode_until_end(connection_fd: int, memory_fd: int, job: DecodingJob) -> N
 
 
 def _limit_this_process(max_memory_bytes: int) -> None:
+    os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError):  # when the machine's memory is used up, this is the process to end
         Path("/proc/self/oom_score_adj").write_text("1000")

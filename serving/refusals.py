@@ -1,10 +1,12 @@
 """What is refused, or went wrong -> problem details in JSON; text that is safe in a log."""
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from serving.answers import PROBLEMS, Code, Problem
 
@@ -39,15 +41,27 @@ def cannot_classify(problem: str, retry_after_s: int) -> Refusal:
 
 def problem_response(
     code: Code, sentence: str, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
+) -> Response:
     """Give every refusal and failure the same form."""
-    problem = Problem.of(code, sentence)
-    return JSONResponse(problem.model_dump(), problem.status, headers, PROBLEM_TYPE)
+    return Response(_body(code, sentence), PROBLEMS[code][0], headers, PROBLEM_TYPE)
 
 
-def refusal_response(refusal: Refusal) -> JSONResponse:
+@lru_cache(maxsize=64)  # in an overload it is the same one a thousand times a second
+def _body(code: Code, sentence: str) -> bytes:
+    return Problem.of(code, sentence).model_dump_json().encode()
+
+
+def refusal_response(refusal: Refusal) -> Response:
     """Answer with a refusal."""
     return problem_response(refusal.code, refusal.detail, refusal.headers)
+
+
+def as_http(response: Response, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Write an answer, with more headers, as it is sent."""
+    status = HTTPStatus(response.status_code)
+    lines = [b"HTTP/1.1 %d %s" % (status, status.phrase.encode())]
+    lines += [b"%s: %s" % field for field in (*response.raw_headers, *headers)]
+    return b"\r\n".join((*lines, b"", bytes(response.body)))
 
 
 def printable(text: str, max_characters: int = MAX_QUOTED) -> str:

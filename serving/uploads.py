@@ -30,7 +30,8 @@ FORM_OVERHEAD_BYTES = 100_000
 
 # A client that sends its whole body before it reads the answer sees a connection reset when the
 # answer comes early and the connection is closed. So after the answer the rest of the body is read
-# and thrown away, up to this much: an endless upload is cut off.
+# and thrown away, up to this much: an endless upload is cut off. `serving.connections` does so at a
+# tenth of the cost; this is for servers that do not.
 MAX_DISCARDED_BYTES = 200_000_000
 MAX_DISCARD_S = 10.0
 
@@ -147,6 +148,8 @@ class _Body:
         self._end_mark = b"--" + boundary + b"--"
         self._has_end_mark = False
         self._tail = b""
+        self._is_coming: Callable[[], bool] | None = scope.get("is_body_coming")
+        """Of serving.connections."""
         self._received_bytes = 0
         self._is_discarded = True
         self._is_cut_off = False
@@ -224,6 +227,12 @@ class _Body:
         return message
 
     async def send(self, message: Message) -> None:
+        if self._is_coming is not None:
+            if message["type"] == "http.response.start" and self._is_coming():
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                message = {**message, "headers": headers}
+            await self._send(message)
+            return
         is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
         if is_last and not self.is_complete:
             await self._send({**message, "more_body": True})

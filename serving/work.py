@@ -85,21 +85,26 @@ class WorkQueue:
         Raises:
             Refusal: 429, all places are taken; 503, nothing goes on, or can.
         """
-        self.require_no_problem()
+        if refusal := self.refusal():
+            raise refusal
+
+    def refusal(self) -> Refusal | None:
+        """Return what require_place raises."""
+        if self.problem:
+            return cannot_classify(self.problem, RETRY_AFTER_S)
         again = {"Retry-After": str(RETRY_AFTER_S)}
         if self.is_stuck:
-            raise Refusal(
+            return Refusal(
                 "stuck", "all threads are busy with pictures that take too long; try later", again
             )
-        with self._lock:
-            is_full = self._num_taken >= self._max_places
-        if is_full:
-            raise Refusal(
-                "overloaded",
-                f"{self._max_places} pictures are being classified or wait for it, and more are "
-                "not taken; send this one again in a moment",
-                again,
-            )
+        if self._num_taken < self._max_places:
+            return None
+        return Refusal(
+            "overloaded",
+            f"{self._max_places} pictures are being classified or wait for it, and more are not "
+            "taken; send this one again in a moment",
+            again,
+        )
 
     async def run(
         self, pieces: Sequence[Piece[T]], receive: Receive, started: float

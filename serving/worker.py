@@ -22,7 +22,7 @@ from bentoml._internal.context import server_context
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.admission import Gate, with_cors
-from serving.connections import SilentConnections, limited
+from serving.connections import Refuser, SilentConnections, limited
 from serving.refusals import cannot_classify, refusal_response
 from serving.routes import app, is_path
 from serving.settings import BACKLOG, Settings
@@ -54,6 +54,7 @@ class DrainingServer(uvicorn.Server):
         max_per_address: connections of one address.
         on_leaving: called when connections are left to other workers; readiness stays.
         longest_s: how long those that there are may last then.
+        refuser: see connections.limited.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class DrainingServer(uvicorn.Server):
         max_per_address: int,
         on_leaving: Callable[[], None] = lambda: None,
         longest_s: float = 0.0,
+        refuser: Refuser = lambda _: None,
     ) -> None:
         super().__init__(config)
+        self._refuser = refuser
         self._on_leaving = on_leaving
         self._longest_s = longest_s
         self._is_leaving = False
@@ -83,7 +86,7 @@ class DrainingServer(uvicorn.Server):
         """Start the application, and listen if it can serve."""
         await super().startup(sockets=[])
         protocol: Any = self.config.http_protocol_class
-        self._protocol_class = limited(protocol, self._max_per_address)
+        self._protocol_class = limited(protocol, self._max_per_address, self._refuser)
         if not self._on_started():
             self.should_exit = True
             return
@@ -199,6 +202,7 @@ def run_worker(
         settings.max_connections_per_address,
         leave,
         settings.timeout_s + LAST_REQUESTS_S,
+        service.refuse_early,
     )
     server.run()
     os._exit(0)  # without waiting for a thread that is at a picture nobody waits for

@@ -210,7 +210,7 @@ Answers answers(const std::vector<uint8_t>& file, const std::string& level, int 
   if (!opened) fail("refused at " + level + ": " + error);
   Answers a;
   a.logits.resize(size_t(batch * CLASSES));
-  if (engine_infer(opened, images.data(), 0, batch, a.logits.data(), error, sizeof error)) fail(error);
+  if (engine_infer(opened, images.data(), 0, batch, 1, a.logits.data(), error, sizeof error)) fail(error);
   if (flags & ENGINE_KEEP_TENSORS)
     for (size_t i = 0; i < n.tensors.size(); i++) {
       const Tensor& t = n.tensors[i];
@@ -285,7 +285,7 @@ void check_damaged(std::vector<uint8_t> bytes, const Network& n) {
     if (pixels < 1 << 20) {
       std::vector<float> image(size_t(pixels), 0.5f);
       std::vector<float> logits(std::max(1, info[2]));
-      if (engine_infer(opened, image.data(), 0, 1, logits.data(), error, sizeof error)) fail(error);
+      if (engine_infer(opened, image.data(), 0, 1, 1, logits.data(), error, sizeof error)) fail(error);
     }
     engine_close(opened);
   }

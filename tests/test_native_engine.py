@@ -108,7 +108,9 @@ def test_every_map_of_8_bits_is_the_one_that_numpy_computes(
     joined = Engine(path, num_threads, 3, level)
     for count in (1, 3):
         expected = [logits for _, logits in one.expected[:count]]
-        np.testing.assert_array_equal(joined.infer(one.images[:count]), expected)
+        for is_alone in (True, False):
+            found = joined.infer(one.images[:count], is_alone)
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -11,13 +11,18 @@ from PIL import Image
 
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
-from perf.studies import drill_clients, drills
-from perf.studies.config import DrillName, DrillsConfig
-from perf.studies.drill_clients import LOST, REFUSED_CONNECTION, Seen
-from perf.studies.drills import DRILLS, DrillRecord, Finding, lost, main, to_markdown
+from perf.service_load import drill_clients, drills
+from perf.service_load.config import DrillName, DrillsConfig
+from perf.service_load.drill_clients import LOST, REFUSED_CONNECTION, Seen
+from perf.service_load.drills import DRILLS, DrillRecord, Finding, lost, main, to_markdown
 
 # What a busy machine decides is measured, and not tested.
-OF_TIME = {"refused, p50 and p99", "next answer after", "one client 5 s later, p50 and p99"}
+OF_TIME = {
+    "accepted, p50 and p99",
+    "refused, p50 and p99",
+    "next answer after",
+    "one client 5 s later, p50 and p99",
+}
 
 
 def write_photos(folder: Path, size: tuple[int, int]) -> Path:
@@ -98,8 +103,7 @@ def test_clients_have_no_more_requests_on_their_way_than_descriptors(
 
     monkeypatch.setattr(drill_clients, "send", send)
     monkeypatch.setattr(drill_clients, "MAX_OPEN", 3)
-    session: Any = None
-    seen = asyncio.run(drill_clients.send_at_rate(session, "", [b""], rate=20, seconds=1))
+    seen = asyncio.run(drill_clients.send_at_rate(0, [b""], rate=20, seconds=1))
     assert 3 < len(seen) <= 20 and most == 3
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from serving.work import IsWanted, WorkQueue
 with warnings.catch_warnings():
     # Deprecations inside BentoML's and OpenTelemetry's own imports.
     warnings.simplefilter("ignore")
-    from serving.routes import _PATHS, app, is_path
+    from serving.routes import _PATHS, app, is_path, short_lane
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUNDARY = "picture-boundary"
@@ -449,7 +449,7 @@ class BrokenClassifier(HeldClassifier):
 @contextmanager
 def served(classifier: HeldClassifier, settings: Settings | None = None) -> Iterator[Any]:
     app.state.classifier = classifier
-    uploads = Uploads(app, settings or classifier.settings, lambda: classifier.work)
+    uploads = Uploads(short_lane, settings or classifier.settings, lambda: classifier.work)
     try:
         yield Gate(uploads, is_path)
     finally:
@@ -552,6 +552,57 @@ def test_overload_is_told_before_a_body_is_read_and_the_page_goes_on():
     classifier = HeldClassifier()
     with served(classifier) as gate:
         run(test(gate, classifier))
+
+
+def test_what_is_refused_at_once_is_told_and_counted_as_all_else(
+    tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CLASSIFIER_MAX_CONCURRENCY", "1")
+    with running_service(tiny_artifact, tmp_path / "service.log") as port:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: classify_here(port), range(200)))
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert refused and {answer.status_code for answer in answers} == {200, 429}
+        for answer in refused:
+            problem = Problem.model_validate_json(answer.content)
+            assert (problem.status, problem.code) == (429, "overloaded")
+            assert answer.headers["Content-Type"] == "application/problem+json"
+            assert answer.headers["Retry-After"] == "1"
+            assert answer.headers["X-Request-ID"] == "mine"
+            for name, value in SECURITY_HEADERS:
+                assert answer.headers[name.decode()] == value.decode()
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    counted = re.findall(
+        r'request_total\{endpoint="/classify",http_response_code="429".*\} (\S+)', metrics
+    )
+    assert sum(map(float, counted)) == len(refused)
+
+
+def classify_here(port: int) -> httpx.Response:
+    headers = {"Content-Type": "image/png", "X-Request-ID": "mine"}
+    return httpx.post(
+        f"http://127.0.0.1:{port}/classify", content=digit(), headers=headers, timeout=60
+    )
+
+
+def test_overloads_are_logged_once_a_second_with_their_number(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await refusal_response(Refusal("overloaded", "too much"))(scope, receive, send)
+
+    async def test() -> None:
+        for _ in range(5):
+            await ask(gate, body(b"1"))
+        monkeypatch.setattr("serving.admission.OVERLOAD_LINES_S", 0.0)
+        await ask(gate, body(b"1"))
+
+    gate = Gate(refuse, is_path)
+    with caplog.at_level("INFO", "bentoml.access"):
+        asyncio.run(test())
+    first, last = (record.getMessage() for record in caplog.records)
+    assert "429" in first and "other" not in first
+    assert "4 other 429" in last
 
 
 def test_a_refusal_is_sent_before_the_body_comes():

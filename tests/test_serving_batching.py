@@ -42,7 +42,7 @@ def submit(batcher: Batcher, *values: float, is_wanted: Callable[[], bool] = lam
 
 @contextmanager
 def batcher_of(network: Network, max_images: int = 4, max_wait_s: float = 0) -> Iterator[Batcher]:
-    batcher = Batcher(network.infer, max_images, max_wait_s)
+    batcher = Batcher(network.infer, network.infer, max_images, max_wait_s)
     try:
         yield batcher
     finally:
@@ -87,6 +87,25 @@ def test_an_image_waits_for_one_that_is_being_prepared():
             assert not first.done() and network.sizes == []
         assert [f.result(30)[0, 0] for f in (first, second)] == [1, 2]
         assert network.sizes == [2]
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_beside_pictures_that_are_decoded_threads_share_a_lone_image_of_a_long_call_only(
+    is_short: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("serving.batching.SHORT_CALL_S", 60.0 if is_short else 0.0)
+    alone, beside = Network(), Network()
+    batcher = Batcher(alone.infer, beside.infer, 4, 0.0)
+    batcher.warm_up((1,))
+    alone.sizes.clear()
+    beside.sizes.clear()
+    for values in ((1,), (1, 2)):
+        submit(batcher, *values).result(30)
+        with batcher.coming():
+            submit(batcher, *values).result(30)
+    batcher.close()
+    assert alone.sizes == ([1, 2] if is_short else [1, 1, 2])
+    assert beside.sizes == ([1, 2] if is_short else [2])
 
 
 def test_an_image_does_not_wait_longer_than_the_limit_nor_when_a_call_is_full():
@@ -156,7 +175,7 @@ def test_every_size_is_called_before_the_service_is_ready():
     network = Network()
     with batcher_of(network, max_images=3) as batcher:
         batcher.warm_up((1,))
-        assert network.sizes == [1, 2, 3]
+        assert network.sizes == [1, 2, 3, 1]  # the last as beside other work
 
 
 def test_what_waits_at_the_end_is_told():

@@ -24,6 +24,7 @@ from processes import listening_ports, process_exists, wait_until
 from services import ROOT, running
 
 from serving.answers import Problem
+from serving.connections import Refuser
 from serving.demo import free_port
 from serving.supervisor import listening_socket, refuse_new_connections
 
@@ -202,7 +203,9 @@ def test_connections_that_nobody_has_accepted_are_served_before_the_end():
 
 
 @contextmanager
-def server_here(max_per_address: int) -> Iterator[tuple[str, int]]:
+def server_here(
+    max_per_address: int, refuser: Refuser = lambda _: None
+) -> Iterator[tuple[str, int]]:
     listener = socket.create_server(("127.0.0.1", 0))
     started = threading.Event()
 
@@ -211,7 +214,9 @@ def server_here(max_per_address: int) -> Iterator[tuple[str, int]]:
         return True
 
     config = uvicorn.Config(application, lifespan="off", log_config=None)
-    server = DrainingServer(config, listener, tell, lambda: None, 0, max_per_address)
+    server = DrainingServer(
+        config, listener, tell, lambda: None, 0, max_per_address, refuser=refuser
+    )
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running_server = pool.submit(server.run)
         assert started.wait(30)
@@ -271,6 +276,22 @@ def test_a_refused_connection_that_sends_a_picture_reads_the_refusal():
                 answer.begin()
                 assert answer.status == 429 and answer.read()
         first.close()
+
+
+def test_a_request_that_is_refused_by_its_head_reaches_no_application_and_reads_why():
+    def refuser(request: Any) -> bytes | None:
+        if request["method"] == "GET":
+            return None
+        return b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\n\r\nno"
+
+    with server_here(max_per_address=1, refuser=refuser) as address:
+        for _ in range(20):  # one after the other, of an address with one connection at once
+            client = http.client.HTTPConnection(*address, timeout=20)
+            client.request("POST", "/", b"x" * 200_000)
+            answer = client.getresponse()
+            assert (answer.status, answer.read()) == (429, b"no")
+            client.close()
+        assert wait_until(lambda: is_answered(address))
 
 
 def is_answered(address: tuple[str, int]) -> bool:

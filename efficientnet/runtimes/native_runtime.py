@@ -31,6 +31,11 @@ class NativeRuntime:
         check_images(images, self.info)
         return self._engine.infer(images)
 
+    def infer_beside(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See runtimes.protocol.infer_beside."""
+        check_images(images, self.info)
+        return self._engine.infer(images, is_alone=False)
+
 
 def require_kernels(what: object, is_reference: bool) -> None:
     """Check that the engine is here, and fast on this processor where it must be."""

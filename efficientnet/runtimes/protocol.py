@@ -1,7 +1,7 @@
 """The contract of all runtimes, and open_runtime: a directory -> a Runtime."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,16 @@ class Runtime(Protocol):
                 NaN or infinite.
         """
         ...
+
+
+def infer_beside(runtime: Runtime) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """Return what answers as `infer` does while other work wants the processor's cores.
+
+    Threads that share an image wait for each other at every layer, and wait long where one of them
+    has to wait for a core. The native engine gives each image a thread; of other runtimes it is
+    `infer` itself.
+    """
+    return getattr(runtime, "infer_beside", runtime.infer)
 
 
 def check_images(images: NDArray[np.float32], info: ProgramInfo) -> None:

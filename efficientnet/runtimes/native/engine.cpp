@@ -7,6 +7,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -100,7 +101,8 @@ struct engine {
   // The call that runs.
   const void* images = nullptr;
   bool is_pixels = false;
-  int batch = 0;
+  int batch = 0, own = 0;
+  std::atomic<int> next{0};
   float* logits = nullptr;
 
   Pool pool;  // last: its threads end before what they use
@@ -142,7 +144,7 @@ void engine::run_image(Team& team, int thread, int image, int part, int parts) {
   call.scratch = scratch[size_t(thread)].get();
   call.part = part;
   call.parts = parts;
-  const bool keeps_times = (flags & ENGINE_KEEP_TIMES) != 0 && thread == 0;
+  const bool keeps_times = (flags & ENGINE_KEEP_TIMES) != 0 && part == 0 && image == batch - 1;
   double before = keeps_times ? now() : 0;
   Prefetch prefetch;
   call.prefetch = &prefetch;
@@ -170,13 +172,12 @@ void engine::run_image(Team& team, int thread, int image, int part, int parts) {
   }
 }
 
-// A thread's share of a call: as many images as there are whole rounds of threads, each thread its own; the rest together.
+// A thread's share of a call: of the first `own` images whichever is next, by itself; the rest together.
 void engine::run_part(int part) {
   FlushDenormals flushes;
   kernels.enter();
-  const int threads = pool.threads(), num_teams = int(teams.size());
-  const int own = threads > 1 && num_teams == threads ? batch / threads * threads : 0;
-  for (int image = part; image < own; image += threads) run_image(*teams[size_t(part)], part, image, 0, 1);
+  const int threads = pool.threads();
+  for (int image; (image = next.fetch_add(1)) < own;) run_image(*teams[size_t(part)], part, image, 0, 1);
   if (own && own < batch) teams[0]->barrier.wait(threads);
   for (int image = own; image < batch; image++) run_image(*teams[0], part, image, part, threads);
   kernels.leave();
@@ -227,7 +228,7 @@ engine* engine_open(const void* file, size_t file_bytes, const char* level, int 
   }
 }
 
-int engine_infer(engine* self, const void* images, int is_pixels, int batch, float* logits, char* error,
+int engine_infer(engine* self, const void* images, int is_pixels, int batch, int is_alone, float* logits, char* error,
                  size_t error_bytes) {
   if (!self || !images || !logits) return refuse(error, error_bytes, "no program, images or logits were given");
   if (getpid() != self->process)
@@ -241,7 +242,12 @@ int engine_infer(engine* self, const void* images, int is_pixels, int batch, flo
   self->is_pixels = is_pixels != 0;
   self->batch = batch;
   self->logits = logits;
-  self->pool.run([](void* context, int part) { static_cast<engine*>(context)->run_part(part); }, self);
+  self->next = 0;
+  const int threads = self->pool.threads(), rounds = batch / threads;
+  const bool has_all_teams = int(self->teams.size()) == threads;
+  self->own = !is_alone ? batch : has_all_teams ? rounds * threads : 0;
+  if (!is_alone && (batch == 1 || !has_all_teams)) self->run_part(0);  // the other threads are not even woken
+  else self->pool.run([](void* context, int part) { static_cast<engine*>(context)->run_part(part); }, self);
   return 0;
 }
 

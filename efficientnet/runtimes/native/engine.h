@@ -20,7 +20,9 @@ ENGINE_API double engine_peak(const char* level, int what, double* seconds);
 ENGINE_API engine* engine_open(const void* program, size_t program_bytes, const char* level,
                                int threads, int max_batch, int flags, char* error,
                                size_t error_bytes);
-ENGINE_API int engine_infer(engine* self, const void* images, int is_pixels, int batch,
+/* is_alone = 0: other work wants the cores, so that no two threads share an image, at whose every
+   layer they would wait for each other. */
+ENGINE_API int engine_infer(engine* self, const void* images, int is_pixels, int batch, int is_alone,
                             float* logits, char* error, size_t error_bytes);
 ENGINE_API int engine_read_tensor(engine* self, int tensor, void* to, size_t bytes, char* error,
                                   size_t error_bytes);

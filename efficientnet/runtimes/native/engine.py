@@ -44,7 +44,7 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
     for name, result, arguments in (
         ("levels", text, ()),
         ("open", pointer, (text, ctypes.c_size_t, text, number, number, number, *error)),
-        ("infer", number, (pointer, pointer, number, number, pointer, *error)),
+        ("infer", number, (pointer, pointer, number, number, number, pointer, *error)),
         ("read_tensor", number, (pointer, number, pointer, ctypes.c_size_t, *error)),
         ("layer_times", number, (pointer, pointer, number)),
         ("info", None, (pointer, pointer)),
@@ -144,10 +144,11 @@ class Engine:
         self.num_threads = info[5]
         self.level: str = self._library.engine_level(self._handle).decode()
 
-    def infer(self, images: NDArray[Any]) -> NDArray[np.float32]:
+    def infer(self, images: NDArray[Any], is_alone: bool = True) -> NDArray[np.float32]:
         """Map float32 [N, 3, H, W], or pixels uint8 [N, H, W, 3], to logits [N, num_classes].
 
-        Not in a fork of the process that opened the program.
+        Not in a fork of the process that opened the program. Where the call is not alone, other
+        work wants the processor's cores: then no two threads share an image.
         """
         is_pixels = images.dtype == np.uint8
         height, width = self.image_shape
@@ -159,7 +160,9 @@ class Engine:
             )
         images = np.ascontiguousarray(images)
         logits = np.empty((len(images), self.num_classes), np.float32)
-        self._call("infer", images.ctypes.data, is_pixels, len(images), logits.ctypes.data)
+        self._call(
+            "infer", images.ctypes.data, is_pixels, len(images), is_alone, logits.ctypes.data
+        )
         return logits
 
     def read_tensor(self, index: int, tensor: Any) -> NDArray[Any]:

@@ -3,6 +3,8 @@
 #include "pool.h"
 
 #include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -70,9 +72,23 @@ Pool::~Pool() {
   for (auto& thread : threads_) thread.join();
 }
 
+// Linux wakes a thread on the core of whoever wakes it, rather than on one that sleeps, and leaves it there: two threads on one
+// core took 3.7 ms for lite0 where it is called every few milliseconds, on two 1.6.
+void Pool::spread() {
+  const int core = sched_getcpu();
+  if (core == core_ || threads_.empty()) return;
+  core_ = core;
+  cpu_set_t others;
+  if (core < 0 || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof others, &others) != 0) return;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) == 0) return;
+  for (auto& thread : threads_) pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
+}
+
 void Pool::run(void (*work)(void*, int), void* context) {
   work_ = work;
   context_ = context;
+  spread();
   call_.fetch_add(1);
   wake_all(call_, sleepers_);
   work(context, 0);

@@ -1,5 +1,5 @@
 // Threads that run the parts of a call. One pool for each opened program: the caller is part 0, the others wait a little while
-// for the next call and then sleep, so that another program gets the core.
+// for the next call and then sleep, so that another program gets the core. They are woken on other cores than the caller's.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -30,6 +30,7 @@ class Pool {
 
  private:
   void serve(int part);
+  void spread();
 
   const int parts_;
   std::vector<std::thread> threads_;
@@ -38,6 +39,7 @@ class Pool {
   std::atomic<uint32_t> call_{0};
   std::atomic<bool> ends_{false};
   std::atomic<int> sleepers_{0};
+  int core_ = -1;  // the caller's, which the threads are kept from
   Barrier done_;
 };
 

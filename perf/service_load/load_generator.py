@@ -2,16 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
+from urllib.parse import urlsplit
 
-import aiohttp
 import numpy as np
 
-Schedule = Literal["poisson", "fixed"]
+from perf.service_load.http_client import Connection, post_head, run_clients
 
-T = TypeVar("T")
+Schedule = Literal["poisson", "fixed"]
 
 REQUEST_TIMEOUT_S = 60.0
 
@@ -84,19 +84,19 @@ def send_planned(target: Target, times: Sequence[float]) -> Answers:
         times: seconds from now.
     """
 
-    async def send_all(session: aiohttp.ClientSession) -> Answers:
+    async def send_all() -> Answers:
         start = time.perf_counter() + 0.01
         tasks: list[asyncio.Task[tuple[float, int, float]]] = []
         for index, planned in enumerate(times):
             remaining = start + planned - time.perf_counter()
             if remaining > 0:
                 await asyncio.sleep(remaining)
-            tasks.append(asyncio.create_task(_send(session, target, index, start + planned)))
+            tasks.append(asyncio.create_task(_send(clients, index, start + planned)))
         results = await asyncio.gather(*tasks)
         return _answers(results, time.perf_counter() - start, time.process_time() - own_start)
 
-    own_start = time.process_time()
-    return _with_session(send_all)
+    clients, own_start = _Clients(target), time.process_time()
+    return run_clients(send_all())
 
 
 def send_in_turn(target: Target, num_clients: int, seconds: float) -> Answers:
@@ -108,45 +108,51 @@ def send_in_turn(target: Target, num_clients: int, seconds: float) -> Answers:
         seconds: after which none is sent any more.
     """
 
-    async def send_all(session: aiohttp.ClientSession) -> Answers:
+    async def send_all() -> Answers:
         start = time.perf_counter()
         results: list[tuple[float, int, float]] = []
 
         async def client(number: int) -> None:
             index = number
             while not results or time.perf_counter() < start + seconds:
-                results.append(await _send(session, target, index, time.perf_counter()))
+                results.append(await _send(clients, index, time.perf_counter()))
                 index += num_clients
 
         await asyncio.gather(*map(client, range(num_clients)))
         return _answers(results, time.perf_counter() - start, time.process_time() - own_start)
 
-    own_start = time.process_time()
-    return _with_session(send_all)
+    clients, own_start = _Clients(target), time.process_time()
+    return run_clients(send_all())
 
 
-def _with_session(send_all: Callable[[aiohttp.ClientSession], Coroutine[Any, Any, T]]) -> T:
-    async def run() -> T:
-        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0)  # a limit would hold requests back
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            return await send_all(session)
+class _Clients:
+    """Connections to a target, as many as are needed at once."""
 
-    return asyncio.run(run())
+    def __init__(self, target: Target) -> None:
+        address = urlsplit(target.address)
+        self._port = address.port or 80
+        self._bodies = target.bodies
+        self._heads = [
+            post_head(address.path, target.content_type, len(body)) for body in target.bodies
+        ]
+        self._idle: list[Connection] = []
+
+    async def status_of(self, index: int) -> int:
+        """Send a body; return the status of the answer, 0 where the connection broke."""
+        index %= len(self._bodies)
+        try:
+            connection = self._idle.pop() if self._idle else await Connection.opened(self._port)
+            reply = await connection.ask(self._heads[index], self._bodies[index], REQUEST_TIMEOUT_S)
+        except OSError:
+            return 0
+        if connection.is_open:
+            self._idle.append(connection)
+        return reply.status
 
 
-async def _send(
-    session: aiohttp.ClientSession, target: Target, index: int, planned: float
-) -> tuple[float, int, float]:
+async def _send(clients: _Clients, index: int, planned: float) -> tuple[float, int, float]:
     lag_s = time.perf_counter() - planned
-    body = target.bodies[index % len(target.bodies)]
-    headers = {"Content-Type": target.content_type}
-    try:
-        async with session.post(target.address, data=body, headers=headers) as response:
-            await response.read()
-            status = response.status
-    except (aiohttp.ClientError, TimeoutError):
-        status = 0
+    status = await clients.status_of(index)
     return time.perf_counter() - planned, status, lag_s
 
 

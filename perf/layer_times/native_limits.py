@@ -16,7 +16,7 @@ from efficientnet.measuring.peaks import cpu_cache_bytes_per_s
 from efficientnet.runtimes.native.engine import WORK, peak_per_s
 from efficientnet.runtimes.native.program_file import Activation, DType, Kind, read_program_file
 from efficientnet.runtimes.native_runtime import NAMES_FILE
-from perf.measurements.layer_profile import Node
+from perf.layer_times.layer_profile import Node
 
 Limit = Literal["products", "instructions", "bytes"]
 LIMITS: tuple[Limit, ...] = get_args(Limit)

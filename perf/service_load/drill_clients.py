@@ -5,15 +5,14 @@ import contextlib
 import errno
 import itertools
 import resource
-import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import aiohttp
+import numpy as np
 
-T = TypeVar("T")
+from perf.service_load.http_client import Connection, post_head
 
 REQUEST_TIMEOUT_S = 90.0
 
@@ -24,6 +23,11 @@ SOURCES = tuple(f"127.0.2.{number}" for number in range(1, 101))
 # In the place of a status: nobody listens any more, or the connection broke without an answer.
 REFUSED_CONNECTION, LOST = 0, -1
 
+# This side has no port or descriptor left.
+NOTHING_LEFT = (errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE)
+
+# Between two looks at how late the clients are.
+LOOK_S = 0.005
 
 # Requests on their way at once: each takes a descriptor, of which this process has so many.
 MAX_OPEN = min(5000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
@@ -53,54 +57,85 @@ class Seen:
         return self.status in (429, 503)
 
 
-async def send(session: aiohttp.ClientSession, address: str, picture: bytes) -> Seen:
+async def send(
+    port: int, picture: bytes, source: str = "", kept: list[Connection] | None = None
+) -> Seen:
     """Send a picture.
+
+    Args:
+        port: of the service, on this machine.
+        picture: the body.
+        source: address that it comes from; empty = any.
+        kept: connections of earlier pictures, one of which is taken and given back; None = the
+            picture has one of its own, as those of many clients.
 
     Raises:
         OSError: this side has no port or descriptor left, which tells nothing of the service.
     """
     started = time.monotonic()
-    headers = {"Content-Type": "image/jpeg"}
+    head = post_head("/classify", "image/jpeg", len(picture), is_last=kept is None)
     try:
-        async with session.post(address, data=picture, headers=headers) as answer:
-            await answer.read()
-            return Seen(
-                answer.status,
-                started,
-                time.monotonic() - started,
-                "Retry-After" in answer.headers,
-                answer.headers.get("X-Artifact-SHA256", ""),
-            )
-    except aiohttp.ClientConnectorError as error:
-        if error.errno in (errno.EADDRNOTAVAIL, errno.EMFILE, errno.ENFILE):
+        connection = kept.pop() if kept else await Connection.opened(port, source)
+    except OSError as error:
+        if error.errno in NOTHING_LEFT:
             raise
         return Seen(REFUSED_CONNECTION, started, time.monotonic() - started)
-    except (aiohttp.ClientError, TimeoutError):
+    try:
+        reply = await connection.ask(head, picture, REQUEST_TIMEOUT_S)
+    except ConnectionError:
         return Seen(LOST, started, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    if kept is None:
+        connection.close()
+    elif connection.is_open:
+        kept.append(connection)
+    artifact = reply.fields.get(b"x-artifact-sha256", b"").decode()
+    return Seen(reply.status, started, seconds, b"retry-after" in reply.fields, artifact)
+
+
+@dataclass
+class Lateness:
+    """How late the clients themselves were, who have one thread and share the machine's cores."""
+
+    seconds: list[float]
+
+    @property
+    def p99_ms(self) -> float:
+        """Of looks at what has come, 200 planned in each second."""
+        return 1000 * float(np.percentile(self.seconds, 99)) if self.seconds else 0.0
+
+    async def watch(self) -> None:
+        """Go on until cancelled."""
+        while True:
+            planned = time.monotonic() + LOOK_S
+            await asyncio.sleep(LOOK_S)
+            self.seconds.append(time.monotonic() - planned)
 
 
 async def send_at_rate(
-    session: aiohttp.ClientSession,
-    address: str,
+    port: int,
     pictures: Sequence[bytes],
     rate: float,
     seconds: float,
     meanwhile: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    lateness: Lateness | None = None,
 ) -> list[Seen]:
     """Send pictures evenly, whether or not earlier ones are answered, up to MAX_OPEN of them.
 
     Args:
-        session: of the clients.
-        address: that takes a picture as the body.
+        port: of the service.
         pictures: sent in turn.
         rate: a second.
         seconds: for which they are sent, fewer where there is no room for more.
         meanwhile: what happens beside it.
+        lateness: of the clients, is told here.
     """
     beside = [asyncio.create_task(meanwhile())] if meanwhile else []
+    watching = asyncio.create_task(lateness.watch()) if lateness else None
     start = time.monotonic()
     tasks: list[asyncio.Task[Seen]] = []
     room = asyncio.Semaphore(MAX_OPEN)
+    sources = itertools.cycle(SOURCES)
     for index, picture in zip(range(max(1, round(rate * seconds))), itertools.cycle(pictures)):
         remaining = start + index / rate - time.monotonic()
         if remaining > 0:
@@ -108,17 +143,18 @@ async def send_at_rate(
         await room.acquire()
         if time.monotonic() - start > seconds:
             break
-        task = asyncio.create_task(send(session, address, picture))
+        task = asyncio.create_task(send(port, picture, next(sources)))
         task.add_done_callback(lambda _: room.release())
         tasks.append(task)
+    if watching:
+        watching.cancel()
     seen = await asyncio.gather(*tasks)
     await asyncio.gather(*beside)
     return seen
 
 
 async def send_in_turn(
-    session: aiohttp.ClientSession,
-    address: str,
+    port: int,
     pictures: Sequence[bytes],
     num_clients: int,
     is_over: Callable[[int], bool],
@@ -126,13 +162,13 @@ async def send_in_turn(
     """Have clients send a picture as soon as the one before is answered.
 
     Args:
-        session: of the clients.
-        address: see send_at_rate.
+        port: of the service.
         pictures: sent in turn.
         num_clients: pictures on their way at once.
         is_over: told how many have been sent.
     """
     seen: list[Seen] = []
+    kept: list[Connection] = []
     sources = itertools.cycle(pictures)
     num_sent = 0
 
@@ -140,7 +176,7 @@ async def send_in_turn(
         nonlocal num_sent
         while not is_over(num_sent):
             num_sent += 1
-            seen.append(await send(session, address, next(sources)))
+            seen.append(await send(port, next(sources), kept=kept))
 
     await asyncio.gather(*(client() for _ in range(num_clients)))
     return seen
@@ -174,32 +210,3 @@ async def upload_slowly(port: int, number: int, seconds: float) -> int:
     if writer is not None:
         writer.transport.abort()
     return status
-
-
-def with_session(
-    work: Callable[[aiohttp.ClientSession], Coroutine[Any, Any, T]], is_fresh: bool = False
-) -> T:
-    """Run what sends requests, without a limit to its connections.
-
-    Args:
-        work: given the session.
-        is_fresh: whether each request has a connection and an address of its own, as those of many
-            clients: one that was left open may be closed while the next request is on its way.
-    """
-    sources = itertools.cycle(SOURCES)
-
-    def open_socket(info: tuple[Any, ...]) -> socket.socket:
-        opened = socket.socket(*info[:3])
-        if is_fresh:
-            opened.bind((next(sources), 0))
-        return opened
-
-    async def run() -> T:
-        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(
-            limit=0, family=socket.AF_INET, force_close=is_fresh, socket_factory=open_socket
-        )
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            return await work(session)
-
-    return asyncio.run(run())
