@@ -10,9 +10,9 @@ requests, and the slope of its memory.
 """
 
 from efficientnet.command import late, parse_flags, run_command
-from perf.studies.config import DrillsConfig
+from perf.service_load.config import DrillsConfig
 
-main = late("perf.studies.drills", needs=("uvloop", "psutil"))
+main = late("perf.service_load.drills", needs=("uvloop", "psutil"))
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(DrillsConfig, __doc__), main)

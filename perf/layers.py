@@ -11,7 +11,7 @@ measured one after the other, and their kinds of layers are set side by side.
 from efficientnet.command import late, parse_flags, run_command
 from perf.measurements.config import LayersConfig
 
-main = late("perf.pages.layers")
+main = late("perf.layer_times.layers")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(LayersConfig, __doc__), main)

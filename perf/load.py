@@ -10,9 +10,9 @@ preprocesses and infers without HTTP: one process with all threads, and one proc
 """
 
 from efficientnet.command import late, parse_flags, run_command
-from perf.measurements.config import LoadConfig
+from perf.service_load.config import LoadConfig
 
-main = late("perf.measurements.load", needs=("uvloop", "matplotlib"))
+main = late("perf.service_load.load", needs=("uvloop", "matplotlib"))
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(LoadConfig, __doc__), main)

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ import torch
 from commands import Done, run
 from networks import fit, images_of, random_network
 from quick import hold_contenders_here, take_back, tell_peaks
+from service_processes import start_service
 
 from efficientnet.formats.artifact import QuantizationRecord
 from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
@@ -213,6 +215,17 @@ def openvino_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
         ov.main(OpenVinoConfig(tiny_checkpoint, folder / artifact, num_parity_images=64))
 
     return made_once(tmp_path_factory, "tiny-openvino", make) / artifact
+
+
+@pytest.fixture(scope="session", autouse=True)
+def services_are_forks() -> Iterator[None]:
+    """Let services start without the seconds that their imports take; see service_processes.py."""
+    names = ("serving.demo", "perf.measurements.load_contenders")
+    forks = SimpleNamespace(**{**vars(subprocess), "Popen": start_service})
+    with pytest.MonkeyPatch.context() as patch:
+        for module in filter(None, map(sys.modules.get, names)):
+            patch.setattr(module, "subprocess", forks)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,32 +3,46 @@
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
+_ONE_AT_A_TIME = threading.Lock()
+CONTEXT = multiprocessing.get_context("forkserver")
+
 
 @cache
-def _server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
+def _server(preloaded: str) -> forkserver.ForkServer:
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([preloaded])
     with pytest.MonkeyPatch.context() as patch:
         # The server does not get pytest's path, and passes over a name that it does not find.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
-    return context
+        server.ensure_running()
+    return server
 
 
-def fork(target: Callable[..., object], *args: object) -> BaseProcess:
-    """Call a function in a fork of a process that has loaded the libraries, and has no threads."""
-    process = _server().Process(target=target, args=args)
-    process.start()
+def fork(target: Callable[..., object], *args: object, preloaded: str = "preloaded") -> BaseProcess:
+    """Call a function in a fork of a process that has loaded the libraries, and has no threads.
+
+    Args:
+        target: can be pickled.
+        args: of it, likewise.
+        preloaded: the module that loads them.
+    """
+    process = CONTEXT.Process(target=target, args=args)
+    # multiprocessing knows of one such server.
+    with _ONE_AT_A_TIME, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            forkserver, "connect_to_new_process", _server(preloaded).connect_to_new_process
+        )
+        process.start()
     return process
 
 

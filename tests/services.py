@@ -1,7 +1,6 @@
 """An artifact -> a service by `python serving/run.py`, its workers, and what it answers."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import httpx
 from processes import child_pids, process_exists
+from service_processes import ServiceProcess
 
 from efficientnet.images.datasets import load_dataset
 from serving.demo import free_port, stop, wait_until_ready
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Running:
-    process: subprocess.Popen[bytes]
+    process: ServiceProcess
     port: int
     log: Path
 
@@ -47,9 +47,7 @@ def running(artifact: Path, folder: Path, *flags: str, **variables: str) -> Iter
     command += flags
     environment = {**os.environ, "BENTOML_HOME": str(folder / "home"), **variables}
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
+        process = ServiceProcess(command, cwd=ROOT, env=environment, stdout=file)
     try:
         wait_until_ready(process, port, log)
         yield Running(process, port, log)

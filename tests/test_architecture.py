@@ -2,6 +2,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,31 @@ def test_import_contracts_hold():
         [program, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_every_command_and_room_has_its_place_in_the_contracts():
+    contracts = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    rooms = {c["containers"][0]: c for c in contracts if "containers" in c}
+    assert rooms.keys() == {"efficientnet", "training", "export", "perf"}
+    for stage, contract in rooms.items():
+        placed = {name for layer in contract["layers"] for name in re.findall(r"\w+", layer)}
+        there = {path.parent.name for path in (ROOT / stage).glob("*/__init__.py")}
+        if stage in STAGES:
+            there |= {path.stem for path in (ROOT / stage).glob("*.py")} - {"__init__"}
+        assert placed == there, stage
+
+
+def test_the_tables_of_the_architecture_are_the_files_first_lines():
+    sections = re.findall(r"^### `(\w+)/`(.*?)(?=^##)", read("docs/architecture.md"), re.M | re.S)
+    assert {stage for stage, _ in sections} == {"efficientnet", *STAGES}
+    for stage, text in sections:
+        written = dict(re.findall(r"^\| `(\w+)(?:/|\.py)` \| (.*) \|$", text, re.M))
+        files = [(path.parent.name, path) for path in (ROOT / stage).glob("*/__init__.py")]
+        if stage == "serving":
+            files = [(p.stem, p) for p in (ROOT / stage).glob("[!_]*.py")]
+            assert written.pop("page")
+        first = {name: path.read_text().splitlines()[0].strip('"') for name, path in files}
+        assert written == first, stage
 
 
 def test_every_pinned_package_of_the_bento_has_the_version_of_the_constraints():

@@ -1,7 +1,12 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from commands import run
 
 from efficientnet.command import parse_flags
 from efficientnet.formats.artifact import read_artifact
@@ -62,6 +67,12 @@ def test_the_table_tells_why_something_was_left_out():
     assert [row[-1] for row in table.rows] == ["", "(1)", "(2)", "(2)"]
 
 
+@contextmanager
+def ended_fork(words: tuple[str, ...], **_: object) -> Iterator[SimpleNamespace]:
+    done = run(*words[1:], cwd=Path.cwd())
+    yield SimpleNamespace(stderr=StringIO(done.stderr), returncode=done.returncode)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -117,6 +128,8 @@ def test_all_exports_of_a_runtime_end_with_a_table_and_a_default(
     candidates = [one for one in all_exports.CANDIDATES if (one[1].name, one[2]) in named]
     assert len(candidates) == len(named)
     monkeypatch.setattr(all_exports, "CANDIDATES", candidates)
+    forks = SimpleNamespace(Popen=ended_fork, PIPE=None, DEVNULL=None)
+    monkeypatch.setattr(all_exports, "subprocess", forks)
     monkeypatch.chdir(tmp_path)
     summary = all_exports.main(
         AllConfig(

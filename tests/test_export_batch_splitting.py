@@ -16,7 +16,7 @@ from export.builders import onnxruntime_builder as ort_build
 from export.builders import openvino_builder as ov_build
 from export.checks.logit_agreement import ParityError
 from export.inputs.config import OpenVinoConfig, OrtConfig
-from perf.pages.layers import read_profiled
+from perf.layer_times.layers import read_profiled
 
 EXPORTS = {
     "openvino": (OpenVinoConfig, ov_build.main),

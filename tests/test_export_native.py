@@ -221,6 +221,7 @@ def test_activations_are_within_half_a_step_and_what_the_pieces_leave(function, 
     # Half of the largest distance of a chord from SiLU, whose second derivative is 1/2 at most.
     of_pieces = 0.0 if function is relu6 else (reach / 32) ** 2 / 8 / 2 / 2 / out.scale
     assert np.abs(found - exact).max() <= 0.5 + of_pieces + 0.15
+    assert np.abs(found - np.rint(exact)).max() <= 1
 
 
 def test_without_fast_kernels_both_export_and_artifact_are_refused_but_for_reference(

@@ -84,11 +84,11 @@ def report(
 
 
 def test_every_step_of_a_faithful_artifact_agrees(report: ParityReport):
-    steps = {record.rungs[-1].name: record.rungs for record in report.ladders}
+    steps = {record.steps[-1].name: record.steps for record in report.artifacts}
     assert list(steps) == ["onnxruntime fp32", "onnxruntime fp16", "openvino fp32"]
-    for record in report.ladders:
+    for record in report.artifacts:
         assert record.first_broken is None
-        assert all(step.parity and step.problem is None for step in record.rungs)
+        assert all(step.parity and step.problem is None for step in record.steps)
     folds = ["batch norm folded, in float64", "batch norm folded, fp32"]
     exported = [*folds, "ONNX fp32, not optimized"]
     names = {last: [step.name for step in own[:-1]] for last, own in steps.items()}
@@ -97,7 +97,7 @@ def test_every_step_of_a_faithful_artifact_agrees(report: ParityReport):
 
 
 def test_folding_may_change_the_logits_by_1e_5_of_their_std(report: ParityReport):
-    fold = report.ladders[0].rungs[0].parity
+    fold = report.artifacts[0].steps[0].parity
     assert fold is not None
     bound = fold.tolerances.max_abs_logit_error
     # That of these logits is about 1, and the bound is not the same for all networks.
@@ -109,9 +109,9 @@ def test_layers_of_each_runtime_are_those_of_the_eager_model(
     report: ParityReport, reference: Reference
 ):
     blocks = list(layers_by_block(reference.model))
-    for record, largest in zip(report.ladders, (1e-5, 5e-3, 1e-5), strict=True):
+    for record, largest in zip(report.artifacts, (1e-5, 5e-3, 1e-5), strict=True):
         assert record.layers is not None
-        assert record.layers.rung == record.rungs[-1].name
+        assert record.layers.step == record.steps[-1].name
         assert [error.name for error in record.layers.blocks] == blocks
         assert all(0 < error.error < largest for error in record.layers.blocks)
         assert record.layers.layers and not record.layers.is_above_bound
@@ -132,9 +132,9 @@ def test_the_command_names_the_broken_step_and_layer_and_prints_json_on_demand(
     assert done.returncode == 1
     require_named(done.stderr, "error: 1 of 1", broken, CHANGED_BLOCK, CHANGED_LAYER, "0.0001")
     assert "Traceback" not in done.stderr
-    (bad,) = ParityReport.model_validate_json(done.stdout.splitlines()[-1]).ladders
+    (bad,) = ParityReport.model_validate_json(done.stdout.splitlines()[-1]).artifacts
     assert bad.first_broken == "model.onnx, not optimized"
-    assert [step.problem is None for step in bad.rungs] == [True, True, True, False, False]
+    assert [step.problem is None for step in bad.steps] == [True, True, True, False, False]
     assert bad.layers is not None and bad.layers.layer == CHANGED_LAYER
 
 
@@ -179,9 +179,9 @@ def test_an_unchecked_artifact_that_passes_is_completed(
     with raises_naming(ArtifactError, "never compared", "export/parity.py"):
         open_runtime(directory)
     report = parity.main(ParityConfig((directory,), checkpoint=tiny_checkpoint, num_images=64))
-    assert report.ladders[0].is_completed
+    assert report.artifacts[0].is_completed
     found = read_artifact(directory)
-    assert found.parity == report.ladders[0].rungs[-1].parity
+    assert found.parity == report.artifacts[0].steps[-1].parity
     assert found.parity is not None and found.parity.num_images == 64
     assert open_runtime(directory).info.precision == "fp32"
 
@@ -201,7 +201,7 @@ def test_an_unchecked_artifact_that_breaks_is_left_as_it_is(
         parity.main(ParityConfig((directory,), checkpoint=tiny_checkpoint, num_images=64))
     result = Path(capsys.readouterr().out.splitlines()[-1])
     assert result == Path("reports/parity.json")
-    assert not json.loads(result.read_text())["ladders"][0]["is_completed"]
+    assert not json.loads(result.read_text())["artifacts"][0]["is_completed"]
     assert (directory / "manifest.json").read_bytes() == before
     with raises_naming(ArtifactError, "never compared", "export/parity.py"):
         open_runtime(directory)
@@ -225,7 +225,7 @@ def test_an_unchecked_quantised_artifact_must_pass_the_accuracy_gate(
         asked_for = QUANTIZATION.model_copy(update=limits)
         directory = unchecked(program, tmp_path / name, precision="int8", quantization=asked_for)
         manifest = read_artifact(directory, allow_unchecked=True)
-        done = complete(easy, directory, manifest, report.ladders[0])
+        done = complete(easy, directory, manifest, report.artifacts[0])
         assert done.is_completed == is_good
         assert done.first_broken == (None if is_good else GATE)
         assert done.gate is not None and (done.gate.drop == 0.0) == (program == tiny_artifact)

@@ -12,6 +12,7 @@ from export.studies.form_comparison import AblationConfig
 from export.studies.stock_comparison import StockConfig
 from perf.device_parts.config import DeviceConfig
 from perf.measurements import config as measurements
+from perf.service_load import config as load_settings
 from perf.studies import config as studies
 from serving.classify import ClassifyConfig
 from training.studies.loader_speed_study import LoaderSpeedConfig
@@ -22,7 +23,7 @@ AOTI, TORCH_TRT = exports.AotiConfig, exports.TorchTrtConfig
 PATHS = (Path("a"),)
 ACCURACY = partial(measurements.AccuracyConfig, PATHS)
 LAYERS = partial(measurements.LayersConfig, PATHS)
-LOAD = partial(measurements.LoadConfig, Path("artifact"), Path("photos"))
+LOAD = partial(load_settings.LoadConfig, Path("artifact"), Path("photos"))
 PREPROCESSING = partial(measurements.PreprocessingConfig, Path("photos"))
 LATENCY, CHOOSE = measurements.LatencyConfig, partial(studies.ChooseConfig, budget_ms=1)
 REGRESSION = partial(studies.RegressionConfig, "main")

@@ -1,5 +1,6 @@
 """The native engine against docs/native.md's numerics in numpy, bit by bit, on every level here."""
 
+import mmap
 import subprocess
 import sys
 import tempfile
@@ -156,6 +157,42 @@ def test_values_that_are_no_numbers_read_as_zero(tmp_path: Path):
     images[0, 1, 0] = [np.nan, np.inf, -np.inf, *images[0, 1, 0, 3:]]
     _, expected = native_reference.run(program, images[0])
     np.testing.assert_array_equal(Engine(tmp_path / "p.native").infer(images)[0], expected)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_denormals_are_zero_while_the_engine_computes_and_not_afterwards(
+    tmp_path: Path, level: str
+):
+    chain = Chain(np.random.default_rng(0), (8, 8), DType.BF16)
+    chain.convolution(5, 3)
+    program = chain.write(tmp_path / "p.native")
+    engine = Engine(tmp_path / "p.native", 2, level=level, keeps_tensors=True)
+    # Times 50 they would be 5e-39, which bfloat16 holds.
+    engine.infer(np.full((1, 3, 8, 8), 1e-40, np.float32))
+    assert not read(engine, program, 0).any()
+    assert (np.array([1e-30], np.float32) * np.float32(1e-10)).view(np.uint32) > 0
+
+
+def test_a_file_in_pages_of_its_own_goes_while_its_weights_are_packed(tmp_path: Path):
+    path, rng = tmp_path / "p.native", np.random.default_rng(0)
+    chain = Chain(rng, (4, 4), DType.U8)
+    for _ in range(4):
+        chain.convolution(1500, 1)
+    # Weights at the front of the file that its last layer reads as well.
+    layers = chain.program.layers
+    layers[4]["weights"], layers[4]["bias"] = layers[2]["weights"], layers[2]["bias"]
+    program = chain.write(path)
+    content, images = path.read_bytes(), images_for(program, rng)
+
+    def pages_of(content: bytes) -> mmap.mmap:
+        pages = mmap.mmap(-1, len(content), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.write(content)
+        return pages
+
+    expected, pages = Engine(path).infer(images), pages_of(content)
+    np.testing.assert_array_equal(Engine(pages).infer(images), expected)
+    # Of 6.8 MB, all but what follows the last multiple of 2 MB.
+    assert np.count_nonzero(np.frombuffer(pages, np.uint8)) < 1 << 21
 
 
 DAMAGES = {

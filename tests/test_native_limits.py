@@ -10,9 +10,9 @@ from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.native.engine import PORTABLE, WORK, levels, peak_per_s
 from export import native
 from export.inputs.config import NativeConfig
-from perf.measurements.layer_profile import Node
-from perf.measurements.native_limits import Rates, layer_limits, node_limits
-from perf.pages.layers import LayerTimes
+from perf.layer_times.layer_profile import Node
+from perf.layer_times.layers import LayerTimes
+from perf.layer_times.native_limits import Rates, layer_limits, node_limits
 
 pytestmark = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from commands import run
 from test_perf_report import CPU, STARTED
 
 from perf.studies import other_tools, tool_agreement
@@ -50,6 +51,12 @@ def test_the_eager_model_is_compared_with_torchs_tool_and_others_say_why_not(
     monkeypatch.chdir(tmp_path)
     readme = tmp_path / "results.md"
     readme.write_text("<!-- agreement: written by a command -->\n<!-- /agreement -->\n")
+
+    def output_of_fork(_: str, command: list[str], *__: object) -> str:
+        assert command[1:4] == ["-P", "-m", "perf.studies.torch_timer"]
+        return run("perf/studies/torch_timer.py", *command[4:]).stdout
+
+    monkeypatch.setattr(other_tools, "output_of", output_of_fork)
     paths = (tiny_checkpoint, tiny_artifact)
     config = AgreementConfig(paths, 0.2, 2, threads=1, publish=True, readme=readme)
     eager, onnx = tool_agreement.main(config).rows

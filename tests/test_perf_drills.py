@@ -11,10 +11,10 @@ from PIL import Image
 
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
-from perf.studies import drill_clients, drills
-from perf.studies.config import DrillName, DrillsConfig
-from perf.studies.drill_clients import LOST, REFUSED_CONNECTION, Seen
-from perf.studies.drills import DRILLS, DrillRecord, Finding, lost, main, to_markdown
+from perf.service_load import drill_clients, drills
+from perf.service_load.config import DrillName, DrillsConfig
+from perf.service_load.drill_clients import LOST, REFUSED_CONNECTION, Seen
+from perf.service_load.drills import DRILLS, DrillRecord, Finding, lost, main, to_markdown
 
 # What a busy machine decides is measured, and not tested.
 OF_TIME = {

@@ -8,16 +8,15 @@ from facts import raises_naming
 from efficientnet.formats.artifact import ArtifactError, read_artifact, write_manifest
 from efficientnet.network.cost import layer_costs, network_cost
 from efficientnet.network.variants import VARIANTS
-from perf.measurements.layer_profile import (
+from perf.layer_times import layers
+from perf.layer_times.layer_profile import (
     HALF_MICROSECOND,
     LayerTime,
     Node,
     later_mean_us,
     layer_times,
 )
-from perf.measurements.native_limits import LIMITS
-from perf.pages import layers
-from perf.pages.layer_tables import (
+from perf.layer_times.layer_tables import (
     ProgramLayers,
     kind_times,
     kinds_table,
@@ -25,7 +24,8 @@ from perf.pages.layer_tables import (
     side_by_side_table,
     slowest_table,
 )
-from perf.pages.layers import LayersConfig, LayerTimes
+from perf.layer_times.layers import LayersConfig, LayerTimes
+from perf.layer_times.native_limits import LIMITS
 
 TINY_COSTS = layer_costs(VARIANTS["tiny"], 32, num_classes=10)
 TINY_FLOPS = network_cost(VARIANTS["tiny"], 32, num_classes=10).flops

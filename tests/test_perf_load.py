@@ -15,17 +15,17 @@ from facts import raises_naming, require_named
 from PIL import Image
 
 from efficientnet.reporting.publishing import PublishError
-from perf.measurements import load
-from perf.measurements.config import LoadConfig
-from perf.measurements.load_contenders import LoadError, running_service
-from perf.measurements.load_generator import (
+from perf.service_load import load
+from perf.service_load.config import LoadConfig
+from perf.service_load.load_contenders import LoadError, running_service
+from perf.service_load.load_generator import (
     Answers,
     Target,
     planned_times,
     send_in_turn,
     send_planned,
 )
-from perf.measurements.load_record import LoadRecord, Point, to_markdown, to_point
+from perf.service_load.load_record import LoadRecord, Point, to_markdown, to_point
 
 
 @contextmanager

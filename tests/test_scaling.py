@@ -116,7 +116,7 @@ M_OVER_S = CompoundScale(2.2 / 1.8, 1.6 / 1.4, 456 / 380)
 L_OVER_S = CompoundScale(3.1 / 1.8, 2.0 / 1.4, 600 / 380)
 
 
-# Parameters and multiply-adds over those of the published network: the figures of docs/training.md.
+# Parameters and multiply-adds over those of the published network: the figures of docs/search.md.
 @pytest.mark.parametrize(
     ("scale", "rule", "target", "size", "layers", "parameters", "multiply_adds"),
     [

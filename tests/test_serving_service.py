@@ -32,7 +32,7 @@ from efficientnet.images.preprocess import ImageError, preprocess
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.probabilities import softmax
 from serving.answers import ModelFacts, Prediction, Problem
-from serving.demo import free_port, stop, wait_until_ready
+from serving.demo import free_port, running_service, stop, wait_until_ready
 from serving.pack import PackError, with_packages
 from serving.settings import DEFAULT_ARTIFACT, Settings, read_settings
 from serving.stages import Stage, StageTimes
@@ -365,8 +365,16 @@ def test_docs_and_page_need_no_other_host(service: httpx.Client) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_no_torch_in_the_service_process(service: httpx.Client) -> None:
-    assert_lives(service)
+def test_no_torch_in_the_service_process(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In a process that has imported what it wants by itself.
+    monkeypatch.setattr("serving.demo.subprocess", subprocess)
+    with running_service(tiny_artifact):
+        require_no_torch()
+
+
+def require_no_torch() -> None:
     supervisors = [
         process
         for process in psutil.Process().children()

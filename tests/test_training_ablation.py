@@ -1,4 +1,5 @@
 import json
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from training.recipe.config import config_to_json
 from training.recipe.stages import plan_stages
 from training.running.command_line import parse
 from training.running.metrics import write_metrics
+from training.studies import ablation_study
 from training.studies.ablation_plan import (
     FIXED,
     PROGRESSIVE,
@@ -389,7 +391,15 @@ def test_an_interruption_asks_each_run_once_and_waits_for_it(
     assert len(list(tmp_path.glob("*.saved"))) == 2
 
 
-def test_a_planned_run_trains_for_real(tmp_path: Path):
+def test_a_planned_run_trains_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class EndedFork(subprocess.Popen):
+        def __init__(self, words: list[str], **_: object) -> None:
+            self.returncode = run_command(*words[1:], cwd=Path.cwd()).returncode
+
+        def poll(self) -> int | None:
+            return self.returncode
+
+    monkeypatch.setattr(ablation_study.subprocess, "Popen", EndedFork)
     config = tiny(tmp_path, seeds=1, epochs=1, batch_size=256, experiments="schedules")
     planned = plan_rounds(config, plan_rows(config))[:1]
     finished: list[PlannedRun] = []

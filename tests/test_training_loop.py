@@ -2,6 +2,7 @@ import errno
 import math
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 import training_processes
 from facts import raises_naming, require_named
-from small_trainings import SMALLEST, epoch_metrics
+from small_trainings import NUM_FEW_DIGITS, SMALLEST, cut_digits, epoch_metrics
 from torch.utils.tensorboard.writer import SummaryWriter
 from training_processes import end, require_equal, saved_state, start
 
 from efficientnet.formats.checkpoint import load_checkpoint, read_checkpoint
+from efficientnet.images import datasets
 from efficientnet.network.variants import NetworkOptions
 from training.learning.optim import WeightAverage, build_optimizer, learning_rate_at
 from training.learning.state import new_state
@@ -28,9 +30,11 @@ from training.running.progress import StepReport
 from training.running.run_folder import is_complete
 from training.running.trainer import TrainingError
 
+EVERY_DIGIT = datasets.digit_images
+
 
 def tiny_config(output: Path, **changes: object) -> TrainConfig:
-    config = replace(digits_recipe(SMALLEST), epochs=2, batch_size=128, output=output)
+    config = replace(digits_recipe(SMALLEST), epochs=2, batch_size=32, output=output)
     config = replace(config, eval_image_size=20, **changes)
     stages = {"image_size": (16, 20), "num_stages": min(2, config.epochs)}
     return replace(config, progressive=replace(config.progressive, **stages))
@@ -73,6 +77,19 @@ def no_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.learning.memory.saved_bytes", lambda *_: 0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_digits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        cut_digits(NUM_FEW_DIGITS, patch.setattr)
+        yield
+
+
+@pytest.fixture
+def every_digit(few_digits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all digits where what is learned counts."""
+    monkeypatch.setattr(datasets, "digit_images", EVERY_DIGIT)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
@@ -93,13 +110,14 @@ def test_a_run_writes_checkpoint_metrics_and_curves(
         *("tensorboard", "report.md", "confusion.png"),
     }
     record = read_checkpoint(checkpoint)
-    assert (record.epoch, record.step, record.num_images_evaluated) == (2, 22, 360)
+    assert (record.epoch, record.step, record.num_images_evaluated) == (2, 22, 90)
     epochs = read_metrics(run)
     assert [e.epoch for e in epochs] == [1, 2]
     assert epochs[-1].top1 == record.top1
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("every_digit")
 def test_a_small_network_learns_the_digits(tmp_path: Path):
     config = at_16_pixels(tiny_config(tmp_path, variant="tiny", architecture=None, batch_size=32))
     config = replace(config, epochs=5)
@@ -192,11 +210,13 @@ def test_settings_outside_their_limits_are_named(changes: dict, tmp_path: Path):
         tiny_config(tmp_path, num_workers=-2)
 
 
+@pytest.mark.usefixtures("every_digit")
 def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path: Path):
     def weights(micro_batch_size: int | None) -> dict[str, torch.Tensor]:
         config = tiny_config(
             tmp_path / str(micro_batch_size),
             epochs=1,
+            batch_size=128,
             micro_batch_size=micro_batch_size,
             stochastic_depth_rate=0.0,
         )
@@ -212,9 +232,10 @@ def test_gradients_of_micro_batches_add_up_to_those_of_the_batch(tmp_path: Path)
     torch.testing.assert_close(whole[bias], parts[bias], atol=5e-3, rtol=0)
 
 
+@pytest.mark.usefixtures("every_digit")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_trains(precision: str, tmp_path: Path):
-    run = main(at_16_pixels(tiny_config(tmp_path, precision=precision))).parent
+    run = main(at_16_pixels(tiny_config(tmp_path, precision=precision, batch_size=128))).parent
     first, last = read_metrics(run)
     assert last.train_loss < first.train_loss
     # Only fp16 needs a scaled loss, and its scale comes back with a resumed run.

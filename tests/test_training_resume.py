@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from facts import raises_naming
 from PIL import Image
 from processes import wait_until
-from small_trainings import small_run
+from small_trainings import NUM_FEW_DIGITS, cut_digits, small_run
 from training_processes import die_after, end, require_equal, saved_state, start
 
 from efficientnet.errors import PipelineError
@@ -38,8 +39,16 @@ NUM_KILLS = 5
 
 
 def config(output: Path, **changes: object):
-    settings: dict[str, object] = {"micro_batch_size": 128, "checkpoint_every_steps": 2}
+    settings: dict[str, object] = {"batch_size": 64, "micro_batch_size": 32}
+    settings["checkpoint_every_steps"] = 2
     return small_run(output, **(settings | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_digits() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        cut_digits(NUM_FEW_DIGITS, patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +257,7 @@ def test_a_run_whose_images_have_moved_is_resumed_by_data_and_remembers_it(tmp_p
 
 def test_resume_takes_the_flags_of_its_run_and_names_those_that_differ(whole: Path, begun: Path):
     run = begun / "run"
-    own = ["tiny", "--recipe", "digits", "--epochs", "3", "--batch-size", "256", "--name", "run"]
+    own = ["tiny", "--recipe", "digits", "--epochs", "3", "--batch-size", "64", "--name", "run"]
     for flag, value, named in (
         ("--epochs", "4", ("epochs 3", "now 4")),
         ("--recipe", "imagenet", ("recipe digits", "now imagenet")),

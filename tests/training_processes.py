@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from processes import fork
+from small_trainings import cut_digits
 
+from efficientnet.images import datasets
 from training.learning import memory
 from training.learning.step import TrainStep
 from training.recipe.config import TrainConfig
@@ -33,8 +35,9 @@ def start(
     *args: object,
     environment: dict[str, str] | None = None,
 ) -> BaseProcess:
-    """Start a training; `prepare` is called in its process first."""
-    return fork(_child, config, prepare, args, environment or {})
+    """Start a training, on as many digits as here; `prepare` is called in its process first."""
+    _, digits = datasets.digit_images()
+    return fork(_child, config, prepare, args, environment or {}, len(digits))
 
 
 def start_ranks(
@@ -128,8 +131,10 @@ def _child(
     prepare: Callable[..., None] | None,
     args: tuple[object, ...],
     environment: dict[str, str],
+    num_digits: int,
 ) -> None:
     os.environ.update(environment)
+    cut_digits(num_digits)
     # The loader's workers are forks of this process, as in the command, and end with it.
     multiprocessing.set_start_method(None, force=True)
     # They are tested elsewhere: pictures take longer than an epoch, memory half as long.

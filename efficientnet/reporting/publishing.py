@@ -61,10 +61,18 @@ def find_section(readme: Path, name: str) -> tuple[str, str]:
     return text[: text.index("\n", found.start()) + 1], text[found.start(1) :]
 
 
-def write_section(readme: Path, name: str, body: str) -> None:
-    """Put text between a section's marks, in the place of what was there."""
+def write_section(
+    readme: Path, name: str, body: str, environments: Iterable[EnvironmentRecord]
+) -> None:
+    """Put text between a section's marks, in the place of what was there, and the commits below."""
     before, after = find_section(readme, name)
-    write_text(readme, f"{before}\n{body.strip()}\n\n{after}")
+    write_text(readme, f"{before}\n{body.strip()}\n\n{commits_line(environments)}\n\n{after}")
+
+
+def commits_line(environments: Iterable[EnvironmentRecord]) -> str:
+    """Tell what the project was when something was measured."""
+    commits = list(dict.fromkeys(one.git_commit or "unknown" for one in environments))
+    return f"Commit{'s' * (len(commits) > 1)}: {', '.join(commits)}."
 
 
 def publish_record(
@@ -75,7 +83,7 @@ def publish_record(
     With a title the text is written beside the record, too.
     """
     path = published_directory(record.started_at, [record.environment]) / name
-    write_section(readme, section, text)
+    write_section(readme, section, text, [record.environment])
     if title is not None:
         write_text(path.with_suffix(".md"), f"# {title}\n\n{text}")
     write_text(path, record.model_dump_json(indent=1) + "\n")
@@ -91,7 +99,8 @@ def publish_part(
     write_text(folder / name, record.model_dump_json(indent=1) + "\n")
     files = sorted(folder.glob(f"{section}-*.json"))
     parts = [type(record).model_validate_json(file.read_text(encoding="utf-8")) for file in files]
-    write_section(readme, section, "\n\n".join(map(render, parts)))
+    environments = [part.environment for part in parts]
+    write_section(readme, section, "\n\n".join(map(render, parts)), environments)
 
 
 def _slug(environment: EnvironmentRecord) -> str:

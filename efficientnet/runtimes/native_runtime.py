@@ -1,5 +1,6 @@
 """A native artifact -> the project's own CPU engine, on the best kernels that the processor has."""
 
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,7 @@ from numpy.typing import NDArray
 from efficientnet.formats.artifact import (
     ArtifactError,
     ArtifactManifest,
-    ProgramFile,
-    checked_meanwhile,
+    read_pages,
 )
 from efficientnet.runtimes.native.engine import PORTABLE, Engine, levels
 from efficientnet.runtimes.protocol import ProgramInfo, check_images, info_of_artifact
@@ -21,10 +21,10 @@ NAMES_FILE = "names.json"
 class NativeRuntime:
     """Runs model.native. Calls from several threads take turns."""
 
-    def __init__(self, program: ProgramFile, info: ProgramInfo, num_threads: int) -> None:
+    def __init__(self, program: mmap, info: ProgramInfo, num_threads: int) -> None:
         assert info.max_batch_size is not None
         self.info = info
-        self._engine = Engine(program.data, num_threads, info.max_batch_size)
+        self._engine = Engine(program, num_threads, info.max_batch_size)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
@@ -56,6 +56,5 @@ def open_timed(program: Path, num_threads: int) -> Engine:
 def open_program(directory: Path, manifest: ArtifactManifest, num_threads: int) -> NativeRuntime:
     """Open a native artifact."""
     require_kernels(directory, is_reference=manifest.binding is None)
-    # Hashing takes as long as packing the weights does.
-    with checked_meanwhile(directory, manifest, manifest.program_file) as program:
-        return NativeRuntime(program, info_of_artifact(manifest), num_threads)
+    program = read_pages(directory, manifest, manifest.program_file)
+    return NativeRuntime(program, info_of_artifact(manifest), num_threads)

@@ -75,7 +75,7 @@ class LayersRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rung: str
+    step: str
     """Name of the step whose layers these are."""
     note: str | None
     """Why they are not those of the step that breaks."""
@@ -116,7 +116,7 @@ def compare_layers(
     block = first_above(blocks, bound)
     layers = errors_of(by_block[block])
     return LayersRecord(
-        rung=step,
+        step=step,
         note=note,
         num_images=len(images),
         bound=bound,
@@ -152,7 +152,7 @@ def tables_of(record: LayersRecord) -> str:
     if not record.is_above_bound:
         above = f"nothing is above {record.bound:g}, and the error rises most there"
     parts = [
-        f"layers of {record.rung} against the eager model on the {record.num_images} images with "
+        f"layers of {record.step} against the eager model on the {record.num_images} images with "
         "the largest logit errors",
         *([record.note] if record.note else []),
         _table("block", record.blocks, record.block).aligned_text(),

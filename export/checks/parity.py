@@ -24,7 +24,7 @@ from export.inputs.config import ExportConfig
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import ParityConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 GATE = "accuracy gate"
 
@@ -38,7 +38,7 @@ class ParityReport(BaseModel):
 
     format_version: int = FORMAT_VERSION
     environment: EnvironmentRecord
-    ladders: tuple[StepwiseParityRecord, ...]
+    artifacts: tuple[StepwiseParityRecord, ...]
 
 
 def main(config: ParityConfig) -> ParityReport:
@@ -74,7 +74,7 @@ def main(config: ParityConfig) -> ParityReport:
             log.info("%s stays as it is: not checked, and refused", path)
         log.info("%s", report_of(record))
         records.append(record)
-    report = ParityReport(environment=current_environment(), ladders=tuple(records))
+    report = ParityReport(environment=current_environment(), artifacts=tuple(records))
     broken = [
         f"{record.artifact} at {record.first_broken}" for record in records if record.first_broken
     ]
@@ -135,7 +135,7 @@ def complete(
         log.info("%s", describe(gate))
         if not is_allowed(gate):
             return record.model_copy(update={"gate": gate, "first_broken": GATE})
-    update = {"parity": record.rungs[-1].parity, "gate": gate}
+    update = {"parity": record.steps[-1].parity, "gate": gate}
     write_manifest(artifact, manifest.model_copy(update=update))
     log.info("%s was not checked before: it passed, and is accepted from now on", artifact)
     return record.model_copy(update={"gate": gate, "is_completed": True})

@@ -91,7 +91,7 @@ class StepwiseParity:
             runtime=manifest.runtime,
             precision=manifest.precision,
             image_size=reference.image_size,
-            rungs=tuple(step.record for step in steps),
+            steps=tuple(step.record for step in steps),
             first_broken=None if broken is None else steps[broken].record.name,
             layers=_compare_layers(reference.model, seen) if wants_layers else None,
         )

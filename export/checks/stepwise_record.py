@@ -38,7 +38,7 @@ class StepwiseParityRecord(_Frozen):
     precision: Precision
     image_size: int
     """Pixels."""
-    rungs: tuple[ParityStepRecord, ...]
+    steps: tuple[ParityStepRecord, ...]
     """The steps, from the eager model's side to the artifact, which is the last."""
     first_broken: str | None
     """Name of the first that breaks; None when none does."""
@@ -53,7 +53,7 @@ class StepwiseParityRecord(_Frozen):
 def table_of(record: StepwiseParityRecord) -> Table:
     """Lay the steps out, one a row."""
     columns = (
-        "rung",
+        "step",
         "largest error",
         "mean error",
         "allowed",
@@ -63,7 +63,7 @@ def table_of(record: StepwiseParityRecord) -> Table:
         "verdict",
     )
     rows = [(REFERENCE, *(NOTHING,) * 6, "the reference")]
-    for step in record.rungs:
+    for step in record.steps:
         parity = step.parity
         if parity is None:
             rows.append((step.name, *(NOTHING,) * 6, f"skipped: {step.skipped}"))
@@ -81,7 +81,7 @@ def table_of(record: StepwiseParityRecord) -> Table:
                 "agrees" if step.problem is None else "breaks",
             )
         )
-    return Table(columns, tuple(rows), frozenset({"rung", "verdict"}))
+    return Table(columns, tuple(rows), frozenset({"step", "verdict"}))
 
 
 def report_of(record: StepwiseParityRecord) -> str:
@@ -90,15 +90,15 @@ def report_of(record: StepwiseParityRecord) -> str:
         f"{record.artifact}: logits against the eager model's",
         table_of(record).aligned_text(),
     ]
-    artifact = record.rungs[-1].parity
-    if artifact is not None and any(r.parity and r.parity.num_flips for r in record.rungs):
+    artifact = record.steps[-1].parity
+    if artifact is not None and any(r.parity and r.parity.num_flips for r in record.steps):
         lines.append(
             "a flip counts where the eager model prefers its own class by more than "
             f"{artifact.tolerances.flip_margin:.1e} (for the artifact)"
         )
-    broken = next((r for r in record.rungs if r.name == record.first_broken), None)
+    broken = next((r for r in record.steps if r.name == record.first_broken), None)
     if broken is not None:
-        lines.append(f"the first rung that breaks: {broken.name}: {broken.problem}")
+        lines.append(f"the first step that breaks: {broken.name}: {broken.problem}")
     if record.layers is not None:
         lines.append(tables_of(record.layers))
     return "\n".join(lines)

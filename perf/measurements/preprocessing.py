@@ -107,7 +107,8 @@ def main(config: PreprocessingConfig) -> Path:
             publishing.published_directory(cases[0].started_at, [cases[0].environment])
             / OUTPUT_FILE
         )
-        publishing.write_section(config.readme, SECTION, to_markdown(cases))
+        environments = [case.environment for case in cases]
+        publishing.write_section(config.readme, SECTION, to_markdown(cases), environments)
     write_text(path, PreprocessingReport(cases=tuple(cases)).model_dump_json(indent=1) + "\n")
     print(results_table(cases).aligned_text())
     return path

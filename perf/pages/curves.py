@@ -15,10 +15,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from efficientnet.formats.records import LatencyRecord
 from efficientnet.measuring.intervals import wilson_interval
 from efficientnet.runtimes.names import title
+from perf.layer_times.layer_tables import ProgramLayers, least_ms
 from perf.measurements.scenarios import BATCH16, SERVER, SINGLE_STREAM, Scenario
 from perf.pages.document import PAPER, machine_name
 from perf.pages.history import Line
-from perf.pages.layer_tables import ProgramLayers, least_ms
 from perf.pages.plots import LIGHT
 from perf.pages.rows import Group, Row
 

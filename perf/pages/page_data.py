@@ -10,11 +10,11 @@ import numpy as np
 from efficientnet.formats.records import LatencyRecord
 from efficientnet.measuring.intervals import wilson_interval
 from efficientnet.runtimes.names import title
+from perf.layer_times.layer_tables import ProgramLayers, least_ms
 from perf.measurements.scenarios import SCENARIOS
 from perf.pages.document import PAPER, machine_name
 from perf.pages.history import Line
 from perf.pages.latency_tables import result_tables
-from perf.pages.layer_tables import ProgramLayers, least_ms
 from perf.pages.rows import Joined, Row
 
 # Of the samples of a row, evenly from the least to the most: what a distribution is drawn from.

@@ -55,7 +55,8 @@ def publish(
         texts = {name: text for name, (text, _) in pictures.items()}
         (fresh / REPORT_FILE).write_text(to_markdown(document, texts), encoding="utf-8")
     link = Path(os.path.relpath(directory, readme.parent)).as_posix()
-    write_section(readme, RESULTS, readme_results(joined, document, link))
+    text = readme_results(joined, document, link)
+    write_section(readme, RESULTS, text, [row.latency.environment for row in rows])
     return directory
 
 

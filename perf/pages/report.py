@@ -12,12 +12,12 @@ from efficientnet.errors import PipelineError
 from efficientnet.formats.records import AccuracyRecord, LatencyRecord, read_records
 from efficientnet.machine.atomic import write_bytes, write_text
 from efficientnet.runtimes.names import title
+from perf.layer_times.layer_tables import ProgramLayers
 from perf.measurements.config import ReportConfig
 from perf.measurements.scenarios import SCENARIOS
 from perf.pages.curves import draw_all
 from perf.pages.document import MAX_LEFT_OUT, build_document
 from perf.pages.history import history_lines, read_history
-from perf.pages.layer_tables import ProgramLayers
 from perf.pages.page import PICTURE_TEXT, to_html, to_markdown
 from perf.pages.page_data import page_data
 from perf.pages.plots import draw

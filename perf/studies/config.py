@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from efficientnet.command import JsonFlags, require_least, require_positive
 from perf.measurements.config import Data, Paths, Threads
 from perf.studies.paper_tables import TableName
@@ -161,54 +159,3 @@ class RegressionConfig:
         require_positive(self, "turn_seconds")
         if not self.exports:
             raise ValueError("--exports names none, expected some of eager, ort, ov")
-
-
-DrillName = Literal["overload", "slow-clients", "kill", "drain", "change", "artifact", "memory"]
-
-
-@dataclass(frozen=True)
-class DrillsConfig:
-    """Settings of the drills."""
-
-    artifact: tyro.conf.Positional[Path]
-    """What is served."""
-
-    photos: Path
-    """Folder of pictures that are sent."""
-
-    drills: tuple[DrillName, ...] = (
-        "overload",
-        "slow-clients",
-        "kill",
-        "drain",
-        "change",
-        "artifact",
-        "memory",
-    )
-    """Which, in this order."""
-
-    seconds: float = 60.0
-    """Of load in the drill overload, above 0; the others take a third of it."""
-
-    slow_clients: int = 1000
-    """Clients that send a byte a second, at least 1."""
-
-    requests: int = 200_000
-    """In the drill memory, at least 1000."""
-
-    num_photos: int = 64
-    """Pictures that are sent, the first of the folder."""
-
-    output: Path = Path("reports/drills")
-    """Folder of a record and a table for each drill."""
-
-    publish: bool = False
-    """Write to reports/published/<date>-<device>/, and the tables into docs/serving.md."""
-
-    readme: Path = Path("docs/serving.md")
-
-    def __post_init__(self) -> None:
-        require_positive(self, "seconds")
-        require_least(self, slow_clients=1, requests=1000, num_photos=1)
-        if not self.drills:
-            raise ValueError("--drills is empty, expected overload, slow-clients, kill, ...")

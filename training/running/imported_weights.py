@@ -108,6 +108,6 @@ def log_weights(published: PublishedWeights, preprocess: PreprocessSpec) -> None
         "batch norm": f"epsilon {network.batch_norm_epsilon:g}, "
         f"momentum {network.batch_norm_momentum:g}",
         "preprocessing": f"{preprocess.image_size} px, {shown}, {preprocess.interpolation}, "
-        f"mean {preprocess.mean}, deviation {preprocess.std}, method {preprocess.method}",
+        f"mean {preprocess.mean}, std {preprocess.std}, method {preprocess.method}",
     }.items():
         log.info("%-13s  %s", name, value)

@@ -56,8 +56,13 @@ def publish(record: SearchRecord, readme: Path) -> Path:
         if record.compared:
             parts += [tables.compared_table(record).markdown(), MARGIN]
         parts += [f"![{ALT[name]}]({link}/{stem}-{name}.png)" for name in ("plane", "choices")]
-    parts.append(f"[All of it]({link}/{stem}.md), [all trials]({link}/{stem}.json).")
-    write_section(readme, stem, "\n\n".join(parts))
+    where = record.environment
+    parts.append(
+        f"{where.gpus[0] if where.gpus else f'{where.num_cores} cores of {where.processor}'}, "
+        f"{record.finished_at:%Y-%m-%d} UTC. [All of it]({link}/{stem}.md), "
+        f"[all trials]({link}/{stem}.json)."
+    )
+    write_section(readme, stem, "\n\n".join(parts), [record.environment])
     return text
 
 
@@ -143,7 +148,8 @@ def to_markdown(record: SearchRecord, shown: dict[str, str]) -> str:
         f"{setting['epochs']} epochs of batches of {setting['batch_size']}; "
         f"{record.space.num_choices:,} choices, {record.sampler}, seed {record.seed}. "
         f"{on}. {record.started_at:%Y-%m-%d %H:%M} to {record.finished_at:%H:%M} UTC; torch "
-        f"{record.environment.libraries.get('torch')}, commit {record.environment.git_commit}.",
+        f"{record.environment.libraries.get('torch')}, commit "
+        f"{record.environment.git_commit or 'unknown'}.",
     ]
     if len(devices) > 1:
         parts.append(

@@ -41,7 +41,7 @@ def publish(record: AblationRecord, readme: Path) -> Path:
         f"{setting(record)} {MARGIN} [All tables]({link}/{stem}.md), "
         f"[all runs]({link}/{stem}.json)."
     )
-    write_section(readme, stem, "\n\n".join(parts))
+    write_section(readme, stem, "\n\n".join(parts), record.environments)
     return text
 
 
@@ -105,7 +105,7 @@ def setting(record: AblationRecord) -> str:
     """Write what the numbers were made with."""
     machines = "; ".join(
         f"{e.gpus[0] if e.gpus else f'{e.num_cores} cores of {e.processor}'}, torch "
-        f"{e.libraries.get('torch')}, commit {e.git_commit}"
+        f"{e.libraries.get('torch')}, commit {e.git_commit or 'unknown'}"
         for e in record.environments
     )
     seeds = f"{record.num_rounds} seed{'s' * (record.num_rounds > 1)}"

@@ -41,7 +41,7 @@ def publish(records: Run, readme: Path) -> Path:
     text = document(every, as_markdown=True)
     write_text(path, "".join(f"{record.model_dump_json()}\n" for record in every))
     write_text(directory / "training-speed.md", f"# Speed of a training step\n\n{text}\n")
-    write_section(readme, SECTION, text)
+    write_section(readme, SECTION, text, [record.environment for record in every])
     log.info("published: %s, and the tables in %s", directory, readme)
     return directory
 

@@ -109,7 +109,7 @@ struct engine {
 };
 
 engine::engine(const void* file, size_t file_bytes, const Kernels& chosen, int threads, int max_batch_, int flags_)
-    : program(file, file_bytes, !chosen.fuses), kernels(chosen), flags(flags_), max_batch(max_batch_),
+    : program(file, file_bytes, !chosen.fuses, (flags_ & ENGINE_TAKE_PROGRAM) != 0), kernels(chosen), flags(flags_), max_batch(max_batch_),
       plan(program, chosen, (flags_ & ENGINE_KEEP_TENSORS) != 0), pool(threads) {
   sums_stride = size_t(plan.most_channels + GROUP - 1) / GROUP * GROUP + GROUP;
   const size_t shared_bytes = size_t(threads) * sums_stride * 8 + 4096 * 4;

@@ -10,7 +10,7 @@ extern "C" {
 
 typedef struct engine engine;
 
-enum { ENGINE_KEEP_TENSORS = 1, ENGINE_KEEP_TIMES = 2 };
+enum { ENGINE_KEEP_TENSORS = 1, ENGINE_KEEP_TIMES = 2, ENGINE_TAKE_PROGRAM = 4 };
 
 ENGINE_API const char* engine_levels(void);
 /* What the calling thread did in a short while with a level's instructions from registers alone, and

@@ -4,6 +4,7 @@ import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +22,7 @@ MAX_THREADS = 64
 PEAK_REPEATS = 30
 
 _ERROR_BYTES = 1024
-_KEEP_TENSORS, _KEEP_TIMES = 1, 2
+_KEEP_TENSORS, _KEEP_TIMES, _TAKE_PROGRAM = 1, 2, 4
 _MAP_TYPES = {0: np.dtype(np.uint8), 1: np.dtype("<u2")}
 
 
@@ -93,7 +94,7 @@ class Engine:
 
     def __init__(
         self,
-        program: str | Path | bytes,
+        program: str | Path | bytes | mmap,
         num_threads: int = 1,
         max_batch_size: int = 1,
         level: str | None = None,
@@ -104,7 +105,8 @@ class Engine:
         """Open a program.
 
         Args:
-            program: its file or the bytes of that, which are not needed afterwards.
+            program: its file or the bytes of that, which are not needed afterwards; private pages
+                (formats.artifact.read_pages) are given back while they are worked through.
             num_threads: of a call; more than 64 are not used.
             max_batch_size: most images of a call.
             level: of levels(); None = the first, even where that is the portable one.
@@ -118,15 +120,18 @@ class Engine:
         self._handle = None
         self._library: Any = load_library(library)
         self._process = os.getpid()
-        data = program if isinstance(program, bytes) else _read(Path(program))
+        data = _read(Path(program)) if isinstance(program, (str, Path)) else program
+        takes_program = isinstance(data, mmap)
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         self._handle = self._library.engine_open(
-            data,
+            (ctypes.c_char * len(data)).from_buffer(data) if takes_program else data,
             len(data),
             (level or levels(library)[0]).encode(),
             min(num_threads, MAX_THREADS),
             max_batch_size,
-            _KEEP_TENSORS * keeps_tensors | _KEEP_TIMES * keeps_times,
+            _KEEP_TENSORS * keeps_tensors
+            | _KEEP_TIMES * keeps_times
+            | _TAKE_PROGRAM * takes_program,
             error,
             len(error),
         )

@@ -22,6 +22,13 @@ size_t padded(size_t bytes, int kernel, int block_bytes) {
   return aligned(unit);
 }
 
+// Where the first of a layer's arrays begins in the blob.
+int64_t first_array(const Layer& l, int64_t first) {
+  for (int64_t at : {l.weights, l.bias, l.scales, l.table, l.squeeze_weights, l.squeeze_bias, l.excite_weights, l.excite_bias})
+    if (at >= 0) first = std::min(first, at);
+  return first;
+}
+
 }  // namespace
 
 #ifdef __SANITIZE_ADDRESS__
@@ -151,7 +158,7 @@ void Plan::make_steps(const Program& program, bool fuses) {
   }
 }
 
-void Plan::pack(const Program& program, const Kernels& kernels) {
+void Plan::pack(Program& program, const Kernels& kernels) {
   struct Job {
     Packed* packed;
     const Layer* layer;
@@ -173,9 +180,14 @@ void Plan::pack(const Program& program, const Kernels& kernels) {
     add(step.project, step.project.layer);
   }
   weights_ = Memory(total + SLACK);
-  for (Job& job : jobs) {
+  // The file goes as its weights come: what is in front of all that later layers read is given back.
+  std::vector<int64_t> needed(jobs.size() + 1, program.blob_bytes());
+  for (size_t i = jobs.size(); i-- > 0;) needed[i] = std::min(needed[i + 1], first_array(*jobs[i].layer, program.blob_bytes()));
+  for (size_t i = 0; i < jobs.size(); i++) {
+    const Job& job = jobs[i];
     job.packed->layer = job.layer;
     kernels.pack(program, *job.layer, job.in, job.out, weights_.get() + job.start, *job.packed);
+    program.release(needed[i + 1]);
   }
 }
 

@@ -37,7 +37,7 @@ struct Plan {
  private:
   void make_maps(const Program& program, const Kernels& kernels);
   void make_steps(const Program& program, bool fuses);
-  void pack(const Program& program, const Kernels& kernels);
+  void pack(Program& program, const Kernels& kernels);
   void place(const Program& program, bool keeps_tensors);
 
   Memory weights_;

@@ -1,6 +1,8 @@
 // Checks a program file; see program.h. Sizes are computed in 64 bits from fields that were bounded first.
 #include "program.h"
 
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstring>
 
@@ -41,7 +43,8 @@ void require_positive(int index, const char* name, float value) {
 
 }  // namespace
 
-Program::Program(const void* file, size_t file_bytes, bool keeps) : file_(static_cast<const char*>(file)), file_bytes_(file_bytes) {
+Program::Program(const void* file, size_t file_bytes, bool keeps, bool takes)
+    : file_(static_cast<const char*>(file)), file_bytes_(file_bytes), takes_(takes && !keeps), released_(reinterpret_cast<uintptr_t>(file)) {
   if (keeps) {
     own_.assign(file_, file_ + file_bytes);
     file_ = own_.data();
@@ -50,6 +53,14 @@ Program::Program(const void* file, size_t file_bytes, bool keeps) : file_(static
   for (int i = 0; i < int(tensors.size()); i++) check_tensor(i);
   std::vector<char> is_written(tensors.size(), 0);
   for (int i = 0; i < int(layers.size()); i++) check_layer(i, is_written);
+}
+
+void Program::release(int64_t offset) {
+  // In steps of 2 MB: pages of that size are given back whole or not at all.
+  const uintptr_t end = reinterpret_cast<uintptr_t>(blob_ + offset) >> 21 << 21;
+  if (!takes_ || end <= released_) return;
+  madvise(reinterpret_cast<void*>(released_), end - released_, MADV_DONTNEED);
+  released_ = end;
 }
 
 void Program::read_tables() {

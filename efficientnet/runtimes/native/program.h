@@ -43,7 +43,8 @@ static_assert(sizeof(Layer) == 160);
 class Program {
  public:
   // Checks a file's bytes; throws Error before any of them is used. They are the caller's, and copied if they are to be kept.
-  Program(const void* file, size_t file_bytes, bool keeps);
+  // `takes`: they are private pages, which may be given back.
+  Program(const void* file, size_t file_bytes, bool keeps, bool takes);
   Program(const Program&) = delete;
   Program& operator=(const Program&) = delete;
 
@@ -51,6 +52,10 @@ class Program {
   const T* blob(int64_t offset) const {
     return reinterpret_cast<const T*>(blob_ + offset);
   }
+  // Gives the pages in front of an offset into the blob back, if they were taken.
+  void release(int64_t offset);
+  int64_t blob_bytes() const { return int64_t(blob_bytes_); }
+
   std::vector<Tensor> tensors;
   std::vector<Layer> layers;
   int num_classes = 0;
@@ -68,6 +73,8 @@ class Program {
   size_t file_bytes_;
   const char* blob_ = nullptr;
   uint64_t blob_bytes_ = 0;
+  bool takes_;
+  uintptr_t released_;  // up to here
 };
 
 }  // namespace native

@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict
 
 from efficientnet.precision import Precision
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_rate
-from perf.measurements.layer_profile import CLASSIFIER, LayerTime, gop_per_s, share_of_peak
-from perf.measurements.native_limits import LIMITS
+from perf.layer_times.layer_profile import CLASSIFIER, LayerTime, gop_per_s, share_of_peak
+from perf.layer_times.native_limits import LIMITS
 
 log = logging.getLogger(__name__)
 

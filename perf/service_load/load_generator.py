@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from perf.measurements.http_client import Connection, post_head, run_clients
+from perf.service_load.http_client import Connection, post_head, run_clients
 
 Schedule = Literal["poisson", "fixed"]
 

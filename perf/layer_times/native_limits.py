@@ -16,7 +16,7 @@ from efficientnet.measuring.peaks import cpu_cache_bytes_per_s
 from efficientnet.runtimes.native.engine import WORK, peak_per_s
 from efficientnet.runtimes.native.program_file import Activation, DType, Kind, read_program_file
 from efficientnet.runtimes.native_runtime import NAMES_FILE
-from perf.measurements.layer_profile import Node
+from perf.layer_times.layer_profile import Node
 
 Limit = Literal["products", "instructions", "bytes"]
 LIMITS: tuple[Limit, ...] = get_args(Limit)
@@ -46,6 +46,8 @@ ACTIVATION = {
 RESIDUAL = 8
 # Of squeeze-excite.
 SCALING = 12
+# For 16 pixels of an image: 3 products, sums, clamps from both sides and conversions; to a word.
+INPUT, IMAGE_BYTES = 20, 12
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ def _limits(
             each += RESIDUAL
             map_bytes += _bytes(tensors[layer["residual"]])
         instructions += out_values / 64 * each
+    elif kind is Kind.INPUT:
+        pixels = out_values / 3
+        # Floats that were made since the last call come from memory, as weights do.
+        weights = pixels * IMAGE_BYTES
+        instructions = pixels / 16 * INPUT
     elif kind is Kind.SQUEEZE_EXCITE:
         assert source is not None
         weights = 4.0 * int(layer["squeeze_channels"]) * int(source["channels"])

@@ -19,15 +19,15 @@ from efficientnet.machine.environment import current_environment, num_usable_cor
 from efficientnet.measuring.contender import Contender, running
 from efficientnet.measuring.turns import TimeBudget, take_turns
 from efficientnet.reporting.publishing import find_section, publish_part, published_directory
-from perf.measurements.config import LoadConfig
-from perf.measurements.load_contenders import (
+from perf.service_load.config import LoadConfig
+from perf.service_load.load_contenders import (
     LoadError,
     LoopTurn,
     PlainLoop,
     running_peer,
     running_service,
 )
-from perf.measurements.load_generator import (
+from perf.service_load.load_generator import (
     Answers,
     Schedule,
     Target,
@@ -36,7 +36,7 @@ from perf.measurements.load_generator import (
     send_in_turn,
     send_planned,
 )
-from perf.measurements.load_record import (
+from perf.service_load.load_record import (
     SECTION,
     LoadRecord,
     Peer,

@@ -30,10 +30,8 @@ from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
 from efficientnet.reporting.tables import Table
-from perf.measurements.http_client import run_clients
-from perf.measurements.load_contenders import RunningService, running_service
-from perf.studies.config import DrillName, DrillsConfig
-from perf.studies.drill_clients import (
+from perf.service_load.config import DrillName, DrillsConfig
+from perf.service_load.drill_clients import (
     LOST,
     REFUSED_CONNECTION,
     Lateness,
@@ -43,6 +41,8 @@ from perf.studies.drill_clients import (
     send_in_turn,
     upload_slowly,
 )
+from perf.service_load.http_client import run_clients
+from perf.service_load.load_contenders import RunningService, running_service
 
 SECTION = "drills"
 

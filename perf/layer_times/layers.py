@@ -20,10 +20,9 @@ from efficientnet.reporting.publishing import Measured, find_section, publish_pa
 from efficientnet.reporting.tables import format_ms, format_percent
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.native.engine import PORTABLE, levels
-from perf.measurements import layer_profile
+from perf.layer_times import layer_profile, layer_tables
+from perf.layer_times.native_limits import Rates, layer_limits, measure_rates, node_limits
 from perf.measurements.config import LayersConfig
-from perf.measurements.native_limits import Rates, layer_limits, measure_rates, node_limits
-from perf.pages import layer_tables
 
 SEED = 0
 SECTION = "layers"

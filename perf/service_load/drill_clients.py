@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from perf.measurements.http_client import Connection, post_head
+from perf.service_load.http_client import Connection, post_head
 
 REQUEST_TIMEOUT_S = 90.0
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from efficientnet.measuring.clock import percentile
 from efficientnet.reporting.publishing import Measured, published_directory
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_rate
-from perf.measurements.load_generator import Answers, Schedule
+from perf.service_load.load_generator import Answers, Schedule
 
 SECTION = "load"
 

@@ -1,0 +1,1 @@
+"""A service under load or in trouble -> what its clients saw, beside plain loops and promises."""
