@@ -33,6 +33,7 @@ import httpx
 import numpy as np
 import psutil
 from PIL import Image
+from processes import service_at
 
 from efficientnet.images.decoding import IMAGE_FORMATS
 from efficientnet.images.preprocess import decode_image
@@ -331,7 +332,7 @@ def fuzz(artifact: Path, num_files: int, num_requests: int, seed: int, keep: Pat
     os.environ["CLASSIFIER_TIMEOUT_S"] = str(TIMEOUT_S)
     is_good = True
     with running_service(artifact, log_path) as port:
-        service = process_at(port)
+        service = service_at(port)
         for inputs in plans_of(port, num_files, num_requests, seed):
             findings = send_all(port, inputs, service, keep)
             for kind, statuses in findings.statuses.items():
@@ -397,14 +398,6 @@ def mutations(sources: Sequence[bytes], number: int, seed: str) -> Iterator[byte
     rng = random.Random(seed)
     for index in range(number):
         yield mutate(sources[index % len(sources)], sources, rng)
-
-
-def process_at(port: int) -> psutil.Process:
-    """Return the process that we have started on a port."""
-    for process in psutil.Process().children():
-        if str(port) in process.cmdline():
-            return process
-    raise RuntimeError(f"no process of ours serves port {port}")
 
 
 def main() -> None:

@@ -10,8 +10,12 @@ from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import psutil
 
 _ONE_AT_A_TIME = threading.Lock()
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -77,14 +81,24 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
     return condition()
 
 
+def service_at(port: int) -> "psutil.Process":
+    """Find the supervisor of a service that this process has started, if only as a fork's fork."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):  # parents first
+        if port in _listening_ports(process):
+            return process
+    raise LookupError(f"no process of ours listens on port {port}")
+
+
 def listening_ports(pid: int) -> set[int]:
     """List the TCP ports that a process and all that it started listen on."""
     import psutil
 
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return {
-        connection.laddr.port
-        for process in processes
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    return set().union(*map(_listening_ports, processes))
+
+
+def _listening_ports(process: "psutil.Process") -> set[int]:
+    connections = process.net_connections("tcp")
+    return {c.laddr.port for c in connections if c.status == "LISTEN"}

@@ -17,7 +17,7 @@ import pytest
 from costly_pictures import progressive_jpeg
 from facts import require_named
 from PIL import Image, PngImagePlugin
-from processes import process_exists, wait_until
+from processes import process_exists, service_at, wait_until
 
 from efficientnet.images.decoding import IMAGE_FORMATS
 from efficientnet.images.preprocess import (
@@ -275,12 +275,7 @@ def classify(client: httpx.Client, data: bytes) -> httpx.Response:
 
 def decoders_of(port: int) -> list[psutil.Process]:
     """Find the processes of a service that decode."""
-    (supervisor,) = (
-        process
-        for process in psutil.Process().children()
-        if "serving.supervisor" in process.cmdline() and str(port) in process.cmdline()
-    )
-    (worker,) = supervisor.children()
+    (worker,) = service_at(port).children()
     (forker,) = worker.children()
     return forker.children()
 
