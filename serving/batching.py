@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 from serving.stages import StageTimes
 from serving.work import AbandonedError, IsWanted, all_of
 
-Images = NDArray[np.float32]
+# float32 [N, 3, H, W], or pixels where the network takes them: uint8 [N, H, W, 3]; or logits.
+Images = NDArray[Any]
 
 # Of the threads that compute: less urgent than to take requests and to refuse them, more than to
 # decode what then waits for the network.
@@ -55,7 +57,7 @@ class Batcher:
     """Calls a network from one thread.
 
     Args:
-        infer: maps float32 images [N, 3, H, W] to logits [N, classes].
+        infer: maps images to logits [N, classes]; those of a call are of one type.
         infer_beside: the same, while other work wants the cores; see runtimes.protocol.
         max_images: in a call.
         max_wait_s: for which an image waits for others that are being prepared.
@@ -112,7 +114,7 @@ class Batcher:
         """Hand images over; returns when there is room for them.
 
         Args:
-            images: [N, 3, H, W]; more than fit into a call are divided.
+            images: more than fit into a call are divided.
             is_wanted: asked before the call.
             times: told how long they waited, and how long the call took.
 
@@ -175,7 +177,10 @@ class Batcher:
                 self._changed.wait(remaining)
             jobs: list[_Job] = []
             num_images = 0
-            while self._jobs and num_images + len(self._jobs[0].images) <= self._max_images:
+            kind = self._jobs[0].images.dtype
+            while self._jobs and self._jobs[0].images.dtype == kind:
+                if num_images + len(self._jobs[0].images) > self._max_images:
+                    break
                 job = self._jobs.popleft()
                 self._num_waiting -= len(job.images)
                 if job.is_wanted():

@@ -18,9 +18,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -118,14 +117,15 @@ class Decoders:
         return num_usable == 0 and not is_coming
 
     def preprocess(
-        self, picture: bytes, is_wanted: IsWanted, times: StageTimes
-    ) -> NDArray[np.float32]:
+        self, picture: bytes, is_wanted: IsWanted, times: StageTimes, as_pixels: bool = False
+    ) -> NDArray[Any]:
         """Turn a picture into float32 [3, image_size, image_size], as preprocess.preprocess does.
 
         Args:
             picture: an image file.
             is_wanted: asked all the time; where it says no, the decoder is ended.
             times: told how long decoding and preprocessing took.
+            as_pixels: leave out the last step, which makes it float32: uint8 [H, W, 3].
 
         Raises:
             ImageTooLargeError: too many pixels or parts, too much time or memory.
@@ -135,7 +135,7 @@ class Decoders:
         decoder = self._take(is_wanted)
         reason: EndReason | None = "crash"
         try:
-            images = decoder.preprocess(picture, is_wanted, times)
+            images = decoder.preprocess(picture, is_wanted, times, as_pixels)
             reason = None
         except ImageError:
             reason = None
@@ -287,8 +287,8 @@ class _Decoder:
         self.exit_code: int | None = None
 
     def preprocess(
-        self, picture: bytes, is_wanted: IsWanted, times: StageTimes
-    ) -> NDArray[np.float32]:
+        self, picture: bytes, is_wanted: IsWanted, times: StageTimes, as_pixels: bool = False
+    ) -> NDArray[Any]:
         """See Decoders.preprocess.
 
         Raises:
@@ -315,7 +315,10 @@ class _Decoder:
         if outcome not in (Outcome.EXACT, Outcome.FAST):
             raise RuntimeError(f"a decoder failed: {sentence}")
         times.end("decode", resized_s)
-        images = normalize_pixels(self._pixels, outcome == Outcome.FAST, self._job.spec)
+        if as_pixels:
+            images = self._pixels.copy()
+        else:
+            images = normalize_pixels(self._pixels, outcome == Outcome.FAST, self._job.spec)
         times.end("preprocess")
         return images
 

@@ -32,7 +32,7 @@ from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, read_
 from efficientnet.images.datasets import SAMPLE_PHOTOS
 from efficientnet.images.decoding import IMAGE_FORMATS, MAX_PIXELS
 from efficientnet.runtimes import open_runtime
-from efficientnet.runtimes.protocol import infer_beside
+from efficientnet.runtimes.protocol import infer_beside, takes_pixels
 from serving.admission import Gate, with_cors
 from serving.answers import Limits, ModelFacts, Prediction, ServiceInfo, best_classes
 from serving.batching import Batcher, Images, be_less_urgent
@@ -340,6 +340,7 @@ class Classifier:
             runtime = opening.submit(
                 open_runtime, SETTINGS.artifact, SETTINGS.threads_per_worker, may_spin=False
             ).result()
+        self._takes_pixels = takes_pixels(runtime)
         info = runtime.info
         self._class_names = info.class_names
         self.facts = ModelFacts(
@@ -399,13 +400,13 @@ class Classifier:
         return self.is_warm and not self.is_draining and not self.work.is_stuck
 
     def prepare(self, data: bytes, is_wanted: IsWanted, times: StageTimes) -> Images:
-        """Return an encoded picture as the network's input [1, 3, H, W].
+        """Return an encoded picture as the network's input, float32 [1, 3, H, W] or its pixels.
 
         Raises:
             ImageError, AbandonedError: see Decoders.preprocess.
         """
         with self._batcher.coming():
-            return self._decoders.preprocess(data, is_wanted, times)[None]
+            return self._decoders.preprocess(data, is_wanted, times, self._takes_pixels)[None]
 
     def infer(self, images: Images, is_wanted: IsWanted, times: StageTimes) -> Future[Images]:
         """Return what becomes the logits [N, classes] of preprocessed images [N, 3, H, W]."""

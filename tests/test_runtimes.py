@@ -10,10 +10,11 @@ from common_fixtures import digits
 from facts import raises_naming
 
 from efficientnet.formats.artifact import ArtifactError
+from efficientnet.images.preprocess import normalize_pixels
 from efficientnet.runtimes import Runtime, open_runtime, openvino_runtime
 from efficientnet.runtimes.native.build import LIBRARY
 from efficientnet.runtimes.onnxruntime_runtime import OnnxRuntime
-from efficientnet.runtimes.protocol import check_images
+from efficientnet.runtimes.protocol import check_images, infer_beside, takes_pixels
 from export import native
 from export.inputs.config import NativeConfig
 from perf.measurements.program_subject import NullRuntime
@@ -116,6 +117,20 @@ def test_arrays_are_read_in_their_order_whatever_their_strides(runtime: Runtime)
     for view in (images[::-1], images[:, ::-1], images[..., ::-1], read_only, channels_last):
         expected = runtime.infer(np.array(view, order="C"))
         np.testing.assert_allclose(runtime.infer(view), expected, atol=1e-6)
+
+
+@NEEDS_ENGINE
+def test_pixels_get_the_answers_of_the_floats_that_they_become(programs: dict[str, Path]):
+    native = open_runtime(programs["native"])
+    assert takes_pixels(native) and not takes_pixels(open_runtime(programs["onnxruntime"]))
+    size = native.info.preprocess.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
+    for is_fast in (False, True):
+        floats = np.stack([normalize_pixels(p, is_fast, native.info.preprocess) for p in pixels])
+        for infer in (native.infer, infer_beside(native)):
+            np.testing.assert_array_equal(infer(pixels), infer(floats))
+    with raises_naming(ValueError, "uint8", f"[3, {size - 1}, {size}, 3]"):
+        native.infer(pixels[:, 1:])
 
 
 def test_the_artifact_answers_like_the_checkpoint(tiny_checkpoint: Path, tiny_artifact: Path):

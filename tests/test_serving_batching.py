@@ -190,3 +190,17 @@ def test_what_waits_at_the_end_is_told():
             waiting.result(30)
         with pytest.raises(AbandonedError):
             submit(batcher, 2).result(30)
+
+
+def test_pixels_and_floats_that_wait_together_go_into_calls_of_their_own():
+    network = Network()
+    with batcher_of(network) as batcher:
+        first = held(network, batcher)
+        others = [submit(batcher, 1)]
+        for value in (2, 3):
+            pixels = np.full((1, 1), value, np.uint8)
+            others.append(batcher.submit(pixels, lambda: True, StageTimes()))
+        others.append(submit(batcher, 4))
+        network.may_go_on.set()
+        assert [float(f.result(30)[0, 0]) for f in (first, *others)] == [0, 1, 2, 3, 4]
+        assert network.sizes == [1, 1, 2, 1]

@@ -26,6 +26,7 @@ from efficientnet.images.preprocess import (
     ImageError,
     ImageTooLargeError,
     PreprocessSpec,
+    normalize_pixels,
     preprocess,
 )
 from serving import decoders as decoders_module
@@ -108,6 +109,9 @@ def test_answers_are_the_same_to_the_last_bit_as_without_a_process(spec: Preproc
     with decoders(spec) as (pool, ended):
         for name, data in PICTURES.items():
             assert np.array_equal(decode(pool, data), preprocess(data, spec)), name
+            pixels = pool.preprocess(data, lambda: True, StageTimes(), as_pixels=True)
+            assert pixels.dtype == np.uint8
+            assert np.allclose(normalize_pixels(pixels, True, spec), preprocess(data, spec)), name
         assert not ended
 
 

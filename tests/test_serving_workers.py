@@ -17,12 +17,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import pytest
 import uvicorn
 from facts import require_named
 from processes import listening_ports, process_exists, wait_until
 from services import ROOT, running
 
+from efficientnet.images.datasets import load_dataset
+from efficientnet.images.preprocess import preprocess
+from efficientnet.runtimes import open_runtime
+from efficientnet.runtimes.native.build import LIBRARY
+from efficientnet.runtimes.probabilities import softmax
+from export import native
+from export.inputs.config import NativeConfig
 from serving.answers import Problem
 from serving.connections import Refuser
 from serving.demo import free_port
@@ -340,3 +349,20 @@ def test_answers_wait_for_no_acknowledgement():
         return bool(found)
 
     assert asyncio.run(has_no_delay())
+
+
+@pytest.mark.skipif(not LIBRARY.is_file(), reason="the native engine is not built")
+def test_a_native_network_answers_pictures_and_tensors_alike(tiny_checkpoint: Path, tmp_path: Path):
+    artifact = native.main(NativeConfig(tiny_checkpoint, tmp_path / "artifact", reference=True))
+    spec = open_runtime(artifact).info.preprocess
+    image = preprocess(load_dataset("digits").val[0].read(), spec)
+    tensor = {"name": "images", "datatype": "FP32", "shape": [1, *image.shape]}
+    with running(artifact, tmp_path) as service:
+        answer = service.classify().json()
+        name = service.get("/info").json()["model"]
+        infer = f"http://127.0.0.1:{service.port}/v2/models/{name}/infer"
+        inputs = [{**tensor, "data": image.ravel().tolist()}]
+        logits = httpx.post(infer, json={"inputs": inputs}, timeout=30).json()["outputs"][0]["data"]
+    best = softmax(np.asarray([logits], np.float32))[0]
+    expected = {str(index): best[index] for index in np.argsort(-best)[: len(answer)]}
+    assert {one["label"]: one["probability"] for one in answer} == pytest.approx(expected)

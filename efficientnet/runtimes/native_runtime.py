@@ -2,6 +2,7 @@
 
 from mmap import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ NAMES_FILE = "names.json"
 class NativeRuntime:
     """Runs model.native. Calls from several threads take turns."""
 
+    takes_pixels = True
+    """See runtimes.protocol.takes_pixels."""
+
     def __init__(self, program: mmap, info: ProgramInfo, num_threads: int) -> None:
         assert info.max_batch_size is not None
         self.info = info
@@ -28,13 +32,16 @@ class NativeRuntime:
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See Runtime.infer."""
-        check_images(images, self.info)
-        return self._engine.infer(images)
+        return self._infer(images, is_alone=True)
 
     def infer_beside(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See runtimes.protocol.infer_beside."""
-        check_images(images, self.info)
-        return self._engine.infer(images, is_alone=False)
+        return self._infer(images, is_alone=False)
+
+    def _infer(self, images: NDArray[Any], is_alone: bool) -> NDArray[np.float32]:
+        if images.dtype != np.uint8:  # of which none is NaN
+            check_images(images, self.info)
+        return self._engine.infer(images, is_alone)
 
 
 def require_kernels(what: object, is_reference: bool) -> None:

@@ -87,6 +87,15 @@ def infer_beside(runtime: Runtime) -> Callable[[NDArray[np.float32]], NDArray[np
     return getattr(runtime, "infer_beside", runtime.infer)
 
 
+def takes_pixels(runtime: Runtime) -> bool:
+    """Whether `infer` also takes what is not normalized yet, uint8 [N, H, W, 3].
+
+    The native engine does, whose first layer has the normalization in its weights, so that no float
+    image is made; in int8 the answers are the same in every bit.
+    """
+    return getattr(runtime, "takes_pixels", False)
+
+
 def check_images(images: NDArray[np.float32], info: ProgramInfo) -> None:
     """Raise the ValueError that Runtime.infer speaks of."""
     size = info.preprocess.image_size
