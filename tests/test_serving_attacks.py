@@ -559,8 +559,11 @@ def test_what_is_refused_at_once_is_told_and_counted_as_all_else(
 ):
     monkeypatch.setenv("CLASSIFIER_MAX_CONCURRENCY", "1")
     with running_service(tiny_artifact, tmp_path / "service.log") as port:
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: classify_here(port), range(200)))
+        headers = {"Content-Type": "image/png", "X-Request-ID": "mine"}
+        address, picture = f"http://127.0.0.1:{port}/classify", digit()
+        with httpx.Client(headers=headers, timeout=60) as client, ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(client.post, address, content=picture) for _ in range(60)]
+        answers = [answer.result() for answer in asked]
         refused = [answer for answer in answers if answer.status_code == 429]
         assert refused and {answer.status_code for answer in answers} == {200, 429}
         for answer in refused:
@@ -576,13 +579,6 @@ def test_what_is_refused_at_once_is_told_and_counted_as_all_else(
         r'request_total\{endpoint="/classify",http_response_code="429".*\} (\S+)', metrics
     )
     assert sum(map(float, counted)) == len(refused)
-
-
-def classify_here(port: int) -> httpx.Response:
-    headers = {"Content-Type": "image/png", "X-Request-ID": "mine"}
-    return httpx.post(
-        f"http://127.0.0.1:{port}/classify", content=digit(), headers=headers, timeout=60
-    )
 
 
 def test_overloads_are_logged_once_a_second_with_their_number(
