@@ -220,7 +220,7 @@ def openvino_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session", autouse=True)
 def services_are_forks() -> Iterator[None]:
     """Let services start without the seconds that their imports take; see service_processes.py."""
-    names = ("serving.demo", "perf.measurements.load_contenders")
+    names = ("serving.demo", "perf.service_load.load_contenders")
     forks = SimpleNamespace(**{**vars(subprocess), "Popen": start_service})
     with pytest.MonkeyPatch.context() as patch:
         for module in filter(None, map(sys.modules.get, names)):

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import re
 import statistics
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from facts import raises_naming, require_named
+from matplotlib.figure import Figure
 
 from efficientnet.command import parse_flags
 from efficientnet.formats.records import (
@@ -48,6 +50,19 @@ CPU = EnvironmentRecord(
     libraries={"torch": "2.14.0", "onnxruntime": "1.31.1"},
     git_commit="abc123",
 )
+
+
+# Of a test that looks at them; in others all pictures are the same.
+PICTURES = ("test_the_picture_takes", "test_the_command_writes")
+
+
+@pytest.fixture(autouse=True)
+def pictures_take_no_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    def save(_: Figure, file: io.BytesIO, **__: object) -> None:
+        file.write(b"\x89PNG")
+
+    if not request.node.name.startswith(PICTURES):
+        monkeypatch.setattr(Figure, "savefig", save)
 
 
 def program_of(runtime: str) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from efficientnet.machine.atomic import replaced_directory
 from efficientnet.reporting.publishing import (
     PublishError,
-    find_section,
     published_directory,
     write_section,
 )
@@ -31,7 +30,6 @@ def publish(
     readme: Path,
 ) -> Path:
     """Write the report's own directory and the table in docs/results.md; return the directory."""
-    find_section(readme, RESULTS)
     rows = [row for group in joined.groups for row in group.rows]
     newest = max(row.latency.started_at for row in rows)
     environments = [group.environment for group in joined.groups]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from efficientnet.errors import PipelineError
 from efficientnet.formats.records import AccuracyRecord, LatencyRecord, read_records
 from efficientnet.machine.atomic import write_bytes, write_text
+from efficientnet.reporting.publishing import find_section
 from efficientnet.runtimes.names import title
 from perf.layer_times.layer_tables import ProgramLayers
 from perf.measurements.config import ReportConfig
@@ -21,7 +22,7 @@ from perf.pages.history import history_lines, read_history
 from perf.pages.page import PICTURE_TEXT, to_html, to_markdown
 from perf.pages.page_data import page_data
 from perf.pages.plots import draw
-from perf.pages.publishing import PICTURE_FILE, publish
+from perf.pages.publishing import PICTURE_FILE, RESULTS, publish
 from perf.pages.rows import Joined, command_for_accuracy, join
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class ReportError(PipelineError):
 
 def main(config: ReportConfig) -> Path:
     """Join the records and write the report; return the path of report.md."""
+    if config.publish:
+        find_section(config.readme, RESULTS)
     with _no_collection():
         return _write_report(config)
 
