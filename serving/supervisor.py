@@ -213,7 +213,8 @@ class Supervisor:
             self._num_failures = 0
             log.info("worker %d is ready, process %d", worker.number, worker.process.pid)
             if self._stand_in:
-                self._stand_in.terminate()
+                if self._stand_in.is_alive():
+                    os.kill(self._stand_in.pid or 0, LEAVE)
                 self._stand_in = None
 
     def _take_off(self, worker: Worker) -> None:

@@ -209,12 +209,25 @@ def run_worker(
 
 
 def run_stand_in(listener: socket.socket, reason: str, settings: Settings) -> None:
-    """Answer for workers of which none can serve, until SIGTERM: not ready, and why."""
+    """Answer for workers of which none can serve: not ready, and why.
+
+    Until SIGUSR1, when a worker can: it takes no more connections, and answers those that it has.
+    """
     end_with_parent()
     gate = Gate(_unavailable(reason), is_path, settings.allowed_hosts, settings.api_key)
     config = _config(with_cors(gate, settings.cors_origins))
     config.lifespan = "off"
-    uvicorn.Server(config).run(sockets=[listener])
+    server = DrainingServer(
+        config,
+        listener,
+        on_started=lambda: True,
+        on_draining=lambda: None,
+        drain_s=0.0,
+        max_per_address=settings.max_connections_per_address,
+        longest_s=LAST_REQUESTS_S,
+    )
+    signal.signal(signal.SIGUSR1, lambda *_: server.leave())
+    server.run()
 
 
 def end_with_parent() -> None:

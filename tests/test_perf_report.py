@@ -53,7 +53,7 @@ CPU = EnvironmentRecord(
 
 
 # Of a test that looks at them; in others all pictures are the same.
-PICTURES = ("test_the_picture_takes", "test_the_command_writes")
+PICTURES = ("test_the_picture_takes", "test_the_command_writes", "test_another_scenario")
 
 
 @pytest.fixture(autouse=True)
