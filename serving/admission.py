@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.answers import PROBLEMS
 from serving.refusals import (
     Refusal,
     as_http,
@@ -54,7 +55,7 @@ CONTENT_POLICY = b"content-security-policy"
 NOTHING_LOADED = b"default-src 'none'; frame-ancestors 'none'"
 
 # Thousands of lines a second would take the time that answers need.
-OVERLOADED = 429
+OVERLOADED = PROBLEMS["overloaded"][0]
 OVERLOAD_LINES_S = 1.0
 
 # Of BentoML's family, so that its configuration of the log decides.
@@ -113,13 +114,10 @@ class Gate:
         if refusal or not is_known:
             path = ELSEWHERE
         return {
-            **scope,
+            **_asked(scope),
             "path": path,
             "raw_path": path.encode(),
             "method": method if method in METHODS else OTHER_METHOD,
-            "asked_path": printable(scope["path"]),
-            "asked_method": printable(method, 20),
-            "gate.request_id": _request_id(scope),
             "refusal": refusal,
         }
 
@@ -165,17 +163,10 @@ class Gate:
 
     def refuse(self, scope: Scope, refusal: Refusal) -> bytes:
         """Return what a request is answered with, whatever it holds, and write its log line."""
-        number = _request_id(scope)
-        named: Scope = {
-            **scope,
-            "asked_path": printable(scope["path"]),
-            "asked_method": printable(scope["method"], 20),
-            "gate.request_id": number,
-        }
-        self._log(named, refusal.status_code, time.monotonic())
-        headers = (*SECURITY_HEADERS, (CONTENT_POLICY, NOTHING_LOADED))
-        own = ((b"x-request-id", number.encode()), (b"connection", b"close"))
-        return as_http(refusal_response(refusal), (*headers, *own))
+        asked = _asked(scope)
+        self._log(asked, refusal.status_code, time.monotonic())
+        headers = (*_headers(asked), (CONTENT_POLICY, NOTHING_LOADED), (b"connection", b"close"))
+        return as_http(refusal_response(refusal), headers)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, status = time.monotonic(), 0
@@ -186,9 +177,8 @@ class Gate:
                 status = message["status"]
                 headers: list[tuple[bytes, bytes]] = [
                     *message.get("headers", ()),
-                    *SECURITY_HEADERS,
+                    *_headers(scope),
                 ]
-                headers.append((b"x-request-id", scope["gate.request_id"].encode()))
                 if not any(name == CONTENT_POLICY for name, _ in headers):
                     headers.append((CONTENT_POLICY, NOTHING_LOADED))
                 if self._is_draining():
@@ -226,6 +216,19 @@ class Gate:
             scope["gate.request_id"],
             others,
         )
+
+
+def _asked(scope: Scope) -> Scope:
+    return {
+        **scope,
+        "asked_path": printable(scope["path"]),
+        "asked_method": printable(scope["method"], 20),
+        "gate.request_id": _request_id(scope),
+    }
+
+
+def _headers(asked: Scope) -> tuple[tuple[bytes, bytes], ...]:
+    return (*SECURITY_HEADERS, (b"x-request-id", asked["gate.request_id"].encode()))
 
 
 def _request_id(scope: Scope) -> str:

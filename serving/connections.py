@@ -8,8 +8,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from serving.answers import Problem
-from serving.refusals import PROBLEM_TYPE
+from serving.refusals import as_http, problem_response
 
 # In which a request's head, its first line and its headers, must have come.
 HEAD_S = 10.0
@@ -172,17 +171,10 @@ class SilentConnections:
 
 
 def _refusal(address: str, max_per_address: int) -> bytes:
-    body = (
-        Problem.of(
-            "overloaded",
-            f"there are {max_per_address} connections from {address}, and more are not taken; use "
-            "one for several requests",
-        )
-        .model_dump_json()
-        .encode()
+    response = problem_response(
+        "overloaded",
+        f"there are {max_per_address} connections from {address}, and more are not taken; use "
+        "one for several requests",
+        {"Retry-After": "1", "Connection": "close"},
     )
-    head = (
-        f"HTTP/1.1 429 Too Many Requests\r\nContent-Type: {PROBLEM_TYPE}\r\n"
-        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + body
+    return as_http(response, ())

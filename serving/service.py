@@ -98,9 +98,8 @@ class GatedService(bentoml.Service[Any]):
     def to_asgi(self, is_main: bool = True) -> Any:
         """Make what the worker serves."""
         super().inject_config()
-        application = _application(self, is_main)
         gate = Gate(
-            traced(application),
+            traced(_application(self, is_main)),
             is_path,
             SETTINGS.allowed_hosts,
             SETTINGS.api_key,

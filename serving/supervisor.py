@@ -213,8 +213,7 @@ class Supervisor:
             self._num_failures = 0
             log.info("worker %d is ready, process %d", worker.number, worker.process.pid)
             if self._stand_in:
-                if self._stand_in.is_alive():
-                    os.kill(self._stand_in.pid or 0, LEAVE)
+                _tell_to_leave(self._stand_in)
                 self._stand_in = None
 
     def _take_off(self, worker: Worker) -> None:
@@ -294,7 +293,13 @@ class Supervisor:
         for worker in self._workers:
             if worker.artifact is artifact:
                 worker.is_leaving = True
-                os.kill(worker.process.pid or 0, LEAVE)
+                _tell_to_leave(worker.process)
+
+
+def _tell_to_leave(process: BaseProcess) -> None:
+    if process.is_alive():
+        assert process.pid is not None  # 0 would be everything in the group
+        os.kill(process.pid, LEAVE)
 
 
 def _ending(process: BaseProcess) -> str:

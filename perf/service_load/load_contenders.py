@@ -23,8 +23,8 @@ from efficientnet.machine.environment import num_usable_cores
 from efficientnet.measuring.clock import TimedCall
 from efficientnet.measuring.machine_use import CpuUse
 from efficientnet.runtimes import open_runtime
+from perf.service_load.http_client import HOST
 
-HOST = "127.0.0.1"
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 40.0
 NUM_LOG_LINES = 20
