@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from efficientnet.images.datasets import (
     without_broken_images,
 )
 from efficientnet.images.preprocess import decode_image
+from efficientnet.images.sample_images import digit_images, sample_photos
 
 
 def fill(folder: Path, num_images: int, value: int = 100) -> None:
@@ -291,6 +293,19 @@ def write_classes(folder: Path, *names: str) -> Path:
     for index, name in enumerate(names):
         fill(folder / name, 5, 10 * index)
     return folder
+
+
+def test_digits_and_sample_photos_are_what_scikit_learn_loads():
+    from sklearn.datasets import load_digits, load_sample_images  # takes over a second
+
+    digits: Any = load_digits()
+    names, images = digit_images()
+    assert names == tuple(map(str, digits.target_names))
+    assert [label for _, label, _ in images] == digits.target.tolist()
+    pixels = np.stack([np.asarray(decode_image(png).convert("L")) for *_, png in images])
+    assert np.array_equal(pixels, np.round(digits.images * (255 / 16)))
+    photos: Any = load_sample_images()
+    assert all(map(np.array_equal, sample_photos(), photos.images))
 
 
 def test_sample_photos_are_photographs_without_labels_and_always_the_same():

@@ -16,12 +16,12 @@ import torch
 import torchvision
 from facts import raises_naming, require_named
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from efficientnet.formats.checkpoint import read_checkpoint
 from efficientnet.images.datasets import load_held_out
 from efficientnet.images.preprocess import IMAGENET_MEAN, preprocess
+from efficientnet.images.sample_images import sample_photos
 from efficientnet.machine.atomic import sha256_of_file
 from efficientnet.network.layouts import names_in
 from efficientnet.network.model import build_model
@@ -614,7 +614,7 @@ def test_the_packages_weights_answer_in_timms_network_as_here(lite0: Path):
 def test_the_sample_photographs_are_a_palace_and_a_daisy(lite0: Path):
     runtime = open_runtime(lite0)
     found = []
-    for pixels in load_sample_images().images:
+    for pixels in sample_photos():
         images = preprocess(png(Image.fromarray(pixels)), runtime.info.preprocess)[None]
         found.append(runtime.info.class_names[int(runtime.infer(images).argmax())])
     assert found == ["palace", "daisy"]

@@ -4,15 +4,15 @@ The digits are UCI's "Optical Recognition of Handwritten Digits", 1,797 of 8 x 8
 photographs are two, of a temple and of a flower, 640 x 427 pixels.
 """
 
+import gzip
+import importlib.util
 import io
 import random
-from typing import Any
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-
-# scikit-learn is a training dependency; the service imports this module without it, hence the
-# imports inside the functions.
 
 NUM_CROPS = 128
 MIN_CROP_SIZE = 160
@@ -23,22 +23,26 @@ CALIBRATION_SEED = 1
 
 def digit_images() -> tuple[tuple[str, ...], list[tuple[str, int, bytes]]]:
     """Return the class names, and of each digit its name, label and PNG."""
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
+    with gzip.open(_file("data/digits.csv.gz"), "rt") as file:
+        rows = np.loadtxt(file, delimiter=",")
     images: list[tuple[str, int, bytes]] = []
-    for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+    for index, (*pixels, label) in enumerate(rows):
         # Values are 0..16; 255 / 16 maps them on the full range.
-        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
+        scaled = np.round(np.reshape(pixels, (8, 8)) * (255 / 16))
+        image = Image.fromarray(scaled.astype(np.uint8))
         images.append((f"digits/{index:04d}.png", int(label), _encode(image, "PNG")))
-    return tuple(str(name) for name in digits.target_names), images
+    return tuple("0123456789"), images
+
+
+def sample_photos() -> list[NDArray[np.uint8]]:
+    """Return the photographs, uint8 [H, W, 3]."""
+    return [np.asarray(Image.open(_file(f"images/{name}.jpg"))) for name in ("china", "flower")]
 
 
 def photo_crops(count: int = NUM_CROPS, seed: int = CROP_SEED) -> list[tuple[str, bytes]]:
     """Return name and JPEG of crops of the photographs, of random place, size and shape."""
-    from sklearn.datasets import load_sample_images
-
-    photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # pyright: ignore[reportAttributeAccessIssue]
+    # Pixels alone: what else is in the files would be saved with each crop.
+    photos = [Image.fromarray(pixels) for pixels in sample_photos()]
     draw = random.Random(seed)
     crops: list[tuple[str, bytes]] = []
     for index in range(count):
@@ -49,6 +53,18 @@ def photo_crops(count: int = NUM_CROPS, seed: int = CROP_SEED) -> list[tuple[str
         crop = photo.crop((left, top, left + width, top + height))
         crops.append((f"sample-photos/{seed}-{index:03d}.jpg", _encode(crop, "JPEG", quality=95)))
     return crops
+
+
+def _file(name: str) -> Path:
+    """Find a file of scikit-learn's, which is not imported: with scipy that takes over a second."""
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(
+            "digits and sample-photos come with scikit-learn, which is not installed: "
+            "pip install scikit-learn",
+            name="sklearn",
+        )
+    return Path(package.origin).parent / "datasets" / name
 
 
 def _encode(image: Image.Image, file_format: str, **options: int) -> bytes:
