@@ -1,5 +1,6 @@
 """How pytest runs the tests; what they start from is in common_fixtures.py."""
 
+import gc
 import os
 import signal
 
@@ -23,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # The process that hands tests out to workers runs none, and would load torch before they begin.
     if config.getoption("dist") == "no":
+        # What is loaded stays: to search it for garbage, again and again, would take seconds.
+        gc.disable()
         config.pluginmanager.import_plugin("common_fixtures")
 
 
@@ -56,3 +59,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files."""
     places = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Search for garbage from here on, but not among what is loaded."""
+    gc.freeze()
+    gc.enable()
