@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -12,6 +13,7 @@ from processes import fork
 
 from efficientnet.command import parse_flags, run_command
 from serving import run, supervisor
+from serving.settings import read_settings
 
 RUN = "serving/run.py"
 
@@ -24,6 +26,8 @@ def start_service(command: list[str], **how: Any) -> Any:
 
 class ServiceProcess:
     """A service that `subprocess.Popen` would start, without the seconds that its imports take.
+
+    Told to end, it waits for new connections only where CLASSIFIER_DRAIN_S says how long.
 
     Args:
         command: python serving/run.py, and its flags.
@@ -110,6 +114,8 @@ def _become(
     except _Replaced:
         logging.root.handlers.clear()
     assert command[1:3] == ["-m", "serving.supervisor"]
+    if "CLASSIFIER_DRAIN_S" not in environment:
+        supervisor.read_settings = lambda variables: replace(read_settings(variables), drain_s=0)
     run_command(
         lambda: parse_flags(supervisor.SupervisorConfig, None, command[3:]), supervisor.main
     )

@@ -90,7 +90,8 @@ def test_a_change_under_load_loses_no_request_and_new_workers_serve_it_too(
     tiny_artifact: Path, openvino_artifact: Path, tmp_path: Path
 ):
     old, new = artifact_sha256(tiny_artifact), artifact_sha256(openvino_artifact)
-    with running(tiny_artifact, tmp_path, ALLOWED, CLASSIFIER_WORKERS="2") as service:
+    settings = {"CLASSIFIER_WORKERS": "2", "CLASSIFIER_DRAIN_S": "1"}
+    with running(tiny_artifact, tmp_path, ALLOWED, **settings) as service:
         assert wait_until(lambda: service.num_ready() == 2)
         before = service.workers
         with load_on(service) as load:
@@ -128,7 +129,7 @@ def test_an_upload_that_is_on_its_way_is_answered_by_the_worker_that_has_it(
 ):
     old, new = artifact_sha256(tiny_artifact), artifact_sha256(openvino_artifact)
     with (
-        running(tiny_artifact, tmp_path, ALLOWED) as service,
+        running(tiny_artifact, tmp_path, ALLOWED, CLASSIFIER_DRAIN_S="1") as service,
         ThreadPoolExecutor(1) as pool,
         socket.create_connection(("127.0.0.1", service.port), timeout=60) as client,
     ):
