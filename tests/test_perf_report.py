@@ -237,12 +237,15 @@ def test_the_report_says_how_where_and_when_it_was_measured():
     assert text.count("not measured here: no V100") == 1
 
 
-def test_a_speed_without_accuracy_is_left_out_and_named():
+def test_a_speed_without_accuracy_stands_apart_as_time_only():
     latencies, accuracies = pair()
     text = markdown_of(latencies, accuracies[:1])
-    tables, _, left_out = text.partition("## Unverified, left out: no accuracy measured")
+    tables, _, time_only = text.partition("## Time only: unverified")
     assert "ONNX Runtime" not in tables
-    assert "tiny ONNX Runtime fp32 (program 6f6e6e7): run `python perf/accuracy.py" in left_out
+    assert "tiny ONNX Runtime fp32 (program 6f6e6e7): run `python perf/accuracy.py" in time_only
+    assert re.search(
+        r"\| tiny \| ONNX Runtime \| fp32 \| single stream .* unverified \|", time_only
+    )
 
 
 def test_the_command_for_a_missing_accuracy_names_the_directory(
@@ -383,7 +386,7 @@ def test_a_network_that_was_trained_again_takes_the_place_of_the_older_one():
     joined = join([older, newer], [old_accuracy, make_accuracy()])
     (group,) = joined.groups
     assert [row.latency for row in group.rows] == [newer]
-    assert joined.left_out == ()
+    assert joined.unverified == ()
 
 
 def test_a_percentile_that_is_missing_is_explained():
@@ -529,7 +532,8 @@ def test_publishing_is_a_flag_without_a_value():
 
 
 def test_publishing_copies_the_records_used_and_writes_the_table(folder: Path):
-    append_record(folder / "latency.jsonl", make_latency("without_accuracy"))
+    time_only = make_latency("without_accuracy")
+    append_record(folder / "latency.jsonl", time_only)
     (folder / "README.md").write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
     report.main(config_of(folder, publish=True))
     report.main(config_of(folder, publish=True))
@@ -547,7 +551,7 @@ def test_publishing_copies_the_records_used_and_writes_the_table(folder: Path):
     latencies, accuracies = pair()
     key = LatencyRecord.model_dump_json
     found = read_records(published / "latency.jsonl", LatencyRecord)
-    assert sorted(found, key=key) == sorted(latencies, key=key)
+    assert sorted(found, key=key) == sorted([*latencies, time_only], key=key)
     assert len(read_records(published / "accuracy.jsonl", AccuracyRecord)) == len(accuracies)
     readme = (folder / "README.md").read_text()
     assert readme.startswith(f"# Title\n\n{BEGIN}\n") and readme.endswith(f"{END}\n\nThe end.\n")
@@ -555,6 +559,7 @@ def test_publishing_copies_the_records_used_and_writes_the_table(folder: Path):
     assert "ONNX Runtime fp32 takes 0.50" in readme
     assert f"](out/published/{published.name}/report.md)" in readme
     assert readme.count("| tiny | ONNX Runtime |") == 2
+    assert readme.count("| unverified |") == 1
 
 
 def test_published_files_hold_no_path_of_this_machine(folder: Path):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from efficientnet.formats.records import TriedRate
+from efficientnet.formats.records import LatencyRecord, TriedRate
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.clock import WARM_UP_TOLERANCE, min_samples, relative_spread
 from efficientnet.reporting.class_table import class_table
@@ -23,7 +23,9 @@ from perf.pages.verdict import verdict
 # Whoever reads more sentences than these looks at the tables instead.
 MAX_VERDICTS = 12
 
-MAX_LEFT_OUT = 50
+MAX_LISTED = 50
+
+TIME_ONLY = "Time only: unverified"
 
 # Tan and Le 2021, table 7, V100, FP16, batch 16: milliseconds, and top-1 of ImageNet in %.
 PAPER = (("V2-S", 24, 83.9), ("V2-M", 57, 85.1), ("V2-L", 98, 85.7))
@@ -69,10 +71,10 @@ def build_document(joined: Joined, problems: Sequence[str] = ()) -> Document:
         sections += _result_sections(group, suffix)
         sections += _rate_sections(group, suffix)
         sections += _class_sections(group, suffix)
-    if joined.left_out:
-        sections.append(_left_out_section(joined))
+    if joined.unverified:
+        sections.append(_time_only_section(joined.unverified))
     if problems:
-        sections.append(Section("Left out: not readable", bullets=tuple(problems[:MAX_LEFT_OUT])))
+        sections.append(Section("Left out: not readable", bullets=tuple(problems[:MAX_LISTED])))
     sections.append(_method_section(rows))
     for number, group in enumerate(joined.groups, start=1):
         suffix = f", machine {number}" if len(joined.groups) > 1 else ""
@@ -174,19 +176,49 @@ def _class_sections(group: Group, suffix: str) -> list[Section]:
     return list(sections.values())
 
 
-def _left_out_section(joined: Joined) -> Section:
-    rest = len(joined.left_out) - MAX_LEFT_OUT
-    more = f" {rest:,} more are not listed." if rest > 0 else ""
+def _time_only_section(unverified: Sequence[LatencyRecord]) -> Section:
     return Section(
-        "Unverified, left out: no accuracy measured",
-        paragraphs=("A speed is shown with the accuracy of the same program only." + more,),
+        TIME_ONLY,
+        paragraphs=(
+            "No accuracy was measured of these programs, and their weights may be random: the "
+            "times hold, and are no reason to choose one. Nothing above is compared with them.",
+        ),
         bullets=tuple(
             dict.fromkeys(
                 f"{record.variant} {title(record.runtime, record.precision)} "
                 f"(program {record.program_sha256[:7]}): run `{command_for_accuracy(record)}`"
-                for record in joined.left_out[:MAX_LEFT_OUT]
+                for record in unverified[:MAX_LISTED]
             )
         ),
+        table=time_only_table(unverified),
+    )
+
+
+def time_only_table(unverified: Sequence[LatencyRecord]) -> Table:
+    """Lay out the speeds that have no accuracy, in the order of the networks."""
+    columns = ("variant", "runtime", "precision", "scenario", "size px", "batch", "threads")
+    columns += ("p50 ms", "p90 ms", "images/s", "top-1")
+    rest = len(unverified) - MAX_LISTED
+    return Table(
+        columns,
+        tuple(
+            (
+                record.variant,
+                title(record.runtime, "").strip(),
+                record.precision,
+                record.scenario.replace("_", " "),
+                str(record.image_size),
+                str(record.batch_size),
+                str(record.num_threads),
+                format_ms(record.p50_ms),
+                format_ms(record.p90_ms),
+                format_rate(record.throughput_images_per_s),
+                "unverified",
+            )
+            for record in unverified[:MAX_LISTED]
+        ),
+        frozenset((*columns[:4], "top-1")),
+        (f"{rest:,} more are not listed.",) if rest > 0 else (),
     )
 
 

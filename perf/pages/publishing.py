@@ -2,16 +2,17 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from efficientnet.formats.records import LatencyRecord
 from efficientnet.machine.atomic import replaced_directory
 from efficientnet.reporting.publishing import (
     PublishError,
     published_directory,
     write_section,
 )
-from perf.pages.document import Document
+from perf.pages.document import TIME_ONLY, Document, time_only_table
 from perf.pages.latency_tables import result_tables
 from perf.pages.page import PICTURE_TEXT, to_markdown
 from perf.pages.rows import Joined, Row
@@ -34,8 +35,8 @@ def publish(
     newest = max(row.latency.started_at for row in rows)
     environments = [group.environment for group in joined.groups]
     directory = published_directory(newest, environments, published)
-    used = _used_records(rows)
-    samples = [latency_path.parent / s for s in _sample_files(rows)]
+    used = _used_records(joined)
+    samples = [latency_path.parent / s for s in _sample_files(joined)]
     for path in samples:
         if not path.is_file():
             raise PublishError(f"the samples {path} are missing; measure again")
@@ -64,6 +65,8 @@ def readme_results(joined: Joined, document: Document, link: str) -> str:
     for group in joined.groups:
         for heading, table in result_tables(group):
             parts += [f"**{heading}**", table.markdown()]
+    if joined.unverified:
+        parts += [f"**{TIME_ONLY}**", time_only_table(joined.unverified).markdown()]
     parts.append(f"![{PICTURE_TEXT}]({link}/{PICTURE_FILE})")
     subtitle = document.subtitle[0].upper() + document.subtitle[1:]
     parts.append(
@@ -72,18 +75,25 @@ def readme_results(joined: Joined, document: Document, link: str) -> str:
     return "\n\n".join(parts)
 
 
-def _used_records(rows: Sequence[Row]) -> dict[str, list[str]]:
+def _used_records(joined: Joined) -> dict[str, list[str]]:
     """Collect the lines of the published records: those shown, and their eager references."""
-    all_rows = [*rows, *(row.eager for row in rows if row.eager)]
+    shown = _shown(joined)
+    accuracies = [row.accuracy for row in _rows(joined)]
     return {
-        "latency.jsonl": list(dict.fromkeys(r.latency.model_dump_json() for r in all_rows)),
-        "accuracy.jsonl": list(dict.fromkeys(r.accuracy.model_dump_json() for r in all_rows)),
+        "latency.jsonl": list(dict.fromkeys(record.model_dump_json() for record in shown)),
+        "accuracy.jsonl": list(dict.fromkeys(record.model_dump_json() for record in accuracies)),
     }
 
 
-def _sample_files(rows: Sequence[Row]) -> list[str]:
-    all_rows = [*rows, *(row.eager for row in rows if row.eager)]
-    names = dict.fromkeys(
-        r.latency.samples_ms for r in all_rows if isinstance(r.latency.samples_ms, str)
-    )
-    return [name for name in names if isinstance(name, str)]
+def _sample_files(joined: Joined) -> list[str]:
+    names = [r.samples_ms for r in _shown(joined) if isinstance(r.samples_ms, str)]
+    return list(dict.fromkeys(names))
+
+
+def _shown(joined: Joined) -> list[LatencyRecord]:
+    return [*(row.latency for row in _rows(joined)), *joined.unverified]
+
+
+def _rows(joined: Joined) -> list[Row]:
+    rows = [row for group in joined.groups for row in group.rows]
+    return [*rows, *(row.eager for row in rows if row.eager)]

@@ -17,7 +17,7 @@ from perf.layer_times.layer_tables import ProgramLayers
 from perf.measurements.config import ReportConfig
 from perf.measurements.scenarios import SCENARIOS
 from perf.pages.curves import draw_all
-from perf.pages.document import MAX_LEFT_OUT, build_document
+from perf.pages.document import MAX_LISTED, build_document
 from perf.pages.history import history_lines, read_history
 from perf.pages.page import PICTURE_TEXT, to_html, to_markdown
 from perf.pages.page_data import page_data
@@ -73,12 +73,12 @@ def _write_report(config: ReportConfig) -> Path:
     joined = join(latencies, accuracies)
     if not joined.groups:
         raise ReportError(
-            f"no speed is reported without its accuracy, and {config.accuracy} has none of the "
+            f"no report is made of speeds alone, and {config.accuracy} has no accuracy of the "
             f"programs in {config.latency}; run: {'; '.join(_commands(joined))}"
         )
-    for record in joined.left_out[:MAX_LEFT_OUT]:
+    for record in joined.unverified[:MAX_LISTED]:
         name = f"{record.variant} {title(record.runtime, record.precision)}, {record.scenario}"
-        log.warning("left out, no accuracy measured: %s (%s)", name, command_for_accuracy(record))
+        log.warning("time only, no accuracy measured: %s (%s)", name, command_for_accuracy(record))
     # A report that is published tells no folder of this machine.
     folders = {f"{path.parent}/" for path in (config.latency, config.accuracy, config.layers)}
     for folder in folders:
@@ -135,4 +135,4 @@ def read_layers(path: Path, problems: list[str]) -> tuple[ProgramLayers, ...]:
 
 
 def _commands(joined: Joined) -> Sequence[str]:
-    return list(dict.fromkeys(command_for_accuracy(record) for record in joined.left_out))
+    return list(dict.fromkeys(command_for_accuracy(record) for record in joined.unverified))

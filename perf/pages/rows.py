@@ -66,11 +66,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Joined:
-    """What a report shows, and the speeds that it must not show."""
+    """What a report shows: speeds with their accuracy, and speeds alone."""
 
     groups: tuple[Group, ...]
-    left_out: tuple[LatencyRecord, ...]
-    """Without an accuracy."""
+    unverified: tuple[LatencyRecord, ...]
+    """Without an accuracy: nothing is compared with them, and no choice made by them."""
 
 
 def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord]) -> Joined:
@@ -95,11 +95,11 @@ def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord
     def accuracy_of(record: LatencyRecord) -> AccuracyRecord | None:
         return find_accuracy(record, accuracies_of.get(_program(record), ()))
 
-    left_out: list[LatencyRecord] = []
+    unverified: list[LatencyRecord] = []
     by_machine: dict[str, list[tuple[LatencyRecord, AccuracyRecord]]] = {}
     for record in newest.values():
         if (accuracy := accuracy_of(record)) is None:
-            left_out.append(record)
+            unverified.append(record)
         else:
             by_machine.setdefault(_machine(record.environment), []).append((record, accuracy))
     groups: list[Group] = []
@@ -116,7 +116,7 @@ def join(latencies: Sequence[LatencyRecord], accuracies: Sequence[AccuracyRecord
             rows.append(Row(record, accuracy, reference, label))
         environment = pairs[0][0].environment.model_copy(update={"git_commit": None})
         groups.append(Group(environment, tuple(sorted(rows, key=_order))))
-    return Joined(tuple(groups), tuple(left_out))
+    return Joined(tuple(groups), tuple(unverified))
 
 
 def find_accuracy(
