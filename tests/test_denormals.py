@@ -89,7 +89,7 @@ def open_multiplying(kind: str, tiny_artifact: Path, folder: Path) -> Runtime:
         "multiplying",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3 * 32 * 32])],
-        [numpy_helper.from_array(TINY_FACTOR[None], "factor")],
+        [numpy_helper.from_array(np.array([TINY_FACTOR]), "factor")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     if kind == "aoti":
