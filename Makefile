@@ -93,4 +93,4 @@ serve: setup  ## serve the exported model on http://localhost:$(PORT)
 	$(RUN) serving/run.py --port $(PORT)
 
 clean:  ## remove what was produced, but not .venv and the published reports
-	rm -rf runs artifacts reports/*.jsonl reports/*.npy reports/report.* reports/network.* reports/preprocessing.json reports/loader.json reports/layers.json reports/parity.json reports/exports.json reports/stock.json reports/fusion.json reports/side-by-side.json reports/*.png reports/demo reports/latency-ci reports/paper reports/choice.* reports/agreement.json
+	rm -rf runs artifacts reports/*.jsonl reports/*.npy reports/report.* reports/network.* reports/preprocessing.json reports/loader.json reports/layers.json reports/parity.json reports/exports.json reports/stock.json reports/fusion.json reports/side-by-side.json reports/*.png reports/demo reports/latency-ci reports/paper reports/choice.* reports/agreement.json reports/denormals.json

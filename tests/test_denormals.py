@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from processes import fork
 
-from efficientnet.formats.artifact import ProgramFile
+from efficientnet.formats.artifact import ProgramFile, read_manifest
 from efficientnet.formats.checkpoint import load_checkpoint
+from efficientnet.machine.denormals import count_denormals, keep_denormals
 from efficientnet.runtimes import Runtime, open_runtime
+from efficientnet.runtimes.aoti_runtime import AotiRuntime, load_package
+from efficientnet.runtimes.native.build import find_compiler
 from efficientnet.runtimes.onnxruntime_runtime import OnnxRuntime
 from efficientnet.runtimes.openvino_runtime import OpenVinoRuntime
 from training.learning.state import new_state
@@ -27,18 +30,14 @@ pytestmark = pytest.mark.skipif(
 TINY_NUMBER = np.float32(1e-30)
 TINY_FACTOR = np.float32(1e-10)
 
+PACKAGE = "model.pt2"
+
 
 @pytest.fixture(autouse=True)
 def _ordinary_arithmetic():
     torch.set_flush_denormal(False)
     yield
     torch.set_flush_denormal(False)
-
-
-def num_denormals(array: NDArray[np.float32]) -> int:
-    # By their bits: where denormals are taken for zero, a comparison takes them for it, too.
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32) & 0x7FFFFFFF
-    return int(((bits > 0) & (bits < 0x00800000)).sum())
 
 
 def activations_of(model: torch.nn.Module) -> list[NDArray[np.float32]]:
@@ -72,12 +71,12 @@ def infer_what_makes_denormals(tiny_checkpoint: Path) -> None:
     model, _ = load_checkpoint(tiny_checkpoint)
     activations = activations_of(model)
     model(torch.from_numpy(images))
-    assert sum(map(num_denormals, activations)) > 100
+    assert sum(map(count_denormals, activations)) > 100
 
     opened = open_runtime(tiny_checkpoint)
     activations = activations_of(opened._model)  # type: ignore[attr-defined]
     opened.infer(images)
-    assert activations and sum(map(num_denormals, activations)) == 0
+    assert activations and sum(map(count_denormals, activations)) == 0
 
 
 def open_multiplying(kind: str, tiny_artifact: Path, folder: Path) -> Runtime:
@@ -90,9 +89,12 @@ def open_multiplying(kind: str, tiny_artifact: Path, folder: Path) -> Runtime:
         "multiplying",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, 32, 32])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3 * 32 * 32])],
-        [numpy_helper.from_array(TINY_FACTOR[None], "factor")],
+        [numpy_helper.from_array(np.array([TINY_FACTOR]), "factor")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    if kind == "aoti":
+        program = load_package(ProgramFile.read(folder / PACKAGE), is_captured=False)
+        return AotiRuntime({}, program, read_manifest(tiny_artifact))
     info = open_runtime(tiny_artifact).info
     if kind == "onnxruntime":
         program = ProgramFile(folder / "model.onnx", model.SerializeToString())
@@ -103,7 +105,11 @@ def open_multiplying(kind: str, tiny_artifact: Path, folder: Path) -> Runtime:
     return OpenVinoRuntime(program, weights, info, (1,), (), "fp32", 2)
 
 
-def multiply_in_two_threads(kind: str, artifact: Path, folder: Path, num_images: int) -> None:
+def multiply_in_two_threads(
+    kind: str, artifact: Path, folder: Path, num_images: int, is_flushed: bool
+) -> None:
+    if not is_flushed:
+        keep_denormals()
     multiplying = open_multiplying(kind, artifact, folder)
     images = np.full((num_images, 3, 32, 32), TINY_NUMBER)
     found: list[NDArray[np.float32]] = []
@@ -115,9 +121,22 @@ def multiply_in_two_threads(kind: str, artifact: Path, folder: Path, num_images:
     other = threading.Thread(target=call)
     other.start()
     other.join()
-    assert len(found) == 2 and not any(map(num_denormals, found))
+    assert [count_denormals(logits) for logits in found] == [0 if is_flushed else images.size] * 2
     # The caller's own arithmetic is as it was.
-    assert num_denormals(np.array([TINY_NUMBER]) * TINY_FACTOR) == 1
+    assert count_denormals(np.array([TINY_NUMBER]) * TINY_FACTOR) == 1
+
+
+def multiplies(
+    kind: str, artifact: Path, folder: Path, num_images: int, is_flushed: bool = True
+) -> bool:
+    """Tell whether multiply_in_two_threads finds what it expects.
+
+    In a process of its own: OpenVINO gives a program the idle threads of one that was closed, with
+    the arithmetic that they were started with, and other tests' programs do not flush.
+    """
+    process = fork(multiply_in_two_threads, kind, artifact, folder, num_images, is_flushed)
+    process.join()
+    return process.exitcode == 0
 
 
 @pytest.mark.parametrize("num_images", [1, 4, 64])
@@ -125,15 +144,39 @@ def multiply_in_two_threads(kind: str, artifact: Path, folder: Path, num_images:
 def test_runtimes_flush_in_every_thread_that_calls_them(
     kind: str, num_images: int, tiny_artifact: Path, tmp_path: Path
 ):
-    # In a process of its own: OpenVINO gives a program the idle threads of one that was closed,
-    # with the arithmetic that they were started with, and other tests' programs do not flush.
-    process = fork(multiply_in_two_threads, kind, tiny_artifact, tmp_path, num_images)
-    process.join()
-    assert process.exitcode == 0
+    assert multiplies(kind, tiny_artifact, tmp_path, num_images)
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "openvino"])
+def test_denormals_are_kept_where_their_cost_is_measured(
+    kind: str, tiny_artifact: Path, tmp_path: Path
+):
+    assert multiplies(kind, tiny_artifact, tmp_path, 4, is_flushed=False)
+
+
+class Multiplying(torch.nn.Module):
+    """Multiplies by a tiny factor, in the place of a network."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return [N, 3 * 32 * 32]."""
+        return torch.flatten(images * float(TINY_FACTOR), 1)
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_compiled_programs_flush_in_every_thread_and_would_not_by_themselves(
+    tiny_artifact: Path, tmp_path: Path
+):
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(
+        Multiplying(), (torch.zeros(4, 3, 32, 32),), dynamic_shapes=(batch,)
+    )
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / PACKAGE))
+    for is_flushed in (True, False):
+        assert multiplies("aoti", tiny_artifact, tmp_path, 64, is_flushed)
 
 
 def test_training_on_the_cpu_flushes():
     config = digits_recipe("tiny")
     new_state(config, config.network_options(None), 10, torch.device("cpu"))
     product = torch.full((4,), float(TINY_NUMBER)) * float(TINY_FACTOR)
-    assert num_denormals(product.numpy()) == 0
+    assert count_denormals(product.numpy()) == 0

@@ -4,10 +4,11 @@ import pytest
 from commands import run
 from facts import raises_naming
 
+from efficientnet.measuring.native_peak import WORK, peak_per_s
 from efficientnet.network.cost import layer_costs
 from efficientnet.network.variants import VARIANTS
 from efficientnet.runtimes.native.build import LIBRARY
-from efficientnet.runtimes.native.engine import PORTABLE, WORK, levels, peak_per_s
+from efficientnet.runtimes.native.engine import PORTABLE, levels
 from export import native
 from export.inputs.config import NativeConfig
 from perf.layer_times.layer_profile import Node

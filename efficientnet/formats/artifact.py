@@ -6,11 +6,13 @@ artifacts/<variant>/<runtime>-<precision>/
 import hashlib
 import mmap
 import os
+from collections import deque
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -326,15 +328,23 @@ def read_pages(directory: Path, manifest: ArtifactManifest, name: str) -> mmap.m
     """
     path = _file_of(directory, name)
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        size = max(1, os.fstat(file.fileno()).st_size)
-        pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        at, view = 0, memoryview(pages)
-        while count := file.readinto(view[at : at + READ_BYTES]):
-            hashing.submit(digest.update, view[at : at + count])
-            at += count
+    # A thread pool would do, too: it takes 1 MB of memory more, in all that open an artifact.
+    read: SimpleQueue[memoryview | None] = SimpleQueue()
+    hashing = Thread(target=lambda: deque(map(digest.update, iter(read.get, None)), maxlen=0))
+    hashing.start()
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = max(1, os.fstat(file.fileno()).st_size)
+            pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            at, view = 0, memoryview(pages)
+            while count := file.readinto(view[at : at + READ_BYTES]):
+                read.put(view[at : at + count])
+                at += count
+    finally:
+        read.put(None)
+        hashing.join()
     _require_hash(path, digest.hexdigest(), _hashes(manifest)[name])
     return pages
 

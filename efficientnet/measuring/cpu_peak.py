@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from efficientnet.formats.artifact import ArtifactError
-from efficientnet.runtimes.native.engine import PORTABLE, WORK, levels, peak_per_s
+from efficientnet.measuring.native_peak import WORK, peak_per_s
+from efficientnet.runtimes.native.engine import PORTABLE, levels
 
 
 def _installed(name: str) -> Any:

@@ -3,7 +3,7 @@
 import onnxruntime as ort
 
 from efficientnet.formats.artifact import ArtifactError, ProgramFile
-from efficientnet.machine.denormals import flushed_denormals
+from efficientnet.machine.denormals import are_flushed, flushed_denormals
 
 # Name of the free axis in exported graphs.
 BATCH_AXIS = "batch"
@@ -46,7 +46,7 @@ def open_session(
     settings.intra_op_num_threads = num_threads
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # For its threads: it does not reach the one that calls, and may stay with the one that opens.
-    settings.add_session_config_entry("session.set_denormal_as_zero", "1")
+    settings.add_session_config_entry("session.set_denormal_as_zero", str(int(are_flushed())))
     if not may_spin:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if batch_size is not None:

@@ -9,7 +9,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from efficientnet.formats.artifact import ArtifactError, ArtifactManifest, ProgramFile, read_program
-from efficientnet.machine.denormals import flushed_denormals
+from efficientnet.machine.denormals import are_flushed, flushed_denormals
 from efficientnet.runtimes import protocol
 
 DEVICE = "CPU"
@@ -110,7 +110,7 @@ def compile_properties(
     return {
         "INFERENCE_NUM_THREADS": num_threads,
         "INFERENCE_PRECISION_HINT": HINTS[float_precision],
-        "CPU_DENORMALS_OPTIMIZATION": True,
+        "CPU_DENORMALS_OPTIMIZATION": are_flushed(),
         **({"PERFORMANCE_HINT": "LATENCY"} if num_streams == 1 else {"NUM_STREAMS": num_streams}),
     }
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from efficientnet.measuring.native_peak import WORK, peak_per_s
 from efficientnet.measuring.peaks import cpu_cache_bytes_per_s
-from efficientnet.runtimes.native.engine import WORK, peak_per_s
 from efficientnet.runtimes.native.program_file import Activation, DType, Kind, read_program_file
 from efficientnet.runtimes.native_runtime import NAMES_FILE
 from perf.layer_times.layer_profile import Node

@@ -116,6 +116,34 @@ class AgreementConfig(JsonFlags):
 
 
 @dataclass(frozen=True)
+class DenormalsConfig(JsonFlags):
+    """Settings of the comparison."""
+
+    result_file = Path("reports/denormals.json")
+
+    paths: Paths = ()
+
+    seconds: float = 10.0
+    """Measured time of each program with each input and each arithmetic, without warm-up, above
+    0."""
+
+    turns: int = 6
+    """That this time is split into, at least 1."""
+
+    threads: Threads = None
+    data: Data = None
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seconds")
+        require_least(self, turns=1, threads=1)
+
+
+@dataclass(frozen=True)
 class RegressionConfig:
     """Settings of the comparison."""
 

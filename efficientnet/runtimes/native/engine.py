@@ -2,24 +2,22 @@
 
 import ctypes
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from mmap import mmap
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from efficientnet.formats.artifact import ArtifactError
-from efficientnet.runtimes.native.build import LIBRARY
+
+# What build.py makes, which serving does not import.
+LIBRARY = Path(__file__).with_name("_engine.so")
 
 PORTABLE = "portable"
 
 MAX_THREADS = 64
-
-# Of 0.4 to 6 ms each; the best counts.
-PEAK_REPEATS = 30
 
 _ERROR_BYTES = 1024
 _KEEP_TENSORS, _KEEP_TIMES, _TAKE_PROGRAM = 1, 2, 4
@@ -60,33 +58,6 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
 def levels(library: Path = LIBRARY) -> tuple[str, ...]:
     """Name the sets of kernels that run on this processor, best first; the last is portable."""
     return tuple(load_library(library).engine_levels().decode().split())
-
-
-Work = Literal["int8", "bf16", "instructions"]
-WORK: tuple[Work, ...] = get_args(Work)
-
-
-def peak_per_s(work: Work, num_threads: int, level: str, library: Path = LIBRARY) -> float:
-    """Measure what a level's instructions do at most, from registers alone, in several threads.
-
-    `work`: multiply-adds of int8 or bf16, or vector instructions, which are counted. What the
-    threads did together is divided by the longest time.
-    """
-    measure = load_library(library).engine_peak
-
-    def one(_: int) -> tuple[float, float]:
-        seconds = ctypes.c_double()
-        done = measure(level.encode(), WORK.index(work), ctypes.byref(seconds))
-        if done < 0:
-            raise ValueError(f"no fast kernels {level!r} here: {', '.join(levels(library))}")
-        return done, seconds.value
-
-    best = 0.0
-    with ThreadPoolExecutor(num_threads) as pool:
-        for _ in range(PEAK_REPEATS):
-            done, seconds = zip(*pool.map(one, range(num_threads)), strict=True)
-            best = max(best, sum(done) / max(seconds))
-    return best
 
 
 class Engine:

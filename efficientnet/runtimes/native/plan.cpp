@@ -170,7 +170,7 @@ void Plan::pack(Program& program, const Kernels& kernels) {
   auto add = [&](Packed& packed, const Layer* layer) {
     if (!layer) return;
     Job job{&packed, layer, maps[size_t(std::max(layer->input, 0))], maps[size_t(std::max(layer->output, 0))], total};
-    total += (kernels.packed_bytes(program, *layer, job.in, job.out) + 4095) / 64 * 64;
+    total += (kernels.packed_bytes(program, *layer, job.in, job.out) + 63) / 64 * 64;
     jobs.push_back(job);
   };
   // In the order of use.
