@@ -14,6 +14,7 @@ import torch
 from common_fixtures import digits, write_tiny_checkpoint
 from facts import raises_naming
 from small_trainings import SMALLEST
+from torch._inductor import config as inductor_config
 from torch._inductor import cpp_builder
 
 from efficientnet.formats.artifact import ArtifactError, read_artifact
@@ -175,11 +176,12 @@ def test_a_program_for_a_gpu_is_refused_without_one(artifact: Path, tmp_path: Pa
 def test_no_compiler_is_told_before_work_starts(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cpp_builder.config.cpp, "cxx", (None, "g++"))
     monkeypatch.setenv("PATH", str(tmp_path))
     # It is looked for once in a process.
     cpp_builder.cpp_compiler_search.cache_clear()
-    with raises_naming(AotiError, "no C++ compiler"):
+    # pytest's own way would take the setting out of torch's configuration afterwards.
+    no_compiler = inductor_config.patch({"cpp.cxx": (None, "g++")})
+    with no_compiler, raises_naming(AotiError, "no C++ compiler"):
         aoti.main(AotiConfig(tiny_checkpoint, tmp_path / "artifact"))
     assert not list(tmp_path.iterdir())
 
