@@ -93,20 +93,24 @@ def test_a_published_table_stands_in_the_readme(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- exports: written by a command -->\n<!-- /exports -->\nafter\n")
+    eager = Line(name="eager", precision="fp32", artifact=str(tmp_path / "runs/one/checkpoint"))
     for variant in ("tiny", "b0"):
         summary = Summary(
             variant=variant,
             image_size=32,
             environment=current_environment(),
             started_at=datetime.now(UTC),
-            lines=(line("openvino", "fp32", 8.0),),
+            lines=(eager, line("openvino", "fp32", 8.0)),
             default=None,
             notes=("a note",),
         )
         publish(summary, readme)
     text = readme.read_text()
     assert "**tiny, 32 px**" in text and "**b0, 32 px**" in text and "- a note" in text
-    assert len(list(tmp_path.glob("reports/published/*/exports-*.json"))) == 2
+    records = list(tmp_path.glob("reports/published/*/exports-*.json"))
+    assert len(records) == 2
+    for record in records:
+        assert "one/checkpoint" in record.read_text() and str(tmp_path) not in record.read_text()
 
 
 def test_what_belongs_to_one_artifact_is_not_offered_for_all_of_them(

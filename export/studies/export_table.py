@@ -90,7 +90,17 @@ class Summary(Measured):
 def publish(summary: Summary, readme: Path) -> None:
     """Write a table to its place, and all that stand there into docs/results.md."""
     name = f"{summary.section}-{summary.variant}-{summary.image_size}px.json"
+    lines = tuple(
+        line.model_copy(update={"artifact": _on_any_machine(line.artifact)})
+        for line in summary.lines
+    )
+    summary = summary.model_copy(update={"lines": lines})
     publish_part(summary, name, readme, summary.section, section_of)
+
+
+def _on_any_machine(path: str | None) -> str | None:
+    # Where a run lies is nobody's business; which it is its last two folders tell.
+    return path if path is None or not Path(path).is_absolute() else "/".join(Path(path).parts[-2:])
 
 
 def section_of(summary: Summary) -> str:
