@@ -58,7 +58,7 @@ def test_the_eager_model_is_compared_with_torchs_tool_and_others_say_why_not(
 
     monkeypatch.setattr(other_tools, "output_of", output_of_fork)
     paths = (tiny_checkpoint, tiny_artifact)
-    config = AgreementConfig(paths, 0.2, 2, threads=1, publish=True, readme=readme)
+    config = AgreementConfig(paths, seconds=0.2, rounds=2, threads=1, publish=True, readme=readme)
     eager, onnx = tool_agreement.main(config).rows
     assert eager.tool is not None and eager.tool.startswith("torch.utils.benchmark ")
     assert len(eager.ours_ms) == len(eager.theirs_ms) == 2 and min(eager.theirs_ms) > 0
@@ -75,7 +75,9 @@ def test_a_tool_that_fails_leaves_our_time(
 
     tool = OtherTool("faller", "numpy", "", fail)
     monkeypatch.setitem(other_tools.TOOLS, "onnxruntime", tool)
-    (row,) = tool_agreement.main(AgreementConfig((tiny_artifact,), 0.1, 2, threads=1)).rows
+    (row,) = tool_agreement.main(
+        AgreementConfig((tiny_artifact,), seconds=0.1, rounds=2, threads=1)
+    ).rows
     assert row.why_not == "it fell over" and len(row.ours_ms) == 2
     assert row.verdict == "not compared"
 
@@ -83,6 +85,6 @@ def test_a_tool_that_fails_leaves_our_time(
 def test_an_artifact_of_openvino_is_measured_with_benchmark_app(
     openvino_artifact: Path,
 ):
-    config = AgreementConfig((openvino_artifact,), 0.2, 2, threads=1)
+    config = AgreementConfig((openvino_artifact,), seconds=0.2, rounds=2, threads=1)
     (row,) = tool_agreement.main(config).rows
     assert row.why_not is None and len(row.theirs_ms) == 2 and min(row.theirs_ms) > 0

@@ -6,7 +6,6 @@ artifacts/<variant>/<runtime>-<precision>/
 import hashlib
 import mmap
 import os
-from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -330,7 +329,12 @@ def read_pages(directory: Path, manifest: ArtifactManifest, name: str) -> mmap.m
     digest = hashlib.sha256()
     # A thread pool would do, too: it takes 1 MB of memory more, in all that open an artifact.
     read: SimpleQueue[memoryview | None] = SimpleQueue()
-    hashing = Thread(target=lambda: deque(map(digest.update, iter(read.get, None)), maxlen=0))
+
+    def hash_what_is_read() -> None:
+        for part in iter(read.get, None):
+            digest.update(part)
+
+    hashing = Thread(target=hash_what_is_read)
     hashing.start()
     try:
         with path.open("rb", buffering=0) as file:

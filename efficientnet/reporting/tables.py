@@ -50,6 +50,11 @@ def format_ratio(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
 
 
+def format_ratio_and_range(ratio: float, low: float, high: float) -> str:
+    """Write a ratio, and in brackets from where to where it strayed."""
+    return f"{format_ratio(ratio)} ({format_ratio(low)} to {format_ratio(high)})"
+
+
 def format_percent(fraction: float, decimals: int = 1) -> str:
     """Write a fraction as a percentage."""
     return f"{100 * fraction:.{decimals}f} %"

@@ -94,7 +94,8 @@ def publish(summary: Summary, readme: Path) -> None:
         line.model_copy(update={"artifact": _on_any_machine(line.artifact)})
         for line in summary.lines
     )
-    summary = summary.model_copy(update={"lines": lines})
+    default = _on_any_machine(summary.default)
+    summary = summary.model_copy(update={"lines": lines, "default": default})
     publish_part(summary, name, readme, summary.section, section_of)
 
 

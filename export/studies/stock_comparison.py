@@ -13,7 +13,7 @@ from efficientnet.machine.environment import current_environment, num_usable_cor
 from efficientnet.machine.processor import cpu_features
 from efficientnet.measuring.turns import ratio
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
-from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_ratio
+from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_ratio_and_range
 from export.builders.measuring import measure
 from export.inputs.reference import Reference, load_reference
 from export.inputs.study_config import StockConfig
@@ -149,9 +149,7 @@ def table_of(comparison: Comparison) -> Table:
     for program in dict.fromkeys(r.program for r in ratios):
         own = {r.other: r for r in ratios if r.program == program}
         cells = [
-            f"{format_ratio(r.ratio)} ({format_ratio(r.low)} to {format_ratio(r.high)})"
-            if (r := own.get(other))
-            else NOTHING
+            format_ratio_and_range(r.ratio, r.low, r.high) if (r := own.get(other)) else NOTHING
             for other in others
         ]
         rows.append((program, format_ms(next(iter(own.values())).p50_ms), *cells))

@@ -195,9 +195,9 @@ def _time_only_section(unverified: Sequence[LatencyRecord]) -> Section:
 
 
 def time_only_table(unverified: Sequence[LatencyRecord]) -> Table:
-    """Lay out the speeds that have no accuracy, in the order of the networks."""
+    """Lay out the speeds that have no accuracy, with the machine: it may be another for each."""
     columns = ("variant", "runtime", "precision", "scenario", "size px", "batch", "threads")
-    columns += ("p50 ms", "p90 ms", "images/s", "top-1")
+    columns += ("p50 ms", "p90 ms", "images/s", "top-1", "machine")
     rest = len(unverified) - MAX_LISTED
     return Table(
         columns,
@@ -214,10 +214,11 @@ def time_only_table(unverified: Sequence[LatencyRecord]) -> Table:
                 format_ms(record.p90_ms),
                 format_rate(record.throughput_images_per_s),
                 "unverified",
+                machine_name(record.environment),
             )
             for record in unverified[:MAX_LISTED]
         ),
-        frozenset((*columns[:4], "top-1")),
+        frozenset((*columns[:4], "top-1", "machine")),
         (f"{rest:,} more are not listed.",) if rest > 0 else (),
     )
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from efficientnet.formats.records import LatencyRecord
@@ -31,12 +31,12 @@ def publish(
     readme: Path,
 ) -> Path:
     """Write the report's own directory and the table in docs/results.md; return the directory."""
-    rows = [row for group in joined.groups for row in group.rows]
-    newest = max(row.latency.started_at for row in rows)
+    shown = _shown(joined)
+    newest = max(record.started_at for record in shown)
     environments = [group.environment for group in joined.groups]
     directory = published_directory(newest, environments, published)
     used = _used_records(joined)
-    samples = [latency_path.parent / s for s in _sample_files(joined)]
+    samples = [latency_path.parent / s for s in _sample_files(shown)]
     for path in samples:
         if not path.is_file():
             raise PublishError(f"the samples {path} are missing; measure again")
@@ -55,7 +55,7 @@ def publish(
         (fresh / REPORT_FILE).write_text(to_markdown(document, texts), encoding="utf-8")
     link = Path(os.path.relpath(directory, readme.parent)).as_posix()
     text = readme_results(joined, document, link)
-    write_section(readme, RESULTS, text, [row.latency.environment for row in rows])
+    write_section(readme, RESULTS, text, [record.environment for record in shown])
     return directory
 
 
@@ -85,8 +85,8 @@ def _used_records(joined: Joined) -> dict[str, list[str]]:
     }
 
 
-def _sample_files(joined: Joined) -> list[str]:
-    names = [r.samples_ms for r in _shown(joined) if isinstance(r.samples_ms, str)]
+def _sample_files(records: Sequence[LatencyRecord]) -> list[str]:
+    names = [record.samples_ms for record in records if isinstance(record.samples_ms, str)]
     return list(dict.fromkeys(names))
 
 

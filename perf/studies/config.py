@@ -89,12 +89,24 @@ class PaperConfig:
 
 
 @dataclass(frozen=True)
-class AgreementConfig(JsonFlags):
+class ProgramsConfig(JsonFlags):
+    """Which programs a comparison is of, on which images, and where it is told."""
+
+    paths: Paths = ()
+    threads: Threads = None
+    data: Data = None
+
+    publish: bool = False
+    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
+
+    readme: Path = Path("docs/results.md")
+
+
+@dataclass(frozen=True)
+class AgreementConfig(ProgramsConfig):
     """Settings of the comparison."""
 
     result_file = Path("reports/agreement.json")
-
-    paths: Paths = ()
 
     seconds: float = 30.0
     """Measured time of each program and of each tool, without warm-up, above 0."""
@@ -102,26 +114,16 @@ class AgreementConfig(JsonFlags):
     rounds: int = 5
     """That this time is split into, at least 2: our harness and the other tool take turns."""
 
-    threads: Threads = None
-    data: Data = None
-
-    publish: bool = False
-    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
-
-    readme: Path = Path("docs/results.md")
-
     def __post_init__(self) -> None:
         require_positive(self, "seconds")
         require_least(self, rounds=2, threads=1)
 
 
 @dataclass(frozen=True)
-class DenormalsConfig(JsonFlags):
+class DenormalsConfig(ProgramsConfig):
     """Settings of the comparison."""
 
     result_file = Path("reports/denormals.json")
-
-    paths: Paths = ()
 
     seconds: float = 10.0
     """Measured time of each program with each input and each arithmetic, without warm-up, above
@@ -129,14 +131,6 @@ class DenormalsConfig(JsonFlags):
 
     turns: int = 6
     """That this time is split into, at least 1."""
-
-    threads: Threads = None
-    data: Data = None
-
-    publish: bool = False
-    """Write to reports/published/<date>-<device>/, and the table into docs/results.md."""
-
-    readme: Path = Path("docs/results.md")
 
     def __post_init__(self) -> None:
         require_positive(self, "seconds")

@@ -23,7 +23,7 @@ from efficientnet.measuring.inputs import map_inputs, prepare_inputs, rotate
 from efficientnet.measuring.programs import Program, images_for, read_programs
 from efficientnet.measuring.turns import Ratio, TimeBudget, measure_calls, ratio
 from efficientnet.reporting.publishing import Measured, find_section, publish_part
-from efficientnet.reporting.tables import Table, format_ms, format_percent, format_ratio
+from efficientnet.reporting.tables import Table, format_ms, format_percent, format_ratio_and_range
 from efficientnet.runtimes import open_runtime
 from efficientnet.runtimes.names import title
 from perf.studies.config import DenormalsConfig
@@ -184,8 +184,7 @@ def table_of(cost: DenormalsCost) -> Table:
             times.input,
             format_ms(statistics.median(times.kept_ms)),
             format_ms(statistics.median(times.flushed_ms)),
-            f"{format_ratio(times.cost.median)} "
-            f"({format_ratio(times.cost.low)} to {format_ratio(times.cost.high)})",
+            format_ratio_and_range(times.cost.median, times.cost.low, times.cost.high),
         )
         for times in cost.times
     ]
