@@ -17,7 +17,7 @@ from training.searching.search_config import TARGETS, SearchConfig, target_of
 from training.searching.search_pictures import pareto_front
 from training.searching.search_record import SearchRecord, importances, read_record
 from training.searching.search_report import section_name, to_markdown
-from training.searching.search_tables import shares
+from training.searching.search_tables import choices_table, shares
 from training.searching.step_time import ratio_of, step_ratio
 from training.searching.study import SearchError
 
@@ -192,6 +192,14 @@ def test_a_network_that_is_known_is_not_trained_again(
         first = by_number[trial.reused]
         assert (first.network, first.reward) == (trial.network, trial.reward)
         assert first.outcome == "whole"
+
+    # Of a worker that died while it chose.
+    name, choice = next(iter(record.trials[0].chosen.items()))
+    part = record.trials[0].model_copy(
+        update={"outcome": "cut short", "network": None, "chosen": {name: choice}}
+    )
+    with_part = record.model_copy(update={"trials": (*record.trials, part)})
+    assert choices_table(with_part) == choices_table(record)
 
 
 def test_networks_that_diverge_count_as_failed_and_the_search_goes_on(tmp_path: Path):

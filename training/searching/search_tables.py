@@ -108,7 +108,8 @@ def _in_short(trial: TrialRecord, space: SearchSpace) -> str:
 
 def choices_table(record: SearchRecord) -> Table:
     """Lay out how often each choice appears among the best, and in brackets among all."""
-    best, every = best_trials(record), [t for t in record.trials if t.chosen]
+    # A worker that died, or was given up, while it chose left a part of a network.
+    best, every = best_trials(record), [t for t in record.trials if t.network]
     rows: list[tuple[str, ...]] = []
     for number in range(1, len(record.space.backbone.stages) + 1):
         cells: list[str] = []
