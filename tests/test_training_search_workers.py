@@ -355,7 +355,7 @@ def test_four_workers_share_a_server_that_goes_away_and_one_of_them_is_killed(
     trials = 14
     words = [sys.executable, str(ROOT / "training/search.py"), "--storage", server.url]
     words += ["--epochs", "1", "--flags=--steps 2", "--turns", "2", "--turn-seconds", "0.01"]
-    words += ["--seeds", "0", "--name", "shared", "--trials", str(trials), "--heartbeat", "1"]
+    words += ["--seeds", "0", "--name", "shared", "--trials", str(trials), "--heartbeat", "2"]
     words += ["--kernel-sizes", "3", "--operators", "mbconv"]
     logs = [tmp_path / f"worker-{number}.log" for number in range(4)]
     workers: list[subprocess.Popen[bytes]] = []
@@ -384,7 +384,7 @@ def test_four_workers_share_a_server_that_goes_away_and_one_of_them_is_killed(
         workers[0].send_signal(signal.SIGKILL)
         workers[0].wait()
         server.stop()
-        time.sleep(8)
+        time.sleep(14)
         server.start()
         workers[0] = begin(0)  # the same command again
         for process in workers:
