@@ -1,3 +1,4 @@
+import multiprocessing
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -124,8 +125,10 @@ def test_a_damaged_image_is_told_by_its_name(tmp_path: Path, num_workers: int):
     samples = [Sample(path.name, 0, path) for path in [good] * 15 + [bad]]
     stages = plan_stages(CONFIG.progressive)
     sampler = StepSampler(StepPlan(16, CONFIG, [8] * 4))
+    running = set(multiprocessing.active_children())
     with raises_naming(ImageError, "bad.jpg"):
         list(train_batches(samples, CONFIG, stages, sampler, num_workers))
+    assert set(multiprocessing.active_children()) <= running
     spec = PreprocessSpec(
         image_size=8, interpolation="bilinear", crop_fraction=None, mean=(0, 0, 0), std=(1, 1, 1)
     )

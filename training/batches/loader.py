@@ -1,7 +1,7 @@
 """Labelled images -> batches of tensors, in an order that follows from the seed and the step."""
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ def train_batches(
     Its own generator keeps it from drawing from the global one, on which dropout depends.
     """
     kill_children_at_exit()
-    return DataLoader(
+    return _Loader(
         TrainImages(samples, config, stages),
         batch_sampler=sampler,
         num_workers=num_workers,
@@ -104,7 +104,7 @@ def eval_batches(
 ) -> DataLoader[Any]:
     """Return the loader of the held-out images in order: images [N, 3, H, W], labels [N]."""
     kill_children_at_exit()
-    return DataLoader(
+    return _Loader(
         EvalImages(samples, spec),
         batch_size=EVAL_BATCH_SIZE,
         num_workers=num_workers,
@@ -132,6 +132,16 @@ def explained_worker_deaths() -> Generator[None]:
             f"{str(error).rstrip()} The machine may be out of memory, or /dev/shm full: give fewer "
             "--num-workers, a smaller --batch-size or --micro-batch-size, or more of both"
         ) from None
+
+
+class _Loader(DataLoader[Any]):
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            yield from super().__iter__()
+        except (ImageError, PipelineError) as error:
+            # torch's frame that raises it holds it, and it holds the frame: so would the loader's
+            # processes be, until garbage is collected, when nothing can end them but a time limit.
+            raise error.with_traceback(None) from None
 
 
 @contextmanager
