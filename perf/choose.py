@@ -9,9 +9,9 @@ weights; what does not hold gives way to the next. The Pareto front is drawn to 
 """
 
 from efficientnet.command import late, parse_flags, run_command
-from perf.studies.config import ChooseConfig
+from perf.choosing.config import ChooseConfig
 
-main = late("perf.studies.choice")
+main = late("perf.choosing.choice")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(ChooseConfig, __doc__), main)

@@ -9,9 +9,9 @@ the base twice: how far it is from itself is the noise. A confirmed regression e
 """
 
 from efficientnet.command import late, parse_flags, run_command
-from perf.studies.config import RegressionConfig
+from perf.regressions.config import RegressionConfig
 
-main = late("perf.studies.regression")
+main = late("perf.regressions.regression")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(RegressionConfig, __doc__), main)

@@ -10,10 +10,11 @@ from export.inputs import config as exports
 from export.studies.all_exports import AllConfig
 from export.studies.form_comparison import AblationConfig
 from export.studies.stock_comparison import StockConfig
+from perf.choosing.config import ChooseConfig
 from perf.device_parts.config import DeviceConfig
 from perf.measurements import config as measurements
+from perf.regressions.config import RegressionConfig
 from perf.service_load import config as load_settings
-from perf.studies import config as studies
 from serving.classify import ClassifyConfig
 from training.studies.loader_speed_study import LoaderSpeedConfig
 from training.studies.speed_plan import SpeedConfig
@@ -25,8 +26,8 @@ ACCURACY = partial(measurements.AccuracyConfig, PATHS)
 LAYERS = partial(measurements.LayersConfig, PATHS)
 LOAD = partial(load_settings.LoadConfig, Path("artifact"), Path("photos"))
 PREPROCESSING = partial(measurements.PreprocessingConfig, Path("photos"))
-LATENCY, CHOOSE = measurements.LatencyConfig, partial(studies.ChooseConfig, budget_ms=1)
-REGRESSION = partial(studies.RegressionConfig, "main")
+LATENCY, CHOOSE = measurements.LatencyConfig, partial(ChooseConfig, budget_ms=1)
+REGRESSION = partial(RegressionConfig, "main")
 LOADER_SPEED = partial(LoaderSpeedConfig, Path())
 INT8 = {"precision": "int8"}
 

@@ -9,11 +9,11 @@ from test_perf_report import CPU, STARTED, make_accuracy, make_latency
 from efficientnet.formats.records import LatencyRecord, append_record, read_records
 from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.intervals import wilson_interval
+from perf.choosing import choice
+from perf.choosing.candidates import ChoiceError, make_candidate, pareto_front
+from perf.choosing.config import ChooseConfig
 from perf.measurements import accuracy, latency
 from perf.measurements.config import AccuracyConfig, LatencyConfig
-from perf.studies import choice
-from perf.studies.candidates import ChoiceError, make_candidate, pareto_front
-from perf.studies.config import ChooseConfig
 
 HERE = current_environment()
 # Time of a call in ms, and top-1, of programs that none of them beats.

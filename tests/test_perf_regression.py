@@ -11,9 +11,9 @@ from test_perf_report import CPU, make_accuracy
 
 from efficientnet.formats.records import pack_hits
 from efficientnet.measuring.intervals import RatioInterval, bootstrap_ratio
-from perf.studies import regression
-from perf.studies.config import RegressionConfig
-from perf.studies.regression import (
+from perf.regressions import regression
+from perf.regressions.config import RegressionConfig
+from perf.regressions.regression import (
     Finding,
     ProgramComparison,
     RegressionFoundError,
@@ -23,7 +23,7 @@ from perf.studies.regression import (
     judge_latency,
     summary_of,
 )
-from perf.studies.revisions import RevisionError, extract
+from perf.regressions.revisions import RevisionError, extract
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,1 +1,1 @@
-"""Records and fresh runs -> answers: what to take, how it stands beside the paper and others."""
+"""Fresh runs -> tables: beside the paper, beside other tools, by threads, with denormal floats."""

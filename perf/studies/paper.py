@@ -21,9 +21,9 @@ from efficientnet.network.variants import get_variant
 from efficientnet.reporting.publishing import Measured, device_slug, find_section, publish_part
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_rate
 from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES, title
+from perf.choosing.candidates import read_all
 from perf.measurements.scenarios import SINGLE_STREAM
 from perf.studies import paper_tables
-from perf.studies.candidates import read_all
 from perf.studies.config import PaperConfig
 from perf.studies.paper_network import open_row
 from perf.studies.paper_tables import DEVICE_CLASS, PRECISION, TABLES, TIMM, PaperRow, PaperTable

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from efficientnet.runtimes.names import RUNTIMES
+from perf.choosing.candidates import Candidate
+from perf.choosing.config import ChooseConfig
 from perf.pages.plots import LIGHT
-from perf.studies.candidates import Candidate
-from perf.studies.config import ChooseConfig
 
 SIZE_INCHES = (7.2, 5.0)
 DOTS_PER_INCH = 200

@@ -13,10 +13,10 @@ from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.intervals import wilson_interval
 from efficientnet.reporting.publishing import PUBLISHED, device_slug
 from efficientnet.runtimes.names import title
+from perf.choosing.config import ChooseConfig
 from perf.measurements.scenarios import SINGLE_STREAM
 from perf.measurements.stability import instabilities
 from perf.pages.rows import find_accuracy, find_directory, is_same_machine
-from perf.studies.config import ChooseConfig
 
 log = logging.getLogger(__name__)
 

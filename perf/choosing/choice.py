@@ -12,6 +12,9 @@ from efficientnet.machine.atomic import write_bytes
 from efficientnet.machine.environment import EnvironmentRecord, current_environment
 from efficientnet.measuring.intervals import mcnemar_p_value
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent
+from perf.choosing.candidates import Candidate, ChoiceError, read_candidates
+from perf.choosing.choice_plot import draw_choice
+from perf.choosing.config import ChooseConfig
 from perf.measurements import latency
 from perf.measurements.accuracy import SIGNIFICANCE, paired_hits
 from perf.measurements.config import LatencyConfig
@@ -19,9 +22,6 @@ from perf.measurements.scenarios import SINGLE_STREAM
 from perf.measurements.stability import instabilities
 from perf.pages.document import machine_name
 from perf.pages.rows import find_directory
-from perf.studies.candidates import Candidate, ChoiceError, read_candidates
-from perf.studies.choice_plot import draw_choice
-from perf.studies.config import ChooseConfig
 
 # A median needs 20 calls, and each turn one.
 TURNS = 6

@@ -25,8 +25,8 @@ from efficientnet.measuring.programs import images_for, read_program
 from efficientnet.reporting.publishing import Measured
 from efficientnet.reporting.tables import Table, format_ms, format_percent, format_ratio
 from perf.measurements.accuracy import SIGNIFICANCE, paired_hits
-from perf.studies.config import RegressionConfig
-from perf.studies.revisions import Revision, extract, take_turns
+from perf.regressions.config import RegressionConfig
+from perf.regressions.revisions import Revision, extract, take_turns
 
 Finding = Literal["regression", "inconclusive", "no regression", "faster"]
 

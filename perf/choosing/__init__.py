@@ -1,0 +1,1 @@
+"""Records of this device -> the best program within a budget, verified by a fresh run."""

@@ -1,0 +1,1 @@
+"""Two revisions -> programs of one checkpoint, in turns -> a verdict."""
