@@ -94,11 +94,22 @@ def publish_record(
 def publish_part(
     record: Part, name: str, readme: Path, section: str, render: Callable[[Part], str]
 ) -> None:
-    """Write a record to its place, and all of its section beside it into docs/results.md."""
-    folder = published_directory(record.started_at, [record.environment])
-    write_text(folder / name, record.model_dump_json(indent=1) + "\n")
-    files = sorted(folder.glob(f"{section}-*.json"))
-    parts = [type(record).model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+    """Write a record to its place, and its section, with the newest of each on this device.
+
+    A part measured on another day stays in the section: one published anew replaces only its own.
+    """
+    device = [record.environment]
+    write_text(
+        published_directory(record.started_at, device) / name,
+        record.model_dump_json(indent=1) + "\n",
+    )
+    days = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]"
+    files = sorted(PUBLISHED.glob(f"{days}-{device_slug(device)}/{section}-*.json"))
+    newest = {file.name: file for file in files}
+    parts = [
+        type(record).model_validate_json(newest[part].read_text(encoding="utf-8"))
+        for part in sorted(newest)
+    ]
     environments = [part.environment for part in parts]
     write_section(readme, section, "\n\n".join(map(render, parts)), environments)
 
