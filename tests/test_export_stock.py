@@ -2,7 +2,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,23 @@ def test_comparisons_are_published_side_by_side(tmp_path: Path, monkeypatch: pyt
     publish(comparison(1), readme)
     publish(comparison(16), readme)
     assert "batch 1**" in readme.read_text() and "batch 16**" in readme.read_text()
+
+
+def test_a_comparison_of_another_day_stays_in_the_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- stock: written by a command -->\n<!-- /stock -->\n")
+    first, other = comparison(1), comparison(16)
+    publish(first, readme)
+    publish(other, readme)
+    a_day = timedelta(days=1)
+    publish(other.model_copy(update={"started_at": other.started_at + a_day}), readme)
+    text = readme.read_text()
+    assert text.count("batch 1**") == text.count("batch 16**") == 1
+    later = f"{other.started_at + a_day:%Y-%m-%d}"
+    assert len(list((tmp_path / "reports/published").glob(f"{later}-*/stock-*.json"))) == 1
 
 
 @pytest.mark.slow
