@@ -99,17 +99,11 @@ def publish_part(
     A part measured on another day stays in the section: one published anew replaces only its own.
     """
     device = [record.environment]
-    write_text(
-        published_directory(record.started_at, device) / name,
-        record.model_dump_json(indent=1) + "\n",
-    )
-    days = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]"
-    files = sorted(PUBLISHED.glob(f"{days}-{device_slug(device)}/{section}-*.json"))
-    newest = {file.name: file for file in files}
-    parts = [
-        type(record).model_validate_json(newest[part].read_text(encoding="utf-8"))
-        for part in sorted(newest)
-    ]
+    folder = published_directory(record.started_at, device)
+    write_text(folder / name, record.model_dump_json(indent=1) + "\n")
+    files = sorted(PUBLISHED.glob(f"????-??-??-{device_slug(device)}/{section}-*.json"))
+    newest = {file.name: file.read_text(encoding="utf-8") for file in files}
+    parts = [type(record).model_validate_json(text) for _, text in sorted(newest.items())]
     environments = [part.environment for part in parts]
     write_section(readme, section, "\n\n".join(map(render, parts)), environments)
 
