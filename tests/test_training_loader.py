@@ -1,5 +1,7 @@
 import multiprocessing
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,11 +11,13 @@ import pytest
 import torch
 from facts import raises_naming
 from PIL import Image
+from torch.utils.data import dataloader as torch_loader
 
 from efficientnet.images.datasets import Sample, load_dataset
 from efficientnet.images.preprocess import ImageError, PreprocessSpec
+from training.batches import loader
 from training.batches.augmentation import Augmentation
-from training.batches.loader import Batch, eval_batches, train_batches
+from training.batches.loader import Batch, LoaderError, eval_batches, train_batches
 from training.batches.sampler import StepPlan, StepSampler
 from training.recipe.recipes import digits_recipe, imagenet_recipe
 from training.recipe.stages import plan_stages
@@ -134,6 +138,44 @@ def test_a_damaged_image_is_told_by_its_name(tmp_path: Path, num_workers: int):
     )
     with raises_naming(ImageError, "bad.jpg"):
         list(eval_batches(samples, spec, num_workers))
+
+
+@pytest.fixture
+def broken_connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """A loader's connection to its process breaks; where the list is not empty, that one dies."""
+    others, kills = set(multiprocessing.active_children()), list[bool]()
+
+    def is_broken(*_: object) -> None:
+        (worker,) = set(multiprocessing.active_children()) - others
+        if kills:
+            worker.kill()
+        raise ConnectionResetError
+
+    monkeypatch.setattr(torch_loader._MultiProcessingDataLoaderIter, "_try_get_data", is_broken)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # Torch's, which does not always come.
+    yield kills
+    signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_worker_that_dies_as_it_hands_over_a_batch_is_told(broken_connection: list[bool]):
+    broken_connection.append(True)
+    with raises_naming(LoaderError, "died as it sent a batch", "--num-workers"):
+        next(digits_batches())
+
+
+def test_a_broken_connection_of_a_living_worker_is_told_as_it_is(
+    broken_connection: list[bool], monkeypatch: pytest.MonkeyPatch
+):
+    assert not broken_connection
+    monkeypatch.setattr(loader, "SEEN_S", 0.0)
+    with pytest.raises(ConnectionResetError):
+        next(digits_batches())
+
+
+def digits_batches() -> Iterator[Batch]:
+    samples = load_dataset("digits").train[:16]
+    sampler = StepSampler(StepPlan(16, CONFIG, [8] * 4))
+    return iter(train_batches(samples, CONFIG, plan_stages(CONFIG.progressive), sampler, 1))
 
 
 def test_the_stages_of_a_plan_follow_each_other():

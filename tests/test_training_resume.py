@@ -24,8 +24,6 @@ from efficientnet.formats.checkpoint import CheckpointError, load_checkpoint
 from efficientnet.machine.atomic import point_link
 from efficientnet.machine.locking import LockedError
 from efficientnet.runtimes import open_runtime
-from training.batches import loader
-from training.batches.loader import LoaderError
 from training.running import run_folder as rundir
 from training.running import trainer
 from training.running.begin_run import directory_of, main
@@ -370,18 +368,3 @@ def test_a_dead_loader_worker_is_told_with_the_command_that_goes_on(
     monkeypatch.setattr(trainer.ProgressBar, "update", killing)
     with raises_naming(TrainingError, "--num-workers", "step-0000002", "--resume"):
         main(config(tmp_path, num_workers=1))
-
-
-def test_a_worker_that_dies_as_it_hands_over_a_batch_is_told_too(monkeypatch: pytest.MonkeyPatch):
-    def is_told(_: float) -> None:
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-
-    monkeypatch.setattr(loader.time, "sleep", is_told)
-    with raises_naming(LoaderError, "pid 7", "--num-workers"), loader.explained_worker_deaths():
-        raise ConnectionResetError
-
-
-def test_a_broken_connection_of_something_else_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loader, "SEEN_S", 0.0)
-    with pytest.raises(ConnectionResetError), loader.explained_worker_deaths():
-        raise ConnectionResetError

@@ -1,8 +1,9 @@
 """Labelled images -> batches of tensors, in an order that follows from the seed and the step."""
 
-import time
+import multiprocessing
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from training.recipe.stages import Stage
 EVAL_BATCH_SIZE = 64
 
 # Within which a process that has died is seen to have.
-SEEN_S = 2.0
+SEEN_S = 5.0
 
 
 class LoaderError(PipelineError):
@@ -118,30 +119,41 @@ def eval_batches(
 def explained_worker_deaths() -> Generator[None]:
     """Turn torch's RuntimeError, raised wherever the main thread is, into a LoaderError."""
     try:
-        try:
-            yield
-        except (ConnectionError, EOFError):
-            # One that dies as it hands over a batch is first seen as a broken connection; which
-            # one it was is raised here, by torch's handler of the signal.
-            time.sleep(SEEN_S)
-            raise
+        yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise LoaderError(
-            f"{str(error).rstrip()} The machine may be out of memory, or /dev/shm full: give fewer "
-            "--num-workers, a smaller --batch-size or --micro-batch-size, or more of both"
-        ) from None
+        raise _died(str(error).rstrip()) from None
 
 
 class _Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        others = set(multiprocessing.active_children())
+        batches = super().__iter__()
+        workers = set(multiprocessing.active_children()) - others
         try:
-            yield from super().__iter__()
+            yield from batches
         except (ImageError, PipelineError) as error:
             # torch's frame that raises it holds it, and it holds the frame: so would the loader's
             # processes be, until garbage is collected, when nothing can end them but a time limit.
+            del batches
             raise error.with_traceback(None) from None
+        except (ConnectionError, EOFError):
+            # One that dies as it hands over a batch is first seen as a broken connection. Torch's
+            # handler of the signal is not waited for: it does not come where it is raised while
+            # something is deleted.
+            dead = wait([worker.sentinel for worker in workers], timeout=SEEN_S)
+            pids = [worker.pid for worker in workers if worker.sentinel in dead]
+            if not pids:
+                raise
+            raise _died(f"DataLoader worker (pid {pids[0]}) died as it sent a batch.") from None
+
+
+def _died(reason: str) -> LoaderError:
+    return LoaderError(
+        f"{reason} The machine may be out of memory, or /dev/shm full: give fewer --num-workers, "
+        "a smaller --batch-size or --micro-batch-size, or more of both"
+    )
 
 
 @contextmanager
