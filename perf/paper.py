@@ -7,6 +7,7 @@ and image sizes, each in a process of its own. The tables are 1, 7, 10 and 11, t
     python perf/paper.py --table 7
     python perf/paper.py --table 7 --rows b4 v2-s --seconds 10 --projected
     python perf/paper.py --table batch --seconds 10
+    python perf/paper.py --table batch --seconds 10 --resume   # after it was ended
 """
 
 from efficientnet.command import late, parse_flags, run_command

@@ -12,7 +12,15 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.network.variants import VARIANTS
 from perf.studies import paper, paper_network
 from perf.studies.config import PaperConfig
-from perf.studies.paper import PaperRecord, PaperTimes, RowRecord, measure_row, section_of, verdict
+from perf.studies.paper import (
+    PaperError,
+    PaperRecord,
+    PaperTimes,
+    RowRecord,
+    measure_row,
+    section_of,
+    verdict,
+)
 from perf.studies.paper_tables import NVIDIA_MS, TABLES, TIMM, PaperRow, PaperTable
 
 SMALL = PaperTable(
@@ -173,6 +181,41 @@ def test_rows_that_are_not_asked_for_are_not_measured(
     assert record["rows"][-4]["ours"] == 12.0
     with raises_naming(ValueError, "table 10", "EfficientNet-B7"):
         paper.main(PaperConfig("10", ("b3",)))
+
+
+def test_a_run_that_was_ended_is_resumed_with_the_rows_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    measured: list[str] = []
+
+    def measure(row: PaperRow, *_: object) -> PaperTimes:
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(row.label)
+        return TIMES
+
+    def is_measured() -> list[bool]:
+        rows = json.loads(Path("reports/paper/table-10.json").read_text())["rows"]
+        return [row["ours"] is not None for row in rows]
+
+    monkeypatch.setattr(paper, "measure_row", measure)
+    monkeypatch.setitem(TABLES, "10", SMALL)
+    with raises_naming(PaperError, "table-10.json", "leave it out"):
+        paper.main(PaperConfig("10", resume=True))
+    # The last one first: what is kept stays, wherever a resumed run ends.
+    paper.main(PaperConfig("10", ("no_such_network",)))
+    with pytest.raises(KeyboardInterrupt):
+        paper.main(PaperConfig("10", resume=True))
+    assert measured == ["Broken", "Tiny"] and is_measured() == [True, False, False, True]
+    measured.clear()
+    started_at = json.loads(Path("reports/paper/table-10.json").read_text())["started_at"]
+    path = paper.main(PaperConfig("10", resume=True))
+    assert measured == ["ResNet", "Nobody's"] and is_measured() == [True] * 4
+    assert json.loads(path.with_suffix(".json").read_text())["started_at"] == started_at
+    for changes in ({"seconds": 61.0}, {"threads": 7}):
+        with raises_naming(PaperError, *changes.values(), "measure all rows again"):
+            paper.main(PaperConfig("10", resume=True, **changes))  # pyright: ignore[reportArgumentType]
 
 
 def test_training_rows_come_from_the_records_of_training_speed(

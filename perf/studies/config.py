@@ -22,6 +22,10 @@ class PaperConfig:
     seconds: float = 60.0
     """Measured time of each row, without warm-up, above 0."""
 
+    resume: bool = False
+    """Keep the rows that the output's record has, of the same machine and settings, and measure
+    only the others: of a run that was ended, or of other rows."""
+
     projected: bool = False
     """Add a column: what the cost model makes of our time on the paper's device, and its error."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
+from efficientnet.errors import PipelineError
 from efficientnet.formats.records import LatencyRecord, Record, TrainingSpeedRecord
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import current_environment, num_usable_cores
@@ -40,6 +41,9 @@ TURNS = 5
 BAND = 0.10
 
 PAPER_GPU = "V100 SXM2"
+
+# Label, image size and batch size.
+RowKey = tuple[str, int, int | None]
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +97,10 @@ class RowRecord(BaseModel):
     """The newest of each program, of a table that has them."""
 
 
+class PaperError(PipelineError):
+    """A run that cannot go on with an earlier one."""
+
+
 class PaperRecord(Measured):
     """A table of the paper and what stands beside it."""
 
@@ -101,15 +109,24 @@ class PaperRecord(Measured):
     device: str
     precision: str
     num_threads: int
+    seconds: float | None = None
+    """Measured time of each row; None: of a record older than this field."""
     rows: tuple[RowRecord, ...]
 
 
 def main(config: PaperConfig) -> Path:
-    """Measure the rows one after the other; return the path of the table as Markdown."""
+    """Measure the rows one after the other; return the path of the table as Markdown.
+
+    The record is written after each row, so that a run that is ended can be resumed.
+
+    Raises:
+        PaperError: there is nothing to resume, or it is of another machine or other settings.
+        PublishError: docs/results.md has no place for the table; nothing is measured then.
+    """
     if config.publish:
         find_section(config.readme, SECTION)
     table = TABLES[config.table]
-    started_at, here = datetime.now(UTC), current_environment()
+    here = current_environment()
     num_threads = config.threads or num_usable_cores()
     on_gpu = bool(here.gpus)
     expected = "fp16" if on_gpu else "fp32"
@@ -125,35 +142,67 @@ def main(config: PaperConfig) -> Path:
     latencies = _of_this_device(config.latency, LatencyRecord)
     trainings = _of_this_device(config.training_speed, TrainingSpeedRecord)
     peaks = _peaks(config, table, on_gpu, device, num_threads)
-    rows: list[RowRecord] = []
-    for row in table.rows:
-        if table.is_training:
-            rows.append(_of_training(row, config, trainings))
-            if table.has_latencies:
-                own = _latencies(row, latencies, num_threads)
-                rows[-1] = rows[-1].model_copy(update={"latencies": own})
-        else:
-            found = measure_row(row, config, num_threads) if row in asked else "not asked for"
-            rows.append(_record(row, found, table, latencies))
-        rows[-1] = _with_projection(rows[-1], table, peaks)
-        log.info("%s: %s", row.label, _say(rows[-1], table))
+    name = f"table-{config.table}"
     record = PaperRecord(
         environment=here,
-        started_at=started_at,
+        started_at=datetime.now(UTC),
         table=config.table,
         unit=table.unit,
         device=device,
-        precision=next((row.times.precision for row in rows if row.times), expected),
+        precision=expected,
         num_threads=num_threads,
-        rows=tuple(rows),
+        seconds=config.seconds,
+        rows=(),
     )
-    name = f"table-{config.table}"
-    write_text(config.output / f"{name}.json", record.model_dump_json(indent=1) + "\n")
+    kept: dict[RowKey, PaperTimes] = {}
+    if config.resume:
+        record, kept = _resumed(config.output / f"{name}.json", record)
+
+    def make_row(row: PaperRow, found: PaperTimes | str) -> RowRecord:
+        if not table.is_training:
+            own = _record(row, found, table, latencies)
+            return _with_projection(own, table, peaks)
+        own = _of_training(row, config, trainings)
+        times = _latencies(row, latencies, num_threads) if table.has_latencies else ()
+        return own.model_copy(update={"latencies": times})
+
+    rows = [make_row(row, kept.get(_key(row), "not asked for")) for row in table.rows]
+    for index, row in enumerate(table.rows):
+        if row in asked and _key(row) not in kept and not table.is_training:
+            rows[index] = make_row(row, measure_row(row, config, num_threads))
+        log.info("%s: %s", row.label, _say(rows[index], table))
+        record = record.model_copy(update={"rows": tuple(rows)})
+        write_text(config.output / f"{name}.json", record.model_dump_json(indent=1) + "\n")
     path = config.output / f"{name}.md"
     write_text(path, f"# The paper, side by side\n\n{section_of(record)}\n")
     if config.publish:
         publish_part(record, f"{SECTION}-{name}.json", config.readme, SECTION, section_of)
     return path
+
+
+def _resumed(path: Path, record: PaperRecord) -> tuple[PaperRecord, dict[RowKey, PaperTimes]]:
+    # The record to go on with, without its rows, and what was measured of each.
+    if not path.exists():
+        raise PaperError(f"--resume: there is no {path}; leave it out to begin")
+    earlier = PaperRecord.model_validate_json(path.read_bytes())
+    for field in ("device", "precision", "num_threads", "seconds"):
+        before, now = getattr(earlier, field), getattr(record, field)
+        if before != now:
+            raise PaperError(
+                f"--resume: {path} was measured with {field} {before}, and now it is {now}; "
+                "give the same, or leave out --resume to measure all rows again"
+            )
+    if earlier.environment.libraries != record.environment.libraries:
+        raise PaperError(
+            f"--resume: {path} was measured with other versions of the libraries; leave out "
+            "--resume to measure all rows again"
+        )
+    kept = {_key(row): row.times for row in earlier.rows if row.times}
+    return earlier.model_copy(update={"rows": ()}), kept
+
+
+def _key(row: PaperRow | RowRecord) -> RowKey:
+    return row.label, row.image_size, row.batch_size
 
 
 def verdict(row: RowRecord, record: PaperRecord) -> str:
