@@ -14,7 +14,7 @@ from efficientnet.runtimes.native.program_file import (
     read_program_file,
     to_bf16,
 )
-from export.builders.native_quantization import (
+from export.native_format.native_quantization import (
     MapScale,
     curve_to,
     gate_multiplier,

@@ -27,14 +27,14 @@ from efficientnet.runtimes.native.engine import Engine, levels
 from efficientnet.runtimes.native.program_file import DType, Kind, read_program_file, real_values
 from export import native
 from export.builders import native_builder
-from export.builders.native_program import Made, activation_names, make_program
-from export.builders.native_quantization import MapScale, curve_to, relu6, silu
 from export.checks.layers import show_model
 from export.graphs.calibration import Ranges
 from export.graphs.folding import INPUT_NAME, export_onnx, fold_batch_norm
 from export.graphs.quantization import ONNXRUNTIME, insert_quantization
 from export.inputs.config import ExportConfig, NativeConfig
 from export.inputs.reference import load_reference
+from export.native_format.native_program import Made, activation_names, make_program
+from export.native_format.native_quantization import MapScale, curve_to, relu6, silu
 from perf import layers
 from perf.measurements.config import LayersConfig
 

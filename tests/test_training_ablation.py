@@ -16,12 +16,8 @@ from efficientnet.formats.checkpoint import CheckpointRecord, save_checkpoint
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import current_environment
 from efficientnet.reporting.publishing import PublishError
-from training.recipe.config import config_to_json
-from training.recipe.stages import plan_stages
-from training.running.command_line import parse
-from training.running.metrics import write_metrics
-from training.studies import ablation_study
-from training.studies.ablation_plan import (
+from training.ablations import ablation_study
+from training.ablations.ablation_plan import (
     FIXED,
     PROGRESSIVE,
     PROGRESSIVE_ADAPTIVE,
@@ -33,9 +29,13 @@ from training.studies.ablation_plan import (
     plan_rounds,
     plan_rows,
 )
-from training.studies.ablation_report import schedules_table, to_markdown
-from training.studies.ablation_results import AblationRecord, gains, read_result, time_saved
-from training.studies.ablation_study import main, train_all
+from training.ablations.ablation_report import schedules_table, to_markdown
+from training.ablations.ablation_results import AblationRecord, gains, read_result, time_saved
+from training.ablations.ablation_study import main, train_all
+from training.recipe.config import config_to_json
+from training.recipe.stages import plan_stages
+from training.running.command_line import parse
+from training.running.metrics import write_metrics
 from training.studies.spread import Spread, spread
 
 TOP1 = {
@@ -53,7 +53,7 @@ def flags_are_read_once() -> Iterator[None]:
     """Keep the recipes that flags stand for: 42 runs are asked for theirs again and again."""
     kept = cache(lambda words: parse(list(words)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.studies.ablation_plan.parse", lambda words: kept(tuple(words)))
+        patch.setattr("training.ablations.ablation_plan.parse", lambda words: kept(tuple(words)))
         yield
 
 
@@ -349,7 +349,7 @@ def test_nothing_is_trained_where_it_cannot_be_published(tmp_path: Path):
 def fake_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"import pathlib, sys, time\n{body}")
-    monkeypatch.setattr("training.studies.ablation_study.RUN_COMMAND", program)
+    monkeypatch.setattr("training.ablations.ablation_study.RUN_COMMAND", program)
 
 
 def test_a_failed_run_is_told_with_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -385,7 +385,7 @@ def test_an_interruption_asks_each_run_once_and_waits_for_it(
         pause(0.02)
 
     pause = time.sleep
-    monkeypatch.setattr("training.studies.ablation_study.time.sleep", look)
+    monkeypatch.setattr("training.ablations.ablation_study.time.sleep", look)
     with raises_naming(KeyboardInterrupt, "14 runs"):
         train_all(planned, 2, lambda _: None)
     assert len(list(tmp_path.glob("*.saved"))) == 2

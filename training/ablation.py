@@ -13,9 +13,9 @@ writes the text, the picture and the section of docs/results.md of a record agai
 """
 
 from efficientnet.command import late, parse_flags, run_command
-from training.studies.ablation_plan import AblationConfig
+from training.ablations.ablation_plan import AblationConfig
 
-main = late("training.studies.ablation_study")
+main = late("training.ablations.ablation_study")
 
 if __name__ == "__main__":
     run_command(lambda: parse_flags(AblationConfig, __doc__), main)

@@ -8,13 +8,13 @@ from pathlib import Path
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.processor import instruction_sets
 from efficientnet.runtimes.native_runtime import NAMES_FILE, require_kernels
-from export.builders.native_program import activation_names, make_program
 from export.builders.writing import Built, default_output, vnni_binding, write_checked_artifact
 from export.graphs.calibration import METHOD, record_calibration
 from export.graphs.folding import fold_batch_norm
 from export.graphs.precision import calibrate
 from export.inputs.config import NativeConfig, rebuild_command
 from export.inputs.reference import Reference, load_reference
+from export.native_format.native_program import activation_names, make_program
 
 SCRIPT = "export/native.py"
 

@@ -1,1 +1,1 @@
-"""Trainings and steps compared: what the commands ablation and speed are made of."""
+"""Steps and data loaders timed, recipes side by side: what these commands are made of."""

@@ -14,17 +14,17 @@ from efficientnet import PROJECT_ROOT
 from efficientnet.machine.environment import num_usable_cores
 from efficientnet.reporting.publishing import find_section
 from efficientnet.reporting.tables import format_percent
-from training.running.progress import format_seconds
-from training.running.run_folder import is_complete
-from training.studies.ablation_plan import (
+from training.ablations.ablation_plan import (
     AblationConfig,
     AblationError,
     PlannedRun,
     plan_rounds,
     plan_rows,
 )
-from training.studies.ablation_report import publish, section_name, write_files
-from training.studies.ablation_results import collect, read_record, read_result
+from training.ablations.ablation_report import publish, section_name, write_files
+from training.ablations.ablation_results import collect, read_record, read_result
+from training.running.progress import format_seconds
+from training.running.run_folder import is_complete
 
 RUN_COMMAND = PROJECT_ROOT / "training" / "run.py"
 LOG_LINES = 15

@@ -9,10 +9,10 @@ from pathlib import Path
 from efficientnet.machine.atomic import write_bytes, write_text
 from efficientnet.reporting.publishing import find_section, published_directory, write_section
 from efficientnet.reporting.tables import NOTHING, Table, format_percent
-from training.studies import ablation_plan as plan
-from training.studies import ablation_results as results
-from training.studies.ablation_picture import draw
-from training.studies.ablation_results import AblationRecord
+from training.ablations import ablation_plan as plan
+from training.ablations import ablation_results as results
+from training.ablations.ablation_picture import draw
+from training.ablations.ablation_results import AblationRecord
 from training.studies.spread import MARGIN, Spread, spread
 
 # What is compared with what, beside fixed, in the paper's Table 13.

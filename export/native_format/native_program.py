@@ -19,10 +19,10 @@ from efficientnet.network.model import (
     SqueezeExcite,
 )
 from efficientnet.runtimes.native.program_file import Activation, DType, Kind, Program, to_bf16
-from export.builders import native_quantization as quantize
 from export.checks.sensitivity import named_blocks
 from export.graphs.calibration import CalibrationError, Ranges
 from export.graphs.folding import INPUT_NAME, is_within
+from export.native_format import native_quantization as quantize
 
 # Module -> what the engine calls it, the node that puts its map out, and the function itself.
 ACTIVATIONS = {

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from efficientnet.errors import first_problem
 from efficientnet.formats.checkpoint import read_checkpoint
 from efficientnet.machine.environment import EnvironmentRecord
+from training.ablations import ablation_plan as plan
 from training.recipe.config import changed_values, config_to_json
 from training.recipe.stages import plan_stages
 from training.running.metrics import read_metrics
 from training.running.run_folder import CHECKPOINT, REPORT_FILE
-from training.studies import ablation_plan as plan
 from training.studies.spread import Spread, spread
 
 # Tan and Le 2021. Table 12: EfficientNet-B4, top-1 and hours. Table 13: top-1. Table 5: top-1 and

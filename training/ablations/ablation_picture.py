@@ -8,10 +8,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from training.ablations import ablation_plan as plan
+from training.ablations import ablation_results as results
+from training.ablations.ablation_results import AblationRecord
 from training.running.drawing import LINE, MUTED, TEXT, draw_png
-from training.studies import ablation_plan as plan
-from training.studies import ablation_results as results
-from training.studies.ablation_results import AblationRecord
 from training.studies.spread import Spread, spread
 
 COLORS = {

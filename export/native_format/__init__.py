@@ -1,0 +1,1 @@
+"""A calibrated graph -> the program that the native engine runs, its numbers quantized."""

@@ -1,0 +1,1 @@
+"""Recipes with one ingredient changed -> what it is worth: trained runs, table and picture."""
