@@ -140,13 +140,15 @@ class _Loader(DataLoader[Any]):
             raise error.with_traceback(None) from None
         except (ConnectionError, EOFError):
             # One that dies as it hands over a batch is first seen as a broken connection. Torch's
-            # handler of the signal is not waited for: it does not come where it is raised while
-            # something is deleted.
-            dead = wait([worker.sentinel for worker in workers], timeout=SEEN_S)
-            pids = [worker.pid for worker in workers if worker.sentinel in dead]
-            if not pids:
+            # handler of the signal comes later, wherever this process then is, or never; it says
+            # nothing of a process that has been joined.
+            ended = wait([worker.sentinel for worker in workers], timeout=SEEN_S)
+            dead = [worker for worker in workers if worker.sentinel in ended]
+            if not dead:
                 raise
-            raise _died(f"DataLoader worker (pid {pids[0]}) died as it sent a batch.") from None
+            for worker in dead:
+                worker.join()
+            raise _died(f"DataLoader worker (pid {dead[0].pid}) died as it sent a batch.") from None
 
 
 def _died(reason: str) -> LoaderError:
