@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from efficientnet.errors import PipelineError
+from efficientnet.formats.records import Record, read_records
 from efficientnet.machine.atomic import write_text
 from efficientnet.machine.environment import EnvironmentRecord
 
@@ -106,6 +107,24 @@ def publish_part(
     parts = [type(record).model_validate_json(text) for _, text in sorted(newest.items())]
     environments = [part.environment for part in parts]
     write_section(readme, section, "\n\n".join(map(render, parts)), environments)
+
+
+def read_all(path: Path, kind: type[Record]) -> list[Record]:
+    """Read a file of records and those that are published under the same name, oldest first.
+
+    Raises:
+        ValueError: `path` is damaged or of another format; a published file is left out instead,
+            and that is logged.
+    """
+    records = read_records(path, kind)
+    for file in sorted(PUBLISHED.glob(f"*/{path.name}")):
+        try:
+            records += read_records(file, kind)
+        except ValueError as error:
+            log.warning("left out: %s", error)
+    # A published record may be in the other file, too.
+    different = {record.model_dump_json(): record for record in records}
+    return sorted(different.values(), key=lambda record: record.started_at)
 
 
 def _slug(environment: EnvironmentRecord) -> str:

@@ -3,15 +3,14 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from efficientnet.errors import PipelineError
-from efficientnet.formats.records import AccuracyRecord, LatencyRecord, Record, read_records
+from efficientnet.formats.records import AccuracyRecord, LatencyRecord
 from efficientnet.machine.environment import EnvironmentRecord
 from efficientnet.measuring.intervals import wilson_interval
-from efficientnet.reporting.publishing import PUBLISHED, device_slug
+from efficientnet.reporting.publishing import PUBLISHED, device_slug, read_all
 from efficientnet.runtimes.names import title
 from perf.choosing.config import ChooseConfig
 from perf.measurements.scenarios import SINGLE_STREAM
@@ -147,24 +146,6 @@ def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
         if not front or (c.top1 or 0) > (front[-1].top1 or 0):
             front.append(c)
     return front
-
-
-def read_all(path: Path, kind: type[Record]) -> list[Record]:
-    """Read a file of records and those that are published under the same name, oldest first.
-
-    Raises:
-        ValueError: `path` is damaged or of another format; a published file is left out instead,
-            and that is logged.
-    """
-    records = read_records(path, kind)
-    for file in sorted(PUBLISHED.glob(f"*/{path.name}")):
-        try:
-            records += read_records(file, kind)
-        except ValueError as error:
-            log.warning("left out: %s", error)
-    # A published record may be in the other file, too.
-    different = {record.model_dump_json(): record for record in records}
-    return sorted(different.values(), key=lambda record: record.started_at)
 
 
 def _of_device(records: Sequence[LatencyRecord], here: EnvironmentRecord) -> list[LatencyRecord]:

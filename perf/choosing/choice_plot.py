@@ -11,14 +11,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from efficientnet.runtimes.names import RUNTIMES
 from perf.choosing.candidates import Candidate
 from perf.choosing.config import ChooseConfig
-from perf.pages.plots import LIGHT
+from perf.pages.plots import COLORS, LIGHT, MARKERS
 
 SIZE_INCHES = (7.2, 5.0)
 DOTS_PER_INCH = 200
-
-# Told apart with any kind of color vision (Okabe and Ito), and by shape.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def draw_choice(

@@ -19,7 +19,7 @@ from perf.layer_times.layer_tables import ProgramLayers, least_ms
 from perf.measurements.scenarios import BATCH16, SERVER, SINGLE_STREAM, Scenario
 from perf.pages.document import PAPER, machine_name
 from perf.pages.history import Line
-from perf.pages.plots import LIGHT
+from perf.pages.plots import COLORS, LIGHT, MARKERS
 from perf.pages.rows import Group, Row
 
 # What one picture can show of lines that are told apart.
@@ -29,10 +29,6 @@ MAX_ERROR_BARS = 200
 
 SIZE_INCHES = (7.2, 4.2)
 DOTS_PER_INCH = 160
-
-# Told apart with any kind of color vision (Okabe and Ito), and by shape.
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def draw_tradeoff(group: Group) -> bytes | None:

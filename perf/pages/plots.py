@@ -34,6 +34,10 @@ MAX_BARS = 24
 # A tail many times the median would leave nothing of the bars; what lies beyond is marked.
 MAX_TAIL = 1.6
 
+# Told apart with any kind of color vision (Okabe and Ito), and by shape.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
 
 @dataclass(frozen=True)
 class Palette:

@@ -19,10 +19,15 @@ from efficientnet.measuring.peaks import cpu_peaks, gpu_peak
 from efficientnet.measuring.turns import TimeBudget
 from efficientnet.network.cost import DevicePeak, latency_floor_ms, network_cost
 from efficientnet.network.variants import get_variant
-from efficientnet.reporting.publishing import Measured, device_slug, find_section, publish_part
+from efficientnet.reporting.publishing import (
+    Measured,
+    device_slug,
+    find_section,
+    publish_part,
+    read_all,
+)
 from efficientnet.reporting.tables import NOTHING, Table, format_ms, format_percent, format_rate
 from efficientnet.runtimes.names import EAGER_RUNTIME, RUNTIMES, title
-from perf.choosing.candidates import read_all
 from perf.measurements.scenarios import SINGLE_STREAM
 from perf.studies import paper_tables
 from perf.studies.config import PaperConfig

@@ -8,9 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from perf.choosing.choice_plot import COLORS, DOTS_PER_INCH, MARKERS
-from perf.pages.plots import LIGHT, Palette
+from perf.pages.plots import COLORS, LIGHT, MARKERS, Palette
 
+DOTS_PER_INCH = 200
 SIZE_INCHES = (5.4, 4.0)
 
 
