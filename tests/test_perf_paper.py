@@ -216,6 +216,9 @@ def test_a_run_that_was_ended_is_resumed_with_the_rows_that_are_left(
     for changes in ({"seconds": 61.0}, {"threads": 7}):
         with raises_naming(PaperError, *changes.values(), "measure all rows again"):
             paper.main(PaperConfig("10", resume=True, **changes))  # pyright: ignore[reportArgumentType]
+    path.with_suffix(".json").write_text("{}")
+    with raises_naming(PaperError, "table-10.json", "damaged"):
+        paper.main(PaperConfig("10", resume=True))
 
 
 def test_training_rows_come_from_the_records_of_training_speed(

@@ -189,21 +189,34 @@ def _resumed(path: Path, record: PaperRecord) -> tuple[PaperRecord, dict[RowKey,
     # The record to go on with, without its rows, and what was measured of each.
     if not path.exists():
         raise PaperError(f"--resume: there is no {path}; leave it out to begin")
-    earlier = PaperRecord.model_validate_json(path.read_bytes())
-    for field in ("device", "precision", "num_threads", "seconds"):
-        before, now = getattr(earlier, field), getattr(record, field)
-        if before != now:
-            raise PaperError(
-                f"--resume: {path} was measured with {field} {before}, and now it is {now}; "
-                "give the same, or leave out --resume to measure all rows again"
-            )
-    if earlier.environment.libraries != record.environment.libraries:
+    try:
+        earlier = PaperRecord.model_validate_json(path.read_bytes())
+    except ValueError:
         raise PaperError(
-            f"--resume: {path} was measured with other versions of the libraries; leave out "
-            "--resume to measure all rows again"
-        )
+            f"--resume: {path} is damaged, or of another version; leave out --resume to measure "
+            "all rows again"
+        ) from None
+    before, now = _conditions(earlier), _conditions(record)
+    for name in before:
+        if before[name] != now[name]:
+            raise PaperError(
+                f"--resume: {path} was measured with {name} {before[name]}, and now it is "
+                f"{now[name]}; give the same, or leave out --resume to measure all rows again"
+            )
     kept = {_key(row): row.times for row in earlier.rows if row.times}
     return earlier.model_copy(update={"rows": ()}), kept
+
+
+def _conditions(record: PaperRecord) -> dict[str, object]:
+    # Under which rows of one table are measured.
+    here = record.environment
+    return {
+        "device": device_slug([here]),
+        "precision": record.precision,
+        "threads": record.num_threads,
+        "seconds": record.seconds,
+        "libraries": ", ".join(f"{name} {version}" for name, version in here.libraries.items()),
+    }
 
 
 def _key(row: PaperRow | RowRecord) -> RowKey:
