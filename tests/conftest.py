@@ -6,9 +6,21 @@ import signal
 
 import pytest
 
-# Tests run side by side, one process a core: more threads would only wait for each other. Commands
-# that tests start inherit it.
+from efficientnet.machine.environment import num_usable_cores
+
+# Tests run side by side, in more processes than cores: more threads would only wait for each other.
+# Commands that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Give `-n auto` a worker more than cores, as a third of the time tests wait.
+
+    Of one tree on two cores: 7:31 minutes with two workers, 6:14 with three, 6:18 with four.
+    """
+    if config.option.numprocesses != "auto" or "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    return num_usable_cores() + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
