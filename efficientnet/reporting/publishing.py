@@ -103,8 +103,9 @@ def publish_part(
     folder = published_directory(record.started_at, device)
     write_text(folder / name, record.model_dump_json(indent=1) + "\n")
     files = sorted(PUBLISHED.glob(f"????-??-??-{device_slug(device)}/{section}-*.json"))
-    newest = {file.name: file.read_text(encoding="utf-8") for file in files}
-    parts = [type(record).model_validate_json(text) for _, text in sorted(newest.items())]
+    newest = {file.name: file for file in files}
+    texts = [file.read_text(encoding="utf-8") for _, file in sorted(newest.items())]
+    parts = [type(record).model_validate_json(text) for text in texts]
     environments = [part.environment for part in parts]
     write_section(readme, section, "\n\n".join(map(render, parts)), environments)
 

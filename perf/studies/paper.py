@@ -172,12 +172,18 @@ def main(config: PaperConfig) -> Path:
         return own.model_copy(update={"latencies": times})
 
     rows = [make_row(row, kept.get(_key(row), "not asked for")) for row in table.rows]
+
+    def keep() -> PaperRecord:
+        so_far = record.model_copy(update={"rows": tuple(rows)})
+        write_text(config.output / f"{name}.json", so_far.model_dump_json(indent=1) + "\n")
+        return so_far
+
     for index, row in enumerate(table.rows):
         if row in asked and _key(row) not in kept and not table.is_training:
             rows[index] = make_row(row, measure_row(row, config, num_threads))
+            keep()
         log.info("%s: %s", row.label, _say(rows[index], table))
-        record = record.model_copy(update={"rows": tuple(rows)})
-        write_text(config.output / f"{name}.json", record.model_dump_json(indent=1) + "\n")
+    record = keep()
     path = config.output / f"{name}.md"
     write_text(path, f"# The paper, side by side\n\n{section_of(record)}\n")
     if config.publish:
