@@ -281,8 +281,13 @@ def build_model(
     stochastic_depth_rate: float = 0.0,
     options: NetworkOptions | None = None,
 ) -> EfficientNet:
-    """Build a network with Google's initial weights, drawn from torch's global generator."""
+    """Build a network with Google's initial weights, drawn from torch's global generator.
+
+    Under `torch.device("meta")` it has no weights, and none are drawn.
+    """
     model = EfficientNet(spec, num_classes, options or NetworkOptions(), stochastic_depth_rate)
+    if next(model.parameters()).is_meta:
+        return model  # torch would load its compiler to draw nothing: 2.6 s in a new process
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             # The fan-out of a depthwise kernel counts one channel (google/automl,

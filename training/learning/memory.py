@@ -4,9 +4,12 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from efficientnet.errors import PipelineError
 from efficientnet.machine.cgroup import memory_limit_bytes
@@ -137,9 +140,34 @@ def saved_bytes(model: nn.Module, image_size: int, num_images: int, dtype: torch
         return tensor
 
     images = torch.empty(num_images, 3, image_size, image_size, device="meta", dtype=dtype)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _LightBatchNorm():
         model(images)
     return sum(sizes.values())
+
+
+class _LightBatchNorm(TorchFunctionMode):
+    """Batch norm on `meta` without torch's own, which loads the compiler first, for two seconds."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.batch_norm:
+            return _KeptByBatchNorm.apply(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class _KeptByBatchNorm(torch.autograd.Function):
+    """The map, and the mean and deviation of each of its channels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        mean, deviation = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+        ctx.save_for_backward(x, mean, deviation)
+        return torch.empty_like(x)
 
 
 def plan_micro_batches(
