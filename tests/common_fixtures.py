@@ -35,7 +35,7 @@ from export.inputs.config import OpenVinoConfig, OrtConfig
 
 # They are the same each time, and take half a second to make.
 datasets.digit_images = cache(datasets.digit_images)
-# Nor does httpx need the certificates of the world anew for each request to a service of this machine.
+# Nor does httpx need the world's certificates anew for each request to this machine.
 ssl.create_default_context = cache(ssl.create_default_context)
 
 torch.set_num_threads(1)

@@ -26,8 +26,8 @@ from training.running.metrics import read_metrics
 
 # Between processes only the order of additions differs, and training makes that grow. The losses of
 # this run, on one process, differ by less than 2e-6 between AVX-512, AVX2 and SSE 4.1; of a run of
-# twice the images the held-out loss differed by 1.5e-4, and on AMX by 2.4e-4 between one process and
-# four. Gradients that are not averaged change the training loss by 5e-3 and more.
+# twice the images the held-out loss differed by 1.5e-4, and on AMX by 2.4e-4 between one process
+# and four. Gradients that are not averaged change the training loss by 5e-3 and more.
 TRAIN_TOLERANCE = 1e-4
 VAL_TOLERANCE = 6e-4
 
