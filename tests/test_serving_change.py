@@ -128,8 +128,10 @@ def test_an_upload_that_is_on_its_way_is_answered_by_the_worker_that_has_it(
     tiny_artifact: Path, openvino_artifact: Path, tmp_path: Path
 ):
     old, new = artifact_sha256(tiny_artifact), artifact_sha256(openvino_artifact)
+    # The change may take longer than the 5 s after which so few bytes would be too slow.
+    settings = {"CLASSIFIER_DRAIN_S": "1", "CLASSIFIER_MIN_UPLOAD_BYTES_PER_S": "1"}
     with (
-        running(tiny_artifact, tmp_path, ALLOWED, CLASSIFIER_DRAIN_S="1") as service,
+        running(tiny_artifact, tmp_path, ALLOWED, **settings) as service,
         ThreadPoolExecutor(1) as pool,
         socket.create_connection(("127.0.0.1", service.port), timeout=60) as client,
     ):
