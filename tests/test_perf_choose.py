@@ -11,6 +11,7 @@ from efficientnet.machine.environment import current_environment
 from efficientnet.measuring.intervals import wilson_interval
 from perf.choosing import choice
 from perf.choosing.candidates import ChoiceError, make_candidate, pareto_front
+from perf.choosing.choice_plot import draw_choice
 from perf.choosing.config import ChooseConfig
 from perf.measurements import accuracy, latency
 from perf.measurements.config import AccuracyConfig, LatencyConfig
@@ -23,6 +24,8 @@ FRONT = {"native": (2.0, 0.80), "openvino": (4.0, 0.85), "onnxruntime": (8.0, 0.
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    # Most tests ask what is chosen: a picture takes longer than the choice.
+    monkeypatch.setattr(choice, "draw_choice", lambda *_: b"picture")
     return tmp_path
 
 
@@ -48,7 +51,14 @@ def choose(budget_ms: float, **flags: object) -> choice.Choice:
 def test_the_most_accurate_within_the_budget_is_chosen(budget_ms: float, runtime: str):
     write(FRONT)
     assert choose(budget_ms).chosen.runtime == runtime
-    assert Path("reports/choice.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("include_unverified", [True, False])
+def test_the_choice_is_drawn(monkeypatch: pytest.MonkeyPatch, include_unverified: bool):
+    monkeypatch.setattr(choice, "draw_choice", draw_choice)
+    write(FRONT | {"torch": (1.0, None)})
+    answer = choose(7.9, include_unverified=include_unverified)
+    assert Path(answer.picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_of_equal_accuracy_the_faster_one_is_chosen():
