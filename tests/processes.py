@@ -76,9 +76,9 @@ def child_pids(pid: int) -> list[int]:
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
     """Wait for a condition; return whether it came true."""
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not (holds := condition()) and time.monotonic() < end:
         time.sleep(0.05)
-    return condition()
+    return holds
 
 
 def service_at(port: int) -> "psutil.Process":
