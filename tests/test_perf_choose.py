@@ -26,6 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     # Most tests ask what is chosen: a picture takes longer than the choice.
     monkeypatch.setattr(choice, "draw_choice", lambda *_: b"picture")
+    monkeypatch.setattr(choice, "NUM_PROCESSES", 1)
     return tmp_path
 
 
@@ -178,7 +179,7 @@ def test_the_choice_is_verified_in_turns_with_the_eager_model(
     shutil.copytree(tiny_artifact, "artifacts/tiny/onnxruntime-fp32")
     paths = (Path("artifacts/tiny/onnxruntime-fp32"),)
     accuracy.main(AccuracyConfig(paths))
-    latency.main(LatencyConfig(paths, 0.3, 2, 1, (1,), ("single_stream",)))
+    latency.main(LatencyConfig(paths, 0.3, 2, 1, 1, (1,), ("single_stream",)))
     answer = choice.main(ChooseConfig(budget_ms=1e6, seconds=0.3, percentile="50"))
     (fresh,) = answer.fresh_runs
     assert fresh.holds and fresh.fresh_ms and fresh.reference_ms
@@ -194,7 +195,7 @@ def test_what_does_not_hold_in_a_fresh_run_gives_way_to_the_next(
     shutil.copytree(tiny_artifact, "artifacts/tiny/onnxruntime-fp32")
     paths = (Path("artifacts/tiny/onnxruntime-fp32"), Path("runs/tiny-1/checkpoint"))
     accuracy.main(AccuracyConfig(paths))
-    latency.main(LatencyConfig(paths, 0.2, 2, 1, (1,), ("single_stream",)))
+    latency.main(LatencyConfig(paths, 0.2, 2, 1, 1, (1,), ("single_stream",)))
     path = Path("reports/latency.jsonl")
     too_good = [
         record.model_copy(update={"p50_ms": 1e-9}) for record in read_records(path, LatencyRecord)

@@ -47,7 +47,8 @@ TINY_PREPROCESS = SPEC.model_copy(update={"image_size": 32})
 def run(tiny_checkpoint: Path, tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory):
     """One real run of the command on a checkpoint and an artifact."""
     folder = tmp_path_factory.mktemp("latency")
-    flags = ["--seconds", "0.2", "--turns", "2", "--threads", "1", "--batches", "1", "4"]
+    flags = ["--seconds", "0.2", "--turns", "2", "--processes", "1", "--threads", "1"]
+    flags += ["--batches", "1", "4"]
     paths = [str(tiny_checkpoint), str(tiny_artifact)]
     done = run_command("perf/latency.py", *paths, *flags, cwd=folder, has_contenders=True)
     assert done.returncode == 0, done.stderr
@@ -83,7 +84,7 @@ def test_one_scenario_at_one_batch_size_is_measured_without_a_sweep(
 ):
     caplog.set_level("INFO")
     output = tmp_path / "latency.jsonl"
-    latency.main(LatencyConfig((tiny_artifact,), 0.1, 2, 1, (4,), ("offline",), output))
+    latency.main(LatencyConfig((tiny_artifact,), 0.1, 2, 1, 1, (4,), ("offline",), output))
     (record,) = read_records(output, LatencyRecord)
     assert (record.scenario, record.batch_size) == ("offline", 4)
     assert "warm-up" in caplog.text
@@ -131,14 +132,18 @@ def test_the_table_compares_with_the_eager_row_of_the_run(records: list[LatencyR
     assert float(table.rows[1][rate]) == pytest.approx(expected, abs=0.01)
 
 
-def test_many_samples_go_into_a_file_beside_the_records(
+def test_three_processes_share_the_turns_and_many_samples_go_into_a_file(
     tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(recording, "MAX_SAMPLES_IN_RECORD", 2)
     output = tmp_path / "latency.jsonl"
-    config = LatencyConfig((tiny_artifact,), seconds=0.1, turns=3, batches=(2,), output=output)
+    config = LatencyConfig((tiny_artifact,), seconds=0.1, turns=4, batches=(2,), output=output)
     assert latency.main(config) == output
-    for record in read_records(output, LatencyRecord):
+    records = read_records(output, LatencyRecord)
+    assert [record.scenario for record in records] == ["single_stream", "offline"]
+    for record in records:
+        assert (record.num_turns, record.num_processes) == (4, 3)
+        assert len(record.turn_p50_ms) == 4
         assert isinstance(record.samples_ms, str)
         samples = np.load(tmp_path / record.samples_ms)
         assert len(samples) == record.num_iterations
@@ -152,16 +157,18 @@ def test_a_scenario_that_picks_no_batch_size_is_measured_at_each(
     monkeypatch.setitem(SCENARIOS, every_batch.name, every_batch)
     output = tmp_path / "latency.jsonl"
     scenarios = ("every_batch", "multi_stream", "batch16")
-    config = LatencyConfig((tiny_artifact,), 0.1, 2, 1, (8, 16), scenarios, output)
+    config = LatencyConfig((tiny_artifact,), 0.1, 2, 1, 1, (8, 16), scenarios, output)
     latency.main(config)
     found = [(r.scenario, r.batch_size) for r in read_records(output, LatencyRecord)]
     every = [("every_batch", 8), ("every_batch", 16)]
     assert found == [("multi_stream", 8), ("batch16", 16), *every]
 
 
-def test_a_batch_size_that_is_not_tried_or_not_taken_is_wrong_usage(
+def test_flags_that_do_not_fit_each_other_or_a_program_are_wrong_usage(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    with raises_naming(ValueError, "--turns", 2, "--processes", 3):
+        LatencyConfig(turns=2)
     with raises_naming(ValueError, "--batches", "multi_stream", 8):
         LatencyConfig(batches=(1, 16), scenarios=("multi_stream",))
     monkeypatch.setattr(latency, "choose_batch_sizes", lambda program, asked: (1, 4))
@@ -313,8 +320,13 @@ def test_a_process_that_was_killed_is_named(inputs, tiny_artifact: Path):
 
 
 @pytest.mark.usefixtures("own_processes")
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_program_whose_process_is_killed_takes_nothing_from_the_others(
-    tiny_checkpoint: Path, tiny_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path,
+    tiny_artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_processes: int,
 ):
     measure, tried = latency.measure, []
 
@@ -326,16 +338,19 @@ def test_a_program_whose_process_is_killed_takes_nothing_from_the_others(
 
     monkeypatch.setattr(latency, "measure", measure_and_kill)
     output = tmp_path / "latency.jsonl"
-    scenarios = ("single_stream", "multi_stream")
+    scenarios = ("single_stream", "multi_stream")[: 3 - num_processes]
     paths = (tiny_checkpoint, tiny_artifact)
 
     with raises_naming(ContenderError, "1 of 2", tiny_artifact, "SIGKILL", output):
-        latency.main(LatencyConfig(paths, 0.1, 2, 1, (1, 8), scenarios, output))
+        latency.main(LatencyConfig(paths, 0.1, 2, num_processes, 1, (1, 8), scenarios, output))
 
     both = ["torch", "onnxruntime"]
     assert tried == [both, both, ["torch"]]
     found = [(record.scenario, record.runtime) for record in read_records(output, LatencyRecord)]
-    assert found == [*(("single_stream", runtime) for runtime in both), ("multi_stream", "torch")]
+    whole = [("single_stream", runtime) for runtime in both]
+    # One of two processes is no measurement.
+    expected = {1: [*whole, ("multi_stream", "torch")], 2: whole[:1]}
+    assert found == expected[num_processes]
 
 
 def test_a_program_whose_device_is_gone_takes_nothing_from_the_others(
@@ -349,11 +364,11 @@ def test_a_program_whose_device_is_gone_takes_nothing_from_the_others(
 
     with raises_naming(ContenderError, "1 of 2", gone, output):
         paths = (gone, tiny_artifact)
-        latency.main(LatencyConfig(paths, 0.1, 2, 1, (1,), ("single_stream",), output))
+        latency.main(LatencyConfig(paths, 0.1, 2, 1, 1, (1,), ("single_stream",), output))
 
     assert [record.runtime for record in read_records(output, LatencyRecord)] == ["onnxruntime"]
     with raises_naming(ContenderError, gone):
-        latency.main(LatencyConfig((gone,), 0.1, 2, 1, (1,), ("single_stream",), output))
+        latency.main(LatencyConfig((gone,), 0.1, 2, 1, 1, (1,), ("single_stream",), output))
 
 
 @pytest.mark.usefixtures("own_processes")

@@ -18,7 +18,7 @@ from perf.measurements.server_load import (
     poisson_times,
 )
 
-FLAGS = ["--seconds", "0.2", "--turns", "2", "--threads", "1"]
+FLAGS = ["--seconds", "0.2", "--turns", "3", "--threads", "1"]
 FLAGS += ["--scenarios", "server", "--bound-ms", "2000"]
 
 

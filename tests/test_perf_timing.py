@@ -145,3 +145,13 @@ def test_calls_of_several_processes_are_compared():
     assert [len(turns[name]) for name in ("long", "short")] == [3, 3]
     # No call is done before it slept; so much of a time is certain.
     assert min(turns["long"]) >= 20 > 0 < min(turns["short"])
+
+
+def test_parts_of_a_budget_have_all_its_turns_each_as_long_and_its_windows():
+    whole = TimeBudget(seconds=8.0, num_turns=8)
+    parts = whole.split(3)
+    assert [part.num_turns for part in parts] == [3, 3, 2]
+    assert {part.turn_s for part in parts} == {1.0}
+    assert max(part.window_s for part in parts) <= 1.0
+    assert TimeBudget(6.0, 6).split(1) == [TimeBudget(6.0, 6)]
+    assert {part.window_s for part in TimeBudget(6.0, 6).split(3)} == {TimeBudget(6.0, 6).window_s}

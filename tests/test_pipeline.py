@@ -21,7 +21,8 @@ def test_the_whole_road_on_tiny(tmp_path: Path):
     checkpoint = tmp_path / last_line("training/run.py", "tiny", *SHORT, "2")
     artifact = tmp_path / last_line("export/ort.py")
     last_line("perf/accuracy.py")
-    records = tmp_path / last_line("perf/latency.py", "--seconds", "0.2", "--batches", "1", "4")
+    short = ("--seconds", "0.2", "--processes", "1", "--batches", "1", "4")
+    records = tmp_path / last_line("perf/latency.py", *short)
     report = tmp_path / last_line("perf/report.py")
     answer = json.loads(str(last_line("serving/demo.py", "--artifact", str(artifact))))
 

@@ -69,7 +69,7 @@ class ServerLoad(BaseModel):
 
 
 class LatencyRecord(_Measured):
-    """Time of a call at one batch size, measured in a process of its own."""
+    """Time of a call at one batch size, measured in processes of its own."""
 
     batch_size: int = Field(ge=1)
     scenario: str
@@ -86,7 +86,9 @@ class LatencyRecord(_Measured):
     num_iterations: int
     """Calls that count."""
     num_turns: int
-    """How often this process was given the machine in between the others."""
+    """How often it was given the machine in between the others."""
+    num_processes: int = 1
+    """Processes, one after the other, that the turns are of; 1 in records of before."""
     num_input_images: int
     """Different images that the calls rotate through."""
     seed: int

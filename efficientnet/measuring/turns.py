@@ -8,7 +8,7 @@ itself, which takes part a second time under another name, is the noise.
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +27,8 @@ class TimeBudget:
     num_turns: int
     max_windows: int = 30
     """Of a warm-up that does not settle."""
+    num_parts: int = 1
+    """Budgets such as this one that a longer one was split into."""
 
     @property
     def turn_s(self) -> float:
@@ -36,7 +38,7 @@ class TimeBudget:
     @property
     def window_s(self) -> float:
         """Length of a warm-up's window: a second, less when all is short."""
-        return min(1.0, self.seconds / 10)
+        return min(1.0, self.num_parts * self.seconds / 10)
 
     @property
     def warm_up_s(self) -> float:
@@ -47,6 +49,14 @@ class TimeBudget:
     def planned_s(self) -> float:
         """Time for a warm-up that is stable at once and all turns."""
         return 3 * self.window_s + self.seconds * (1 + SETTLING_FRACTION)
+
+    def split(self, num_parts: int) -> list["TimeBudget"]:
+        """Deal the turns out to parts, as evenly as they go, and to each at least one."""
+        turns = [len(range(part, self.num_turns, num_parts)) for part in range(num_parts)]
+        return [
+            replace(self, seconds=self.turn_s * own, num_turns=own, num_parts=num_parts)
+            for own in turns
+        ]
 
 
 def take_turns(

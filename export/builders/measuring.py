@@ -29,8 +29,8 @@ def measure(
 ) -> list[LatencyRecord]:
     """Measure artifacts and checkpoints with perf/latency.py; return their records in that order.
 
-    Each for some seconds, split into turns, on held-out images: of `data`, or of what each was
-    trained on.
+    Each in one process for some seconds, split into turns, on held-out images: of `data`, or of
+    what each was trained on.
     """
     with tempfile.TemporaryDirectory() as folder:
         records = Path(folder) / "latency.jsonl"
@@ -38,7 +38,8 @@ def measure(
         command = [
             *(sys.executable, str(PROJECT_ROOT / "perf" / "latency.py"), *map(str, paths)),
             *("--output", str(records), "--seconds", str(seconds)),
-            *("--turns", str(turns), "--batches", str(batch_size), "--scenarios", "offline"),
+            *("--turns", str(turns), "--processes", "1"),
+            *("--batches", str(batch_size), "--scenarios", "offline"),
             *(("--data", data) if data else ()),
         ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)

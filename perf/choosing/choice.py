@@ -25,6 +25,7 @@ from perf.pages.rows import find_directory
 
 # A median needs 20 calls, and each turn one.
 TURNS = 6
+NUM_PROCESSES = 3
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ def _measure_again(candidate: Candidate, config: ChooseConfig) -> FreshRun:
             paths=tuple(paths),
             seconds=config.seconds,
             turns=TURNS,
+            processes=NUM_PROCESSES,
             threads=record.num_threads,
             batches=(1,),
             scenarios=(SINGLE_STREAM.name,),

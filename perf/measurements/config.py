@@ -87,7 +87,12 @@ class LatencyConfig:
     """Measured time of each path in each scenario, without warm-up, above 0."""
 
     turns: int = 6
-    """Turns that this time is split into, at least 1."""
+    """Turns that this time is split into, at least one a process."""
+
+    processes: int = 3
+    """Processes of each path, one after the other, that share the turns, at least 1: what one
+    happens on, such as where its memory lies, is in its own turns only. The scenario server takes
+    one."""
 
     threads: Threads = None
 
@@ -110,7 +115,12 @@ class LatencyConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "seconds")
-        require_least(self, turns=1, threads=1, batches=1)
+        require_least(self, turns=1, processes=1, threads=1, batches=1)
+        if self.turns < self.processes:
+            raise ValueError(
+                f"--turns is {self.turns}, fewer than --processes {self.processes}, each of which "
+                "takes one at least"
+            )
         if self.bound_ms is not None:
             require_positive(self, "bound_ms")
             if SERVER.name not in self.scenarios:

@@ -1,7 +1,8 @@
 """Artifacts and checkpoints -> latency and throughput of each, measured in turns."""
 
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from efficientnet.measuring.turns import TimeBudget
 from efficientnet.network.cost import DevicePeak
 from perf.measurements.config import LatencyConfig
 from perf.measurements.measured_programs import (
+    MeasuredProgram,
     MeasuredRow,
+    batch_sizes_of,
+    joined,
     measure,
     measure_planned,
     open_programs,
@@ -62,33 +66,9 @@ def main(config: LatencyConfig) -> Path:
     )
     # Before the programs are opened: nothing else computes now.
     peaks = peaks_of(programs, num_threads)
-    rows: list[tuple[Scenario, MeasuredRow]] = []
     failures: list[ContenderError] = []
-    with (
-        open_programs(programs, batch_sizes, num_threads, config.data, failures) as opened,
-        Progress(planned_s(opened, scenarios, budget)) as progress,
-    ):
-        for scenario in scenarios:
-            while opened:
-                try:
-                    own = (
-                        measure_planned(opened, scenario, budget, config.bound_ms, progress)
-                        if scenario.is_planned
-                        else measure(opened, scenario, budget, progress)
-                    )
-                    rows += [(scenario, row) for row in own]
-                    break
-                except ContenderError as error:
-                    alive = [
-                        program for program in opened if program.process is not error.contender
-                    ]
-                    if len(alive) == len(opened):
-                        raise
-                    # All take turns in the same order again: what was measured beside one that
-                    # failed half-way is not what the others are.
-                    log.warning("%s; %s is measured again without it", error, scenario.name)
-                    failures.append(error)
-                    opened = alive
+    sizes = dict(zip(programs, batch_sizes, strict=True))
+    rows = _measure_all(sizes, scenarios, budget, num_threads, config, failures)
     if not rows:
         raise failures[0]
     folder = config.output.parent
@@ -116,6 +96,79 @@ def main(config: LatencyConfig) -> Path:
             f"{config.output}: {'; '.join(map(str, failures))}"
         )
     return config.output
+
+
+def _measure_all(
+    batch_sizes: Mapping[Program, tuple[int, ...]],
+    scenarios: Sequence[Scenario],
+    budget: TimeBudget,
+    num_threads: int,
+    config: LatencyConfig,
+    failures: list[ContenderError],
+) -> list[tuple[Scenario, MeasuredRow]]:
+    # The rows of programs of which no process failed.
+    found: dict[tuple[Scenario, Program], list[list[MeasuredRow]]] = defaultdict(list)
+    alive = list(batch_sizes)
+    num_processes = config.processes
+    with Progress(
+        planned_s(list(batch_sizes.values()), scenarios, budget, num_processes)
+    ) as progress:
+        # Those of one process of each program, and then of the next.
+        for number, part in enumerate(budget.split(num_processes)):
+            here = [s for s in scenarios if number == 0 or not s.is_planned]
+            if not here:
+                break
+            own_sizes = [batch_sizes[program] for program in alive]
+            with open_programs(alive, own_sizes, num_threads, config.data, failures) as opened:
+                for scenario in here:
+
+                    def measure_them(
+                        them: Sequence[MeasuredProgram], scenario=scenario, part=part
+                    ) -> list[list[MeasuredRow]]:
+                        if scenario.is_planned:
+                            return measure_planned(
+                                them, scenario, budget, config.bound_ms, progress
+                            )
+                        before = [found[scenario, p.program] for p in them]
+                        sizes = (
+                            [tuple(row.measured.batch_size for row in own[0]) for own in before]
+                            if all(before)
+                            else batch_sizes_of(them, scenario, budget, progress)
+                        )
+                        return measure(them, sizes, scenario, part, progress)
+
+                    opened, rows = _without_failures(opened, scenario, measure_them, failures)
+                    for program, own in zip(opened, rows, strict=True):
+                        found[scenario, program.program].append(own)
+            alive = [program.program for program in opened]
+    return [
+        (scenario, joined(rows))
+        for (scenario, _), own in found.items()
+        if len(own) == (1 if scenario.is_planned else num_processes)
+        for rows in zip(*own, strict=True)
+    ]
+
+
+def _without_failures(
+    programs: list[MeasuredProgram],
+    scenario: Scenario,
+    measure_them: Callable[[Sequence[MeasuredProgram]], list[list[MeasuredRow]]],
+    failures: list[ContenderError],
+) -> tuple[list[MeasuredProgram], list[list[MeasuredRow]]]:
+    # Those that held, and the rows of each.
+    while programs:
+        try:
+            return programs, measure_them(programs)
+        except ContenderError as error:
+            alive = [program for program in programs if program.process is not error.contender]
+            if len(alive) == len(programs):
+                raise
+            # All take turns in the same order again: what was measured beside one that failed
+            # half-way is not what the others are.
+            log.warning("%s; %s is measured again without it", error, scenario.name)
+            failures.append(error)
+            programs = alive
+    return [], []
 
 
 def without_accuracy(programs: Sequence[Program], folder: Path) -> list[Path]:

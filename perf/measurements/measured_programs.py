@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -68,10 +68,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a job gave."""
+    """What a job gave, or several of the same program in one process after the other."""
 
     batch_size: int
-    warm_up: WarmUp
+    warm_ups: tuple[WarmUp, ...]
+    """Of each process."""
     answers: tuple[ProgramTurn, ...]
 
     @property
@@ -81,8 +82,8 @@ class Measured:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of its process, until the end."""
-        return self.answers[-1].peak_memory_bytes
+        """Of the process that took most."""
+        return max(answer.peak_memory_bytes for answer in self.answers)
 
     @property
     def cores_busy_elsewhere(self) -> float | None:
@@ -98,7 +99,13 @@ class Measured:
     @property
     def num_warmup(self) -> int:
         """Calls that do not count: the warm-up's, and the first ones of each turn."""
-        return self.warm_up.num_calls + sum(turn.num_settling_calls for turn in self.turns)
+        num_calls = sum(warm_up.num_calls for warm_up in self.warm_ups)
+        return num_calls + sum(turn.num_settling_calls for turn in self.turns)
+
+    @property
+    def is_warmup_stable(self) -> bool:
+        """Whether every warm-up settled."""
+        return all(warm_up.is_stable for warm_up in self.warm_ups)
 
     @property
     def images_per_s(self) -> float:
@@ -174,25 +181,50 @@ def open_programs(
             yield [program for program in opened if program.process not in failed]
 
 
-def measure(
+def batch_sizes_of(
     programs: Sequence[MeasuredProgram],
     scenario: Scenario,
     budget: TimeBudget,
     progress: Progress,
-) -> list[MeasuredRow]:
-    """Measure each program at the batch sizes of a scenario."""
+) -> list[tuple[int, ...]]:
+    """Find the batch sizes of each program in a scenario, by a sweep where the fastest counts."""
     sizes = [scenario.batch_sizes(program.batch_sizes) for program in programs]
-    if scenario.picks_fastest:
-        sizes = _fastest(programs, sizes, scenario, budget, progress)
+    return (
+        _fastest(programs, sizes, scenario, budget, progress) if scenario.picks_fastest else sizes
+    )
+
+
+def measure(
+    programs: Sequence[MeasuredProgram],
+    sizes: Sequence[tuple[int, ...]],
+    scenario: Scenario,
+    budget: TimeBudget,
+    progress: Progress,
+) -> list[list[MeasuredRow]]:
+    """Measure each program at its batch sizes; return the rows of each."""
     pairs = [(p, size) for p, own in zip(programs, sizes, strict=True) for size in own]
     jobs = {(p, size): Job(p.name, p.process, size, budget) for p, size in pairs}
     null_jobs = {(p, size): Job(OVERHEAD, p.null, size, _null_budget(budget)) for p, size in pairs}
     # Programs with the same inputs have one null job.
     measured = measure_jobs([*jobs.values(), *null_jobs.values()], scenario.name, progress)
-    return [
-        MeasuredRow(p, measured[job], statistics.median(measured[null_jobs[p, size]].samples_ms))
-        for (p, size), job in jobs.items()
-    ]
+
+    def row(p: MeasuredProgram, size: int) -> MeasuredRow:
+        overhead_ms = statistics.median(measured[null_jobs[p, size]].samples_ms)
+        return MeasuredRow(p, measured[jobs[p, size]], overhead_ms)
+
+    return [[row(p, size) for size in own] for p, own in zip(programs, sizes, strict=True)]
+
+
+def joined(rows: Sequence[MeasuredRow]) -> MeasuredRow:
+    """Make one row of those of a program's processes."""
+    parts = [row.measured for row in rows]
+    whole = Measured(
+        parts[0].batch_size,
+        tuple(warm_up for part in parts for warm_up in part.warm_ups),
+        tuple(answer for part in parts for answer in part.answers),
+    )
+    overhead_ms = statistics.median(row.overhead_ms for row in rows)
+    return replace(rows[0], measured=whole, overhead_ms=overhead_ms)
 
 
 def measure_planned(
@@ -201,7 +233,7 @@ def measure_planned(
     budget: TimeBudget,
     bound_ms: float | None,
     progress: Progress,
-) -> list[MeasuredRow]:
+) -> list[list[MeasuredRow]]:
     """Search for each program the highest rate of images at random times that keeps the bound.
 
     They take turns, each of which is one rate. Without a bound it is the same for all: some calls
@@ -237,12 +269,14 @@ def measure_planned(
     }
     progress.write(rates_table(programs, [searches[p].found for p in programs]).aligned_text())
     return [
-        MeasuredRow(
-            p,
-            Measured(1, warm_ups[_single(p, budget)], (answers[p],)),
-            overheads[p.null],
-            searches[p].found,
-        )
+        [
+            MeasuredRow(
+                p,
+                Measured(1, (warm_ups[_single(p, budget)],), (answers[p],)),
+                overheads[p.null],
+                searches[p].found,
+            )
+        ]
         for p in programs
     ]
 
@@ -278,7 +312,9 @@ def measure_jobs(jobs: Sequence[Job], scenario: str, progress: Progress) -> dict
         return answer
 
     answers = take_turns(warm_ups, num_turns, turn)
-    return {job: Measured(job.batch_size, warm_ups[job], tuple(a)) for job, a in answers.items()}
+    return {
+        job: Measured(job.batch_size, (warm_ups[job],), tuple(own)) for job, own in answers.items()
+    }
 
 
 def _warm_up(jobs: Sequence[Job], scenario: str, progress: Progress) -> dict[Job, WarmUp]:
@@ -300,15 +336,26 @@ def _null_single(program: MeasuredProgram, budget: TimeBudget) -> Job:
 
 
 def planned_s(
-    programs: Sequence[MeasuredProgram], scenarios: Sequence[Scenario], budget: TimeBudget
+    batch_sizes: Sequence[tuple[int, ...]],
+    scenarios: Sequence[Scenario],
+    budget: TimeBudget,
+    num_processes: int,
 ) -> float:
-    """Estimate how long the scenarios, and the sweeps before them, take."""
+    """Estimate how long the scenarios, and the sweeps before them, take.
+
+    Args:
+        batch_sizes: of each program.
+        scenarios: that are measured.
+        budget: of a program in a scenario.
+        num_processes: that share it.
+    """
     seconds = 0.0
     for scenario in scenarios:
-        sizes = [scenario.batch_sizes(program.batch_sizes) for program in programs]
+        sizes = [scenario.batch_sizes(own) for own in batch_sizes]
         num_sizes = sum(map(len, sizes))
-        num_rows = len(programs) if scenario.picks_fastest else num_sizes
-        seconds += num_rows * budget.planned_s + _null_budget(budget).planned_s
+        num_rows = len(batch_sizes) if scenario.picks_fastest else num_sizes
+        for part in [budget] if scenario.is_planned else budget.split(num_processes):
+            seconds += num_rows * part.planned_s + _null_budget(part).planned_s
         if scenario.picks_fastest and _needs_sweep(sizes):
             seconds += num_sizes * NUM_SWEEPS * _sweep_s(budget)
     return seconds

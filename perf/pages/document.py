@@ -236,12 +236,19 @@ def _method_section(rows: Sequence[Row]) -> Section:
     region = "; ".join(dict.fromkeys(regions[record.timed_region] for record in latencies))
     peaks = "; ".join(dict.fromkeys(r.device_peak for r in latencies if r.device_peak)) or "unknown"
     clocks = ", ".join(dict.fromkeys(f"`{record.clock}`" for record in latencies))
+    counts = sorted({record.num_processes for record in latencies})
+    several = " or ".join(map(str, counts))
+    processes = (
+        f"{several} processes of its own, one after the other"
+        if counts[-1] > 1
+        else "a process of its own"
+    )
     return Section(
         "How it was measured",
         bullets=(
             f"Timed region: {region}.",
             f"Clock: {clocks}. Images/s are images divided by the wall time of the turns.",
-            "Processes: each row in a process of its own. They take turns, so that only one "
+            f"Processes: each row in {processes}. They take turns, so that only one "
             "computes at a time and all see the same machine.",
             "Warm-up: until the medians of the last two windows of time agree within "
             f"{format_percent(WARM_UP_TOLERANCE, 0)}; the first calls of each turn do not count "
