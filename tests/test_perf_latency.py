@@ -368,7 +368,7 @@ def test_a_program_whose_device_is_gone_takes_nothing_from_the_others(
 
     assert [record.runtime for record in read_records(output, LatencyRecord)] == ["onnxruntime"]
     with raises_naming(ContenderError, gone):
-        latency.main(LatencyConfig((gone,), 0.1, 2, 1, 1, (1,), ("single_stream",), output))
+        latency.main(LatencyConfig((gone,), 0.1, 2, 2, 1, (1,), ("single_stream",), output))
 
 
 @pytest.mark.usefixtures("own_processes")

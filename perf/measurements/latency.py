@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -67,8 +67,22 @@ def main(config: LatencyConfig) -> Path:
     # Before the programs are opened: nothing else computes now.
     peaks = peaks_of(programs, num_threads)
     failures: list[ContenderError] = []
-    sizes = dict(zip(programs, batch_sizes, strict=True))
-    rows = _measure_all(sizes, scenarios, budget, num_threads, config, failures)
+    num_processes = config.processes
+    if all(scenario.is_planned for scenario in scenarios):
+        num_processes = 1
+    with Progress(planned_s(batch_sizes, scenarios, budget, num_processes)) as progress:
+        measurement = _Measurement(scenarios, budget, config.bound_ms, progress)
+        alive = dict(zip(programs, batch_sizes, strict=True))
+        # One process of each program, and when all is measured the next of each.
+        for part in budget.split(num_processes):
+            with open_programs(
+                list(alive), list(alive.values()), num_threads, config.data, failures
+            ) as opened:
+                held = measurement.measure_all(opened, part, failures)
+            alive = {program.program: program.batch_sizes for program in held}
+            if not alive:
+                break
+    rows = measurement.rows(num_processes)
     if not rows:
         raise failures[0]
     folder = config.output.parent
@@ -98,77 +112,67 @@ def main(config: LatencyConfig) -> Path:
     return config.output
 
 
-def _measure_all(
-    batch_sizes: Mapping[Program, tuple[int, ...]],
-    scenarios: Sequence[Scenario],
-    budget: TimeBudget,
-    num_threads: int,
-    config: LatencyConfig,
-    failures: list[ContenderError],
-) -> list[tuple[Scenario, MeasuredRow]]:
-    # The rows of programs of which no process failed.
-    found: dict[tuple[Scenario, Program], list[list[MeasuredRow]]] = defaultdict(list)
-    alive = list(batch_sizes)
-    num_processes = config.processes
-    with Progress(
-        planned_s(list(batch_sizes.values()), scenarios, budget, num_processes)
-    ) as progress:
-        # Those of one process of each program, and then of the next.
-        for number, part in enumerate(budget.split(num_processes)):
-            here = [s for s in scenarios if number == 0 or not s.is_planned]
-            if not here:
+class _Measurement:
+    """Rows of each program in each scenario, from one process of it after the other."""
+
+    def __init__(
+        self,
+        scenarios: Sequence[Scenario],
+        budget: TimeBudget,
+        bound_ms: float | None,
+        progress: Progress,
+    ) -> None:
+        self._scenarios = scenarios
+        self._budget = budget
+        self._bound_ms = bound_ms
+        self._progress = progress
+        self._found: dict[tuple[Scenario, Program], list[list[MeasuredRow]]] = defaultdict(list)
+
+    def measure_all(
+        self, opened: list[MeasuredProgram], part: TimeBudget, failures: list[ContenderError]
+    ) -> list[MeasuredProgram]:
+        """Measure the next process of each, for a part of the budget; return those that held."""
+        for scenario in self._scenarios:
+            if scenario.is_planned and any(self._found[scenario, p.program] for p in opened):
+                continue
+            while opened:
+                try:
+                    rows = self._measure(opened, scenario, part)
+                except ContenderError as error:
+                    alive = [p for p in opened if p.process is not error.contender]
+                    if len(alive) == len(opened):
+                        raise
+                    # All take turns in the same order again: what was measured beside one that
+                    # failed half-way is not what the others are.
+                    log.warning("%s; %s is measured again without it", error, scenario.name)
+                    failures.append(error)
+                    opened = alive
+                    continue
+                for program, own in zip(opened, rows, strict=True):
+                    self._found[scenario, program.program].append(own)
                 break
-            own_sizes = [batch_sizes[program] for program in alive]
-            with open_programs(alive, own_sizes, num_threads, config.data, failures) as opened:
-                for scenario in here:
+        return opened
 
-                    def measure_them(
-                        them: Sequence[MeasuredProgram], scenario=scenario, part=part
-                    ) -> list[list[MeasuredRow]]:
-                        if scenario.is_planned:
-                            return measure_planned(
-                                them, scenario, budget, config.bound_ms, progress
-                            )
-                        before = [found[scenario, p.program] for p in them]
-                        sizes = (
-                            [tuple(row.measured.batch_size for row in own[0]) for own in before]
-                            if all(before)
-                            else batch_sizes_of(them, scenario, budget, progress)
-                        )
-                        return measure(them, sizes, scenario, part, progress)
+    def _measure(
+        self, opened: list[MeasuredProgram], scenario: Scenario, part: TimeBudget
+    ) -> list[list[MeasuredRow]]:
+        if scenario.is_planned:
+            return measure_planned(opened, scenario, self._budget, self._bound_ms, self._progress)
+        before = [self._found[scenario, program.program] for program in opened]
+        if all(before):
+            sizes = [tuple(row.measured.batch_size for row in own[0]) for own in before]
+        else:
+            sizes = batch_sizes_of(opened, scenario, self._budget, self._progress)
+        return measure(opened, sizes, scenario, part, self._progress)
 
-                    opened, rows = _without_failures(opened, scenario, measure_them, failures)
-                    for program, own in zip(opened, rows, strict=True):
-                        found[scenario, program.program].append(own)
-            alive = [program.program for program in opened]
-    return [
-        (scenario, joined(rows))
-        for (scenario, _), own in found.items()
-        if len(own) == (1 if scenario.is_planned else num_processes)
-        for rows in zip(*own, strict=True)
-    ]
-
-
-def _without_failures(
-    programs: list[MeasuredProgram],
-    scenario: Scenario,
-    measure_them: Callable[[Sequence[MeasuredProgram]], list[list[MeasuredRow]]],
-    failures: list[ContenderError],
-) -> tuple[list[MeasuredProgram], list[list[MeasuredRow]]]:
-    # Those that held, and the rows of each.
-    while programs:
-        try:
-            return programs, measure_them(programs)
-        except ContenderError as error:
-            alive = [program for program in programs if program.process is not error.contender]
-            if len(alive) == len(programs):
-                raise
-            # All take turns in the same order again: what was measured beside one that failed
-            # half-way is not what the others are.
-            log.warning("%s; %s is measured again without it", error, scenario.name)
-            failures.append(error)
-            programs = alive
-    return [], []
+    def rows(self, num_processes: int) -> list[tuple[Scenario, MeasuredRow]]:
+        """Put the rows of each program's processes together, where none of them failed."""
+        return [
+            (scenario, joined(rows))
+            for (scenario, _), own in self._found.items()
+            if len(own) == (1 if scenario.is_planned else num_processes)
+            for rows in zip(*own, strict=True)
+        ]
 
 
 def without_accuracy(programs: Sequence[Program], folder: Path) -> list[Path]:
